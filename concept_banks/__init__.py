@@ -1,0 +1,1 @@
+"""Shipped banks and the recipes they were made from: data only."""

@@ -1,0 +1,1 @@
+"""What differs between generation libraries. One file a library; only `attach.py` registers hooks."""

@@ -1,0 +1,239 @@
+"""Register and remove: the only file that touches a module's hooks.
+
+A *socket* is a permanent hook at one site; what it does is a program that can be swapped without touching the hook. A
+*clock* is a hook on the module whose call tells where the pass stands. Both are gone when the last user detaches.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from steerlib.errors import CompiledModel, NoSession
+from steerlib.hosts import Host
+from steerlib.schedules import StepState
+from steerlib.sites import Site
+
+Edit = Callable[[Tensor, StepState], Tensor]
+Observer = Callable[[Tensor, StepState], None]
+TracedEdit = Callable[[Tensor, StepState], Tensor]
+
+
+class Moment(threading.local):
+    """Where the pass of this thread stands, as the clocks of a group of sites last said."""
+
+    state: StepState | None = None
+
+
+class Clock:
+    """A pre-hook that reads where the pass stands."""
+
+    def __init__(self, host: Host, path: str):
+        self.path, self.host = path, host
+        self.moments: list[Moment] = []
+        self.traced: StepState | None = None
+        self.passes = 0
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:  # noqa: ARG002
+        if torch.compiler.is_compiling():
+            self.traced = self.host.traced_state(self.path, args, kwargs)
+            return
+        self.passes += 1
+        state = self.host.state(self.path, args, kwargs)
+        for moment in self.moments:
+            moment.state = state
+
+
+class Socket:
+    """A hook at one site whose contents can be swapped while it stays."""
+
+    def __init__(self, site: Site, clocks: tuple[Clock, ...], moment: Moment):
+        self.site, self.clocks, self.moment = site, clocks, moment
+        self.edit: Edit | None = None
+        self.observers: list[Observer] = []
+        self.traced: TracedEdit | None = None
+        """What compiled code runs: its contents are tensors changed in place."""
+
+    def on_output(self, module: nn.Module, args: tuple, output: Any) -> Any:  # noqa: ARG002 - torch's signature
+        """A forward hook."""
+        edit = self.edit
+        if torch.compiler.is_compiling():
+            return self._compiled(output)
+        if edit is None and not self.observers:
+            return None
+        x = self.site.read(output)
+        y = self._run(edit, x)
+        return None if y is x else self.site.write(output, y)
+
+    def on_input(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:  # noqa: ARG002
+        """A forward pre-hook: the tensor is the first positional argument, or the first keyword that holds one."""
+        compiling = torch.compiler.is_compiling()
+        edit = self.edit
+        if edit is None and not self.observers and not compiling:
+            return None
+        name = None if args else next(name for name, value in kwargs.items() if isinstance(value, Tensor))
+        value = args[0] if name is None else kwargs[name]
+        if compiling:
+            y = self._compiled(value)
+        else:
+            x = self.site.read(value)
+            changed = self._run(edit, x)
+            y = value if changed is x else self.site.write(value, changed)
+        return ((y, *args[1:]), kwargs) if name is None else (args, {**kwargs, name: y})
+
+    def _run(self, edit: Edit | None, x: Tensor) -> Tensor:
+        state = self._state(x)
+        y = x if edit is None else edit(x, state)
+        for observe in self.observers:
+            observe(y, state)
+        return y
+
+    def _state(self, x: Tensor) -> StepState:
+        state = self.moment.state
+        if state is None or state.length != x.shape[1]:  # called by hand, outside the model's own forward
+            return StepState(x.shape[1], device=x.device)
+        return state
+
+    def _compiled(self, value: Any) -> Any:
+        state = next((clock.traced for clock in reversed(self.clocks) if clock.traced is not None), None)
+        if self.traced is None or state is None:
+            raise CompiledModel(
+                f"site {self.site.name!r} is being compiled with a passing steer(); call "
+                "steering = sl.attach(model, bank) first, then compile, then steering.set(...)"
+            )
+        return self.site.write(value, self.traced(self.site.read(value), state))
+
+
+class Dispatch:
+    """An edit for each thread, once several threads steer one model."""
+
+    def __init__(self, edits: dict[int, Edit | None]):
+        self.edits = edits
+
+    def __call__(self, x: Tensor, state: StepState) -> Tensor:
+        try:
+            edit = self.edits[threading.get_ident()]
+        except KeyError:
+            raise NoSession(
+                f"{len(self.edits)} threads steer this model and this thread has no session; enter steer() in it too"
+            ) from None
+        return x if edit is None else edit(x, state)
+
+
+class Attachment:
+    """All sockets and clocks of one model, shared by every session that steers or records it."""
+
+    def __init__(self, host: Host):
+        self.model = host.model
+        self.sockets: dict[str, Socket] = {}
+        self.clocks: dict[str, Clock] = {}
+        self.sessions: list[Any] = []
+        self.lock = threading.RLock()
+        self._uses: Counter[str] = Counter()
+        self._moments: dict[tuple[str, ...], Moment] = {}
+        self._undo: dict[str, Callable[[], None]] = {}
+
+    def require(self, host: Host, sites: Iterable[Site]) -> None:
+        """Have a socket at every site: all of them, or, if one fails, none."""
+        sites = list(sites)
+        with ExitStack() as stack:
+            for site in sites:
+                stack.callback(self.release, host, [site])
+                self._uses[site.name] += 1
+                if site.name not in self.sockets:
+                    refuse_compiled(self.model, site)
+                    self._plug(host, site)
+            stack.pop_all()
+
+    def release(self, host: Host, sites: Iterable[Site]) -> None:
+        """Remove the sockets nobody needs any more, the last one with the clocks and the rest."""
+        for site in sites:
+            self._uses[site.name] -= 1
+            if not self._uses[site.name]:
+                del self._uses[site.name]
+                self.sockets.pop(site.name, None)
+                self._undo.pop(f"site {site.name}", _nothing)()
+        needed = {path for socket in self.sockets.values() for path in host.clocks(socket.site)}
+        for path in [path for path in self.clocks if path not in needed]:
+            del self.clocks[path]
+            self._undo.pop(f"clock {path}", _nothing)()
+            self._moments = {paths: moment for paths, moment in self._moments.items() if path not in paths}
+        if not self.sockets:
+            self._undo.pop("watch", _nothing)()
+            _ATTACHED.pop(self.model, None)
+
+    def uses(self, site: Site) -> int:
+        """How many sessions need the socket at a site."""
+        return self._uses[site.name]
+
+    def _plug(self, host: Host, site: Site) -> None:
+        module = self.model.get_submodule(site.module)
+        if "watch" not in self._undo:
+            self._undo["watch"] = host.watch()
+        paths = host.clocks(site)
+        for path in paths:
+            if path not in self.clocks:
+                clock = self.clocks[path] = Clock(host, path)
+                # last among the pre-hooks, to see the inputs as others leave them
+                handle = self.model.get_submodule(path).register_forward_pre_hook(clock, with_kwargs=True)
+                self._undo[f"clock {path}"] = handle.remove
+        clocks = tuple(self.clocks[path] for path in paths)
+        if (moment := self._moments.get(paths)) is None:
+            moment = self._moments[paths] = Moment()
+            for clock in clocks:
+                clock.moments.append(moment)
+        socket = Socket(site, clocks, moment)
+        # first among the hooks, so that every observer sees what flows on
+        handle = (
+            module.register_forward_hook(socket.on_output, prepend=True)
+            if site.side == "output"
+            else module.register_forward_pre_hook(socket.on_input, with_kwargs=True)
+        )
+        self.sockets[site.name] = socket
+        self._undo[f"site {site.name}"] = handle.remove
+
+
+def _nothing() -> None:
+    pass
+
+
+def before_forward(model: nn.Module, action: Callable[[tuple, dict[str, Any]], None]) -> Callable[[], None]:
+    """Do something before every pass of the whole model; gives back what undoes it."""
+    return model.register_forward_pre_hook(lambda _, args, kwargs: action(args, kwargs), with_kwargs=True, prepend=True).remove
+
+
+_ATTACHED: WeakKeyDictionary[nn.Module, Attachment] = WeakKeyDictionary()
+
+
+def attachment(host: Host) -> Attachment:
+    """The one attachment of a model."""
+    found = _ATTACHED.get(host.model)
+    if found is None:
+        found = _ATTACHED[host.model] = Attachment(host)
+    return found
+
+
+def is_compiled(model: nn.Module, path: str = "") -> bool:
+    """Whether torch has compiled this model in place, or a part of it that `path` leads through."""
+    module, inside = model, [model]
+    for name in filter(None, path.split(".")):
+        module = getattr(module, name)
+        inside.append(module)
+    compiled = any(m._compiled_call_impl is not None or hasattr(m.forward, "_torchdynamo_orig_callable") for m in inside)
+    return compiled or "_compiled_call" in model.__dict__  # what transformers' generate() keeps
+
+
+def refuse_compiled(model: nn.Module, site: Site) -> None:
+    """Raise where torch would silently ignore a new hook."""
+    if is_compiled(model, site.module):
+        raise CompiledModel(
+            f"{type(model).__name__} is compiled already, and torch would ignore a hook added now at {site.name!r}. "
+            "Load it anew (or call torch.compiler.reset()), then sl.attach(model, bank), then compile"
+        )

@@ -1,0 +1,70 @@
+"""Any `torch.nn.Module`: the user names the sites by module path, and every pass is a prompt."""
+
+import hashlib
+from typing import Any
+
+import torch
+from torch import nn
+
+from steerlib.errors import UnknownSite, nearest
+from steerlib.hosts import Host
+from steerlib.schedules import StepState
+from steerlib.sites import Site
+
+
+class ModuleHost(Host):
+    """A module whose outputs at the named paths are `[B, N, D]`."""
+
+    has_progress = False
+
+    def __init__(self, target: nn.Module):
+        self.model = target
+
+    def sites(self) -> dict[str, Site]:
+        return {}
+
+    def site(self, name: str) -> Site:
+        return module_site(self.model, name)
+
+    def clocks(self, site: Site) -> tuple[str, ...]:  # noqa: ARG002 - one clock for all
+        return ("",)
+
+    def state(self, clock: str, args: tuple, kwargs: dict[str, Any]) -> StepState:  # noqa: ARG002
+        first = next((v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor) and v.ndim > 1), None)
+        return StepState(0 if first is None else first.shape[1], device=None if first is None else first.device)
+
+    def traced_state(self, clock: str, args: tuple, kwargs: dict[str, Any]) -> StepState:
+        plain = self.state(clock, args, kwargs)
+        return StepState.traced(plain.columns, plain.steps, None)
+
+    def order(self, site: Site) -> tuple[int, ...]:
+        return (list(dict(self.model.named_modules())).index(site.module),)
+
+    def fingerprint(self) -> dict[str, Any]:
+        return {"class": type(self.model).__name__}
+
+    def weights_digest(self) -> str | None:
+        return digest(self.model)
+
+
+def module_site(model: nn.Module, name: str, known: tuple[str, ...] = ()) -> Site:
+    """The output of any module, by its path; a trailing `.in` means its input."""
+    path, side = (name[:-3], "input") if name.endswith(".in") else (name, "output")
+    modules = dict(model.named_modules())
+    if path in modules and path:
+        return Site(name=name, module=path, side="input" if side == "input" else "output")
+    raise UnknownSite(f"{type(model).__name__} has no site {name!r}; {nearest(name, (*known, *filter(None, modules)))}")
+
+
+def digest(model: nn.Module, values: int = 16) -> str | None:
+    """A hash over evenly spaced values of every parameter, at bfloat16 precision so that loading in half precision
+    does not change it. None for weights that are elsewhere, packed, or wrapped by adapters."""
+    parameters = sorted(model.named_parameters())
+    if any(p.is_meta or not p.is_floating_point() or "lora_" in name for name, p in parameters):
+        return None
+    sha = hashlib.sha256()
+    for name, p in parameters:
+        flat = p.detach().reshape(-1)
+        chosen = flat[torch.linspace(0, len(flat) - 1, min(values, len(flat)), device=p.device).long()]
+        sha.update(name.encode() + chosen.to(torch.bfloat16).cpu().view(torch.int16).numpy().tobytes())
+    return sha.hexdigest()

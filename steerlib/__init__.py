@@ -1,0 +1,35 @@
+"""Change what a generation model is thinking of, while it runs."""
+
+from .bank import BaseModel as BaseModel
+from .bank import ConceptBank as ConceptBank
+from .concepts import Concept as Concept
+from .encoders import Directions as Directions
+from .encoders import Encoder as Encoder
+from .graph import CausalGraph as CausalGraph
+from .graph import Edge as Edge
+from .hosts import Host as Host
+from .hosts import load as load
+from .interventions import Ablate as Ablate
+from .interventions import Add as Add
+from .interventions import Clamp as Clamp
+from .interventions import Gate as Gate
+from .interventions import Intervention as Intervention
+from .interventions import Patch as Patch
+from .interventions import Scale as Scale
+from .interventions import Set as Set
+from .schedules import Ramp as Ramp
+from .schedules import Schedule as Schedule
+from .schedules import Steps as Steps
+from .schedules import StepState as StepState
+from .schedules import Window as Window
+from .sites import Site as Site
+from .steering import Steering as Steering
+from .steering import attach as attach
+from .steering import record as record
+from .steering import steer as steer
+
+__all__ = [
+    "Ablate", "Add", "BaseModel", "CausalGraph", "Clamp", "Concept", "ConceptBank", "Directions", "Edge", "Encoder",
+    "Gate", "Host", "Intervention", "Patch", "Ramp", "Scale", "Schedule", "Set", "Site", "StepState", "Steering",
+    "Steps", "Window", "attach", "load", "record", "steer",
+]  # fmt: skip

@@ -1,0 +1,431 @@
+"""A bank: concepts of one model, their encoders, their graph, and whose they are.
+
+    README.md                    the card
+    bank.json                    format, base model, sites, encoders, provenance, size and SHA-256 of every other file
+    concepts.jsonl               one line a concept
+    graph.safetensors            edges by line of concepts.jsonl: src, dst, weight
+    sites/<encoder>.safetensors  one row per concept in each tensor
+    hashes.safetensors           block hashes, so that single rows can be trusted
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
+from weakref import WeakKeyDictionary
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from . import hub
+from .concepts import Concept
+from .encoders import KINDS, Directions, Encoder, Rows
+from .errors import BadBank, CorruptBank, UnknownConcept, UnknownFormat, WrongModel, WrongWidth, nearest
+from .graph import CausalGraph, Edge
+from .hosts import Host, host_for
+
+FORMAT = 1
+MAX_MANIFEST = 4 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseModel:
+    """Whose activations a bank reads."""
+
+    id: str = ""
+    fingerprint: Mapping[str, Any] = field(default_factory=dict)
+    """Architecture and shapes; a model that differs is refused."""
+    weights: str | None = None
+    """Hash of the weights; other weights of the same architecture give a notice."""
+
+    @classmethod
+    def of(cls, model: object, id: str = "") -> Self:
+        """The identity of a loaded model."""
+        host = host_for(model)
+        return cls(id=id, fingerprint=host.fingerprint(), weights=host.weights_digest())
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiteFacts:
+    """What a bank knows of a place in the model."""
+
+    width: int
+    norm: float | None = None
+    """Median length of an activation there, first tokens excluded."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderFacts:
+    """Where the coordinates of an encoder come from."""
+
+    site: str
+    kind: str
+    file: str
+
+
+class ConceptBank:
+    """Concepts by name, ready to steer with. Opening one reads no weights; steering reads the rows it needs."""
+
+    def __init__(
+        self,
+        name: str,
+        concepts: Sequence[Concept],
+        encoders: Mapping[str, Encoder],
+        *,
+        base: BaseModel,
+        sites: Mapping[str, SiteFacts],
+        where: Mapping[str, str] | None = None,
+        graph: CausalGraph | None = None,
+        card: str = "",
+        license: str = "",
+        provenance: Mapping[str, Any] | None = None,
+    ):
+        """`where` maps encoder ids to site names (default: the id up to `@` or `#`)."""
+        self.name, self.base, self.sites, self.card, self.license = name, base, dict(sites), card, license
+        self.graph, self.provenance = graph or CausalGraph(), dict(provenance or {})
+        self.extra: dict[str, Any] = {}
+        """Optional fields of `bank.json` this version does not know, kept for whoever does."""
+        self._encoders: dict[str, Encoder] = dict(encoders)
+        site_of = where or {id: id.partition("@")[0].partition("#")[0] for id in encoders}
+        self.encoders = {
+            id: EncoderFacts(site=site_of[id], kind=encoder.kind, file=_file_of(id)) for id, encoder in encoders.items()
+        }
+        self._tensors: dict[str, hub.Tensors] = {}
+        self._folder: Path | None = None
+        self._manifest: dict[str, Any] = {}
+        self._take(concepts)
+
+    def _take(self, concepts: Sequence[Concept]) -> None:
+        self.concepts: dict[str, Concept] = {}
+        for concept in concepts:
+            if concept.encoder not in self.encoders:
+                raise CorruptBank(f"concept {concept.name!r} names encoder {concept.encoder!r}, which the bank does not have")
+            if self.concepts.setdefault(concept.name, concept) is not concept:
+                raise CorruptBank(f"expected each concept name once, got {concept.name!r} twice")
+        self._by_id = {concept.id: concept for concept in concepts}
+        self._rows: dict[str, Rows] = {}
+
+    # -- looking ---------------------------------------------------------------------------------------------
+
+    def __getitem__(self, name: str) -> Concept:
+        """A concept by its name or `encoder/index`."""
+        concept = self.concepts.get(name) or self._by_id.get(name)
+        if concept is None:
+            raise UnknownConcept(f"bank {self.name!r} has no concept {name!r}; {nearest(name, self.concepts)}")
+        return concept
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.concepts)
+
+    def __len__(self) -> int:
+        return len(self.concepts)
+
+    def __repr__(self) -> str:
+        lines = [f"ConceptBank {self.name!r}: {len(self)} concepts for {self.base.id or 'a model'}, {len(self.graph)} edges"]
+        for concept in self.concepts.values():
+            useful = "" if concept.useful is None else f"useful {concept.useful:+.1f}"
+            safe = "" if concept.range is None else f"safe {concept.range[0]:+.1f} to {concept.range[1]:+.1f}"
+            lines.append(f"  {concept.name:<16} {concept.encoder:<12} {useful:<13} {safe:<20} {concept.label}".rstrip())
+        return "\n".join(lines)
+
+    def site_of(self, concept: Concept) -> str:
+        """The name of the site at which a concept is read and moved."""
+        return self.encoders[concept.encoder].site
+
+    def find(self, words: str, limit: int = 5) -> list[Concept]:
+        """Concepts whose name or label share words with these, best first."""
+        wanted = set(words.lower().split())
+
+        def score(concept: Concept) -> float:
+            name, label = concept.name.lower(), concept.label.lower()
+            text = set(label.replace(",", " ").split()) | set(name.replace("-", " ").split())
+            return 3 * (words.lower() in name) + 2 * len(wanted & text) + any(w in label or w in name for w in wanted)
+
+        ranked = sorted(self.concepts.values(), key=lambda concept: (-score(concept), concept.name))
+        return [concept for concept in ranked[:limit] if score(concept) > 0]
+
+    def rows(self, concept: Concept) -> Rows:
+        """What steering needs of one concept, read from disk when first asked for, and checked."""
+        if (found := self._rows.get(concept.id)) is None:
+            if concept.encoder in self._encoders:
+                found = self._encoders[concept.encoder].rows([concept.index])
+            else:
+                kind, file = KINDS[self.encoders[concept.encoder].kind], self._file(concept.encoder)
+                one = {name: file.rows(name, concept.index, concept.index + 1) for name in kind.tensors}
+                found = kind.from_tensors(one).rows([0])
+            width = self.sites[self.site_of(concept)].width
+            if found.read.shape[-1] != width:
+                raise WrongWidth(f"{concept.name!r} has width {found.read.shape[-1]}, its site {width}")
+            self._rows[concept.id] = found
+        return found
+
+    def encoder(self, id: str) -> Encoder:
+        """A whole encoder."""
+        if id not in self._encoders:
+            kind, file = KINDS[self.encoders[id].kind], self._file(id)
+            self._encoders[id] = kind.from_tensors({name: file.all(name) for name in kind.tensors})
+        return self._encoders[id]
+
+    def _file(self, encoder: str) -> hub.Tensors:
+        if encoder not in self._tensors:
+            assert self._folder is not None
+            name, records = self.encoders[encoder].file, self._manifest["files"]
+            if name not in records:
+                raise CorruptBank(f"bank.json does not describe {name}; download the bank again")
+            record = records[name]
+            self._tensors[encoder] = hub.Tensors(
+                self._folder / name, record["size"], self._hashes, tuple(record.get("blocks", ())), name
+            )
+        return self._tensors[encoder]
+
+    @cached_property
+    def _hashes(self) -> hub.Tensors:
+        assert self._folder is not None
+        record = self._manifest["files"].get("hashes.safetensors")
+        if record is None:
+            raise CorruptBank("bank.json does not describe hashes.safetensors; download the bank again")
+        return hub.Tensors(self._folder / "hashes.safetensors", record["size"])
+
+    # -- checking --------------------------------------------------------------------------------------------
+
+    def check(self, host: Host) -> str:
+        """Raise `WrongModel` for another architecture; the notice about other weights, or nothing."""
+        found = host.fingerprint()
+        for key, expected in self.base.fingerprint.items():
+            if found.get(key) != expected:
+                raise WrongModel(
+                    f"bank {self.name!r} was made for {self.base.id or 'a model'} with {key}={expected!r}, this model has "
+                    f"{found.get(key)!r}; load {self.base.id or 'that model'}, or train a bank for this one"
+                )
+        if self.base.weights is None or (digest := _digest(host)) is None or digest == self.base.weights:
+            return ""
+        return (
+            f"bank {self.name!r} was measured on other weights of {self.base.id or 'this architecture'}; "
+            "effects may differ on a fine-tuned or differently quantised copy"
+        )
+
+    def verify(self) -> None:
+        """Check every file, hash, value and reference; raises `CorruptBank` at the first that is wrong."""
+        if self._folder is not None:
+            for name, record in self._manifest["files"].items():
+                hub.check_whole(self._folder, name, record)
+        for id, facts in self.encoders.items():
+            encoder = self.encoder(id)
+            tensors = encoder.to_tensors()
+            if not all(tensor.isfinite().all() for tensor in tensors.values() if tensor.is_floating_point()):
+                raise CorruptBank(f"encoder {id!r} has values that are not finite")
+            count = {len(tensor) for tensor in tensors.values()}
+            most = max((c.index for c in self.concepts.values() if c.encoder == id), default=-1)
+            if len(count) != 1 or most >= count.pop() or facts.site not in self.sites:
+                raise CorruptBank(f"encoder {id!r} does not fit its concepts or its site")
+        for concept in self.concepts.values():
+            self.rows(concept)
+
+    # -- making ----------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_directions(
+        cls, directions: Mapping[str, Tensor], *, site: str, base: object, name: str = "directions"
+    ) -> Self:
+        """One's own vectors at one site of a model; the unit is the vector itself."""
+        if not directions:
+            raise BadBank("expected at least one direction, got none")
+        vectors = {key: vector.detach().float().cpu() for key, vector in directions.items()}
+        for key, vector in vectors.items():
+            if vector.ndim != 1 or vector.shape != next(iter(vectors.values())).shape:
+                raise WrongWidth(f"expected vectors of one axis and equal width, got {tuple(vector.shape)} for {key!r}")
+        concepts = [Concept(name=key, encoder=site, index=i) for i, key in enumerate(vectors)]
+        return cls._around(Directions(torch.stack(list(vectors.values()))), concepts, site, base, name)
+
+    @classmethod
+    def from_encoder(cls, encoder: Encoder, *, site: str, base: object, name: str = "encoder") -> Self:
+        """One's own encoder at one site; concepts are called `site/index`."""
+        count = len(next(iter(encoder.to_tensors().values())))
+        concepts = [Concept(name=f"{site}/{i}", encoder=site, index=i) for i in range(count)]
+        return cls._around(encoder, concepts, site, base, name)
+
+    @classmethod
+    def _around(cls, encoder: Encoder, concepts: list[Concept], site: str, base: object, name: str) -> Self:
+        host = host_for(base)
+        found, width = host.site(site), encoder.rows([0]).write.shape[-1]
+        expected = host.width(found)
+        if expected is not None and expected != width:
+            raise WrongWidth(f"site {site!r} has width {expected}, got vectors of width {width}")
+        identity = BaseModel(fingerprint=host.fingerprint())
+        return cls(name, concepts, {site: encoder}, base=identity, sites={site: SiteFacts(width=width)}, where={site: site})
+
+    # -- files -----------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_folder: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        local_files_only: bool = False,
+    ) -> Self:
+        """Open a bank from a folder, from those shipped with steerlib, or from the Hub. Reads no weights."""
+        folder = hub.resolve(
+            name_or_folder, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
+        )
+        path = folder / "bank.json"
+        if not path.is_file():
+            raise CorruptBank(f"{folder.name!r} is no bank: it has no bank.json")
+        if path.stat().st_size > MAX_MANIFEST:
+            raise CorruptBank(f"bank.json has {path.stat().st_size} bytes, expected at most {MAX_MANIFEST}")
+        manifest = hub.strict_json(path.read_bytes(), "bank.json")
+        return cls._open(folder, manifest)
+
+    @classmethod
+    def _open(cls, folder: Path, manifest: Any) -> Self:
+        if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+            version = manifest.get("format") if isinstance(manifest, dict) else None
+            raise UnknownFormat(f"expected bank format {FORMAT}, got {version!r}; update steerlib or export the bank again")
+        try:
+            files = {hub.checked_name(name): dict(record) for name, record in manifest["files"].items()}
+            bank = cls(
+                str(manifest["name"]),
+                (),
+                {},
+                base=BaseModel(**manifest["base_model"]),
+                sites={name: SiteFacts(**facts) for name, facts in manifest["sites"].items()},
+                license=str(manifest.get("license", "")),
+                provenance=manifest.get("provenance", {}),
+            )
+            bank.encoders = {id: EncoderFacts(**facts) for id, facts in manifest["encoders"].items()}
+        except (KeyError, TypeError, AttributeError) as error:
+            raise CorruptBank(f"bank.json lacks or misspells a field: {error}") from None
+        known = {"format", "name", "base_model", "sites", "encoders", "license", "provenance", "files"}
+        bank.extra = {key: value for key, value in manifest.items() if key not in known}
+        bank._folder, bank._manifest = folder, {**manifest, "files": files}
+        for id, facts in bank.encoders.items():
+            if facts.kind not in KINDS or facts.site not in bank.sites or hub.checked_name(facts.file) not in files:
+                raise CorruptBank(f"encoder {id!r} has an unknown kind, site or file: {facts}")
+        bank._take([Concept.from_dict(line) for line in bank._lines("concepts.jsonl")])
+        bank.graph = bank._graph()
+        if (folder / "README.md").is_file():
+            bank.card = (folder / "README.md").read_text(encoding="utf-8")
+        return bank
+
+    def _lines(self, name: str) -> list[Any]:
+        """The lines of a JSON-lines file, if the bank has it."""
+        if name not in self._manifest["files"]:
+            return []
+        assert self._folder is not None
+        hub.check_whole(self._folder, name, self._manifest["files"][name])
+        return [hub.strict_json(line, name) for line in (self._folder / name).read_bytes().splitlines()]
+
+    def _graph(self) -> CausalGraph:
+        """Edges name concepts by their line in `concepts.jsonl`."""
+        name = "graph.safetensors"
+        if name not in self._manifest["files"]:
+            return CausalGraph()
+        assert self._folder is not None
+        hub.check_whole(self._folder, name, self._manifest["files"][name])
+        file, names = hub.Tensors(self._folder / name, self._manifest["files"][name]["size"]), list(self.concepts)
+        ends = file.all("src").tolist(), file.all("dst").tolist()
+        if not all(0 <= i < len(names) for side in ends for i in side):
+            raise CorruptBank("graph.safetensors has an edge to a concept that the bank does not have")
+        rows = zip(*ends, file.all("weight").tolist(), strict=True)
+        return CausalGraph(Edge(src=names[src], dst=names[dst], weight=weight) for src, dst, weight in rows)
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
+        """Write the bank to a folder, all of it or nothing; an older bank there is replaced."""
+        target = Path(folder)
+        if target.exists() and any(target.iterdir()) and not (target / "bank.json").is_file():
+            raise BadBank(f"{target.name!r} holds other things than a bank; give a new or empty folder")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        fresh = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+        try:
+            self._write(fresh)
+            fresh.chmod(0o755)
+            if target.exists():
+                old = Path(tempfile.mkdtemp(prefix=f".{target.name}-old-", dir=target.parent))
+                target.rename(old / target.name)
+                fresh.rename(target)
+                shutil.rmtree(old)
+            else:
+                fresh.rename(target)
+        except BaseException:
+            shutil.rmtree(fresh, ignore_errors=True)
+            raise
+        return target
+
+    def _write(self, folder: Path) -> None:
+        """Same bank, same bytes: keys sorted, no dates, devices or paths."""
+        (folder / "sites").mkdir()
+        hashes: dict[str, Tensor] = {}
+        for id, facts in sorted(self.encoders.items()):
+            tensors = {name: tensor.contiguous().cpu() for name, tensor in self.encoder(id).to_tensors().items()}
+            save_file(tensors, folder / facts.file)
+            digest = hub.block_hashes(folder / facts.file)
+            hashes[facts.file] = torch.frombuffer(bytearray(digest), dtype=torch.uint8).reshape(-1, 32)
+        save_file(hashes, folder / "hashes.safetensors")
+        _write_lines(folder / "concepts.jsonl", [concept.to_dict() for concept in self.concepts.values()])
+        if len(self.graph):
+            line, edges = {name: i for i, name in enumerate(self.concepts)}, self.graph.edges
+            columns = {"src": [line[edge.src] for edge in edges], "dst": [line[edge.dst] for edge in edges]}
+            weights = {"weight": torch.tensor([edge.weight for edge in edges])}
+            save_file({**{k: torch.tensor(v) for k, v in columns.items()}, **weights}, folder / "graph.safetensors")
+        if self.card:
+            (folder / "README.md").write_text(self.card, encoding="utf-8")
+        written = sorted(path for path in folder.rglob("*") if path.is_file())
+        files = {path.relative_to(folder).as_posix(): hub.describe(path) for path in written}
+        for name, digest in hashes.items():
+            files[name]["blocks"] = hub.group_hashes(digest.numpy().tobytes())
+        manifest = {
+            **self.extra,
+            "format": FORMAT,
+            "name": self.name,
+            "base_model": asdict(self.base),
+            "sites": {name: asdict(facts) for name, facts in self.sites.items()},
+            "encoders": {id: asdict(facts) for id, facts in self.encoders.items()},
+            "license": self.license,
+            "provenance": self.provenance,
+            "files": files,
+        }
+        text = json.dumps(manifest, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
+        (folder / "bank.json").write_text(text + "\n", encoding="utf-8")
+
+    def with_concepts(self, concepts: Sequence[Concept], *, card: str | None = None) -> "ConceptBank":
+        """The same bank, its encoders in memory, with other facts about its concepts and another card."""
+        return ConceptBank(
+            self.name,
+            concepts,
+            {id: self.encoder(id) for id in self.encoders},
+            base=self.base,
+            sites=self.sites,
+            where={id: facts.site for id, facts in self.encoders.items()},
+            graph=self.graph,
+            card=self.card if card is None else card,
+            license=self.license,
+            provenance=self.provenance,
+        )
+
+
+def _file_of(encoder: str) -> str:
+    """The file of an encoder: its id, escaped to letters that every file system takes."""
+    plain = "".join(c if c.isalnum() and c.isascii() or c in "._-" else f"-{ord(c):x}-" for c in encoder)
+    return f"sites/{plain}.safetensors"
+
+
+def _write_lines(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
+    text = "".join(json.dumps(line, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n" for line in lines)
+    path.write_text(text, encoding="utf-8")
+
+
+_DIGESTS: WeakKeyDictionary[nn.Module, str | None] = WeakKeyDictionary()
+
+
+def _digest(host: Host) -> str | None:
+    if host.model not in _DIGESTS:
+        _DIGESTS[host.model] = host.weights_digest()
+    return _DIGESTS[host.model]

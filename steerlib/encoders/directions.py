@@ -1,0 +1,45 @@
+"""Linear directions: one vector per concept."""
+
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, Self
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ..errors import CorruptBank
+from .base import Encoder, Rows
+
+
+class Directions(Encoder):
+    """`z = <x, d> / |d|^2 - mean`, and `x` moves by `d` for each raw unit of `z`."""
+
+    kind: ClassVar[str] = "directions"
+    tensors: ClassVar[tuple[str, ...]] = ("decoder", "mean")
+
+    def __init__(self, decoder: Float[Tensor, "n D"], mean: Float[Tensor, " n"] | None = None):
+        """`decoder` holds the directions d; `mean` is where z is 0 on reference data (None: nowhere measured)."""
+        if decoder.ndim != 2 or not decoder.isfinite().all() or (decoder.norm(dim=-1) == 0).any():
+            raise CorruptBank(f"expected finite, non-zero directions [n, D], got a tensor {tuple(decoder.shape)}")
+        self.decoder = decoder.float()
+        self.mean = torch.zeros(len(decoder)) if mean is None else mean.float()
+        if self.mean.shape != decoder.shape[:1] or not self.mean.isfinite().all():
+            raise CorruptBank(f"expected {len(decoder)} finite means, got {tuple(self.mean.shape)}")
+        self.encoder = self.decoder / self.decoder.square().sum(-1, keepdim=True)
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Self:
+        return cls(tensors["decoder"], tensors["mean"])
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        return {"decoder": self.decoder, "mean": self.mean}
+
+    def encode(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch n"]:
+        return x.float() @ self.encoder.T.to(x.device) - self.mean.to(x.device)
+
+    def decode(self, z: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch D"]:
+        return (z + self.mean.to(z.device)) @ self.decoder.to(z.device)
+
+    def rows(self, indices: Sequence[int]) -> Rows:
+        chosen = list(indices)
+        return Rows(self.encoder[chosen], -self.mean[chosen], self.decoder[chosen])

@@ -1,0 +1,1 @@
+"""Scores: how much steering moves a concept, and what it costs."""

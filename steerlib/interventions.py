@@ -1,0 +1,194 @@
+"""What is done to a concept: values that can be compared, logged and hashed.
+
+Every intervention lowers to one `Rule` in raw coordinates: `z' = clamp(scale * z + shift, low, high)`. Rules with finite
+bounds are targets (the concept must read them afterwards); the others are additions.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from math import inf, isfinite
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .errors import BadEdit
+from .schedules import Branch, Schedule
+
+Amount = float | Sequence[float]
+"""One number, or one per row."""
+
+
+class Rule(NamedTuple):
+    """`z' = clamp(scale * z + shift, low, high)`, each a number or one per row, in raw coordinates."""
+
+    scale: Amount = 1.0
+    shift: Amount = 0.0
+    low: Amount = -inf
+    high: Amount = inf
+
+    @property
+    def is_target(self) -> bool:
+        """Whether the concept has to read a given value afterwards."""
+        return self.low != -inf or self.high != inf
+
+
+@dataclass(frozen=True)
+class Gate:
+    """Apply an edit only where another concept reads `above` a value, or `below` one, in that concept's units."""
+
+    concept: str
+    above: float = -inf
+    below: float = inf
+
+    def __post_init__(self) -> None:
+        if not self.above < self.below or (self.above, self.below) == (-inf, inf):
+            raise BadEdit(f"expected a gate with above or below (and above < below), got {self}")
+
+
+@dataclass(frozen=True)
+class Intervention(ABC):
+    """What to do to one concept, and under which circumstances."""
+
+    when: Schedule | None = field(default=None, kw_only=True)
+    """None: always (or the window of the concept's level)."""
+    tokens: Literal["all", "prompt", "generated"] | slice = field(default="all", kw_only=True)
+    """Which positions: those of the prompt, of new tokens, or a slice that counts both together."""
+    unit: Literal["concept", "raw"] = field(default="concept", kw_only=True)
+    """Amounts in units of the concept, or in raw coordinates."""
+    branch: Branch | None = field(default=None, kw_only=True)
+    """Which half of guidance; None: what `steer` says."""
+    gate: Gate | None = field(default=None, kw_only=True)
+    mask: Tensor | None = field(default=None, kw_only=True, compare=False)
+    """Share of the edit at each position, `[L]` or `[rows, L]`; positions beyond `L` get none."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.tokens, slice):
+            ends = (self.tokens.start or 0, self.tokens.stop if self.tokens.stop is not None else inf)
+            if self.tokens.step not in (None, 1) or not 0 <= ends[0] < ends[1]:
+                raise BadEdit(f"expected a slice of positions with 0 <= start < stop and no step, got {self.tokens}")
+        elif self.tokens not in ("all", "prompt", "generated"):
+            raise BadEdit(f"expected tokens 'all', 'prompt', 'generated' or a slice, got {self.tokens!r}")
+        if self.unit not in ("concept", "raw"):
+            raise BadEdit(f"expected unit 'concept' or 'raw', got {self.unit!r}")
+        if self.branch not in (None, "both", "cond", "uncond"):
+            raise BadEdit(f"expected branch 'both', 'cond' or 'uncond', got {self.branch!r}")
+        if self.when is not None and not isinstance(self.when, Schedule):
+            raise BadEdit(f"expected when to be Steps, Window or Ramp, got {self.when!r}")
+
+    @abstractmethod
+    def rule(self, unit: float) -> Rule:
+        """This intervention in raw coordinates, where one unit is `unit`."""
+
+
+def _amount(value: Any) -> Amount:
+    """One finite float, or a tuple of them."""
+    if isinstance(value, Tensor):
+        value = value.detach().tolist()
+    amounts = tuple(map(float, value)) if isinstance(value, Sequence) and not isinstance(value, str) else float(value)
+    if not all(map(isfinite, amounts if isinstance(amounts, tuple) else (amounts,))) or amounts == ():
+        raise BadEdit(f"expected a finite amount, or one per row, got {value!r}")
+    return amounts
+
+
+def _times(amount: Amount, unit: float) -> Amount:
+    return tuple(a * unit for a in amount) if isinstance(amount, tuple) else amount * unit  # type: ignore[operator]
+
+
+@dataclass(frozen=True)
+class Add(Intervention):
+    """Move the concept by an amount. A bare number means this."""
+
+    amount: Amount
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "amount", _amount(self.amount))
+
+    def rule(self, unit: float) -> Rule:
+        return Rule(shift=_times(self.amount, unit if self.unit == "concept" else 1.0))
+
+
+@dataclass(frozen=True)
+class Scale(Intervention):
+    """Multiply the concept's reading."""
+
+    factor: Amount
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "factor", _amount(self.factor))
+
+    def rule(self, unit: float) -> Rule:  # noqa: ARG002 - a factor has no unit
+        return Rule(scale=self.factor)
+
+
+@dataclass(frozen=True)
+class Set(Intervention):
+    """Make the concept read a value."""
+
+    value: Amount
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "value", _amount(self.value))
+
+    def rule(self, unit: float) -> Rule:
+        value = _times(self.value, unit if self.unit == "concept" else 1.0)
+        return Rule(low=value, high=value)
+
+
+@dataclass(frozen=True)
+class Ablate(Intervention):
+    """Make the concept read 0: for a direction, its mean on reference data."""
+
+    def rule(self, unit: float) -> Rule:  # noqa: ARG002 - zero has no unit
+        return Rule(low=0.0, high=0.0)
+
+
+@dataclass(frozen=True)
+class Clamp(Intervention):
+    """Keep the concept's reading between two values; None leaves a side open."""
+
+    low: float | None = None
+    high: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.low is None and self.high is None) or (
+            self.low is not None and self.high is not None and self.low > self.high
+        ):
+            raise BadEdit(f"expected a low, a high or both, with low <= high, got {self.low} and {self.high}")
+
+    def rule(self, unit: float) -> Rule:
+        unit = unit if self.unit == "concept" else 1.0
+        return Rule(
+            low=-inf if self.low is None else self.low * unit, high=inf if self.high is None else self.high * unit
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Patch(Intervention):
+    """Make the concept read what `sl.record` saw, position by position; positions not recorded are left alone."""
+
+    tape: Any
+    """The tape of `sl.record`, which must hold this concept."""
+
+    def rule(self, unit: float) -> Rule:  # noqa: ARG002 - readings are raw
+        return Rule(low=0.0, high=0.0)
+
+
+def patched(recording: Sequence[tuple[Any, Tensor]]) -> Tensor:
+    """Readings by position, `[rows, L]`, NaN where nothing was recorded, from the passes of a tape."""
+    passes = [(state.positions.cpu(), state.real, z.detach().float().cpu()) for state, z in recording]
+    if not passes:
+        raise BadEdit("expected a tape with a recorded pass, got an empty one; run the model inside sl.record first")
+    rows = passes[0][2].shape[0]
+    length = 1 + max(int(positions.max()) for positions, _, _ in passes)
+    table = torch.full((rows, length), torch.nan)
+    for positions, real, z in passes:
+        kept = torch.ones_like(z, dtype=torch.bool) if real is None else real.cpu()
+        row, column = kept.nonzero(as_tuple=True)
+        table[row, positions.expand(rows, -1)[row, column]] = z[row, column]
+    return table

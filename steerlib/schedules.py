@@ -1,0 +1,166 @@
+"""When an edit happens: where a forward pass stands, and the share of an edit that applies there.
+
+`B` rows, `N` tokens of this pass, `T` tokens so far.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from functools import cached_property
+from math import inf
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+Section = Literal["prompt", "generated", "mixed"]
+Branch = Literal["cond", "uncond"]
+
+
+class StepState:
+    """Where one forward pass stands, in words that hold for every generation library.
+
+    *Columns* count tokens as they lie in the batch, pads included; *positions* count from each row's first real
+    token. A *step* is the number of new tokens there are once the model has read a position: 0 in the prompt, 1 at the
+    first new token; so the pass at step k makes new token k.
+    """
+
+    def __init__(
+        self,
+        length: int,
+        *,
+        start: int = 0,
+        prompt: int | None = None,
+        mask: Tensor | None = None,
+        prompts: int | None = None,
+        branch: Branch | None = None,
+        device: torch.device | None = None,
+    ):
+        """`length` tokens from column `start`; the first `prompt` columns are the prompt (None: all are);
+        `mask[B, T]` is 1 on real tokens; `prompts` rows were asked for, which beams may repeat."""
+        self.length, self.start, self.prompt = length, start, prompt
+        self.mask, self.prompts, self.branch, self.device = mask, prompts, branch, device
+        self.section: Section = (
+            "prompt"
+            if prompt is None or start + length <= prompt
+            else ("generated" if start >= prompt else "mixed")
+        )
+        """Whether this pass reads prompt, new tokens, or both."""
+        self.is_plain = self.section == "generated" or (mask is None and self.section == "prompt")
+        """Whether all of this pass is of one section and free of pads."""
+
+    @classmethod
+    def traced(cls, positions: Tensor, steps: Tensor, real: Tensor | None) -> "StepState":
+        """A state made of tensors alone, for code that is being compiled."""
+        state = cls(positions.shape[-1])
+        state.__dict__.update(positions=positions, steps=steps, real=real)
+        return state
+
+    @cached_property
+    def notes(self) -> dict[Hashable, Any]:
+        """What sites tell later sites in this pass."""
+        return {}
+
+    @cached_property
+    def real(self) -> Bool[Tensor, "B N"] | None:
+        """False on pads; None where there is nothing but real tokens."""
+        if self.mask is None or self.section == "generated":
+            return None
+        return self.mask[:, self.start : self.start + self.length].bool()
+
+    @cached_property
+    def columns(self) -> Int[Tensor, "1 N"]:
+        """Column of every token of this pass."""
+        return torch.arange(self.start, self.start + self.length, device=self.device)[None]
+
+    @cached_property
+    def positions(self) -> Int[Tensor, "rows N"]:
+        """Position of every token, from its row's first real one; one row where all rows agree."""
+        if self.mask is None:
+            return self.columns
+        return self.columns - self.mask.bool().int().argmax(dim=1, keepdim=True)
+
+    @cached_property
+    def steps(self) -> Int[Tensor, "rows N"]:
+        """New tokens there are once each position is read; 0 in the prompt."""
+        if self.prompt is None:
+            return torch.zeros_like(self.columns)
+        return (self.columns - self.prompt + 1).clamp(min=0)
+
+    def __repr__(self) -> str:
+        where = f"columns {self.start}–{self.start + self.length}, {self.section}"
+        return f"StepState({where}{', ' + self.branch if self.branch else ''})"
+
+
+class Schedule(ABC):
+    """The share of an edit, in [0, 1] unless a `Ramp` says otherwise, that applies at a moment."""
+
+    clock: str
+    """What it counts: `steps` or `progress`."""
+
+    @abstractmethod
+    def numbers(self) -> tuple[float, float, float, float, float]:
+        """`(start, stop, first, last, ramp)`: the form in which `gain` takes every schedule."""
+
+
+@dataclass(frozen=True)
+class Window(Schedule):
+    """Half-open span of denoising progress: 0 is pure noise, 1 the finished image; a `stop` of 1 is included."""
+
+    start: float = 0.0
+    stop: float = 1.0
+    clock: str = field(default="progress", init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.start < self.stop <= 1:
+            raise ValueError(f"expected 0 <= start < stop <= 1, got start={self.start} and stop={self.stop}")
+
+    def numbers(self) -> tuple[float, float, float, float, float]:
+        return self.start, inf if self.stop == 1 else self.stop, 1.0, 1.0, 0.0
+
+
+@dataclass(frozen=True)
+class Steps(Schedule):
+    """Half-open span of steps: for text, `Steps(0, 5)` acts on the passes that make the first five new tokens
+    (the first of them reads the prompt); for images, scheduler steps."""
+
+    start: int = 0
+    stop: int | None = None
+    clock: str = field(default="steps", init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.start < 0 or (self.stop is not None and self.stop <= self.start):
+            raise ValueError(f"expected 0 <= start < stop, got start={self.start} and stop={self.stop}")
+
+    def numbers(self) -> tuple[float, float, float, float, float]:
+        return self.start, inf if self.stop is None else self.stop, 1.0, 1.0, 0.0
+
+
+@dataclass(frozen=True)
+class Ramp(Schedule):
+    """A straight line from `first` to `last` over a span; `first` before it, `last` from its end on."""
+
+    over: Steps | Window
+    first: float = 0.0
+    last: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.over.stop is None:
+            raise ValueError(f"expected a span with an end to ramp over, got {self.over}; give it a stop")
+
+    @property
+    def clock(self) -> str:  # type: ignore[override]
+        return self.over.clock
+
+    def numbers(self) -> tuple[float, float, float, float, float]:
+        return self.over.start, float(self.over.stop or 0), self.first, self.last, 1.0
+
+
+def gain(moment: Tensor, numbers: Tensor) -> Tensor:
+    """Share of each of `K` edits at each moment: `moment[...]`, `numbers[K, 5]` -> `[..., K]`."""
+    start, stop, first, last, ramp = numbers.unbind(-1)
+    moment = moment.unsqueeze(-1).to(numbers.dtype)
+    inside = ((moment >= start) & (moment < stop)).to(numbers.dtype)
+    way = ((moment - start) / (stop - start)).clamp(0, 1)
+    return torch.where(ramp > 0, first + (last - first) * way, inside)

@@ -1,0 +1,64 @@
+"""Where in a model an edit happens."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from .errors import WrongWidth
+
+Layout = Literal["BND", "NBD"]
+Swap = Callable[[Tensor], Tensor]
+
+LAYOUTS: dict[Layout, Swap | None] = {"BND": None, "NBD": lambda x: x.transpose(0, 1)}
+"""Axis orders a module may use, and the change to `[B, N, D]`, its own inverse (None: nothing to do)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site:
+    """One tensor that flows through a model: `x[B, N, D]`, whatever shape the module gives it."""
+
+    name: str
+    """What a user calls it: `layers.15`, `layers.15.attn.heads.3`."""
+    module: str
+    """Dotted path from the model that is steered."""
+    side: Literal["output", "input"] = "output"
+    element: int = 0
+    """Which element, where the module gives a tuple."""
+    layout: Layout = "BND"
+    columns: tuple[int, int] | None = None
+    """A part of the last axis: one head."""
+
+    def read(self, value: Any) -> Tensor:
+        """The tensor `x[B, N, D]` inside a module's output or positional input."""
+        x = value if isinstance(value, Tensor) else value[self.element]
+        if not isinstance(x, Tensor) or x.ndim != 3:
+            got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+            raise WrongWidth(
+                f"site {self.name!r} (module {self.module!r}) gives {got}, expected a tensor of three axes "
+                "(rows, tokens, width). Name a module whose output has them, such as a block"
+            )
+        if (swap := LAYOUTS[self.layout]) is not None:
+            x = swap(x)
+        return x if self.columns is None else x[..., self.columns[0] : self.columns[1]]
+
+    def write(self, value: Any, x: Tensor) -> Any:
+        """`value` with its tensor replaced; `value` itself is left alone."""
+        whole = value if isinstance(value, Tensor) else value[self.element]
+        swap = LAYOUTS[self.layout]
+        if self.columns is not None:
+            first, last = self.columns
+            full = whole if swap is None else swap(whole)
+            x = torch.cat((full[..., :first], x, full[..., last:]), dim=-1)
+        if swap is not None:
+            x = swap(x)
+        if isinstance(value, Tensor):
+            return x
+        if isinstance(value, (tuple, list)):
+            parts = (*value[: self.element], x, *value[self.element + 1 :])
+            return type(value)(parts) if type(value) in (tuple, list) else type(value)(*parts)  # named tuples
+        changed = dict(value)
+        changed[list(changed)[self.element]] = x
+        return type(value)(**changed)

@@ -1,0 +1,1 @@
+"""Train a bank: one file a stage."""
