@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -30,6 +30,8 @@ class Moment(threading.local):
     """Where the pass of this thread stands, as the clocks of a group of sites last said."""
 
     state: StepState | None = None
+    teller: str | None = None
+    """Path of the clock that ticked last."""
 
 
 class Clock:
@@ -38,6 +40,8 @@ class Clock:
     def __init__(self, host: Host, path: str):
         self.path, self.host = path, host
         self.moments: list[Moment] = []
+        self.outer: set[str] = set()
+        """Clocks around this one: where one of them has just told, it knows better, and this one is silent."""
         self.traced: StepState | None = None
         self.passes = 0
 
@@ -46,28 +50,34 @@ class Clock:
             self.traced = self.host.traced_state(self.path, args, kwargs)
             return
         self.passes += 1
-        state = self.host.state(self.path, args, kwargs)
-        for moment in self.moments:
+        asked = [moment for moment in self.moments if moment.teller not in self.outer] if self.outer else self.moments
+        state = self.host.state(self.path, args, kwargs) if asked else None
+        for moment in asked:
             moment.state = state
+        for moment in self.moments:
+            moment.teller = self.path
 
 
 class Socket:
     """A hook at one site whose contents can be swapped while it stays."""
 
-    def __init__(self, site: Site, clocks: tuple[Clock, ...], moment: Moment):
-        self.site, self.clocks, self.moment = site, clocks, moment
+    def __init__(self, model: nn.Module, site: Site, clocks: tuple[Clock, ...], moment: Moment):
+        self.model, self.site, self.clocks, self.moment = model, site, clocks, moment
+        self.is_plain = site.is_plain
         self.edit: Edit | None = None
         self.observers: list[Observer] = []
         self.traced: TracedEdit | None = None
         """What compiled code runs: its contents are tensors changed in place."""
 
     def on_output(self, module: nn.Module, args: tuple, output: Any) -> Any:  # noqa: ARG002 - torch's signature
-        """A forward hook."""
+        """A forward hook. Every microsecond here is paid at every site of every token."""
         edit = self.edit
         if torch.compiler.is_compiling():
             return self._compiled(output)
         if edit is None and not self.observers:
             return None
+        if self.is_plain and type(output) is Tensor:
+            return self._run(edit, output)
         x = self.site.read(output)
         y = self._run(edit, x)
         return None if y is x else self.site.write(output, y)
@@ -89,17 +99,13 @@ class Socket:
         return ((y, *args[1:]), kwargs) if name is None else (args, {**kwargs, name: y})
 
     def _run(self, edit: Edit | None, x: Tensor) -> Tensor:
-        state = self._state(x)
+        state = self.moment.state
+        if state is None or state.length != x.shape[1]:  # called by hand, outside the model's own forward
+            state = StepState(x.shape[1], like=x)
         y = x if edit is None else edit(x, state)
         for observe in self.observers:
             observe(y, state)
         return y
-
-    def _state(self, x: Tensor) -> StepState:
-        state = self.moment.state
-        if state is None or state.length != x.shape[1]:  # called by hand, outside the model's own forward
-            return StepState(x.shape[1], device=x.device)
-        return state
 
     def _compiled(self, value: Any) -> Any:
         state = next((clock.traced for clock in reversed(self.clocks) if clock.traced is not None), None)
@@ -148,7 +154,6 @@ class Attachment:
                 stack.callback(self.release, host, [site])
                 self._uses[site.name] += 1
                 if site.name not in self.sockets:
-                    refuse_compiled(self.model, site)
                     self._plug(host, site)
             stack.pop_all()
 
@@ -174,7 +179,13 @@ class Attachment:
         return self._uses[site.name]
 
     def _plug(self, host: Host, site: Site) -> None:
-        module = self.model.get_submodule(site.module)
+        inside = modules_on(self.model, site.module)
+        if is_compiled(inside):
+            raise CompiledModel(
+                f"{type(self.model).__name__} is compiled already, and torch would ignore a hook added now at "
+                f"{site.name!r}. Load it anew (or call torch.compiler.reset()), then sl.attach(model, bank), then compile"
+            )
+        module = inside[-1]
         if "watch" not in self._undo:
             self._undo["watch"] = host.watch()
         paths = host.clocks(site)
@@ -184,12 +195,13 @@ class Attachment:
                 # last among the pre-hooks, to see the inputs as others leave them
                 handle = self.model.get_submodule(path).register_forward_pre_hook(clock, with_kwargs=True)
                 self._undo[f"clock {path}"] = handle.remove
+            self.clocks[path].outer |= {outer for outer in paths if path.startswith(f"{outer}.") or (path and not outer)}
         clocks = tuple(self.clocks[path] for path in paths)
         if (moment := self._moments.get(paths)) is None:
             moment = self._moments[paths] = Moment()
             for clock in clocks:
                 clock.moments.append(moment)
-        socket = Socket(site, clocks, moment)
+        socket = Socket(self.model, site, clocks, moment)
         # first among the hooks, so that every observer sees what flows on
         handle = (
             module.register_forward_hook(socket.on_output, prepend=True)
@@ -220,20 +232,20 @@ def attachment(host: Host) -> Attachment:
     return found
 
 
-def is_compiled(model: nn.Module, path: str = "") -> bool:
-    """Whether torch has compiled this model in place, or a part of it that `path` leads through."""
-    module, inside = model, [model]
+def modules_on(model: nn.Module, path: str) -> list[nn.Module]:
+    """The modules that a path leads through, the model first."""
+    inside = [model]
     for name in filter(None, path.split(".")):
-        module = getattr(module, name)
-        inside.append(module)
-    compiled = any(m._compiled_call_impl is not None or hasattr(m.forward, "_torchdynamo_orig_callable") for m in inside)
-    return compiled or "_compiled_call" in model.__dict__  # what transformers' generate() keeps
+        inside.append(getattr(inside[-1], name))
+    return inside
 
 
-def refuse_compiled(model: nn.Module, site: Site) -> None:
-    """Raise where torch would silently ignore a new hook."""
-    if is_compiled(model, site.module):
-        raise CompiledModel(
-            f"{type(model).__name__} is compiled already, and torch would ignore a hook added now at {site.name!r}. "
-            "Load it anew (or call torch.compiler.reset()), then sl.attach(model, bank), then compile"
-        )
+def is_compiled(modules: Sequence[nn.Module]) -> bool:
+    """Whether torch has compiled one of these modules in place; the first is the whole model."""
+    if "_compiled_call" in modules[0].__dict__:  # what transformers' generate() keeps
+        return True
+    return any(
+        m._compiled_call_impl is not None
+        or ("forward" in m.__dict__ and hasattr(m.__dict__["forward"], "_torchdynamo_orig_callable"))
+        for m in modules
+    )

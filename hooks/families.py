@@ -4,8 +4,9 @@ A family that needs special care is one entry in `FAMILIES`; everything else fol
 models: blocks in one `ModuleList`, an attention and a feed-forward part in each.
 """
 
+import inspect
+from contextlib import suppress
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 from torch import nn
@@ -15,32 +16,70 @@ from steerlib.sites import Layout, Site
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """What cannot be read off a block; paths start at the block, and None means: find it."""
+    """What cannot be read off a block; paths start at the block. None means: find it, and "": it has none."""
 
     attn: str | None = None
     mlp: str | None = None
     layout: Layout = "BND"
+    stream: bool = True
+    """Whether `[B, N, D]` flows between blocks; if not, they have no name, and a user names a module inside."""
+    tokens: bool = True
+    """Whether what flows are the tokens given, with nothing before, after or beside them; if not, nothing has a name."""
+    copies: str | None = None
+    """The configuration field that counts copies of the residual stream, where they lie side by side in one tensor."""
+    norm: str | None = None
+    """Beside the blocks, the norm after the last one."""
     blocks: str | None = None
-    """The `ModuleList` whose elements give the residual stream, where there are no blocks as such."""
+    """The `ModuleList` whose elements give the residual stream, where there are no blocks as such; the parts are lists too."""
 
 
 FAMILIES = {
-    "T5Block": Family(attn="layer.0.SelfAttention", mlp="layer.-1.DenseReluDense"),
-    "MT5Block": Family(attn="layer.0.SelfAttention", mlp="layer.-1.DenseReluDense"),
-    "UMT5Block": Family(attn="layer.0.SelfAttention", mlp="layer.-1.DenseReluDense"),
-    "XLNetLayer": Family(attn="rel_attn", mlp="ff", layout="NBD"),
-    "XLMModel": Family(blocks="layer_norm2"),
+    # the residual is added inside, by a module that does not say so
+    "XLNetLayer": Family(attn="", mlp="ff.layer_2", layout="NBD"),
+    "ZambaHybridLayer": Family(attn="mamba_decoder.mamba", mlp=""),
+    "Zamba2HybridLayer": Family(attn="mamba_decoder.mamba", mlp=""),
+    # rows and tokens are one axis there
+    "Llama4TextDecoderLayer": Family(mlp=""),
+    "OPTDecoderLayer": Family(mlp=""),
+    # several streams side by side
+    "DeepseekV4DecoderLayer": Family(stream=False),
+    "Gemma3nTextDecoderLayer": Family(stream=False),
+    "HYV4DecoderLayer": Family(stream=False),
+    "Qwen4ExpTextDecoderLayer": Family(copies="hc_count"),
+    # tokens before, beside and after those given
+    "CpmAntTransformerBlock": Family(tokens=False),
+    "ProphetNetDecoderLayer": Family(tokens=False),
+    "ReformerLayer": Family(tokens=False),
+    # a norm that the embeddings, or every round of a loop, pass through too
+    "HrmTextModel": Family(norm=""),
+    "NanoChatModel": Family(norm=""),
+    # no blocks as such
+    "XLMModel": Family(blocks="layer_norm2", attn="attentions", mlp="ffns"),
 }
 """By the class of the block, or of the stack."""
 
-ATTENTION = ("self_attn", "attn", "attention", "self_attention", "self_attention_layer", "temporal_block", "mixer", "mamba")
-FEED_FORWARD = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "moe", "ff", "feed_forward_layer", "output")
-POST_NORMS = {
-    "attn": ("post_self_attn_layernorm", "post_attention_layernorm"),
-    "mlp": ("post_mlp_layernorm", "post_feedforward_layernorm"),
+ATTENTION = ("self_attn", "attn", "attention", "self_attention", "multi_head_attention")
+MIXERS = ("linear_attn", "mlstm_layer", "temporal_block", "mixer", "mamba", "conv")
+"""What stands where attention stands elsewhere; it has no heads that are slices of a projection's input."""
+CHILDREN = {
+    "attn": (*ATTENTION, *MIXERS),
+    "mlp": ("mlp", "feed_forward", "ffn", "block_sparse_moe", "moe", "shared_mlp", "mlp_block", "ff", "fc2", "output"),
 }
-"""A norm after a part, where a block has one for both: what it gives is what joins the residual stream."""
+AFTER = {
+    "attn": (
+        *("attn_sconv", "post_attention_convolution", "post_self_attn_layernorm", "post_norm1", "post_operator_norm"),
+        "post_attention_layernorm",
+    ),
+    "mlp": (
+        *("mlp_sconv", "post_mlp_convolution", "post_mlp_layernorm", "post_norm2", "post_ffn_norm"),
+        "post_feedforward_layernorm",
+    ),
+}
+"""A norm or a convolution after a part, where a block has one after both: what it gives joins the residual stream."""
 PROJECTION = ("o_proj", "out_proj", "c_proj", "dense", "wo", "o", "out_lin", "resid_proj")
+HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
+TOKENS = ("input_ids", "decoder_input_ids", "inputs_embeds")
+"""Main inputs of models that read text; towers that see or hear have others."""
 
 
 @dataclass(frozen=True)
@@ -50,79 +89,77 @@ class Stack:
     prefix: str
     path: str
     blocks: tuple[str, ...]
-    heads: int
 
 
 def stacks(model: nn.Module) -> tuple[Stack, ...]:
     """The text stacks of a model: one, or `encoder.` and `decoder.`."""
-    config = model.config
     names = {id(module): name for name, module in model.named_modules()}
-    if getattr(config, "is_encoder_decoder", False):
+    if getattr(model.config, "is_encoder_decoder", False):
         parts = {"encoder.": model.get_encoder(), "decoder.": model.get_decoder()}
     else:
         parts = {"": _decoder(model)}
-    found = []
-    for prefix, part in parts.items():
-        blocks = tuple(names[id(block)] for block in _blocks(part, config)) if part is not None else ()
-        heads = _first(config.get_text_config(decoder=True), "num_attention_heads", "n_head", "num_heads", "n_heads") or 0
-        if blocks:
-            found.append(Stack(prefix, names[id(part)], blocks, heads))
-    return tuple(found)
+    found = [(prefix, names[id(part)], _blocks(part)) for prefix, part in parts.items() if part is not None]
+    return tuple(
+        Stack(prefix, path, tuple(names[id(block)] for block in blocks))
+        for prefix, path, blocks in found
+        if blocks and _family(blocks[0]).tokens
+    )
 
 
 def _decoder(model: Any) -> nn.Module:
-    try:
-        decoder = model.get_decoder()
-    except (AttributeError, NotImplementedError):
-        decoder = model.base_model
-    if decoder is None or decoder is model:
-        decoder = model.base_model
-    if decoder is model:  # a bare decoder, or one whose body hangs under another name
-        inner = [child for child in model.children() if "input_ids" in _arguments(child)]
-        decoder = inner[0] if inner else model
-    return decoder
+    """What decodes: transformers' own answer if that takes tokens, else the body, under whatever name."""
+    candidates = [model.base_model, *model.children()]
+    with suppress(AttributeError, NotImplementedError):
+        candidates.insert(0, model.get_decoder())
+    return next((part for part in candidates if part is not model and "input_ids" in _arguments(part)), model)
 
 
 def _arguments(module: nn.Module) -> tuple[str, ...]:
-    code = getattr(getattr(type(module).forward, "__wrapped__", type(module).forward), "__code__", None)
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
     return code.co_varnames[: code.co_argcount + code.co_kwonlyargcount] if code else ()
 
 
-def _blocks(stack: nn.Module, config: Any) -> list[nn.Module]:
+def _family(module: nn.Module) -> Family:
+    return FAMILIES.get(type(module).__name__, Family())
+
+
+def _blocks(stack: nn.Module) -> list[nn.Module]:
     """The blocks whose outputs are the residual stream: the outermost list of layers that can be checkpointed, else of
-    as many modules as the configuration has layers."""
-    if (family := FAMILIES.get(type(stack).__name__)) is not None and family.blocks is not None:
-        return list(stack.get_submodule(family.blocks))
-    lists = {name: list(m) for name, m in stack.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
-    outer = {n: m for n, m in lists.items() if not any(n.startswith(other + ".") for other in lists if other != n)}
-    for blocks in outer.values():
+    as many modules as the configuration has layers; never in a tower that reads no text."""
+    if (given := _family(stack).blocks) is not None:
+        return list(stack.get_submodule(given))
+    inner = dict(stack.named_modules())
+    lists = {name: list(m) for name, m in inner.items() if isinstance(m, nn.ModuleList) and len(m)}
+    towers = [name for name, m in inner.items() if name and getattr(m, "main_input_name", "input_ids") not in TOKENS]
+    within = tuple(f"{name}." for name in (*lists, *towers))
+    outer = [blocks for name, blocks in lists.items() if not name.startswith(within)]
+    for blocks in outer:
         if any(cls.__name__ == "GradientCheckpointingLayer" for cls in type(blocks[0]).__mro__):
             return blocks
-    depth = _first(config.get_text_config(decoder=True), "num_hidden_layers", "n_layer", "num_layers", "n_layers")
-    return next((b for b in outer.values() if len(b) == depth and any(b[0].children())), [])
+    depth = _first(_config(stack), "num_hidden_layers", "n_layer", "num_layers", "n_layers")
+    return next((b for b in outer if len(b) == depth and any(b[0].children())), [])
 
 
-def _first(config: Any, *names: str) -> Any:
-    return next((value for name in names if (value := getattr(config, name, None)) is not None), None)
+def _config(stack: Any) -> Any:
+    return stack.config.get_text_config(decoder=True)
+
+
+def _first(source: Any, *names: str) -> Any:
+    return next((value for name in names if (value := getattr(source, name, None)) is not None), None)
 
 
 def named_sites(model: nn.Module) -> dict[str, Site]:
     """Every named site: `layers.3`, `.in`, `.attn`, `.mlp`, `.attn.heads.2`, `embed`, `norm`, with the stack's prefix."""
     sites: dict[str, Site] = {}
-    for stack in stacks(model):
-        for i, path in enumerate(stack.blocks):
-            block, name = model.get_submodule(path), f"{stack.prefix}layers.{i}"
-            family = FAMILIES.get(type(block).__name__, Family())
-            sites[name] = Site(name=name, module=path, layout=family.layout)
-            sites[f"{name}.in"] = Site(name=f"{name}.in", module=path, side="input", layout=family.layout)
-            for part, choices in (("attn", ATTENTION), ("mlp", FEED_FORWARD)):
-                if (where := _part(block, part, getattr(family, part), choices)) is not None:
-                    sites[f"{name}.{part}"] = Site(name=f"{name}.{part}", module=f"{path}.{where}", layout=family.layout)
-            sites |= _heads(block, path, name, stack.heads)
-        if (norm := _final_norm(model.get_submodule(stack.path), stack)) is not None:
+    found = stacks(model)
+    for stack in found:
+        for i in range(len(stack.blocks)):
+            sites |= _block_sites(model, stack, i)
+        if (norm := _final_norm(model, stack)) is not None:
             sites[f"{stack.prefix}norm"] = Site(name=f"{stack.prefix}norm", module=norm, layout=_layout(sites))
-    embed = next((n for n, m in model.named_modules() if m is model.get_input_embeddings()), None)
-    if embed:
+    embedding = model.get_input_embeddings()
+    embed = next((name for name, module in model.named_modules() if module is embedding), None)
+    if found and embed and not isinstance(embedding, nn.ModuleList):  # a list is not called, its elements are
         sites["embed"] = Site(name="embed", module=embed, layout=_layout(sites))
     return sites
 
@@ -131,47 +168,84 @@ def _layout(sites: dict[str, Site]) -> Layout:
     return next((site.layout for site in sites.values()), "BND")
 
 
-def _part(block: nn.Module, part: str, given: str | None, choices: tuple[str, ...]) -> str | None:
-    """The path, inside a block, of what is added to the residual stream."""
+def _block_sites(model: nn.Module, stack: Stack, i: int) -> dict[str, Site]:
+    path, name = stack.blocks[i], f"{stack.prefix}layers.{i}"
+    block, beside = model.get_submodule(path), _family(model.get_submodule(stack.path))
+    if beside.blocks is None:
+        family, start = _family(block), path
+        parts = {part: _part(block, part, getattr(family, part)) for part in CHILDREN}
+        added = {part: f"{path}.{_added(block, part, where)}" for part, where in parts.items() if where}
+        attends = f"{path}.{parts['attn']}" if parts["attn"] else None
+    else:  # the i-th block is the i-th element of several lists
+        family = beside
+        added = {part: f"{stack.path}.{getattr(family, part)}.{i}" for part in CHILDREN}
+        start = attends = added["attn"]
+    sites = [Site(name=f"{name}.{part}", module=where, layout=family.layout) for part, where in added.items()]
+    if family.stream:
+        sites.insert(0, Site(name=name, module=path, layout=family.layout))
+        sites.insert(1, Site(name=f"{name}.in", module=start, side="input", layout=family.layout))
+    if attends is not None:
+        sites += _heads(model.get_submodule(attends), attends, name, _config(model.get_submodule(stack.path)))
+    return {site.name: site for site in sites}
+
+
+def _part(block: nn.Module, part: str, given: str | None) -> str | None:
+    """The path, inside a block, of the module that attends or feeds forward."""
     if given is not None:
-        steps = given.split(".")
-        for i, (parent, child) in enumerate(pairwise(steps)):
-            if child == "-1":
-                steps[i + 1] = str(len(getattr(block, parent)) - 1)
-        return ".".join(steps)
-    children = dict(block.named_children())
-    for attn_norm, mlp_norm in zip(*POST_NORMS.values(), strict=True):
-        if attn_norm in children and mlp_norm in children:
-            return attn_norm if part == "attn" else mlp_norm
-    return next((name for name in choices if name in children), None)
+        return given or None
+    if isinstance(sublayers := getattr(block, "layer", None), nn.ModuleList):  # as in T5: each computes and adds
+        at = 0 if part == "attn" else len(sublayers) - 1
+        return f"layer.{at}.{next(name for name, _ in sublayers[at].named_children())}"
+    children = {name for name, module in block.named_children() if not isinstance(module, nn.ModuleList)}
+    return next((name for name in CHILDREN[part] if name in children), None)
 
 
-def _heads(block: nn.Module, path: str, name: str, heads: int) -> dict[str, Site]:
+def _added(block: nn.Module, part: str, where: str) -> str:
+    """The path, inside a block, of what joins the residual stream: what comes after a part; where the part is handed the
+    residual and adds it inside, its last projection; else the part itself."""
+    inner = dict(block.named_modules())
+    if any(name in inner for name in AFTER["mlp"]):
+        return next((name for name in AFTER[part] if name in inner), where)
+    for path in (where, f"{where}.output"):
+        if path in inner and {"residual", "input_tensor"} & {*_arguments(inner[path])}:
+            return f"{path}.{[name for name, m in inner[path].named_children() if hasattr(m, 'in_features')][-1]}"
+    return where
+
+
+def _heads(attention: nn.Module, path: str, name: str, config: Any) -> list[Site]:
     """Heads are slices of the output projection's input."""
-    attention = next((name for name in ATTENTION[:5] if name in dict(block.named_children())), None)
-    if attention is None or not heads:
-        return {}
-    for where, module in block.get_submodule(attention).named_modules():
-        width = getattr(module, "in_features", None) or getattr(module, "nx", None)
-        if where.rpartition(".")[2] in PROJECTION and width and width % heads == 0:
-            size = width // heads
-            return {
-                f"{name}.attn.heads.{h}": Site(
-                    name=f"{name}.attn.heads.{h}",
-                    module=f"{path}.{attention}.{where}",
-                    side="input",
-                    columns=(h * size, (h + 1) * size),
-                )
-                for h in range(heads)
-            }
-    return {}
+    if path.rpartition(".")[2] in MIXERS:
+        return []
+    inner = dict(attention.named_modules())
+    told = next((told for m in inner.values() if isinstance(told := _first(m, *HEADS), int)), None)
+    for where, module in inner.items():
+        width, size = _first(module, "in_features", "nx"), getattr(attention, "head_dim", None)
+        if width and where.rpartition(".")[2].lower() in PROJECTION:
+            count = told or (width // size if size else _first(config, *HEADS))
+            cuts = [(width * h // count, width * (h + 1) // count) for h in range(count)]
+            names = [f"{name}.attn.heads.{h}" for h in range(count)]
+            return [
+                Site(name=head, module=f"{path}.{where}", side="input", columns=cut)
+                for head, cut in zip(names, cuts, strict=True)
+            ]
+    return []
 
 
-def _final_norm(part: nn.Module, stack: Stack) -> str | None:
-    """The last norm beside the blocks, if there is one."""
-    holder = stack.blocks[-1].rpartition(".")[0].rpartition(".")[0]
-    prefix = stack.path + "." if stack.path else ""
-    inside = part.get_submodule(holder[len(prefix) :]) if holder.startswith(prefix) else part
-    base = holder if inside is not part else stack.path
-    norms = [n for n, m in inside.named_children() if "norm" in type(m).__name__.lower() and "embed" not in n.lower()]
-    return f"{base}.{norms[-1]}".strip(".") if norms else None
+def _final_norm(model: nn.Module, stack: Stack) -> str | None:
+    """Beside the blocks, the first norm after them, else the last before; never that of an embedding."""
+    if (given := _family(model.get_submodule(stack.path)).norm) is not None:
+        return f"{stack.path}.{given}".strip(".") if given else None
+    holder, _, blocks = stack.blocks[-1].rpartition(".")[0].rpartition(".")
+    children = dict(model.get_submodule(holder).named_children())
+    norms = [n for n, m in children.items() if "norm" in type(m).__name__.lower() and not n.endswith(("emb", "embedding"))]
+    after = [*children][[*children].index(blocks) :]
+    chosen = next((name for name in norms if name in after), norms[-1] if norms else None)
+    return None if chosen is None else f"{holder}.{chosen}".strip(".")
+
+
+def stream_width(model: nn.Module, site: Site) -> int | None:
+    """Width of the residual stream at a block, and of what its parts add to it."""
+    stack = next(stack for stack in stacks(model) if site.name.startswith(f"{stack.prefix}layers."))
+    config, copies = _config(model.get_submodule(stack.path)), _family(model.get_submodule(site.module)).copies
+    width = getattr(config, "hidden_size", None)
+    return width if width is None or copies is None else width * getattr(config, copies)

@@ -31,7 +31,7 @@ class ModuleHost(Host):
 
     def state(self, clock: str, args: tuple, kwargs: dict[str, Any]) -> StepState:  # noqa: ARG002
         first = next((v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor) and v.ndim > 1), None)
-        return StepState(0 if first is None else first.shape[1], device=None if first is None else first.device)
+        return StepState(0 if first is None else first.shape[1], like=first)
 
     def traced_state(self, clock: str, args: tuple, kwargs: dict[str, Any]) -> StepState:
         plain = self.state(clock, args, kwargs)
@@ -65,6 +65,6 @@ def digest(model: nn.Module, values: int = 16) -> str | None:
     sha = hashlib.sha256()
     for name, p in parameters:
         flat = p.detach().reshape(-1)
-        chosen = flat[torch.linspace(0, len(flat) - 1, min(values, len(flat)), device=p.device).long()]
+        chosen = flat[torch.arange(values, device=p.device) * (len(flat) - 1) // (values - 1)]
         sha.update(name.encode() + chosen.to(torch.bfloat16).cpu().view(torch.int16).numpy().tobytes())
     return sha.hexdigest()

@@ -3,7 +3,6 @@
 import sys
 import threading
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property, wraps
@@ -18,7 +17,7 @@ from steerlib.hosts import Host
 from steerlib.schedules import Branch, StepState
 from steerlib.sites import Site
 
-from .families import _arguments, named_sites, stacks
+from .families import _arguments, named_sites, stacks, stream_width
 from .modules import digest, module_site
 
 
@@ -83,13 +82,17 @@ class TransformersHost(Host):
         return sites[name] if name in sites else module_site(self.model, name, tuple(sites))
 
     def clocks(self, site: Site) -> tuple[str, ...]:
-        """The stack a site lies in; for an embedding, which an outer module may call, all that are called with tokens."""
+        """The stack a site lies in, after the body around it, if any: a body that sees as well as reads hands its stack a
+        mask that no longer tells what is padding."""
         paths = self._layout[1]
         if site.name == "embed" and len(paths) > 1:
             return paths  # an encoder and a decoder may share it
-        inside = [path for path in paths if site.module.startswith(path + ".") or not path]
-        if inside and site.name != "embed":
-            return (max(inside, key=len),)
+        body = self.model.base_model
+        if len(paths) == 1 and body is not self.model and {"input_ids", "attention_mask"} <= {*_arguments(body)}:
+            paths = tuple(dict.fromkeys((next(n for n, m in self.model.named_modules() if m is body), *paths)))
+        inside = tuple(path for path in paths if site.module.startswith(path + ".") or not path)
+        if inside:
+            return inside
         outer = [""]
         for step in site.module.split(".")[:-1]:
             outer.append(f"{outer[-1]}.{step}".strip("."))
@@ -102,53 +105,48 @@ class TransformersHost(Host):
 
     def width(self, site: Site) -> int | None:
         if site.columns is None and ".layers." in f".{site.name}" and site.name in self.sites():
-            return getattr(self.model.config.get_text_config(decoder=True), "hidden_size", None)
+            return stream_width(self.model, site)
         return super().width(site)
 
     # -- where a pass stands ---------------------------------------------------------------------------------
 
     def state(self, clock: str, args: tuple, kwargs: dict[str, Any]) -> StepState:
-        tokens = _tokens(args, kwargs)
+        tokens = kwargs.get("input_ids")
+        if tokens is None:
+            tokens = _tokens(args, kwargs)
         length = tokens.shape[1]
-        call = _RUNNING.call
         mask = kwargs.get("attention_mask")
-        if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
+        if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] >= length):
             mask = None
-        if call is None or self._is_encoder(clock):
-            mask_fits = mask is not None and mask.shape[1] >= length
-            start = mask.shape[1] - length if mask_fits else _cached(kwargs)
-            return StepState(length, start=start, mask=mask if mask_fits else None, device=tokens.device)
-        branch = self._branch(call)
-        start = self._start(call, branch, mask, length, kwargs)
+        call = _RUNNING.call
+        if call is None or clock == self._encoder:
+            start = _cached(kwargs) if mask is None else mask.shape[1] - length
+            return StepState(length, start=start, mask=mask, like=tokens)
+        branch = self._branch(call) if call.guided else None
+        start = self._start(call, branch, length, kwargs) if mask is None else mask.shape[1] - length
         if branch == "uncond":
             call.uncond_prompt = prompt = call.uncond_prompt or start + length
         else:
             prompt = call.prompt
             if mask is None and call.mask is not None:
                 mask = call.mask.repeat_interleave(len(tokens) // len(call.mask), dim=0)
-        return StepState(
-            length, start=start, prompt=prompt, mask=mask, prompts=call.prompts, branch=branch, device=tokens.device
-        )
+        return StepState(length, start=start, prompt=prompt, mask=mask, prompts=call.prompts, branch=branch, like=tokens)
 
-    def _start(
-        self, call: Generation, branch: Branch | None, mask: Tensor | None, length: int, kwargs: dict[str, Any]
-    ) -> int:
-        """The column of the first token of a pass."""
-        if mask is not None and mask.shape[1] >= length:
-            return mask.shape[1] - length
+    def _start(self, call: Generation, branch: Branch | None, length: int, kwargs: dict[str, Any]) -> int:
+        """The column of the first token of a pass that was given no mask."""
         if kwargs.get("past_key_values") is not None:
-            with suppress(ValueError, AttributeError):  # caches of models without attention do not tell
+            try:
                 return _cached(kwargs)
+            except (ValueError, AttributeError):  # caches of models without attention do not tell
+                pass
         if branch == "uncond":
             return 0 if call.uncond_prompt is None or length > 1 else call.uncond_prompt
         start = 0 if length == call.end + 1 and length > 1 else call.end  # without a cache all is read anew
         call.end = start + length
         return start
 
-    def _branch(self, call: Generation) -> Branch | None:
+    def _branch(self, call: Generation) -> Branch:  # noqa: ARG002
         """Whether `generate()` or its guidance asks; transformers tells nobody, so the call stack has to."""
-        if not call.guided:
-            return None
         frame = sys._getframe(2)
         while frame is not None:
             if frame.f_code.co_name == "get_unconditional_logits":
@@ -156,8 +154,10 @@ class TransformersHost(Host):
             frame = frame.f_back  # type: ignore[assignment]
         return "cond"
 
-    def _is_encoder(self, clock: str) -> bool:
-        return self.model.config.is_encoder_decoder and clock == self._layout[1][0]
+    @cached_property
+    def _encoder(self) -> str | None:
+        """Path of the encoder, whose input is all prompt."""
+        return next(iter(self._layout[1]), None) if self.model.config.is_encoder_decoder else None
 
     def traced_state(self, clock: str, args: tuple, kwargs: dict[str, Any]) -> StepState:  # noqa: ARG002
         tokens = _tokens(args, kwargs)

@@ -30,6 +30,6 @@ from .steering import steer as steer
 
 __all__ = [
     "Ablate", "Add", "BaseModel", "CausalGraph", "Clamp", "Concept", "ConceptBank", "Directions", "Edge", "Encoder",
-    "Gate", "Host", "Intervention", "Patch", "Ramp", "Scale", "Schedule", "Set", "Site", "StepState", "Steering",
+    "Gate", "Host", "Intervention", "Patch", "Ramp", "Scale", "Schedule", "Set", "Site", "Steering", "StepState",
     "Steps", "Window", "attach", "load", "record", "steer",
 ]  # fmt: skip

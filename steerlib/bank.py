@@ -1,11 +1,11 @@
 """A bank: concepts of one model, their encoders, their graph, and whose they are.
 
-    README.md                    the card
-    bank.json                    format, base model, sites, encoders, provenance, size and SHA-256 of every other file
-    concepts.jsonl               one line a concept
-    graph.safetensors            edges by line of concepts.jsonl: src, dst, weight
-    sites/<encoder>.safetensors  one row per concept in each tensor
-    hashes.safetensors           block hashes, so that single rows can be trusted
+README.md                    the card
+bank.json                    format, base model, sites, encoders, provenance, size and SHA-256 of every other file
+concepts.jsonl               one line a concept
+graph.safetensors            edges by line of concepts.jsonl: src, dst, weight
+sites/<encoder>.safetensors  one row per concept in each tensor
+hashes.safetensors           block hashes, so that single rows can be trusted
 """
 
 import json
@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -45,7 +45,7 @@ class BaseModel:
     """Hash of the weights; other weights of the same architecture give a notice."""
 
     @classmethod
-    def of(cls, model: object, id: str = "") -> Self:
+    def of(cls, model: object, id: str = "") -> "BaseModel":
         """The identity of a loaded model."""
         host = host_for(model)
         return cls(id=id, fingerprint=host.fingerprint(), weights=host.weights_digest())
@@ -230,9 +230,7 @@ class ConceptBank:
     # -- making ----------------------------------------------------------------------------------------------
 
     @classmethod
-    def from_directions(
-        cls, directions: Mapping[str, Tensor], *, site: str, base: object, name: str = "directions"
-    ) -> Self:
+    def from_directions(cls, directions: Mapping[str, Tensor], *, site: str, base: object, name: str = "directions") -> "ConceptBank":
         """One's own vectors at one site of a model; the unit is the vector itself."""
         if not directions:
             raise BadBank("expected at least one direction, got none")
@@ -244,14 +242,14 @@ class ConceptBank:
         return cls._around(Directions(torch.stack(list(vectors.values()))), concepts, site, base, name)
 
     @classmethod
-    def from_encoder(cls, encoder: Encoder, *, site: str, base: object, name: str = "encoder") -> Self:
+    def from_encoder(cls, encoder: Encoder, *, site: str, base: object, name: str = "encoder") -> "ConceptBank":
         """One's own encoder at one site; concepts are called `site/index`."""
         count = len(next(iter(encoder.to_tensors().values())))
         concepts = [Concept(name=f"{site}/{i}", encoder=site, index=i) for i in range(count)]
         return cls._around(encoder, concepts, site, base, name)
 
     @classmethod
-    def _around(cls, encoder: Encoder, concepts: list[Concept], site: str, base: object, name: str) -> Self:
+    def _around(cls, encoder: Encoder, concepts: list[Concept], site: str, base: object, name: str) -> "ConceptBank":
         host = host_for(base)
         found, width = host.site(site), encoder.rows([0]).write.shape[-1]
         expected = host.width(found)
@@ -271,7 +269,7 @@ class ConceptBank:
         token: str | bool | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
         local_files_only: bool = False,
-    ) -> Self:
+    ) -> "ConceptBank":
         """Open a bank from a folder, from those shipped with steerlib, or from the Hub. Reads no weights."""
         folder = hub.resolve(
             name_or_folder, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
@@ -285,7 +283,7 @@ class ConceptBank:
         return cls._open(folder, manifest)
 
     @classmethod
-    def _open(cls, folder: Path, manifest: Any) -> Self:
+    def _open(cls, folder: Path, manifest: Any) -> "ConceptBank":
         if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
             version = manifest.get("format") if isinstance(manifest, dict) else None
             raise UnknownFormat(f"expected bank format {FORMAT}, got {version!r}; update steerlib or export the bank again")

@@ -9,11 +9,10 @@
 for every target k that acts there (g_k > 0). The change x2 - x is capped in length and cast once.
 """
 
-from copy import copy
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from math import inf
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -28,7 +27,7 @@ from .schedules import Branch, StepState, gain
 Key = Hashable
 """One concept of one bank: what notes between sites are filed under."""
 SAMPLE_EVERY = 32
-"""New tokens between two looks at how far off its natural range a concept is."""
+"""Passes between two looks at how far off its natural range a concept is; the first pass is looked at."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -61,7 +60,8 @@ class Edit:
         unconditional = i.when is None and i.gate is None and i.mask is None and self.branch is None
         return (
             unconditional
-            and not (self.is_target or self.forecast or self.noted or isinstance(i.tokens, slice)) and self.rule.scale == 1
+            and not (self.is_target or self.forecast or self.noted or isinstance(i.tokens, slice))
+            and self.rule.scale == 1
         )
 
 
@@ -96,7 +96,7 @@ class Table:
     """`R` of the contents, which may be less than there is room for."""
 
     @classmethod
-    def empty(cls, edits: int, width: int, rows: int = 1, device: torch.device | None = None) -> Self:
+    def empty(cls, edits: int, width: int, rows: int = 1, device: torch.device | None = None) -> "Table":
         """Room for some edits, none of which does anything."""
         new = torch.zeros(0, device=device).new_full
         return cls(
@@ -116,7 +116,7 @@ class Table:
         )
 
     @classmethod
-    def of(cls, edits: Sequence[Edit], cap: float = inf) -> Self:
+    def of(cls, edits: Sequence[Edit], cap: float = inf) -> "Table":
         """The contents for some edits, on the CPU."""
         amounts = [amount for edit in edits for amount in edit.rule if isinstance(amount, tuple)]
         rows = max(map(len, amounts), default=1)
@@ -190,7 +190,7 @@ class Table:
             miss = active * g * (aim - z1)
             delta = delta + self._least_change(miss, active)
             moved = moved + miss
-        length = delta.norm(dim=-1)
+        length = delta.detach().norm(dim=-1)  # the cap is a measure, not a part of the edit that is learned through
         return delta * (self.cap / length.clamp(min=1e-30)).clamp(max=1)[..., None], moved, length
 
     def _gains(self, state: StepState, z: Tensor) -> Tensor:
@@ -240,6 +240,7 @@ class Program:
         parts = {edit.intervention.tokens for edit in edits if edit.is_constant}
         self.part = parts.pop() if len(parts) == 1 and all(edit.is_constant for edit in edits) and not readings else None
         self.delta = self._constant() if self.part is not None else None
+        self.rows = 1 if self.table is None else len(self.table.scale)
         self._patches = {
             k: patched(edit.intervention.tape[edit.concept.name])
             for k, edit in enumerate(edits)
@@ -256,8 +257,8 @@ class Program:
 
     def anew(self) -> "Program":
         """The same edits with an empty tally."""
-        other = copy(self)
-        other.tally, other.twin = Tally(), {}
+        other = Program.__new__(Program)
+        other.__dict__.update(self.__dict__, tally=Tally(), twin={})
         return other
 
     def listen(self, x: Tensor) -> None:
@@ -269,32 +270,32 @@ class Program:
     def __call__(self, x: Tensor, state: StepState) -> Tensor:
         """The steered x."""
         tally = self.tally
-        if not tally.passes and self.table is not None and x.shape[-1] != self.table.read.shape[-1]:
+        passes = tally.passes = tally.passes + 1
+        delta = self.delta
+        if delta is None or not state.is_plain:
+            if passes == 1:
+                self._check_width(x)
+            return self._general(x, state)
+        if self.part != "all" and self.part != state.section:
+            return x
+        tally.tokens += state.length
+        if delta.dtype is not x.dtype or passes == 1:
+            self._check_width(x)
+            delta = self.delta = self._constant().to(x.device, x.dtype)
+        if self.rows > 1:
+            delta = self._repeated(delta, x, state)
+        y = x + delta
+        if passes % SAMPLE_EVERY == 1:
+            self._look(y, state, delta.norm(dim=-1).expand(y.shape[:2]))
+        return y
+
+    def _check_width(self, x: Tensor) -> None:
+        if self.table is not None and x.shape[-1] != self.table.read.shape[-1]:
             names = ", ".join(repr(edit.concept.name) for edit in self.edits)
             raise WrongWidth(f"{names} expects activations of width {self.table.read.shape[-1]}, the site has {x.shape[-1]}")
-        tally.passes += 1
-        part = self.part
-        if part is not None and state.is_plain:
-            if part != "all" and part != state.section:
-                return x
-            tally.tokens += state.length
-            delta = self._placed(x) if self.delta.ndim == 1 else self._repeated(x, state)
-            y = x + delta
-            if not tally.passes % SAMPLE_EVERY or state.section == "prompt":
-                self._look(y, state, delta.norm(dim=-1).expand(y.shape[:2]))
-            return y
-        return self._general(x, state)
 
-    def _placed(self, x: Tensor) -> Tensor:
-        """The constant change in x's dtype and on its device."""
-        delta = self.delta
-        if delta.dtype is not x.dtype or delta.device != x.device:
-            delta = self.delta = delta.to(x.device, x.dtype)
-        return delta
-
-    def _repeated(self, x: Tensor, state: StepState) -> Tensor:
+    def _repeated(self, delta: Tensor, x: Tensor, state: StepState) -> Tensor:
         """The constant change of each row of the batch: rows are prompts, which beams repeat."""
-        delta = self._placed(x)
         self._check_rows(len(delta), len(x), state)
         return delta if len(delta) == len(x) else delta.repeat_interleave(len(x) // len(delta), dim=0)
 
@@ -324,7 +325,7 @@ class Program:
                 state.notes["change", edit.key] = state.notes.get(("change", edit.key), 0) + moved[..., k]
         y = x + delta.to(x.dtype)
         self.tally.tokens += state.length
-        if not self.tally.passes % SAMPLE_EVERY or state.section != "generated":
+        if self.tally.passes % SAMPLE_EVERY == 1:
             self._look(y, state, length)
         return y
 

@@ -1,29 +1,29 @@
 """Every error steerlib raises on purpose.
 
-    SteerlibError
-    ├── UnknownName (KeyError)
-    │   ├── UnknownConcept       no such concept in the bank
-    │   └── UnknownSite          no such place in the model
-    ├── UnsupportedTarget (TypeError)  nothing here knows how to steer this object
-    ├── BadEdit (ValueError)
-    │   ├── ConflictingEdits     one concept is given two values
-    │   ├── RowMismatch          amounts for other rows than the batch has
-    │   └── Unanswerable         the host cannot tell what a schedule, a gate or a mode asks for
-    ├── BadBank (ValueError)
-    │   ├── WrongModel           the bank was made for another architecture
-    │   ├── WrongWidth           a vector does not fit its site
-    │   ├── CorruptBank          missing, truncated or altered file
-    │   └── UnknownFormat        written by a newer steerlib
-    ├── BadRecipe (ValueError)   a recipe that cannot be carried out
-    ├── SiteNotReached (RuntimeError)  the model ran, but a steered place did not
-    ├── CompiledModel (RuntimeError)   torch would silently ignore a hook added now
-    ├── ModelBusy (RuntimeError)       another thread steers this compiled model
-    ├── NoSession (RuntimeError)       several threads steer, this one has no session
-    └── MissingExtra (ImportError)     an optional dependency is not installed
+SteerlibError
+├── UnknownName (KeyError)
+│   ├── UnknownConcept       no such concept in the bank
+│   └── UnknownSite          no such place in the model
+├── UnsupportedTarget (TypeError)  nothing here knows how to steer this object
+├── BadEdit (ValueError)
+│   ├── ConflictingEdits     one concept is given two values
+│   ├── RowMismatch          amounts for other rows than the batch has
+│   └── Unanswerable         the host cannot tell what a schedule, a gate or a mode asks for
+├── BadBank (ValueError)
+│   ├── WrongModel           the bank was made for another architecture
+│   ├── WrongWidth           a vector does not fit its site
+│   ├── CorruptBank          missing, truncated or altered file
+│   └── UnknownFormat        written by a newer steerlib
+├── BadRecipe (ValueError)   a recipe that cannot be carried out
+├── SiteNotReached (RuntimeError)  the model ran, but a steered place did not
+├── CompiledModel (RuntimeError)   torch would silently ignore a hook added now
+├── ModelBusy (RuntimeError)       another thread steers this compiled model
+├── NoSession (RuntimeError)       several threads steer, this one has no session
+└── MissingExtra (ImportError)     an optional dependency is not installed
 
-    SteeringWarning (UserWarning)
-    ├── OutOfRange               an amount beyond what was measured to be safe
-    └── OtherWeights             same architecture as the bank's base model, other weights
+SteeringWarning (UserWarning)
+├── OutOfRange               an amount beyond what was measured to be safe
+└── OtherWeights             same architecture as the bank's base model, other weights
 """
 
 from collections.abc import Iterable

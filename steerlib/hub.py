@@ -40,7 +40,9 @@ def resolve(
     if re.fullmatch(r"[A-Za-z0-9._-]+", str(name)) and (shipped / "bank.json").is_file():
         return shipped
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
-        raise BadBank(f"expected a folder, a shipped bank ({', '.join(shipped_banks())}) or a Hub id org/name, got {str(name)!r}")
+        raise BadBank(
+            f"expected a folder, a shipped bank ({', '.join(shipped_banks())}) or a Hub id org/name, got {str(name)!r}"
+        )
     from huggingface_hub import snapshot_download
 
     return Path(

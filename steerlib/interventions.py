@@ -163,9 +163,7 @@ class Clamp(Intervention):
 
     def rule(self, unit: float) -> Rule:
         unit = unit if self.unit == "concept" else 1.0
-        return Rule(
-            low=-inf if self.low is None else self.low * unit, high=inf if self.high is None else self.high * unit
-        )
+        return Rule(low=-inf if self.low is None else self.low * unit, high=inf if self.high is None else self.high * unit)
 
 
 @dataclass(frozen=True, eq=False)

@@ -35,16 +35,15 @@ class StepState:
         mask: Tensor | None = None,
         prompts: int | None = None,
         branch: Branch | None = None,
-        device: torch.device | None = None,
+        like: Tensor | None = None,
     ):
         """`length` tokens from column `start`; the first `prompt` columns are the prompt (None: all are);
-        `mask[B, T]` is 1 on real tokens; `prompts` rows were asked for, which beams may repeat."""
+        `mask[B, T]` is 1 on real tokens; `prompts` rows were asked for, which beams may repeat; `like` is a tensor on
+        the device of this pass."""
         self.length, self.start, self.prompt = length, start, prompt
-        self.mask, self.prompts, self.branch, self.device = mask, prompts, branch, device
+        self.mask, self.prompts, self.branch, self.like = mask, prompts, branch, like
         self.section: Section = (
-            "prompt"
-            if prompt is None or start + length <= prompt
-            else ("generated" if start >= prompt else "mixed")
+            "prompt" if prompt is None or start + length <= prompt else ("generated" if start >= prompt else "mixed")
         )
         """Whether this pass reads prompt, new tokens, or both."""
         self.is_plain = self.section == "generated" or (mask is None and self.section == "prompt")
@@ -72,7 +71,8 @@ class StepState:
     @cached_property
     def columns(self) -> Int[Tensor, "1 N"]:
         """Column of every token of this pass."""
-        return torch.arange(self.start, self.start + self.length, device=self.device)[None]
+        device = None if self.like is None else self.like.device
+        return torch.arange(self.start, self.start + self.length, device=device)[None]
 
     @cached_property
     def positions(self) -> Int[Tensor, "rows N"]:

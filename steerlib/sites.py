@@ -31,6 +31,11 @@ class Site:
     columns: tuple[int, int] | None = None
     """A part of the last axis: one head."""
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether a module that gives one tensor gives `x[B, N, D]` itself."""
+        return self.columns is None and LAYOUTS[self.layout] is None
+
     def read(self, value: Any) -> Tensor:
         """The tensor `x[B, N, D]` inside a module's output or positional input."""
         x = value if isinstance(value, Tensor) else value[self.element]

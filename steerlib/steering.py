@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from math import inf
 from types import TracebackType
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -27,7 +27,7 @@ from .errors import (
     SteeringWarning,
     Unanswerable,
 )
-from .hooks.attach import Attachment, Dispatch, Socket, attachment, before_forward, is_compiled
+from .hooks.attach import Attachment, Dispatch, Socket, attachment, before_forward, is_compiled, modules_on
 from .hosts import Host, host_for
 from .interventions import Ablate, Add, Clamp, Intervention, Patch, Rule, Set
 from .schedules import Branch, StepState
@@ -343,12 +343,13 @@ class Steering:
         self._attachment: Attachment | None = None
         self._thread = 0
         self._passes: dict[str, int] = {}
+        self._ran = False
         self._undo_twin: Callable[[], None] | None = None
         self._caches: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 
     # -- life ------------------------------------------------------------------------------------------------
 
-    def attach(self) -> Self:
+    def attach(self) -> "Steering":
         """Put permanent sockets at every site of the bank, so that the model can be compiled."""
         place = attachment(self.host)
         sites = tuple(self.host.site(name) for name in self.bank.sites)
@@ -363,7 +364,7 @@ class Steering:
                 socket.traced = Contents(Table.empty(max(1, room[site.name]), width, ROWS, device))
         return self
 
-    def set(self, edits: Edits) -> Self:
+    def set(self, edits: Edits) -> "Steering":
         """Edit these concepts from now on, in place of those before."""
         plan = _plan(self.bank, self.host, edits, self._options)
         self._leave()
@@ -371,7 +372,7 @@ class Steering:
         self._enter()
         return self
 
-    def clear(self) -> Self:
+    def clear(self) -> "Steering":
         """Edit nothing, and stay attached."""
         return self.set({})
 
@@ -385,7 +386,7 @@ class Steering:
             self._attachment.release(self.host, self._standing)
             self._standing = ()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Steering":
         if not self.programs:
             self._enter()
         return self
@@ -406,7 +407,7 @@ class Steering:
         self._thread = threading.get_ident()
         with place.lock:
             others = [s for s in place.sessions if s._plan.edits]
-            if any(s._thread != self._thread for s in others) and self._plan.edits and is_compiled(self.host.model):
+            if any(s._thread != self._thread for s in others) and self._plan.edits and is_compiled([self.host.model]):
                 raise ModelBusy("another thread steers this compiled model; take turns, or load a second copy")
             self._refuse_conflicts(others)
             place.require(self.host, self._plan.sites)
@@ -427,6 +428,7 @@ class Steering:
         place = self._attachment
         if place is None:
             return
+        self._ran = self._ran or self._has_run()
         with place.lock:
             if self._undo_twin is not None:
                 self._undo_twin()
@@ -464,9 +466,14 @@ class Steering:
         place = self._attachment
         if place is None or not self._held:
             return []
-        ran = any(clock.passes > self._passes.get(path, 0) for path, clock in place.clocks.items())
         reached = {name for name, program in self.programs.items() if program.tally.passes}
+        ran = self._has_run()
         return [site.name for site in self._held if ran and site.name not in reached and not self._hit(site)]
+
+    def _has_run(self) -> bool:
+        """Whether the model made a pass inside this session."""
+        place = self._attachment
+        return place is not None and any(c.passes > self._passes.get(path, 0) for path, c in place.clocks.items())
 
     def _hit(self, site: Site) -> bool:
         socket = self._attachment.sockets.get(site.name) if self._attachment else None
@@ -477,9 +484,6 @@ class Steering:
 
     def report(self) -> "Report":
         """What was edited where, how much, and how far off the natural range; and why nothing happened, if so."""
-        ran = self._attachment is not None and any(
-            clock.passes > self._passes.get(path, 0) for path, clock in self._attachment.clocks.items()
-        )
         lines = []
         for name, program in self.programs.items():
             tally, norm = program.tally, self.bank.sites[name].norm
@@ -497,7 +501,7 @@ class Steering:
                         capped=float(tally.capped) / looked,
                     )
                 )
-        return Report(tuple(lines), ran)
+        return Report(tuple(lines), self._ran or self._has_run())
 
     def __repr__(self) -> str:
         return str(self.report())
@@ -607,7 +611,7 @@ def _fill(socket: Socket, programs: Sequence[Program]) -> None:
     for edit in edits:
         i = edit.intervention
         if i.gate is not None or i.mask is not None or edit.branch or edit.held or edit.forecast or isinstance(i, Patch):
-            if socket.compiling():
+            if is_compiled(modules_on(socket.model, socket.site.module)):
                 raise Unanswerable(
                     f"{edit.concept.name!r}: gates, masks, branches, patches and do='hold' or 'graph' need Python at every "
                     "pass, which a compiled model leaves out; use them on a model that is not compiled"
@@ -650,9 +654,7 @@ Tape = dict[str, list[tuple[StepState, Tensor]]]
 
 
 @contextmanager
-def record(
-    target: object, bank_or_sites: ConceptBank | Sequence[str], concepts: Sequence[str] | None = None
-) -> Iterator[Tape]:
+def record(target: object, bank_or_sites: ConceptBank | Sequence[str], concepts: Sequence[str] | None = None) -> Iterator[Tape]:
     """Record every pass inside a `with` block: `tape[name]` lists `(state, values)`.
 
     With a bank, values are the concepts' readings `z[B, N]` (raw coordinates, after any edit); with names of sites,

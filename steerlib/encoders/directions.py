@@ -1,7 +1,7 @@
 """Linear directions: one vector per concept."""
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -28,7 +28,7 @@ class Directions(Encoder):
         self.encoder = self.decoder / self.decoder.square().sum(-1, keepdim=True)
 
     @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Self:
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> "Directions":
         return cls(tensors["decoder"], tensors["mean"])
 
     def to_tensors(self) -> dict[str, Tensor]:

@@ -202,7 +202,9 @@ def random_bank(concept: Concept, bank: ConceptBank, *, count: int = RANDOM_DIRE
     vectors *= write.norm() / vectors.norm(dim=-1, keepdim=True)
     site = bank.site_of(concept)
     names = [Concept(name=f"random-{i}", encoder=site, index=i, unit=concept.unit) for i in range(count)]
-    return ConceptBank("random", names, {site: Directions(vectors)}, base=BaseModel(), sites={site: SiteFacts(width=len(write))})
+    return ConceptBank(
+        "random", names, {site: Directions(vectors)}, base=BaseModel(), sites={site: SiteFacts(width=len(write))}
+    )
 
 
 def effect(

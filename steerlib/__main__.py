@@ -1,0 +1,5 @@
+"""`python -m steerlib`."""
+
+from .cli import main
+
+main()

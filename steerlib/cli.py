@@ -1,0 +1,246 @@
+"""The command line: `steerlib demo | steer | concepts | info | verify | list | train | eval`."""
+
+import json
+import sys
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Annotated, Any
+
+from .bank import ConceptBank
+from .errors import BadEdit, MissingExtra, SteerlibError
+from .hosts import load
+from .hub import shipped_banks
+from .steering import steer as steered
+
+try:
+    import typer
+    from rich.console import Console
+    from rich.table import Table
+except ImportError:
+    raise MissingExtra("the command line needs typer and rich: pip install 'steerlib[cli]'") from None
+
+app = typer.Typer(help="Change what a generation model is thinking of, while it runs.", no_args_is_help=True)
+console = Console()
+
+DEMO_BANK = "smollm2-135m-instruct"
+DEMO_PROMPTS = ("What did you do on your last holiday?", "Tell me about the place where you live.", "Why is it good to wait?")
+DEMO_CONCEPTS = ("french", "fantasy", "formality")
+DEMO_STRENGTHS = (-0.5, 0.5, 1.0)
+DEMO_TOKENS = 40
+
+BankName = Annotated[str, typer.Argument(help="a folder, a shipped bank, or a Hub id")]
+
+
+def recipes() -> Path:
+    """The folder of the recipes that come with steerlib."""
+    from importlib.resources import files
+
+    return Path(str(files("steerlib.concept_banks"))) / "recipes"
+
+
+def recipe_of(bank: ConceptBank, recipe: Path | None) -> Any:
+    """The recipe given, or the shipped one that the bank was made from."""
+    from .training.recipe import Recipe
+
+    return Recipe.from_file(recipe or recipes() / str(bank.provenance.get("recipe", bank.name)) / "recipe.toml")
+
+
+@contextmanager
+def quiet(message: str) -> Iterator[None]:
+    """A spinner in place of the libraries' own chatter while something loads."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    with console.status(message), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@app.command()
+def demo(
+    tokens: Annotated[int, typer.Option(help="new tokens of each answer")] = DEMO_TOKENS,
+    threads: Annotated[int, typer.Option(help="processor threads (0: torch's choice)")] = 0,
+) -> None:
+    """Steer the real SmolLM2-135M-Instruct: three concepts, several strengths, beside the unsteered text."""
+    import torch
+
+    from .evaluation.text import chat, complete, progress, scorer_for
+
+    torch.set_num_threads(threads or torch.get_num_threads())
+    bank = ConceptBank.from_pretrained(DEMO_BANK)
+    recipe = recipe_of(bank, None)
+    with quiet(f"loading {recipe.base} (4-bit file, de-quantised)"):
+        model, tokenizer = load(recipe.source)
+        known = {concept.name: concept for concept in recipe.concepts}
+        scorers = {n: scorer_for(n, known[n].scorer, recipe.folder / recipe.scoring) for n in DEMO_CONCEPTS}
+    asked = [chat(tokenizer, prompt) for prompt in DEMO_PROMPTS]
+    complete(model, tokenizer, asked, new_tokens=2)  # warm up
+    plain, seconds = _timed(model, tokenizer, asked, tokens)
+    done = {}
+    for name in progress(DEMO_CONCEPTS, "writing"):
+        useful = bank[name].useful or 1.0
+        for share in DEMO_STRENGTHS:
+            amount = round(share * useful, 2)
+            with steered(model, bank, {name: amount}):
+                done[name, amount] = _timed(model, tokenizer, asked, tokens)
+    for i, prompt in enumerate(DEMO_PROMPTS):
+        table = Table("", "score", "text", title=f"“{prompt}”", title_justify="left", show_lines=True, title_style="bold")
+        table.add_row("unsteered", "", plain[i])
+        for (name, amount), (texts, _) in done.items():
+            score = scorers[name][0]
+            before, after = score([plain[i], texts[i]])
+            table.add_row(f"{name} {amount:+.1f}", f"{before:.2f} → {after:.2f}", texts[i])
+        console.print(table)
+    summary = Table("concept", "amount", "mean score, unsteered → steered", "scored by", title="Measured", title_justify="left")
+    for (name, amount), (texts, _) in done.items():
+        score, trust = scorers[name]
+        summary.add_row(name, f"{amount:+.1f}", f"{score(plain).mean():.2f} → {score(texts).mean():.2f}", trust)
+    console.print(summary)
+    again = min(_timed(model, tokenizer, asked, tokens)[1] for _ in range(2))
+    with steered(model, bank, {DEMO_CONCEPTS[0]: bank[DEMO_CONCEPTS[0]].useful or 1.0}):
+        steered_seconds = min(_timed(model, tokenizer, asked, tokens)[1] for _ in range(2))
+    console.print(
+        f"Writing took {min(seconds, again):.2f} s unsteered and {steered_seconds:.2f} s steered "
+        f"({steered_seconds / min(seconds, again):.2f} ×; two runs each, so expect a few per cent of noise)."
+    )
+
+
+def _timed(model: Any, tokenizer: Any, asked: Sequence[str], tokens: int) -> tuple[list[str], float]:
+    """Greedy answers of a fixed length, on one line each, and the seconds they took."""
+    from .evaluation.text import complete
+
+    ends, model.generation_config.eos_token_id = model.generation_config.eos_token_id, None
+    try:
+        start = time.perf_counter()
+        texts = complete(model, tokenizer, asked, new_tokens=tokens).texts
+        return [" ".join(text.split()) for text in texts], time.perf_counter() - start
+    finally:
+        model.generation_config.eos_token_id = ends
+
+
+@app.command()
+def steer(
+    bank: BankName,
+    prompt: Annotated[str, typer.Argument(help="what to ask")],
+    edit: Annotated[list[str], typer.Option("--edit", "-e", help="concept=amount; may be repeated")] = [],  # noqa: B006
+    model: Annotated[str, typer.Option(help="folder, Hub id or package:<name>/<file>.gguf; default: the bank's own")] = "",
+    tokens: Annotated[int, typer.Option(help="new tokens")] = 60,
+) -> None:
+    """Answer a prompt with and without steering."""
+    from .evaluation.text import chat, complete
+
+    opened = ConceptBank.from_pretrained(bank)
+    edits = dict(_edit(text) for text in edit)
+    for name in edits:
+        opened[name]
+    source = model or recipe_of(opened, None).source
+    with quiet(f"loading {source}"):
+        loaded, tokenizer = load(source)
+    for title, context in (("unsteered", nullcontext()), ("steered", steered(loaded, opened, edits))):
+        with context as session:
+            text = complete(loaded, tokenizer, [chat(tokenizer, prompt)], new_tokens=tokens).texts[0]
+        console.print(f"[bold]{title}[/bold]: ", end="")
+        console.print(text, markup=False)
+    console.print(str(session), markup=False)
+
+
+def _edit(text: str) -> tuple[str, float]:
+    name, _, amount = text.rpartition("=")
+    try:
+        return name.strip(), float(amount)
+    except ValueError:
+        raise BadEdit(f"expected --edit concept=amount, got {text!r}") from None
+
+
+@app.command()
+def concepts(bank: BankName, words: Annotated[str, typer.Argument(help="search names and labels")] = "") -> None:
+    """List the concepts of a bank, or find some."""
+    opened = ConceptBank.from_pretrained(bank)
+    table = Table("concept", "meaning", "site", "useful", "safe range")
+    for concept in opened.find(words, limit=20) if words else opened.concepts.values():
+        safe = "" if concept.range is None else f"{concept.range[0]:+.1f} to {concept.range[1]:+.1f}"
+        useful = "" if concept.useful is None else f"{concept.useful:+.1f}"
+        table.add_row(concept.name, concept.label, opened.site_of(concept), useful, safe)
+    console.print(table)
+
+
+@app.command()
+def info(bank: BankName) -> None:
+    """Show a bank's card."""
+    opened = ConceptBank.from_pretrained(bank)
+    console.print(opened.card.partition("---\n")[2].partition("---\n")[2] or repr(opened), markup=False)
+
+
+@app.command()
+def verify(bank: BankName) -> None:
+    """Check every file, hash and value of a bank."""
+    opened = ConceptBank.from_pretrained(bank)
+    opened.verify()
+    console.print(f"{opened.name}: {len(opened)} concepts, every file as it should be")
+
+
+@app.command("list")
+def list_() -> None:
+    """List the banks that come with steerlib."""
+    for name in shipped_banks():
+        console.print(repr(ConceptBank.from_pretrained(name)).partition("\n")[0], markup=False)
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(help="recipe.toml")],
+    out: Annotated[Path | None, typer.Option(help="folder of the bank (default: out/<name>)")] = None,
+    work: Annotated[Path, typer.Option(help="where stages keep their results, so that a run can go on")] = Path("out/work"),
+) -> None:
+    """Train a bank from a recipe. Run it again to go on where it stopped."""
+    from .training.pipeline import train as run
+    from .training.recipe import Recipe
+
+    read = Recipe.from_file(recipe)
+    with quiet("starting"):
+        pass
+    bank = run(None, read, work=work)
+    folder = bank.save_pretrained(out or Path("out") / read.name)
+    console.print(repr(bank), markup=False)
+    console.print(f"written to {folder}")
+
+
+@app.command("eval")
+def eval_(
+    bank: BankName,
+    recipe: Annotated[Path | None, typer.Option(help="recipe with prompts and scorers (default: the bank's own)")] = None,
+    concept: Annotated[list[str], typer.Option(help="only these; may be repeated")] = [],  # noqa: B006
+    out: Annotated[Path | None, typer.Option(help="write the figures here as JSON")] = None,
+    save: Annotated[bool, typer.Option(help="write effects and card into the bank, which must be a folder")] = False,
+) -> None:
+    """Measure a bank's concepts on prompts never used before, beside prompting and random directions."""
+    from .evaluation.text import table
+    from .training.pipeline import evaluate, with_effects
+
+    opened = ConceptBank.from_pretrained(bank)
+    read = recipe_of(opened, recipe)
+    with quiet(f"loading {read.source}"):
+        model, tokenizer = load(read.source)
+    records = evaluate(model, tokenizer, opened, read, concepts=concept)
+    typer.echo(table(records))
+    for record in records:
+        for bar, held in record["passes"].items():
+            if not held:
+                typer.echo(f"{record['concept']} misses: {bar}")
+    if out is not None:
+        out.write_text(json.dumps(records, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    if save:
+        with_effects(opened, read, records).save_pretrained(bank)
+
+
+def main() -> None:
+    """Run the command line; what steerlib refuses is one line, not a traceback."""
+    try:
+        app()
+    except SteerlibError as error:
+        console.print(f"[red]{type(error).__name__}[/red]: ", end="")
+        console.print(str(error), markup=False)
+        sys.exit(1)

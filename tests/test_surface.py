@@ -1,0 +1,101 @@
+"""The shape of the package: layers, public names, light import, namespace."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import steerlib as sl
+
+ROOT = Path(__file__).parent.parent
+RANKS = {
+    "errors": -1,
+    "sites": 0, "schedules": 0, "concepts": 0,
+    "hub": 1, "encoders": 1, "graph": 1, "interventions": 1, "hosts": 1,
+    "edits": 2, "bank": 2, "hooks.attach": 2, "hooks.modules": 2, "hooks.families": 2, "hooks": 2, "hooks.transformers": 3,
+    "steering": 3, "evaluation": 4, "training": 5, "steerlib": 6, "cli": 7, "__main__": 8,
+}  # fmt: skip
+STAGES = ("recipe", "activations", "fit", "calibrate", "pipeline")
+
+
+def name_of(path):
+    relative = path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".")
+    return relative.removesuffix(".__init__").removeprefix("steerlib.")
+
+
+def rank_of(module):
+    parts = module.split(".")
+    key = ".".join(parts[:2]) if parts[0] == "hooks" else parts[0]
+    return RANKS[key]
+
+
+def imports(path):
+    """Modules of steerlib that a file imports, by name inside the package."""
+    package = ["steerlib", *path.relative_to(ROOT / "steerlib").parts[:-1]] if path.is_relative_to(ROOT / "steerlib") else None
+    package = package or ["steerlib", *path.relative_to(ROOT).parts[:-1]]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").startswith("steerlib")):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            whole = ".".join([*base, *([node.module] if node.module else [])])
+            if node.module is None or whole == "steerlib":
+                yield from (f"{whole}.{alias.name}".removeprefix("steerlib.") for alias in node.names)
+            else:
+                yield whole.removeprefix("steerlib.")
+
+
+def sources():
+    core = [p for p in (ROOT / "steerlib").rglob("*.py") if "hooks" not in p.parts and "concept_banks" not in p.parts]
+    return sorted([*core, *(ROOT / "hooks").glob("*.py")])
+
+
+def is_upward(importer, imported):
+    if importer.startswith("training.") and imported.startswith("training."):
+        return STAGES.index(importer.split(".")[1]) <= STAGES.index(imported.split(".")[1])
+    if importer.startswith("encoders") and imported.startswith("encoders"):
+        return False
+    return rank_of(imported) >= rank_of(importer)
+
+
+def test_a_module_imports_only_lower_ranks():
+    upward = {
+        (name_of(path), imported) for path in sources() for imported in imports(path) if is_upward(name_of(path), imported)
+    }
+    assert not upward
+
+
+def test_the_layer_rule_can_fail():
+    assert is_upward("sites", "steering") and is_upward("training.fit", "training.pipeline") and not is_upward("bank", "hub")
+
+
+def test_only_attach_registers_hooks():
+    register = [name_of(path) for path in sources() if "register_forward" in path.read_text()]
+    assert register == ["hooks.attach"]
+
+
+def test_public_names_are_listed_sorted_and_there():
+    assert sorted(sl.__all__) == sl.__all__
+    public = {n for n in vars(sl) if not n.startswith("_") and not isinstance(vars(sl)[n], ModuleType)}
+    assert public == set(sl.__all__)
+
+
+HEAVY = ("transformers", "diffusers", "sklearn", "typer", "accelerate", "peft")
+
+
+@pytest.mark.parametrize(("code", "light"), [("import steerlib", True), ("import steerlib, transformers", False)])
+def test_import_is_light_and_this_test_can_fail(code, light):
+    check = f"{code}; import sys; print(sorted(set({HEAVY!r}) & set(sys.modules)), 'hooks' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert (done.stdout.strip() == "[] False") is light
+    assert done.stderr == "" or not light
+
+
+def test_core_and_hooks_come_from_the_same_checkout():
+    import steerlib.concept_banks
+    import steerlib.hooks
+
+    homes = {Path(module.__file__).resolve().parent.parent for module in (steerlib.hooks, steerlib.concept_banks)}
+    assert homes == {ROOT.resolve()} and Path(sl.__file__).resolve().parent.parent == ROOT.resolve()
+    assert "hooks" not in sys.modules
