@@ -34,6 +34,15 @@ class Moment(threading.local):
     """Path of the clock that ticked last."""
 
 
+class Aside(threading.local):
+    """Whether this thread is running a pass on the side, which nobody but its starter should see."""
+
+    running: bool = False
+
+
+ASIDE = Aside()
+
+
 class Clock:
     """A pre-hook that reads where the pass stands."""
 
@@ -103,8 +112,9 @@ class Socket:
         if state is None or state.length != x.shape[1]:  # called by hand, outside the model's own forward
             state = StepState(x.shape[1], like=x)
         y = x if edit is None else edit(x, state)
-        for observe in self.observers:
-            observe(y, state)
+        if self.observers and not ASIDE.running:
+            for observe in self.observers:
+                observe(y, state)
         return y
 
     def _compiled(self, value: Any) -> Any:

@@ -29,6 +29,8 @@ class Family:
     """The configuration field that counts copies of the residual stream, where they lie side by side in one tensor."""
     norm: str | None = None
     """Beside the blocks, the norm after the last one."""
+    masked: bool = True
+    """Whether the stack is told what is padding; if not, the model that calls it is."""
     blocks: str | None = None
     """The `ModuleList` whose elements give the residual stream, where there are no blocks as such; the parts are lists too."""
 
@@ -53,6 +55,8 @@ FAMILIES = {
     # a norm that the embeddings, or every round of a loop, pass through too
     "HrmTextModel": Family(norm=""),
     "NanoChatModel": Family(norm=""),
+    # padding is told to the model, and goes no further
+    "RwkvModel": Family(masked=False),
     # no blocks as such
     "XLMModel": Family(blocks="layer_norm2", attn="attentions", mlp="ffns"),
 }
@@ -89,21 +93,32 @@ class Stack:
     prefix: str
     path: str
     blocks: tuple[str, ...]
+    clocks: tuple[str, ...]
+    """Modules whose call tells where a pass stands, from the inside out; the outermost that is called knows best."""
 
 
 def stacks(model: nn.Module) -> tuple[Stack, ...]:
     """The text stacks of a model: one, or `encoder.` and `decoder.`."""
-    names = {id(module): name for name, module in model.named_modules()}
+    names = {module: name for name, module in model.named_modules()}
     if getattr(model.config, "is_encoder_decoder", False):
         parts = {"encoder.": model.get_encoder(), "decoder.": model.get_decoder()}
     else:
         parts = {"": _decoder(model)}
-    found = [(prefix, names[id(part)], _blocks(part)) for prefix, part in parts.items() if part is not None]
-    return tuple(
-        Stack(prefix, path, tuple(names[id(block)] for block in blocks))
-        for prefix, path, blocks in found
-        if blocks and _family(blocks[0]).tokens
-    )
+    found = []
+    for prefix, part in parts.items():
+        blocks = _blocks(part) if part is not None else []
+        if blocks and _family(blocks[0]).tokens:
+            clocks = (names[part],) if prefix else tuple(dict.fromkeys((names[part], names[_caller(model, part)])))
+            found.append(Stack(prefix, names[part], tuple(names[block] for block in blocks), clocks))
+    return tuple(found)
+
+
+def _caller(model: Any, part: nn.Module) -> nn.Module:
+    """Where the mask still tells what is padding: a body that sees as well as reads makes another mask for what it calls."""
+    if not _family(part).masked:
+        return model
+    body = model.base_model
+    return body if body is not model and {"input_ids", "attention_mask"} <= {*arguments(body)} else part
 
 
 def _decoder(model: Any) -> nn.Module:
@@ -111,10 +126,11 @@ def _decoder(model: Any) -> nn.Module:
     candidates = [model.base_model, *model.children()]
     with suppress(AttributeError, NotImplementedError):
         candidates.insert(0, model.get_decoder())
-    return next((part for part in candidates if part is not model and "input_ids" in _arguments(part)), model)
+    return next((part for part in candidates if part is not model and "input_ids" in arguments(part)), model)
 
 
-def _arguments(module: nn.Module) -> tuple[str, ...]:
+def arguments(module: nn.Module) -> tuple[str, ...]:
+    """Names of what a module's forward takes."""
     code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
     return code.co_varnames[: code.co_argcount + code.co_kwonlyargcount] if code else ()
 
@@ -157,11 +173,18 @@ def named_sites(model: nn.Module) -> dict[str, Site]:
             sites |= _block_sites(model, stack, i)
         if (norm := _final_norm(model, stack)) is not None:
             sites[f"{stack.prefix}norm"] = Site(name=f"{stack.prefix}norm", module=norm, layout=_layout(sites))
-    embedding = model.get_input_embeddings()
-    embed = next((name for name, module in model.named_modules() if module is embedding), None)
-    if found and embed and not isinstance(embedding, nn.ModuleList):  # a list is not called, its elements are
-        sites["embed"] = Site(name="embed", module=embed, layout=_layout(sites))
+    for name, path in _embeddings(model, found).items():
+        sites[name] = Site(name=name, module=path, layout=_layout(sites))
     return sites
+
+
+def _embeddings(model: nn.Module, found: tuple[Stack, ...]) -> dict[str, str]:
+    """Paths of the token embeddings: one for all stacks that read tokens, or each its own."""
+    names = {module: name for name, module in model.named_modules()}
+    parts = {stack.prefix: model.get_submodule(stack.path) for stack in found}
+    own = {prefix: part.get_input_embeddings() for prefix, part in parts.items() if "input_ids" in arguments(part)}
+    paths = {f"{prefix}embed": names[m] for prefix, m in own.items() if not isinstance(m, nn.ModuleList)}
+    return {"embed": min(paths.values())} if len({*paths.values()}) == 1 else paths
 
 
 def _layout(sites: dict[str, Site]) -> Layout:
@@ -207,7 +230,7 @@ def _added(block: nn.Module, part: str, where: str) -> str:
     if any(name in inner for name in AFTER["mlp"]):
         return next((name for name in AFTER[part] if name in inner), where)
     for path in (where, f"{where}.output"):
-        if path in inner and {"residual", "input_tensor"} & {*_arguments(inner[path])}:
+        if path in inner and {"residual", "input_tensor"} & {*arguments(inner[path])}:
             return f"{path}.{[name for name, m in inner[path].named_children() if hasattr(m, 'in_features')][-1]}"
     return where
 

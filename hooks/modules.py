@@ -53,7 +53,10 @@ def module_site(model: nn.Module, name: str, known: tuple[str, ...] = ()) -> Sit
     modules = dict(model.named_modules())
     if path in modules and path:
         return Site(name=name, module=path, side="input" if side == "input" else "output")
-    raise UnknownSite(f"{type(model).__name__} has no site {name!r}; {nearest(name, (*known, *filter(None, modules)))}")
+    raise UnknownSite(
+        f"{type(model).__name__} has no site {name!r}; name one, or any module path whose output is [rows, tokens, width]: "
+        f"{nearest(name, (*known, *filter(None, modules)))}"
+    )
 
 
 def digest(model: nn.Module, values: int = 16) -> str | None:

@@ -17,7 +17,8 @@ from steerlib.hosts import Host
 from steerlib.schedules import Branch, StepState
 from steerlib.sites import Site
 
-from .families import _arguments, named_sites, stacks, stream_width
+from .attach import is_compiled
+from .families import Stack, arguments, named_sites, stacks, stream_width
 from .modules import digest, module_site
 
 
@@ -65,15 +66,16 @@ class TransformersHost(Host):
         if not hasattr(model, "config"):
             raise UnsupportedTarget(f"expected a transformers model inside {type(target).__name__}, found none")
         self.model: Any = model
+        self._ends = prompt_positions(model)  # made now, so that compiled code finds it made
 
     def sites(self) -> Mapping[str, Site]:
         return self._layout[0]
 
     @cached_property
-    def _layout(self) -> tuple[dict[str, Site], tuple[str, ...]]:
-        """Named sites, and the paths of the stacks; read off the model once."""
+    def _layout(self) -> tuple[dict[str, Site], tuple[Stack, ...]]:
+        """Named sites, and the stacks; read off the model once."""
         if (known := _LAYOUTS.get(self.model)) is None:
-            known = named_sites(self.model), tuple(stack.path for stack in stacks(self.model))
+            known = named_sites(self.model), stacks(self.model)
             _LAYOUTS[self.model] = known
         return known
 
@@ -82,21 +84,17 @@ class TransformersHost(Host):
         return sites[name] if name in sites else module_site(self.model, name, tuple(sites))
 
     def clocks(self, site: Site) -> tuple[str, ...]:
-        """The stack a site lies in, after the body around it, if any: a body that sees as well as reads hands its stack a
-        mask that no longer tells what is padding."""
-        paths = self._layout[1]
-        if site.name == "embed" and len(paths) > 1:
-            return paths  # an encoder and a decoder may share it
-        body = self.model.base_model
-        if len(paths) == 1 and body is not self.model and {"input_ids", "attention_mask"} <= {*_arguments(body)}:
-            paths = tuple(dict.fromkeys((next(n for n, m in self.model.named_modules() if m is body), *paths)))
-        inside = tuple(path for path in paths if site.module.startswith(path + ".") or not path)
-        if inside:
-            return inside
+        """The stack a site lies in, and what calls it where that knows better what is padding."""
+        found = self._layout[1]
+        if site.name == "embed" and len(found) > 1:
+            return tuple(stack.path for stack in found)  # an encoder and a decoder may share it
+        for stack in found:
+            if inside := tuple(path for path in stack.clocks if site.module.startswith(path + ".") or not path):
+                return inside
         outer = [""]
         for step in site.module.split(".")[:-1]:
             outer.append(f"{outer[-1]}.{step}".strip("."))
-        called = [path for path in outer if {"input_ids", "inputs_embeds"} & {*_arguments(self.model.get_submodule(path))}]
+        called = [path for path in outer if {"input_ids", "inputs_embeds"} & {*arguments(self.model.get_submodule(path))}]
         return tuple(called) or ("",)
 
     def order(self, site: Site) -> tuple[int, ...]:
@@ -157,7 +155,7 @@ class TransformersHost(Host):
     @cached_property
     def _encoder(self) -> str | None:
         """Path of the encoder, whose input is all prompt."""
-        return next(iter(self._layout[1]), None) if self.model.config.is_encoder_decoder else None
+        return next((stack.path for stack in self._layout[1] if stack.prefix == "encoder."), None)
 
     def traced_state(self, clock: str, args: tuple, kwargs: dict[str, Any]) -> StepState:  # noqa: ARG002
         tokens = _tokens(args, kwargs)
@@ -171,7 +169,7 @@ class TransformersHost(Host):
         else:
             start = _cached(kwargs, as_int=False)
             positions = (torch.arange(length, device=tokens.device) + start).expand(rows, -1)
-        ends = prompt_positions(self.model)
+        ends = self._ends
         row = (torch.arange(rows, device=tokens.device) * ends[ROWS]) // rows
         steps = (positions - ends[row][:, None] + 1).clamp(min=0)
         if real is None and length > 1:  # left pads share position 0 with the first real token; only the last is real
@@ -240,7 +238,7 @@ class TransformersHost(Host):
         return digest(self.model)
 
 
-_LAYOUTS: WeakKeyDictionary[nn.Module, tuple[dict[str, Site], tuple[str, ...]]] = WeakKeyDictionary()
+_LAYOUTS: WeakKeyDictionary[nn.Module, tuple[dict[str, Site], tuple[Stack, ...]]] = WeakKeyDictionary()
 
 
 def _tokens(args: tuple, kwargs: dict[str, Any]) -> Tensor:
@@ -314,24 +312,24 @@ def _no_twin(config: Any, kwargs: dict[str, Any]) -> str:
 def prompt_positions(model: nn.Module) -> Tensor:
     """What compiled code knows of `generate()`: real prompt tokens of each row, and, last, how many rows there are."""
     if model not in _PROMPT_POSITIONS:
-        device = next(model.parameters()).device
+        device = next((p.device for p in model.parameters() if not p.is_meta), None)
         _PROMPT_POSITIONS[model] = torch.full((ROWS + 1,), NEVER, device=device)
         _PROMPT_POSITIONS[model][ROWS] = 1
     return _PROMPT_POSITIONS[model]
 
 
 def _tell_compiled(model: nn.Module, call: Generation | None) -> None:
-    if model not in _PROMPT_POSITIONS:
-        return
-    ends = _PROMPT_POSITIONS[model]
+    ends = prompt_positions(model)
     ends.fill_(NEVER)
     ends[ROWS] = 1
     if call is not None and call.prompts is not None:
-        if call.prompts > ROWS:
-            raise BadEdit(f"a compiled model has room for {ROWS} rows, got {call.prompts}; use a smaller batch")
-        real = call.prompt if call.mask is None else call.mask.sum(1).to(ends)
-        ends[: call.prompts] = real
-        ends[ROWS] = call.prompts
+        if call.mask is None:  # all rows are equally long
+            ends[0] = call.prompt
+        elif call.prompts <= ROWS:
+            ends[: call.prompts] = call.mask.sum(1).to(ends)
+            ends[ROWS] = call.prompts
+        elif is_compiled([model]):
+            raise BadEdit(f"a compiled model has room for {ROWS} padded rows, got {call.prompts}; use a smaller batch")
 
 
 def load(source: str, *, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:

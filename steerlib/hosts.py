@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from .errors import UnsupportedTarget
+from .errors import CompiledModel, UnsupportedTarget
 from .schedules import StepState
 from .sites import Site
 
@@ -80,6 +80,11 @@ def host_for(target: object) -> Host:
     """The host of a model or pipeline, found by the names of its classes so that no library is imported for it."""
     for cls in type(target).__mro__:
         name = f"{cls.__module__.partition('.')[0]}.{cls.__qualname__}"
+        if name == "torch.OptimizedModule":
+            raise CompiledModel(
+                "torch.compile(model) gives a wrapper; sl.attach(model, bank) to the model itself before compiling it, "
+                "and steering.set(...) acts on the wrapper too"
+            )
         if name in HOSTS:
             module, _, host = HOSTS[name].partition(":")
             return getattr(import_module(module), host)(target)

@@ -27,7 +27,7 @@ from .errors import (
     SteeringWarning,
     Unanswerable,
 )
-from .hooks.attach import Attachment, Dispatch, Socket, attachment, before_forward, is_compiled, modules_on
+from .hooks.attach import ASIDE, Attachment, Dispatch, Socket, attachment, before_forward, is_compiled, modules_on
 from .hosts import Host, host_for
 from .interventions import Ablate, Add, Clamp, Intervention, Patch, Rule, Set
 from .schedules import Branch, StepState
@@ -320,15 +320,6 @@ class Contents:
         return x + delta.to(x.dtype)
 
 
-class _Twin(threading.local):
-    """Whether this thread is running the unsteered twin of a pass."""
-
-    listening: bool = False
-
-
-_TWIN = _Twin()
-
-
 class Steering:
     """A live session: what is attached, what is edited, what happened. Also a context manager."""
 
@@ -449,15 +440,15 @@ class Steering:
 
     def _run_twin(self, args: tuple, kwargs: dict[str, Any]) -> None:
         """Before each pass: the same pass without edits, to know what held concepts would have read."""
-        if _TWIN.listening:
+        if ASIDE.running:
             return
         if reason := self.host.refuse_twin():
             raise Unanswerable(reason)
-        _TWIN.listening = True
+        ASIDE.running = True
         try:
             self.host.run_twin(args, kwargs, self._caches)
         finally:
-            _TWIN.listening = False
+            ASIDE.running = False
 
     # -- what happened ---------------------------------------------------------------------------------------
 
@@ -575,33 +566,45 @@ def _rewire(place: Attachment) -> None:
 
 
 def _merged(sessions: Sequence[Steering], name: str) -> Callable[[Tensor, StepState], Tensor] | None:
-    """One edit for all sessions of a thread at one site; each keeps its own tally where it is alone."""
+    """One edit for all sessions of a thread at one site."""
     programs = [program for session in sessions if (program := session.programs.get(name)) is not None]
     if not programs:
         return None
-    if len(programs) == 1:
-        merged = programs[0]
-    else:
+    merged = programs[0] if len(programs) == 1 else _Together(programs)
+    return _Listening(merged, programs) if any(session._plan.holds for session in sessions) else merged
+
+
+class _Together:
+    """The programs of several sessions as one, so that their additions and targets are solved together."""
+
+    def __init__(self, programs: Sequence[Program]):
+        self.programs = programs
         edits = [edit for program in programs for edit in program.edits]
         readings = [reading for program in programs for reading in program.readings]
-        merged = Program(edits, readings, min(program.cap for program in programs))
-        for session in sessions:
-            if name in session.programs:
-                session.programs[name] = merged
-    return _Listening(merged) if any(session._plan.holds for session in sessions) else merged
+        self.merged = Program(edits, readings, min(program.cap for program in programs))
+        self.merged.twin = {}
+        for program in programs:
+            program.twin = self.merged.twin
+
+    def __call__(self, x: Tensor, state: StepState) -> Tensor:
+        for program in self.programs:
+            program.tally.passes += 1
+            program.tally.tokens += state.length
+        return self.merged(x, state)
 
 
 class _Listening:
     """A program that only listens while the unsteered twin runs."""
 
-    def __init__(self, program: Program):
-        self.program = program
+    def __init__(self, edit: Callable[[Tensor, StepState], Tensor], programs: Sequence[Program]):
+        self.edit, self.programs = edit, programs
 
     def __call__(self, x: Tensor, state: StepState) -> Tensor:
-        if _TWIN.listening:
-            self.program.listen(x)
+        if ASIDE.running:
+            for program in self.programs:
+                program.listen(x)
             return x
-        return self.program(x, state)
+        return self.edit(x, state)
 
 
 def _fill(socket: Socket, programs: Sequence[Program]) -> None:

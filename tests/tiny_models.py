@@ -10,26 +10,28 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 SIZES: dict[int, str] = {
-    0: "pad_token_id num_kv_shared_layers",
-    1: "bos_token_id n_group topk_group attn_layer_offset indexer_kv_heads num_codebooks is_decoder",
-    2: """num_hidden_layers n_layer n_layers num_layers encoder_layers decoder_layers num_encoder_layers num_decoder_layers
-        num_blocks num_key_value_heads attn_layer_period num_experts_per_tok num_experts_per_token moe_topk moe_k n_shared_experts eos_token_id""",
-    4: """num_attention_heads n_head n_heads num_heads encoder_attention_heads decoder_attention_heads
-        num_encoder_attention_heads num_decoder_attention_heads num_experts num_local_experts n_routed_experts
-        moe_num_experts rotary_dim time_step_rank mamba_n_heads linear_num_heads linear_num_key_heads linear_num_value_heads
-        index_n_heads indexer_n_heads ngram_size split_ngram_parts""",
-    8: """head_dim d_kv dim_head attention_head_size qk_nope_head_dim qk_rope_head_dim v_head_dim state_size mamba_d_state
-        hidden_size_per_layer_input chunk_size mamba_chunk_size linear_head_dim linear_key_head_dim linear_value_head_dim
-        index_head_dim indexer_head_dim indexer_compress_ratio""",
+    0: "pad_token_id decoder_start_token_id num_kv_shared_layers",
+    1: "bos_token_id n_group topk_group attn_layer_offset indexer_kv_heads num_codebooks",
+    2: """eos_token_id num_hidden_layers n_layer n_layers num_layers num_blocks encoder_layers decoder_layers num_encoder_layers
+        num_decoder_layers num_key_value_heads attn_layer_period num_experts_per_tok num_experts_per_token moe_topk moe_k
+        n_shared_experts""",
+    4: """num_attention_heads n_head n_heads num_heads encoder_attention_heads decoder_attention_heads attention_heads
+        num_encoder_attention_heads num_decoder_attention_heads num_experts num_local_experts n_routed_experts moe_num_experts
+        mamba_n_heads linear_num_heads linear_num_key_heads linear_num_value_heads index_n_heads indexer_n_heads rotary_dim
+        time_step_rank ngram_size split_ngram_parts""",
+    8: """head_dim d_kv dim_head attention_head_size qk_nope_head_dim qk_rope_head_dim v_head_dim linear_head_dim
+        linear_key_head_dim linear_value_head_dim index_head_dim indexer_head_dim indexer_compress_ratio state_size
+        mamba_d_state chunk_size mamba_chunk_size hidden_size_per_layer_input""",
     16: "q_lora_rank kv_lora_rank mamba_d_head sliding_window indexer_budget index_topk",
     32: """hidden_size n_embd d_model dim emb_dim embed_dim embedding_dim embedding_size hidden_dim word_embed_proj_dim
         moe_intermediate_size expert_ffn_hidden_size shared_expert_intermediate_size shared_experts_intermediate_size
-        lru_width mamba_d_ssm shape_embed_dim pronunciation_embed_dim ple_embed_dim""",
-    64: """attention_hidden_size intermediate_size n_inner ffn_dim encoder_ffn_dim decoder_ffn_dim d_ff d_inner dff ffn_hidden_size
+        attention_hidden_size lru_width mamba_d_ssm shape_embed_dim pronunciation_embed_dim ple_embed_dim""",
+    64: """intermediate_size n_inner ffn_dim encoder_ffn_dim decoder_ffn_dim d_ff d_inner dff ffn_hidden_size
         max_position_embeddings n_positions max_seq_len n_ctx""",
     128: """vocab_size vocab_size_per_layer_input shape_vocab_size pronunciation_vocab_size encoder_hash_byte_group_vocab
         ngram_vocab_size_base""",
 }
+"""Field names by toy size."""
 TINY = {name: size for size, names in SIZES.items() for name in names.split()} | {"is_decoder": True}
 
 VARIANTS: tuple[dict[str, Any], ...] = (
@@ -40,26 +42,22 @@ VARIANTS: tuple[dict[str, Any], ...] = (
 )
 """Tried in turn: as the family has it; without grouped queries; with sizes given that it leaves at None; both."""
 
-BOTH = ["linear_attention", "full_attention"]
+ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
+ZAMBA = {"attention_hidden_size": 64, "layers_block_type": ["linear_attention", "hybrid"] * 2, "num_hidden_layers": 4}
 GIVEN: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": ROPE, "sliding_attention": ROPE}},
     "falcon_h1": {"mamba_d_head": 8},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
-    "granitemoehybrid": {"layer_types": BOTH},
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "mamba2": {"num_heads": 8},
     "recurrent_gemma": {"num_hidden_layers": 3},
     "reformer": {"axial_pos_embds_dim": (16, 16), "axial_pos_shape": (8, 8), "attn_layers": ("local", "lsh")},
     "xlstm": {"hidden_size": 128, "embedding_dim": 128},
-    "cohere_compass_text": {
-        "rope_parameters": {
-            "full_attention": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]},
-            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]},
-        }
-    },
-    "zamba": {"layers_block_type": ["linear_attention", "hybrid"] * 2, "num_hidden_layers": 4},
-    "zamba2": {"layers_block_type": ["linear_attention", "hybrid"] * 2, "num_hidden_layers": 4},
     "xmod": {"default_language": "en_XX"},
+    "zamba": ZAMBA,
+    "zamba2": ZAMBA,
     "zaya": {"num_experts_per_tok": 1},
 }
 """What a family needs beyond the rule."""
@@ -76,15 +74,14 @@ def tiny(model_type: str, auto: Any = AutoModelForCausalLM, **given: Any) -> Any
     reasons = []
     for variant in VARIANTS:
         try:
-            return _built(
-                auto._model_mapping[CONFIG_MAPPING[model_type]], model_type, variant | GIVEN.get(model_type, {}) | given
-            )
+            return _built(model_type, auto, variant | GIVEN.get(model_type, {}) | given)
         except Exception as error:  # whatever a foreign class raises
-            reasons.append(f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
+            reasons.append(f"{type(error).__name__}: {' '.join(str(error).split()):.160}")
     raise CannotBuild(f"{model_type}: {reasons[0]}")
 
 
-def _built(cls: Any, model_type: str, given: dict[str, Any]) -> Any:
+def _built(model_type: str, auto: Any, given: dict[str, Any]) -> Any:
+    cls = auto._model_mapping[CONFIG_MAPPING[model_type]]
     config = CONFIG_MAPPING[model_type]()
     if not isinstance(config, cls.config_class):  # the decoder of a larger model
         config = cls.config_class()
@@ -96,22 +93,22 @@ def _built(cls: Any, model_type: str, given: dict[str, Any]) -> Any:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = cls(config).eval()
+    ids = torch.arange(3, 13).view(2, 5)
     with torch.no_grad():
-        model(torch.arange(3, 13).view(2, 5))
+        model(ids, **({"decoder_input_ids": ids} if config.is_encoder_decoder else {}))
     return model
 
 
 def shrunk(config: Any, *, fill: bool = False, **given: Any) -> Any:
-    """The same configuration with toy sizes, at every depth, and one layer of each kind."""
+    """The same configuration with toy sizes at every depth and one layer of each kind; `fill` gives sizes left at None."""
     fields = vars(config)
     new = {n: TINY[n] for n, old in fields.items() if n in TINY and (isinstance(old, int) or (fill and old is None))}
     for name in ("layer_types", "layers_block_type"):
-        if isinstance(kinds := fields.get(name), list):
-            kinds = list(dict.fromkeys(kinds))
+        if isinstance(fields.get(name), list):
+            kinds = list(dict.fromkeys(fields[name]))
             new[name] = kinds if len(kinds) > 1 else kinds * 2
-            new |= {"num_hidden_layers": len(new[name])}
+            new["num_hidden_layers"] = len(new[name])
     new |= {name: value for name, value in given.items() if name in fields}
-    for name in config.sub_configs:
-        if (part := getattr(config, name, None)) is not None:
-            new[name] = shrunk(part, fill=fill, **given)
+    parts = {name: getattr(config, name, None) for name in config.sub_configs}
+    new |= {name: shrunk(part, fill=fill, **given) for name, part in parts.items() if part is not None}
     return type(config)(**new)

@@ -1,0 +1,311 @@
+"""The bank on disk: round trips, laziness, and what is refused."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import two_directions
+from safetensors.torch import save_file
+from tiny_models import tiny
+
+import steerlib as sl
+from steerlib import errors, hub
+from steerlib.bank import SiteFacts
+
+WIDTH, MANY = 576, 3000
+
+
+def make(count=3, width=32, base=None):
+    """A bank with everything in it."""
+    generator = torch.Generator().manual_seed(0)
+    encoder = sl.Directions(torch.randn(count, width, generator=generator), torch.linspace(-1, 1, count))
+    concepts = [
+        sl.Concept(
+            name=f"concept {i}", encoder="layers.0@late#dir", index=i, unit=0.5 + i, natural=(-1.5, 2.0), range=(-3.0, 4.0),
+            useful=2.0, beyond="worn", label=f"number {i}, ünïcode", source="made up", examples=("a", "b"),
+            effects={"score": 0.25},
+        )
+        for i in range(count)
+    ]  # fmt: skip
+    edges = [sl.Edge(src="concept 0", dst="concept 1", weight=0.5)] if count > 1 else []
+    return sl.ConceptBank(
+        "made", concepts, {"layers.0@late#dir": encoder}, base=base or sl.BaseModel(id="org/model", weights="abc"),
+        sites={"layers.0": SiteFacts(width=width, norm=3.0)}, graph=sl.CausalGraph(edges), card="# made\n",
+        license="apache-2.0", provenance={"seed": 0},
+    )  # fmt: skip
+
+
+def contents(folder):
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(Path(folder).rglob("*")) if p.is_file()}
+
+
+@pytest.fixture
+def saved(tmp_path):
+    return make().save_pretrained(tmp_path / "bank")
+
+
+def test_a_bank_comes_back_as_it_was(saved):
+    bank, again = make(), sl.ConceptBank.from_pretrained(saved)
+    assert list(again.concepts.values()) == list(bank.concepts.values())
+    assert (again.name, again.base, again.sites, again.license) == (bank.name, bank.base, bank.sites, bank.license)
+    assert again.graph.edges == bank.graph.edges and again.card == bank.card and again.provenance == bank.provenance
+    assert again.encoders == bank.encoders
+    for name in bank:
+        assert all(torch.equal(a, b) for a, b in zip(again.rows(again[name]), bank.rows(bank[name]), strict=True))
+    again.verify()
+
+
+def test_same_bank_same_bytes(saved, tmp_path):
+    again = sl.ConceptBank.from_pretrained(saved).save_pretrained(tmp_path / "again")
+    assert contents(saved) == contents(again)
+
+
+def test_a_bank_is_replaced_whole_and_nothing_else_is_overwritten(saved, tmp_path):
+    make(2).save_pretrained(saved)
+    assert len(sl.ConceptBank.from_pretrained(saved)) == 2
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("dear")
+    with pytest.raises(errors.BadBank, match="other things"):
+        make().save_pretrained(tmp_path / "mine")
+    assert contents(tmp_path / "mine") == {"thesis.txt": b"dear"}
+
+
+def test_a_save_that_breaks_off_leaves_the_old_bank(saved, monkeypatch):
+    before = contents(saved)
+    monkeypatch.setattr(hub, "block_hashes", lambda path: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        make(2).save_pretrained(saved)
+    assert contents(saved) == before and list(saved.parent.iterdir()) == [saved]
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    return make(MANY, WIDTH).save_pretrained(tmp_path_factory.mktemp("large") / "bank")
+
+
+def bytes_read(action):
+    """Bytes that a process reads from files while it does something, by the kernel's count."""
+
+    def count():
+        return int(next(line for line in Path("/proc/self/io").read_text().splitlines() if "rchar" in line).split()[1])
+
+    before = count()
+    result = action()
+    return result, count() - before
+
+
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="the kernel counts bytes read on Linux only")
+def test_opening_reads_no_weights_and_steering_one_concept_reads_its_rows(large):
+    weights = (large / "sites").iterdir().__next__().stat().st_size
+    text = (large / "concepts.jsonl").stat().st_size + (large / "bank.json").stat().st_size
+    bank, opened = bytes_read(lambda: sl.ConceptBank.from_pretrained(large))
+    assert opened < 2 * text + 100_000 < weights
+    _, steered = bytes_read(lambda: bank.rows(bank["concept 1234"]))
+    assert steered < 500_000
+    _, whole = bytes_read(bank.verify)  # the control: the counter sees a whole file
+    assert whole > weights
+
+
+def test_rows_equal_those_of_the_whole_encoder(large):
+    lazy, whole = sl.ConceptBank.from_pretrained(large), make(MANY, WIDTH)
+    for i in (0, 28, 29, 1234, MANY - 1):
+        name = f"concept {i}"
+        assert torch.equal(lazy.rows(lazy[name]).write, whole.rows(whole[name]).write)
+        assert torch.equal(lazy.rows(lazy[name]).bias, whole.rows(whole[name]).bias)
+
+
+# -- tampering -----------------------------------------------------------------------------------------------
+
+
+def flip(path, at):
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
+
+
+def test_an_altered_row_is_found_when_read_and_others_still_serve(large, tmp_path):
+    folder = tmp_path / "bank"
+    shutil.copytree(large, folder)
+    file = next((folder / "sites").iterdir())
+    header = 8 + int.from_bytes(file.read_bytes()[:8], "little")
+    flip(file, header + 2000 * WIDTH * 4 + 5)
+    bank = sl.ConceptBank.from_pretrained(folder)
+    bank.rows(bank["concept 3"])
+    with pytest.raises(errors.CorruptBank, match="altered"):
+        bank.rows(bank["concept 2000"])
+    with pytest.raises(errors.CorruptBank, match="truncated or altered"):
+        sl.ConceptBank.from_pretrained(folder).verify()
+
+
+@pytest.mark.parametrize("name", ["concepts.jsonl", "graph.safetensors", "hashes.safetensors", "README.md", "sites"])
+def test_every_altered_or_missing_file_is_found(saved, name):
+    path = next((saved / name).iterdir()) if name == "sites" else saved / name
+    flip(path, -1)
+    with pytest.raises(errors.CorruptBank):
+        sl.ConceptBank.from_pretrained(saved).verify()
+    path.unlink()
+    with pytest.raises(errors.CorruptBank, match="missing|truncated"):
+        sl.ConceptBank.from_pretrained(saved).verify()
+
+
+def test_a_truncated_file_is_found_before_it_is_used(saved):
+    file = next((saved / "sites").iterdir())
+    file.write_bytes(file.read_bytes()[:-8])
+    bank = sl.ConceptBank.from_pretrained(saved)
+    with pytest.raises(errors.CorruptBank, match="truncated"):
+        bank.rows(bank["concept 0"])
+
+
+def reseal(folder, name):
+    """Write honest hashes for a dishonest file: what a malicious publisher could do."""
+    manifest = json.loads((folder / "bank.json").read_text())
+    blocks = hub.block_hashes(folder / name)
+    hashes = {name: torch.frombuffer(bytearray(blocks), dtype=torch.uint8).reshape(-1, 32)}
+    save_file(hashes, folder / "hashes.safetensors")
+    for file in (name, "hashes.safetensors"):
+        manifest["files"][file] = hub.describe(folder / file)
+    manifest["files"][name]["blocks"] = hub.group_hashes(blocks)
+    (folder / "bank.json").write_text(json.dumps(manifest))
+
+
+def test_values_that_are_not_finite_are_found_in_the_rows_read_and_all_in_verify(saved):
+    file = next((saved / "sites").iterdir())
+    header = 8 + int.from_bytes(file.read_bytes()[:8], "little")
+    data = bytearray(file.read_bytes())
+    data[header + 32 * 4 : header + 32 * 4 + 4] = np.float32("nan").tobytes()
+    file.write_bytes(data)
+    reseal(saved, file.relative_to(saved).as_posix())
+    bank = sl.ConceptBank.from_pretrained(saved)
+    bank.rows(bank["concept 0"])
+    with pytest.raises(errors.CorruptBank, match="not finite"):
+        bank.rows(bank["concept 1"])
+    with pytest.raises(errors.CorruptBank, match="not finite"):
+        sl.ConceptBank.from_pretrained(saved).verify()
+
+
+def edit_manifest(folder, change):
+    manifest = json.loads((folder / "bank.json").read_text())
+    change(manifest)
+    (folder / "bank.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(("change", "error", "match"), [
+    (lambda m: m.update(format=2), errors.UnknownFormat, "format 1"),
+    (lambda m: m.pop("encoders"), errors.CorruptBank, "encoders"),
+    (lambda m: m["encoders"]["layers.0@late#dir"].update(file="../../etc/passwd"), errors.CorruptBank, "plain relative"),
+    (lambda m: m["encoders"]["layers.0@late#dir"].update(file="sites/x.pt"), errors.CorruptBank, "plain relative"),
+    (lambda m: m["encoders"]["layers.0@late#dir"].update(kind="pickle"), errors.CorruptBank, "unknown kind"),
+    (lambda m: m["files"].update({"C:\\x.json": {}}), errors.CorruptBank, "plain relative"),
+    (lambda m: m["base_model"].update(colour="red"), errors.CorruptBank, "colour"),
+])  # fmt: skip
+def test_a_manifest_that_cannot_be_trusted_is_refused(saved, change, error, match):
+    edit_manifest(saved, change)
+    with pytest.raises(error, match=match):
+        sl.ConceptBank.from_pretrained(saved)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", '{"format": NaN}', '{"format": 1, "format": 1}', "[" * 100_000])
+def test_a_manifest_that_is_no_json_object_is_refused(saved, text):
+    (saved / "bank.json").write_text(text)
+    with pytest.raises(errors.BadBank):
+        sl.ConceptBank.from_pretrained(saved)
+
+
+def test_unknown_optional_fields_are_kept(saved, tmp_path):
+    edit_manifest(saved, lambda m: m.update(colour="red"))
+    sl.ConceptBank.from_pretrained(saved).save_pretrained(tmp_path / "again")
+    assert json.loads((tmp_path / "again" / "bank.json").read_text())["colour"] == "red"
+
+
+@pytest.mark.parametrize("values", [
+    {"unit": 0.0}, {"unit": -1.0}, {"index": -1}, {"index": 1.5}, {"name": 3}, {"range": [1.0]}, {"natural": "wide"},
+])  # fmt: skip
+def test_a_concept_with_impossible_values_is_refused(values):
+    with pytest.raises(errors.CorruptBank, match="expected"):
+        sl.Concept.from_dict({"name": "a", "encoder": "e", "index": 0, **values})
+
+
+# -- names and models ----------------------------------------------------------------------------------------
+
+
+def test_a_name_resolves_as_folder_then_shipped_bank_then_hub_id(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(errors.BadBank, match="expected a folder, a shipped bank"):
+        sl.ConceptBank.from_pretrained("no such bank")
+    make().save_pretrained(tmp_path / "mine")
+    assert sl.ConceptBank.from_pretrained("mine").name == "made"
+
+
+def test_a_bank_in_the_hub_cache_opens_offline(tmp_path):
+    """The real client, on a cache laid out as it lays it out."""
+    home = tmp_path / "models--org--made"
+    make().save_pretrained(home / "snapshots" / ("0" * 40))
+    (home / "refs").mkdir()
+    (home / "refs" / "main").write_text("0" * 40)
+    bank = sl.ConceptBank.from_pretrained("org/made", cache_dir=tmp_path, local_files_only=True)
+    assert torch.equal(bank.rows(bank["concept 1"]).write, make().rows(make()["concept 1"]).write)
+
+
+def test_unknown_concepts_are_answered_with_the_nearest(saved):
+    bank = sl.ConceptBank.from_pretrained(saved)
+    with pytest.raises(errors.UnknownConcept, match="did you mean 'concept 1'"):
+        bank["concpt 1"]
+    assert bank["layers.0@late#dir/1"] is bank["concept 1"]
+    assert bank.find("number 2")[0].name == "concept 2" and not bank.find("zebra")
+
+
+def test_a_bank_for_another_architecture_is_refused_and_other_weights_give_a_notice():
+    model, other = tiny("llama"), tiny("gpt2")
+    bank = make(base=sl.BaseModel.of(model, id="org/tiny"))
+    with pytest.raises(errors.WrongModel, match="org/tiny"):
+        sl.steer(other, bank, {"concept 0": 1.0})
+    with sl.steer(model, bank, {"concept 0": 0.1}):
+        pass
+    fine_tuned = tiny("llama")
+    with torch.no_grad():
+        fine_tuned.lm_head.weight.add_(1.0)
+    with pytest.warns(errors.OtherWeights, match="other weights"), sl.steer(fine_tuned, bank, {"concept 0": 0.1}):
+        pass
+    half = tiny("llama").to(torch.bfloat16)
+    with sl.steer(half, bank, {"concept 0": 0.1}):  # the same weights in half precision: no notice
+        pass
+
+
+def test_vectors_of_the_wrong_width_are_refused():
+    model = tiny("llama")
+    with pytest.raises(errors.WrongWidth, match="32"):
+        sl.ConceptBank.from_directions({"a": torch.ones(31)}, site="layers.0", base=model)
+    wrong = make(width=16, base=sl.BaseModel.of(model))
+    with pytest.raises(errors.WrongWidth, match="width 16"), torch.no_grad(), sl.steer(model, wrong, {"concept 0": 0.1}):
+        model(torch.ones(1, 2, dtype=torch.long))
+    with pytest.raises(errors.CorruptBank, match="finite"):
+        sl.ConceptBank.from_directions({"a": torch.full((32,), torch.nan)}, site="layers.0", base=model)
+
+
+def test_unknown_sites_are_answered_with_the_nearest():
+    with pytest.raises(errors.UnknownSite, match="did you mean 'layers.1.attn'"):
+        sl.ConceptBank.from_directions({"a": torch.ones(32)}, site="layers.1.atn", base=tiny("llama"))
+
+
+def test_what_cannot_be_steered_is_said():
+    with pytest.raises(errors.UnsupportedTarget, match="torch.nn.Module"):
+        sl.steer("gpt2", make(), {})
+
+
+def test_edits_that_make_no_sense_are_refused_before_anything_happens():
+    model = tiny("llama")
+    bank = two_directions(model)
+    with pytest.raises(errors.BadEdit, match="expected"):
+        sl.steer(model, bank, {"a": float("inf")})
+    with pytest.raises(errors.UnknownConcept, match="It has: a, b"):
+        sl.steer(model, bank, {"c": 1.0})
+
+
+def test_one_sees_what_a_bank_holds():
+    text = repr(make())
+    assert "3 concepts for org/model, 1 edges" in text and "concept 2" in text and "safe -3.0 to +4.0" in text
+    assert os.linesep not in make()["concept 0"].label

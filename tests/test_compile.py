@@ -1,0 +1,147 @@
+"""A compiled model: sockets keep their place, contents change, nothing is compiled anew."""
+
+import threading
+
+import pytest
+import torch
+from conftest import two_directions
+from tiny_models import tiny
+
+import steerlib as sl
+from steerlib import errors
+
+IDS = torch.randint(3, 100, (2, 6), generator=torch.Generator().manual_seed(0))
+BACKEND = "aot_eager"  # traces and functionalises like inductor, without its minutes of code generation
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.fixture
+def attached():
+    model = tiny("llama")
+    bank = two_directions(model)
+    return model, bank, sl.attach(model, bank)
+
+
+def logits(model, **kwargs):
+    with torch.no_grad():
+        return model(IDS, use_cache=False, **kwargs).logits
+
+
+SETTINGS = [
+    {"a": 2.0}, {"a": -1.0, "b": 0.5}, {"b": sl.Set(1.5)}, {"a": sl.Ablate(), "b": sl.Clamp(0.0, 0.1)}, {"a": [1.0, -3.0]},
+    {"a": sl.Scale(2.0)}, {"a": sl.Add(2.0, tokens=slice(1, 3))}, {"a": sl.Add(2.0, tokens="generated")}, {},
+]  # fmt: skip
+
+
+def test_changing_settings_on_a_compiled_model_recompiles_nothing_and_equals_eager(attached):
+    model, bank, steering = attached
+    expected = []
+    for edits in SETTINGS:
+        steering.set(edits)
+        expected.append(logits(model))
+    steering.clear()
+    model.compile(backend=BACKEND)
+    logits(model)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for edits, eager in zip(SETTINGS, expected, strict=True):
+            steering.set(edits)
+            torch.testing.assert_close(logits(model), eager, atol=1e-5, rtol=0)
+        with sl.steer(model, bank, {"a": 2.0}):
+            steering.clear()
+            torch.testing.assert_close(logits(model), expected[0], atol=1e-5, rtol=0)
+    assert not torch.allclose(expected[0], expected[1])
+
+
+def test_generation_on_a_compiled_model(attached):
+    """Prompt and new tokens, schedules over steps and padded rows, with a static cache."""
+    model, _, steering = attached
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
+    ids = torch.cat((torch.zeros(2, 2, dtype=torch.long), IDS), 1)
+    mask = (ids > 0).long()
+
+    def write():
+        return model.generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=False, cache_implementation="static")
+
+    settings = [
+        {"a": 3.0}, {"a": sl.Add(4.0, tokens="generated")}, {"a": sl.Add(4.0, tokens="prompt")}, {"a": [4.0, 0.0]},
+        {"a": sl.Set(3.0, when=sl.Ramp(sl.Steps(0, 6)))}, {"b": sl.Add(3.0, when=sl.Steps(2, 5))}, {},
+    ]  # fmt: skip
+    expected = []
+    for edits in settings:
+        steering.set(edits)
+        expected.append(write())
+    steering.clear()
+    model.compile(backend=BACKEND)
+    write()
+    write()
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for edits, eager in zip(settings, expected, strict=True):
+            steering.set(edits)
+            assert torch.equal(write(), eager), edits
+    assert len({tuple(e.flatten().tolist()) for e in expected}) >= 5
+
+
+def test_attaching_to_a_compiled_model_is_refused_with_the_way_out():
+    model = tiny("llama")
+    bank = two_directions(model)
+    model.compile(backend=BACKEND)
+    logits(model)
+    for attempt in (lambda: sl.attach(model, bank), lambda: sl.steer(model, bank, {"a": 1.0}).__enter__()):
+        with pytest.raises(errors.CompiledModel, match="sl.attach"):
+            attempt()
+    with pytest.raises(errors.CompiledModel, match="sl.attach"), sl.record(model, ["layers.0"]):
+        pass
+
+
+def test_a_compiled_wrapper_is_refused_with_the_way_out():
+    model = tiny("llama")
+    wrapped = torch.compile(model, backend=BACKEND)
+    with pytest.raises(errors.CompiledModel, match="model itself"):
+        sl.steer(wrapped, two_directions(model), {"a": 1.0})
+
+
+def test_what_needs_python_at_every_pass_is_refused_when_compiled(attached):
+    model, _, steering = attached
+    model.compile(backend=BACKEND)
+    logits(model)
+    with pytest.raises(errors.Unanswerable, match="compiled"):
+        steering.set({"a": sl.Add(1.0, gate=sl.Gate("b", above=0.0))})
+    with pytest.raises(errors.Unanswerable, match="room for"):
+        steering.set({"a": [1.0] * 65})
+
+
+def test_a_second_thread_on_a_compiled_model_is_busy(attached):
+    model, bank, steering = attached
+    model.compile(backend=BACKEND)
+    steering.set({"a": 1.0})
+    caught = []
+
+    def other():
+        try:
+            with sl.steer(model, bank, {"b": 1.0}):
+                pass
+        except errors.ModelBusy as error:
+            caught.append(error)
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    thread.join()
+    assert caught
+    expected = logits(model)
+    steering.clear()
+    assert not torch.equal(logits(model), expected)
+
+
+def test_gradients_flow_through_compiled_edits(attached):
+    model, _, steering = attached
+    steering.set({"a": sl.Set(1.0)})
+    model.compile(backend=BACKEND)
+    model(IDS, use_cache=False).logits.square().mean().backward()
+    grad = model.get_input_embeddings().weight.grad
+    assert grad is not None and grad.isfinite().all() and grad.abs().sum() > 0
