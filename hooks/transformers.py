@@ -162,7 +162,7 @@ class TransformersHost(Host):
         rows, length = tokens.shape[:2]
         mask, given = kwargs.get("attention_mask"), kwargs.get("position_ids")
         real = mask[:, -length:].bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
-        if real is not None:
+        if isinstance(mask, Tensor) and real is not None:
             positions = (mask.long().cumsum(-1) - 1)[:, -length:]
         elif given is not None and given.ndim == 2:
             positions = given.expand(rows, -1)

@@ -22,6 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import steerlib as sl
+from steerlib.bank import SiteFacts
 from steerlib.evaluation.text import progress
 
 Condition = Callable[[], AbstractContextManager[Any]]
@@ -38,12 +39,12 @@ class PassOn(LlamaDecoderLayer):
         return hidden_states
 
 
-def pass_on_model(layers: int = 16) -> LlamaForCausalLM:
+def pass_on_model(layers: int = 16) -> Any:
     """A Llama that does next to nothing."""
     config = LlamaConfig(
         hidden_size=64, num_hidden_layers=layers, num_attention_heads=4, intermediate_size=64, vocab_size=128, pad_token_id=0
     )
-    model = LlamaForCausalLM(config).eval()
+    model: Any = LlamaForCausalLM(config).eval()
     for i in range(layers):
         model.model.layers[i] = PassOn(config, i)
     model.generation_config.eos_token_id = None
@@ -67,7 +68,7 @@ def bank_for(model: Any, count: int) -> sl.ConceptBank:
         [sl.Concept(name=f"c{i}", encoder=site, index=0) for i, site in enumerate(sites)],
         {site: sl.Directions(vectors[site]) for site in sites},
         base=sl.BaseModel(),
-        sites={site: sl.bank.SiteFacts(width=width) for site in sites},
+        sites={site: SiteFacts(width=width) for site in sites},
     )
 
 
@@ -195,7 +196,7 @@ def entering(model: Any, rounds: int, peers: bool) -> dict[str, Any]:
     for count in (1, 8):
         chosen = conditions(model, count, peers)
         ids, times = torch.tensor([[1, 2, 3]]), {name: [] for name in chosen}
-        for name, condition in chosen.items():
+        for condition in chosen.values():
             with condition(), torch.no_grad():
                 model(ids)
         for _ in range(rounds * 10):
@@ -225,7 +226,7 @@ def main(
 ) -> None:
     """Print what steering costs."""
     torch.set_num_threads(1)
-    model, _ = sl.load(source)
+    model: Any = sl.load(source)[0]
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
     with torch.no_grad():

@@ -27,9 +27,11 @@ from .steering import Steering as Steering
 from .steering import attach as attach
 from .steering import record as record
 from .steering import steer as steer
+from .training.pipeline import train as train
+from .training.recipe import Recipe as Recipe
 
 __all__ = [
     "Ablate", "Add", "BaseModel", "CausalGraph", "Clamp", "Concept", "ConceptBank", "Directions", "Edge", "Encoder",
-    "Gate", "Host", "Intervention", "Patch", "Ramp", "Scale", "Schedule", "Set", "Site", "Steering", "StepState",
-    "Steps", "Window", "attach", "load", "record", "steer",
+    "Gate", "Host", "Intervention", "Patch", "Ramp", "Recipe", "Scale", "Schedule", "Set", "Site", "Steering",
+    "StepState", "Steps", "Window", "attach", "load", "record", "steer", "train",
 ]  # fmt: skip

@@ -230,7 +230,9 @@ class ConceptBank:
     # -- making ----------------------------------------------------------------------------------------------
 
     @classmethod
-    def from_directions(cls, directions: Mapping[str, Tensor], *, site: str, base: object, name: str = "directions") -> "ConceptBank":
+    def from_directions(
+        cls, directions: Mapping[str, Tensor], *, site: str, base: object, name: str = "directions"
+    ) -> "ConceptBank":
         """One's own vectors at one site of a model; the unit is the vector itself."""
         if not directions:
             raise BadBank("expected at least one direction, got none")

@@ -12,7 +12,7 @@ for every target k that acts there (g_k > 0). The change x2 - x is capped in len
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from math import inf
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -237,8 +237,9 @@ class Program:
         """What held concepts read in the unsteered twin of this pass."""
         self.table = Table.of(edits, cap) if edits else None
         self.has_targets = any(edit.is_target for edit in edits)
-        parts = {edit.intervention.tokens for edit in edits if edit.is_constant}
-        self.part = parts.pop() if len(parts) == 1 and all(edit.is_constant for edit in edits) and not readings else None
+        parts: list[Any] = list(dict.fromkeys(edit.intervention.tokens for edit in edits if edit.is_constant))
+        constant = len(parts) == 1 and all(edit.is_constant for edit in edits) and not readings
+        self.part: str | None = parts[0] if constant else None
         self.delta = self._constant() if self.part is not None else None
         self.rows = 1 if self.table is None else len(self.table.scale)
         self._patches = {

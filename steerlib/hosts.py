@@ -71,7 +71,7 @@ class Host(ABC):
         """Why an unsteered twin cannot run beside the present call; empty if it can."""
         return "this host has no unsteered twin"
 
-    def run_twin(self, args: tuple, kwargs: dict[str, Any], caches: Any) -> None:
+    def run_twin(self, args: tuple, kwargs: dict[str, Any], caches: Any) -> None:  # noqa: ARG002
         """Run the model on the same tokens without edits, with a cache of its own."""
         raise UnsupportedTarget(self.refuse_twin())
 

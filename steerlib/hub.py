@@ -50,7 +50,7 @@ def resolve(
             str(name),
             revision=revision,
             token=token,
-            cache_dir=cache_dir,
+            cache_dir=None if cache_dir is None else str(cache_dir),
             local_files_only=local_files_only,
             allow_patterns=[f"*{suffix}" for suffix in sorted(SUFFIXES)],
         )

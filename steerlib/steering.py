@@ -24,7 +24,6 @@ from .errors import (
     OtherWeights,
     OutOfRange,
     SiteNotReached,
-    SteeringWarning,
     Unanswerable,
 )
 from .hooks.attach import ASIDE, Attachment, Dispatch, Socket, attachment, before_forward, is_compiled, modules_on
@@ -169,12 +168,13 @@ def _natural(concept: Concept, intervention: Intervention, options: Options) -> 
 def _warn_of_range(concept: Concept, intervention: Intervention) -> None:
     if concept.range is None or not isinstance(intervention, Add) or intervention.unit != "concept":
         return
-    amounts = intervention.amount if isinstance(intervention.amount, tuple) else (intervention.amount,)
+    given: Any = intervention.amount
+    amounts = given if isinstance(given, tuple) else (given,)
     low, high = concept.range
     if min(amounts) < low or max(amounts) > high:
         seen = concept.beyond or "nothing was measured there"
         warnings.warn(
-            f"{concept.name!r} was measured to be safe from {low:+.2f} to {high:+.2f}, got {intervention.amount}; beyond: {seen}",
+            f"{concept.name!r} was measured to be safe from {low:+.2f} to {high:+.2f}, got {given}; beyond: {seen}",
             OutOfRange,
             stacklevel=6,
         )
@@ -323,12 +323,11 @@ class Contents:
 class Steering:
     """A live session: what is attached, what is edited, what happened. Also a context manager."""
 
-    def __init__(self, target: object, bank: ConceptBank, *, edits: Edits | None = None, options: Options = Options()):
+    def __init__(self, target: object, bank: ConceptBank, *, edits: Edits, options: Options):
         self.host, self.bank = host_for(target), bank
         self.programs: dict[str, Program] = {}
         self._options = options
-        self._plan = _plan(bank, self.host, edits or {}, options)
-        self._first = self._plan
+        self._plan = _plan(bank, self.host, edits, options)
         self._standing: tuple[Site, ...] = ()
         self._held: tuple[Site, ...] = ()
         self._attachment: Attachment | None = None
@@ -650,7 +649,7 @@ def steer(
 
 def attach(target: object, bank: ConceptBank, *, allow_ood: bool = False) -> Steering:
     """Put sockets at every site of a bank that stay until `detach()`; edit with `set`. Do this before compiling."""
-    return Steering(target, bank, options=Options(allow_ood=allow_ood)).attach()
+    return Steering(target, bank, edits={}, options=Options(allow_ood=allow_ood)).attach()
 
 
 Tape = dict[str, list[tuple[StepState, Tensor]]]

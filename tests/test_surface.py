@@ -96,6 +96,6 @@ def test_core_and_hooks_come_from_the_same_checkout():
     import steerlib.concept_banks
     import steerlib.hooks
 
-    homes = {Path(module.__file__).resolve().parent.parent for module in (steerlib.hooks, steerlib.concept_banks)}
-    assert homes == {ROOT.resolve()} and Path(sl.__file__).resolve().parent.parent == ROOT.resolve()
+    homes = {Path(str(module.__file__)).resolve().parent.parent for module in (steerlib.hooks, steerlib.concept_banks)}
+    assert homes == {ROOT.resolve()} and Path(str(sl.__file__)).resolve().parent.parent == ROOT.resolve()
     assert "hooks" not in sys.modules

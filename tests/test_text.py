@@ -1,6 +1,7 @@
 """The laws for text, on small real models: positions, rows, schedules, caches, padding, beams, guidance, gates, do."""
 
 import threading
+from typing import Any, cast
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from transformers import TextIteratorStreamer
 
 import steerlib as sl
 from steerlib import errors
+from steerlib.bank import SiteFacts
 from steerlib.hooks.attach import _ATTACHED
 
 GREEDY = {"do_sample": False, "max_new_tokens": 12}
@@ -262,9 +264,9 @@ def test_a_gate_acts_where_another_concept_reads_high(llama):
     ids = prompts()
     with torch.no_grad(), sl.record(model, bank) as plain:
         model(ids)
-    with torch.no_grad(), sl.steer(model, bank, {"tone": sl.Add(2.0, gate=sl.Gate("topic", above=0.0))}):
-        with sl.record(model, bank) as tape:
-            model(ids)
+    edits = {"tone": sl.Add(2.0, gate=sl.Gate("topic", above=0.0))}
+    with torch.no_grad(), sl.steer(model, bank, edits), sl.record(model, bank) as tape:
+        model(ids)
     topic = plain["topic"][0][1] / 0.5
     torch.testing.assert_close(tape["tone"][0][1] - plain["tone"][0][1], 2.0 * (topic > 0.0), atol=1e-5, rtol=0)
     assert 0 < (topic > 0.0).float().mean() < 1
@@ -403,9 +405,9 @@ def test_a_session_that_cannot_start_changes_nothing(llama, bank):
 def test_a_site_that_is_never_reached_is_an_error(bank, llama):
     llama.extra = torch.nn.Linear(32, 32)
     idle = sl.ConceptBank.from_directions({"a": torch.ones(32)}, site="extra", base=llama)
-    with pytest.raises(errors.SiteNotReached, match="'extra'"), sl.steer(llama, bank, {"a": 1.0}):
-        with sl.steer(llama, idle, {"a": 1.0}):
-            logits(llama, prompts())
+    missed = pytest.raises(errors.SiteNotReached, match="'extra'")
+    with sl.steer(llama, bank, {"a": 1.0}), missed, sl.steer(llama, idle, {"a": 1.0}):
+        logits(llama, prompts())
 
 
 def test_the_report_says_what_happened_and_why_nothing_did(llama, bank):
@@ -433,7 +435,7 @@ def levels(llama):
         + [sl.Concept(name=n, encoder="layers.1", index=i, unit=2.0) for i, n in enumerate(("effect", "side"))],
         {"layers.0": sl.Directions(vectors[:1]), "layers.1": sl.Directions(vectors[1:])},
         base=sl.BaseModel.of(llama),
-        sites={"layers.0": sl.bank.SiteFacts(width=32), "layers.1": sl.bank.SiteFacts(width=32)},
+        sites={"layers.0": SiteFacts(width=32), "layers.1": SiteFacts(width=32)},
         graph=sl.CausalGraph([sl.Edge(src="cause", dst="effect", weight=0.7)]),
     )
 
@@ -498,7 +500,7 @@ def guarded(llama):
         [sl.Concept(name="a", encoder="layers.0", index=0, unit=0.1, natural=(-0.2, 0.3), range=(-5.0, 5.0), beyond="noise")],
         {"layers.0": sl.Directions(d[None])},
         base=sl.BaseModel.of(llama),
-        sites={"layers.0": sl.bank.SiteFacts(width=32, norm=2.0)},
+        sites={"layers.0": SiteFacts(width=32, norm=2.0)},
     )
 
 
@@ -554,7 +556,7 @@ def test_one_session_acts_in_every_thread_streaming_included(llama, bank):
             def decode(self, ids, **_):
                 return " ".join(map(str, torch.as_tensor(ids).flatten().tolist()))
 
-        streamer = TextIteratorStreamer(Tokens(), skip_prompt=True, timeout=30)
+        streamer = TextIteratorStreamer(cast(Any, Tokens()), skip_prompt=True, timeout=30)
         thread = threading.Thread(target=lambda: write(llama, prompts(1), streamer=streamer))
         thread.start()
         text = "".join(streamer)

@@ -135,13 +135,13 @@ def _work_folder(work: str | os.PathLike[str] | None, recipe: Recipe) -> Path | 
 
 def _remembered(path: Path | None, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """What an earlier run wrote, or what `make` gives, written whole or not at all."""
-    if path is None:
-        return make()
-    if not path.is_file():
-        fresh = path.with_suffix(".part")
-        fresh.write_text(json.dumps(make(), indent=1, sort_keys=True) + "\n", encoding="utf-8")
-        fresh.replace(path)
-    return json.loads(path.read_text(encoding="utf-8"))
+    if path is not None and path.is_file():
+        return json.loads(path.read_text(encoding="utf-8"))
+    made = json.dumps(make(), indent=1, sort_keys=True) + "\n"
+    if path is not None:
+        path.with_suffix(".part").write_text(made, encoding="utf-8")
+        path.with_suffix(".part").replace(path)
+    return json.loads(made)  # as a run that goes on would read it
 
 
 def _directions(
@@ -256,7 +256,8 @@ def card(bank: ConceptBank, recipe: Recipe, records: Sequence[dict[str, Any]]) -
     )
     trust = "\n".join(f"- {r['concept']}: {r['scorer']}" for r in records)
     shown = "\n\n".join(
-        f"**{r['concept']} {r['amount']:+.2f}** — {e['prompt']}\n\n> unsteered: {_line(e['unsteered'])}\n>\n> steered: {_line(e['steered'])}"
+        f"**{r['concept']} {r['amount']:+.2f}** — {e['prompt']}\n\n"
+        f"> unsteered: {_line(e['unsteered'])}\n>\n> steered: {_line(e['steered'])}"
         for r in records
         for e in r["examples"][:1]
     )

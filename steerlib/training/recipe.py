@@ -43,7 +43,7 @@ class Recipe:
     source: str
     """Where the weights are: a folder, a Hub id, or `package:<name>/<file>.gguf`."""
     concepts: tuple[ConceptRecipe, ...]
-    folder: Path = field(default=Path("."), repr=False)
+    folder: Path = field(default=Path(), repr=False)
     description: str = ""
     license: str = ""
     pairs: str = "pairs"
@@ -90,6 +90,7 @@ class Recipe:
             raise BadRecipe("expected methods, positive shares, and at least one dev prompt and new token")
         for concept in self.concepts:
             self.read_pairs(concept.name)
+        self.read_reference()
         for split, count in (("dev", self.dev_prompts), ("test", self.test_prompts)):
             if len(self.read_prompts(split)) < count:
                 raise BadRecipe(f"{self.prompts} has {len(self.read_prompts(split))} {split} prompts, expected {count}")
