@@ -7,6 +7,7 @@ models: blocks in one `ModuleList`, an attention and a feed-forward part in each
 import inspect
 from contextlib import suppress
 from dataclasses import dataclass
+from types import NoneType
 from typing import Any
 
 from torch import nn
@@ -97,7 +98,7 @@ class Stack:
     """Modules whose call tells where a pass stands, from the inside out; the outermost that is called knows best."""
 
 
-def stacks(model: nn.Module) -> tuple[Stack, ...]:
+def stacks(model: Any) -> tuple[Stack, ...]:
     """The text stacks of a model: one, or `encoder.` and `decoder.`."""
     names = {module: name for name, module in model.named_modules()}
     if getattr(model.config, "is_encoder_decoder", False):
@@ -106,8 +107,7 @@ def stacks(model: nn.Module) -> tuple[Stack, ...]:
         parts = {"": _decoder(model)}
     found = []
     for prefix, part in parts.items():
-        blocks = _blocks(part) if part is not None else []
-        if blocks and _family(blocks[0]).tokens:
+        if part is not None and (blocks := _blocks(part)) and _family(blocks[0]).tokens:
             clocks = (names[part],) if prefix else tuple(dict.fromkeys((names[part], names[_caller(model, part)])))
             found.append(Stack(prefix, names[part], tuple(names[block] for block in blocks), clocks))
     return tuple(found)
@@ -118,7 +118,7 @@ def _caller(model: Any, part: nn.Module) -> nn.Module:
     if not _family(part).masked:
         return model
     body = model.base_model
-    return body if body is not model and {"input_ids", "attention_mask"} <= {*arguments(body)} else part
+    return body if {"input_ids", "attention_mask"} <= {*arguments(body)} else part
 
 
 def _decoder(model: Any) -> nn.Module:
@@ -126,7 +126,8 @@ def _decoder(model: Any) -> nn.Module:
     candidates = [model.base_model, *model.children()]
     with suppress(AttributeError, NotImplementedError):
         candidates.insert(0, model.get_decoder())
-    return next((part for part in candidates if part is not model and "input_ids" in arguments(part)), model)
+    bodies = (part for part in candidates if part is not model and "input_ids" in arguments(part))
+    return next((part for part in bodies if hasattr(part, "config") and _blocks(part)), model)
 
 
 def arguments(module: nn.Module) -> tuple[str, ...]:
@@ -139,7 +140,7 @@ def _family(module: nn.Module) -> Family:
     return FAMILIES.get(type(module).__name__, Family())
 
 
-def _blocks(stack: nn.Module) -> list[nn.Module]:
+def _blocks(stack: Any) -> list[nn.Module]:
     """The blocks whose outputs are the residual stream: the outermost list of layers that can be checkpointed, else of
     as many modules as the configuration has layers; never in a tower that reads no text."""
     if (given := _family(stack).blocks) is not None:
@@ -178,20 +179,20 @@ def named_sites(model: nn.Module) -> dict[str, Site]:
     return sites
 
 
-def _embeddings(model: nn.Module, found: tuple[Stack, ...]) -> dict[str, str]:
+def _embeddings(model: Any, found: tuple[Stack, ...]) -> dict[str, str]:
     """Paths of the token embeddings: one for all stacks that read tokens, or each its own."""
     names = {module: name for name, module in model.named_modules()}
-    parts = {stack.prefix: model.get_submodule(stack.path) for stack in found}
+    parts: dict[str, Any] = {stack.prefix: model.get_submodule(stack.path) for stack in found}
     own = {prefix: part.get_input_embeddings() for prefix, part in parts.items() if "input_ids" in arguments(part)}
     paths = {f"{prefix}embed": names[m] for prefix, m in own.items() if not isinstance(m, nn.ModuleList)}
     return {"embed": min(paths.values())} if len({*paths.values()}) == 1 else paths
 
 
 def _layout(sites: dict[str, Site]) -> Layout:
-    return next((site.layout for site in sites.values()), "BND")
+    return next(iter(sites.values())).layout if sites else "BND"
 
 
-def _block_sites(model: nn.Module, stack: Stack, i: int) -> dict[str, Site]:
+def _block_sites(model: Any, stack: Stack, i: int) -> dict[str, Site]:
     path, name = stack.blocks[i], f"{stack.prefix}layers.{i}"
     block, beside = model.get_submodule(path), _family(model.get_submodule(stack.path))
     if beside.blocks is None:
@@ -201,7 +202,7 @@ def _block_sites(model: nn.Module, stack: Stack, i: int) -> dict[str, Site]:
         attends = f"{path}.{parts['attn']}" if parts["attn"] else None
     else:  # the i-th block is the i-th element of several lists
         family = beside
-        added = {part: f"{stack.path}.{getattr(family, part)}.{i}" for part in CHILDREN}
+        added = {part: f"{stack.path}.{getattr(family, part)}.{i}".strip(".") for part in CHILDREN}
         start = attends = added["attn"]
     sites = [Site(name=f"{name}.{part}", module=where, layout=family.layout) for part, where in added.items()]
     if family.stream:
@@ -216,11 +217,11 @@ def _part(block: nn.Module, part: str, given: str | None) -> str | None:
     """The path, inside a block, of the module that attends or feeds forward."""
     if given is not None:
         return given or None
-    if isinstance(sublayers := getattr(block, "layer", None), nn.ModuleList):  # as in T5: each computes and adds
+    children = dict(block.named_children())
+    if isinstance(sublayers := children.get("layer"), nn.ModuleList):  # as in T5: each computes, and adds
         at = 0 if part == "attn" else len(sublayers) - 1
-        return f"layer.{at}.{next(name for name, _ in sublayers[at].named_children())}"
-    children = {name for name, module in block.named_children() if not isinstance(module, nn.ModuleList)}
-    return next((name for name in CHILDREN[part] if name in children), None)
+        return next((f"layer.{at}.{name}" for name, _ in sublayers[at].named_children()), None)
+    return next((name for name in CHILDREN[part] if not isinstance(children.get(name), NoneType | nn.ModuleList)), None)
 
 
 def _added(block: nn.Module, part: str, where: str) -> str:
@@ -231,7 +232,8 @@ def _added(block: nn.Module, part: str, where: str) -> str:
         return next((name for name in AFTER[part] if name in inner), where)
     for path in (where, f"{where}.output"):
         if path in inner and {"residual", "input_tensor"} & {*arguments(inner[path])}:
-            return f"{path}.{[name for name, m in inner[path].named_children() if hasattr(m, 'in_features')][-1]}"
+            projections = [name for name, m in inner[path].named_children() if hasattr(m, "in_features")]
+            return f"{path}.{projections[-1]}" if projections else where
     return where
 
 
@@ -240,18 +242,17 @@ def _heads(attention: nn.Module, path: str, name: str, config: Any) -> list[Site
     if path.rpartition(".")[2] in MIXERS:
         return []
     inner = dict(attention.named_modules())
-    told = next((told for m in inner.values() if isinstance(told := _first(m, *HEADS), int)), None)
-    for where, module in inner.items():
-        width, size = _first(module, "in_features", "nx"), getattr(attention, "head_dim", None)
-        if width and where.rpartition(".")[2].lower() in PROJECTION:
-            count = told or (width // size if size else _first(config, *HEADS))
-            cuts = [(width * h // count, width * (h + 1) // count) for h in range(count)]
-            names = [f"{name}.attn.heads.{h}" for h in range(count)]
-            return [
-                Site(name=head, module=f"{path}.{where}", side="input", columns=cut)
-                for head, cut in zip(names, cuts, strict=True)
-            ]
-    return []
+    projections = [where for where in inner if where.rpartition(".")[2].lower() in PROJECTION]
+    where, width = next(((w, n) for w in projections if (n := _first(inner[w], "in_features", "nx"))), ("", 0))
+    told = next((told for module in inner.values() if isinstance(told := _first(module, *HEADS), int)), None)
+    size = getattr(attention, "head_dim", None)
+    count = told or (width // size if size else _first(config, *HEADS)) or 1
+    size, rest = divmod(width, count)
+    if not width or rest:
+        return []
+    names = [f"{name}.attn.heads.{h}" for h in range(count)]
+    cuts = [(h * size, (h + 1) * size) for h in range(count)]
+    return [Site(name=head, module=f"{path}.{where}", side="input", columns=cut) for head, cut in zip(names, cuts, strict=True)]
 
 
 def _final_norm(model: nn.Module, stack: Stack) -> str | None:

@@ -109,6 +109,8 @@ class TransformersHost(Host):
     # -- where a pass stands ---------------------------------------------------------------------------------
 
     def state(self, clock: str, args: tuple, kwargs: dict[str, Any]) -> StepState:
+        if len(args) > 1:  # by place, not by name
+            kwargs = {**dict(zip(arguments(self.model.get_submodule(clock))[1:], args, strict=False)), **kwargs}
         tokens = kwargs.get("input_ids")
         if tokens is None:
             tokens = _tokens(args, kwargs)

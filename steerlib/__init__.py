@@ -17,6 +17,7 @@ from .interventions import Intervention as Intervention
 from .interventions import Patch as Patch
 from .interventions import Scale as Scale
 from .interventions import Set as Set
+from .recording import record as record
 from .schedules import Ramp as Ramp
 from .schedules import Schedule as Schedule
 from .schedules import Steps as Steps
@@ -25,7 +26,6 @@ from .schedules import Window as Window
 from .sites import Site as Site
 from .steering import Steering as Steering
 from .steering import attach as attach
-from .steering import record as record
 from .steering import steer as steer
 from .training.pipeline import train as train
 from .training.recipe import Recipe as Recipe

@@ -283,6 +283,20 @@ def test_generate_is_moved_as_a_bare_pass_is(covered):
         assert_moved(covered, site, sites[:at], run=write)
 
 
+@pytest.mark.parametrize("model_type", ["bert", "gemma3", "llama", "mamba", "xlm"])
+def test_a_body_without_its_head_and_arguments_given_by_place(model_type):
+    model = tiny(model_type).base_model
+    sites = along_the_pass(model)
+
+    def run(model):
+        if model_type in ("bert", "llama", "xlm"):  # elsewhere the mask is not the second argument
+            return model(IDS, MASK)
+        return model(IDS, attention_mask=MASK)
+
+    for at, site in enumerate(sites):
+        assert_moved(model, site, sites[:at], run=run)
+
+
 @pytest.mark.parametrize("model_type", ["bart", "t5"])
 def test_both_stacks_of_an_encoder_decoder(model_type):
     """The decoder's first pass reads its start alone."""

@@ -23,7 +23,7 @@ from steerlib.evaluation import text
 from steerlib.training import calibrate, fit, pipeline
 from steerlib.training.recipe import Recipe
 
-WORDS = "a the sun moon rises falls slowly now why so red blue tea cup ? . yes no stone bird sings here there".split()
+WORDS = """a the sun moon rises falls slowly now why so red blue tea cup ? . yes no stone bird sings here there""".split()  # noqa: SIM905
 
 
 def clouds(n=400, d=8, seed=0):
@@ -97,7 +97,10 @@ def toy_tokenizer():
 def write_recipe(folder):
     """Two concepts, scored by counting."""
     (folder / "pairs").mkdir(parents=True)
-    for name, positive, negative in (("asking", "why so ? the bird ?", "yes . the bird ."), ("tea", "tea cup tea", "red stone here")):
+    for name, positive, negative in (
+        ("asking", "why so ? the bird ?", "yes . the bird ."),
+        ("tea", "tea cup tea", "red stone here"),
+    ):
         lines = [{"prompt": f"the {w}", "positive": f"{positive} {w}", "negative": f"{negative} {w}"} for w in WORDS[3:9]]
         (folder / "pairs" / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
     prompts = [{"prompt": f"{a} {b}", "split": s} for s, a in (("dev", "the"), ("test", "why")) for b in WORDS[2:6]]

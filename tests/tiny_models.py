@@ -102,7 +102,9 @@ def _built(model_type: str, auto: Any, given: dict[str, Any]) -> Any:
 def shrunk(config: Any, *, fill: bool = False, **given: Any) -> Any:
     """The same configuration with toy sizes at every depth and one layer of each kind; `fill` gives sizes left at None."""
     fields = vars(config)
-    new = {n: TINY[n] for n, old in fields.items() if n in TINY and (isinstance(old, int) or (fill and old is None))}
+    new: dict[str, Any] = {
+        n: TINY[n] for n, old in fields.items() if n in TINY and (isinstance(old, int) or (fill and old is None))
+    }
     for name in ("layer_types", "layers_block_type"):
         if isinstance(fields.get(name), list):
             kinds = list(dict.fromkeys(fields[name]))

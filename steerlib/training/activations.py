@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..evaluation.text import chat, progress
-from ..steering import record
+from ..recording import record
 
 BATCH = 8
 

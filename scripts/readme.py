@@ -1,0 +1,79 @@
+"""Write the README's measured parts from what was measured: `python scripts/readme.py [--bench bench.json] [--coverage c.json]`.
+
+Runs the README's first example for the output; takes the effects from the shipped bank, the cost from
+`bench_steering.py --out`, and the coverage from `pytest tests/test_families.py --coverage-json`.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import steerlib as sl
+from steerlib.evaluation.text import chat, complete, table
+
+README = Path(__file__).parent.parent / "README.md"
+PROMPT = "Tell me about the place where you live."
+SHOWN = ({"formality": 2.0}, {"french": 3.0}, {"fantasy": 2.0})
+
+
+def output(bank: sl.ConceptBank, source: str) -> str:
+    """The answers to one prompt, unsteered and steered."""
+    model, tokenizer = sl.load(source)
+    lines = []
+    for edits in ({}, *SHOWN):
+        with sl.steer(model, bank, edits):
+            text = complete(model, tokenizer, [chat(tokenizer, PROMPT)], new_tokens=40).texts[0]
+        name = ", ".join(f"`{name} {amount:+.1f}`" for name, amount in edits.items()) or "unsteered"
+        lines.append(f"| {name} | {' '.join(text.split())} … |")
+    return "\n".join(["| | answer |", "|---|---|", *lines])
+
+
+def effects(bank: sl.ConceptBank) -> str:
+    """The table of the shipped bank."""
+    return table([{**c.effects, "concept": c.name, "site": bank.site_of(c)} for c in bank.concepts.values()])
+
+
+def cost(figures: Mapping[str, Any]) -> str:
+    """One table a measurement."""
+    parts = []
+    for title, rows in figures.items():
+        if not isinstance(rows, dict):
+            continue
+        names = list(next(iter(rows.values())))
+        parts.append("| " + " | ".join([title, *names]) + " |\n|" + "---|" * (len(names) + 1))
+        for what, values in rows.items():
+            cells = [f"{v[0]:.2f} ({v[1]:.2f}–{v[2]:.2f})" if isinstance(v, list) else f"{v:.0f}" for v in values.values()]
+            parts[-1] += "\n| " + " | ".join([what, *cells]) + " |"
+    return "\n\n".join(parts) + f"\n\nMachine: {figures['machine']}; torch {figures['torch']}; {figures['rounds']} rounds."
+
+
+def put(text: str, section: str, content: str) -> str:
+    """The text with what stands between a section's marks replaced."""
+    marks = rf"(<!-- begin: {section} -->\n).*?(<!-- end: {section} -->)"
+    assert re.search(marks, text, re.DOTALL), section
+    return re.sub(marks, lambda m: f"{m[1]}{content}\n{m[2]}", text, flags=re.DOTALL)
+
+
+def main(
+    bench: Annotated[Path | None, typer.Option(help="figures of bench_steering.py")] = None,
+    coverage: Annotated[Path | None, typer.Option(help="figures of test_families.py")] = None,
+) -> None:
+    """Write the measured parts of the README."""
+    bank = sl.ConceptBank.from_pretrained("smollm2-135m-instruct")
+    from steerlib.cli import recipe_of
+
+    text = put(README.read_text(encoding="utf-8"), "output", output(bank, recipe_of(bank, None).source))
+    text = put(text, "effects", effects(bank))
+    if bench is not None:
+        text = put(text, "cost", cost(json.loads(bench.read_text())))
+    if coverage is not None:
+        text = put(text, "coverage", coverage.read_text(encoding="utf-8").strip())
+    README.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,59 @@
+"""`record`: what passes see, by concept or by site."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+
+from torch import Tensor
+
+from .bank import ConceptBank
+from .concepts import Concept
+from .hooks.attach import attachment
+from .hosts import Host, host_for
+from .schedules import StepState
+from .sites import Site
+
+Tape = dict[str, list[tuple[StepState, Tensor]]]
+
+
+@contextmanager
+def record(target: object, bank_or_sites: ConceptBank | Sequence[str], concepts: Sequence[str] | None = None) -> Iterator[Tape]:
+    """Record every pass inside a `with` block: `tape[name]` lists `(state, values)`.
+
+    With a bank, values are the concepts' readings `z[B, N]` (raw coordinates, after any edit); with names of sites,
+    the activations `x[B, N, D]` themselves.
+    """
+    host = host_for(target)
+    tape: Tape = {}
+    with ExitStack() as stack:
+        if isinstance(bank_or_sites, ConceptBank):
+            bank_or_sites.check(host)
+            for name in concepts if concepts is not None else bank_or_sites.concepts:
+                concept = bank_or_sites[name]
+                site = host.site(bank_or_sites.site_of(concept))
+                _observe(host, site, _reader(bank_or_sites, concept, tape.setdefault(concept.name, [])), stack)
+        else:
+            for name in [bank_or_sites] if isinstance(bank_or_sites, str) else bank_or_sites:
+                _observe(host, host.site(name), _keeper(tape.setdefault(name, [])), stack)
+        yield tape
+
+
+def _observe(host: Host, site: Site, observe: Callable[[Tensor, StepState], None], stack: ExitStack) -> None:
+    place = attachment(host)
+    place.require(host, [site])
+    stack.callback(place.release, host, [site])
+    observers = place.sockets[site.name].observers
+    observers.append(observe)
+    stack.callback(observers.remove, observe)
+
+
+def _reader(bank: ConceptBank, concept: Concept, out: list[tuple[StepState, Tensor]]) -> Callable[[Tensor, StepState], None]:
+    read, bias, _ = bank.rows(concept)
+
+    def observe(x: Tensor, state: StepState) -> None:
+        out.append((state, x.float() @ read[0].to(x.device) + bias[0].to(x.device)))
+
+    return observe
+
+
+def _keeper(out: list[tuple[StepState, Tensor]]) -> Callable[[Tensor, StepState], None]:
+    return lambda x, state: out.append((state, x.detach().clone()))

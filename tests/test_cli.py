@@ -1,0 +1,84 @@
+"""The command line, in processes of its own."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import steerlib as sl
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(*arguments, code=0):
+    done = subprocess.run([sys.executable, "-m", "steerlib", *map(str, arguments)], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == code, done.stdout + done.stderr
+    return " ".join((done.stdout + done.stderr).split())
+
+
+def test_help_lists_the_commands():
+    text = run("--help")
+    assert all(command in text for command in ("demo", "steer", "concepts", "info", "verify", "list", "train", "eval"))
+
+
+def test_banks_can_be_listed_searched_shown_and_verified():
+    assert "smollm2-135m-instruct" in run("list")
+    assert "french" in run("concepts", "smollm2-135m-instruct", "answers in French")
+    assert "What was measured" in run("info", "smollm2-135m-instruct")
+    assert "every file as it should be" in run("verify", "smollm2-135m-instruct")
+
+
+def test_what_is_refused_is_one_line_without_a_traceback(tmp_path):
+    text = run("verify", "no such bank", code=1)
+    assert "BadBank" in text and "Traceback" not in text
+    assert "expected --edit concept=amount" in run("steer", "smollm2-135m-instruct", "hello", "-e", "french", code=1)
+    assert "did you mean 'french'" in run("steer", "smollm2-135m-instruct", "hello", "-e", "frensh=1", code=1)
+    assert "BadRecipe" in run("train", tmp_path / "recipe.toml", code=1)
+
+
+@pytest.mark.real
+def test_a_prompt_is_answered_with_and_without_steering():
+    text = run("steer", "smollm2-135m-instruct", "How are you?", "-e", "french=4", "--tokens", "8")
+    assert "unsteered" in text and "layers." in text
+
+
+def test_scripts_explain_themselves():
+    for script in ("train_bank.py", "bench_steering.py"):
+        done = subprocess.run([sys.executable, ROOT / "scripts" / script, "--help"], capture_output=True, text=True, cwd=ROOT)
+        assert done.returncode == 0 and "Usage" in done.stdout, done.stderr
+
+
+def test_a_wheel_contains_the_banks_whole_and_no_package_called_hooks(tmp_path):
+    """Build it, unpack it, and open the shipped bank from what was unpacked."""
+    import zipfile
+
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q", "-w", tmp_path, ROOT]
+    subprocess.run([*map(str, command)], check=True, capture_output=True, cwd=tmp_path)
+    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
+        names = wheel.namelist()
+        wheel.extractall(tmp_path / "installed")
+    tops = {name.partition("/")[0] for name in names}
+    assert tops == {"steerlib", f"steerlib-{version()}.dist-info"}
+    check = (
+        "import steerlib as sl; b = sl.ConceptBank.from_pretrained('smollm2-135m-instruct'); b.verify(); print(sl.__file__);"
+        "import steerlib.cli as c; print(len(c.recipe_of(b, None).read_pairs('french')))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", check],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(tmp_path / "installed")},
+    )
+    assert str(tmp_path / "installed") in done.stdout and done.stdout.split()[-1] == "24", done.stderr
+
+
+def version():
+    import tomllib
+
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+
+
+def test_public_help_is_not_empty():
+    assert all((getattr(sl, name).__doc__ or "").strip() for name in sl.__all__)
