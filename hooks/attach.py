@@ -151,7 +151,6 @@ class Attachment:
         self.sockets: dict[str, Socket] = {}
         self.clocks: dict[str, Clock] = {}
         self.sessions: list[Any] = []
-        self.lock = threading.RLock()
         self._uses: Counter[str] = Counter()
         self._moments: dict[tuple[str, ...], Moment] = {}
         self._undo: dict[str, Callable[[], None]] = {}
@@ -232,10 +231,12 @@ def before_forward(model: nn.Module, action: Callable[[tuple, dict[str, Any]], N
 
 
 _ATTACHED: WeakKeyDictionary[nn.Module, Attachment] = WeakKeyDictionary()
+LOCK = threading.RLock()
+"""Held while a session comes or goes, so that two threads never make two attachments of one model."""
 
 
 def attachment(host: Host) -> Attachment:
-    """The one attachment of a model."""
+    """The one attachment of a model. Call it, and `require` what is needed, under `LOCK`."""
     found = _ATTACHED.get(host.model)
     if found is None:
         found = _ATTACHED[host.model] = Attachment(host)

@@ -1,4 +1,4 @@
-"""Write the README's measured parts from what was measured: `python scripts/readme.py [--bench bench.json] [--coverage c.json]`.
+"""Write the README's measured parts from what was measured: `python scripts/readme.py [--bench FILE] [--coverage FILE]`.
 
 Runs the README's first example for the output; takes the effects from the shipped bank, the cost from
 `bench_steering.py --out`, and the coverage from `pytest tests/test_families.py --coverage-json`.

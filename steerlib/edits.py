@@ -9,6 +9,7 @@
 for every target k that acts there (g_k > 0). The change x2 - x is capped in length and cast once.
 """
 
+import threading
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from math import inf
@@ -227,14 +228,20 @@ class Tally:
     largest: Tensor | None = None
 
 
+class Twin(threading.local):
+    """What held concepts read in the unsteered twin of this thread's pass."""
+
+    def __init__(self) -> None:
+        self.readings: dict[Key, Tensor] = {}
+
+
 class Program:
     """All edits at one site, and the readings other sites need from it."""
 
     def __init__(self, edits: Sequence[Edit], readings: Sequence[Reading] = (), cap: float = inf):
         self.edits, self.readings, self.cap = tuple(edits), tuple(readings), cap
         self.tally = Tally()
-        self.twin: dict[Key, Tensor] = {}
-        """What held concepts read in the unsteered twin of this pass."""
+        self.twin = Twin()
         self.table = Table.of(edits, cap) if edits else None
         self.has_targets = any(edit.is_target for edit in edits)
         parts: list[Any] = list(dict.fromkeys(edit.intervention.tokens for edit in edits if edit.is_constant))
@@ -259,14 +266,14 @@ class Program:
     def anew(self) -> "Program":
         """The same edits with an empty tally."""
         other = Program.__new__(Program)
-        other.__dict__.update(self.__dict__, tally=Tally(), twin={})
+        other.__dict__.update(self.__dict__, tally=Tally(), twin=Twin())
         return other
 
     def listen(self, x: Tensor) -> None:
         """Keep what held concepts read here, in a pass without edits."""
         for edit in self.edits:
             if edit.held:
-                self.twin[edit.key] = (x.float() @ edit.rows.read[0].to(x.device)) + edit.rows.bias[0].to(x.device)
+                self.twin.readings[edit.key] = (x.float() @ edit.rows.read[0].to(x.device)) + edit.rows.bias[0].to(x.device)
 
     def __call__(self, x: Tensor, state: StepState) -> Tensor:
         """The steered x."""
@@ -369,7 +376,7 @@ class Program:
 
     def _wanted(self, x: Tensor, state: StepState) -> Tensor | None:
         """Targets that differ from token to token, NaN where there is none, `[B, N, K]`."""
-        held = {k: self.twin[edit.key] for k, edit in enumerate(self.edits) if edit.held}
+        held = {k: self.twin.readings[edit.key] for k, edit in enumerate(self.edits) if edit.held}
         if not held and not self._patches:
             return None
         wanted = x.new_full((*x.shape[:2], len(self.edits)), torch.nan, dtype=torch.float32)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .bank import ConceptBank
 from .concepts import Concept
-from .hooks.attach import attachment
+from .hooks.attach import LOCK, Attachment, attachment
 from .hosts import Host, host_for
 from .schedules import StepState
 from .sites import Site
@@ -38,12 +38,18 @@ def record(target: object, bank_or_sites: ConceptBank | Sequence[str], concepts:
 
 
 def _observe(host: Host, site: Site, observe: Callable[[Tensor, StepState], None], stack: ExitStack) -> None:
-    place = attachment(host)
-    place.require(host, [site])
-    stack.callback(place.release, host, [site])
+    with LOCK:
+        place = attachment(host)
+        place.require(host, [site])
+    stack.callback(_release, place, host, site)
     observers = place.sockets[site.name].observers
     observers.append(observe)
     stack.callback(observers.remove, observe)
+
+
+def _release(place: Attachment, host: Host, site: Site) -> None:
+    with LOCK:
+        place.release(host, [site])
 
 
 def _reader(bank: ConceptBank, concept: Concept, out: list[tuple[StepState, Tensor]]) -> Callable[[Tensor, StepState], None]:

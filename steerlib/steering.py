@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .bank import ConceptBank
 from .edits import Program, Table
 from .errors import BadEdit, ConflictingEdits, ModelBusy, OutOfRange, SiteNotReached, Unanswerable
-from .hooks.attach import ASIDE, Attachment, Dispatch, Socket, attachment, before_forward, is_compiled, modules_on
+from .hooks.attach import ASIDE, LOCK, Attachment, Dispatch, Socket, attachment, before_forward, is_compiled, modules_on
 from .hosts import host_for
 from .interventions import Patch
 from .plans import Do, Edits, Options, plan_for
@@ -48,7 +48,7 @@ class Steering:
         self._attachment: Attachment | None = None
         self._thread = 0
         self._passes: dict[str, int] = {}
-        self._ran = False
+        self._ran = self._entered = False
         self._undo_twin: Callable[[], None] | None = None
         self._caches: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 
@@ -56,9 +56,10 @@ class Steering:
 
     def attach(self) -> "Steering":
         """Put permanent sockets at every site of the bank, so that the model can be compiled."""
-        place = attachment(self.host)
         sites = tuple(self.host.site(name) for name in self.bank.sites)
-        place.require(self.host, sites)
+        with LOCK:
+            place = attachment(self.host)
+            place.require(self.host, sites)
         self._attachment, self._standing = place, sites
         room = {name: sum(self.bank.site_of(c) == name for c in self.bank.concepts.values()) for name in self.bank.sites}
         for site in sites:
@@ -88,11 +89,12 @@ class Steering:
             for site in self._standing:
                 if (socket := self._attachment.sockets.get(site.name)) is not None and self._attachment.uses(site) == 1:
                     socket.traced = None
-            self._attachment.release(self.host, self._standing)
+            with LOCK:
+                self._attachment.release(self.host, self._standing)
             self._standing = ()
 
     def __enter__(self) -> "Steering":
-        if not self.programs:
+        if not self._entered:
             self._enter()
         return self
 
@@ -108,22 +110,22 @@ class Steering:
             warnings.warn("edits were capped in length at run time; see report()", OutOfRange, stacklevel=2)
 
     def _enter(self) -> None:
-        place = attachment(self.host)
         self._thread = threading.get_ident()
-        with place.lock:
-            others = [s for s in place.sessions if s._plan.edits]
+        with LOCK:
+            place = attachment(self.host)
+            others = [session for session in place.sessions if session._plan.edits]
             if any(s._thread != self._thread for s in others) and self._plan.edits and is_compiled([self.host.model]):
                 raise ModelBusy("another thread steers this compiled model; take turns, or load a second copy")
             self._refuse_conflicts(others)
             place.require(self.host, self._plan.sites)
-            self._attachment, self._held = place, self._plan.sites
-            self.programs = {name: program.anew() for name, program in self._plan.programs.items()}
-            self._passes = {path: clock.passes for path, clock in place.clocks.items()}
-            if self._plan.holds and self._plan.edits:
-                self._undo_twin = before_forward(self.host.model, self._run_twin)
-            if self._plan.edits:
-                place.sessions.append(self)
+            self._attachment, self._held, self._entered = place, self._plan.sites, True
             try:
+                self._passes = {path: clock.passes for path, clock in place.clocks.items()}
+                self.programs = {name: program.anew() for name, program in self._plan.programs.items()}
+                if self._plan.edits:
+                    place.sessions.append(self)
+                    if self._plan.holds:
+                        self._undo_twin = before_forward(self.host.model, self._run_twin)
                 _rewire(place)
             except BaseException:
                 self._leave()
@@ -131,10 +133,10 @@ class Steering:
 
     def _leave(self) -> None:
         place = self._attachment
-        if place is None:
+        if place is None or not self._entered:
             return
-        self._ran = self._ran or self._has_run()
-        with place.lock:
+        self._ran, self._entered = self._ran or self._has_run(), False
+        with LOCK:
             if self._undo_twin is not None:
                 self._undo_twin()
                 self._undo_twin = None
@@ -250,7 +252,6 @@ class _Together:
         edits = [edit for program in programs for edit in program.edits]
         readings = [reading for program in programs for reading in program.readings]
         self.merged = Program(edits, readings, min(program.cap for program in programs))
-        self.merged.twin = {}
         for program in programs:
             program.twin = self.merged.twin
 

@@ -591,3 +591,77 @@ def test_each_thread_uses_its_own_session_and_one_without_raises(llama, bank):
         thread.join()
     assert refused and all(torch.equal(found[a], expected[a]) for a in amounts)
     assert llama not in _ATTACHED
+
+
+def test_a_session_can_be_entered_again(llama, bank):
+    session = sl.steer(llama, bank, {"a": 3.0})
+    plain = logits(llama, prompts())
+    for _ in range(2):
+        with session:
+            assert not torch.equal(logits(llama, prompts()), plain)
+        assert torch.equal(logits(llama, prompts()), plain)
+
+
+def test_sessions_that_come_and_go_in_threads_keep_to_themselves(llama, bank):
+    """Eight threads enter and leave at random moments; each always sees its own amount or, alone, nobody else's."""
+    expected = {}
+    for amount in range(8):
+        with sl.steer(llama, bank, {"a": float(amount)}):
+            expected[amount] = logits(llama, prompts())
+    wrong = []
+
+    def work(amount):
+        for _ in range(25):
+            with sl.steer(llama, bank, {"a": float(amount)}):
+                if not torch.equal(logits(llama, prompts()), expected[amount]):
+                    wrong.append(amount)
+
+    before = snapshot(llama)
+    threads = [threading.Thread(target=work, args=(amount,)) for amount in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong and snapshot(llama) == before and llama not in _ATTACHED
+
+
+# -- other ways in which a model comes -----------------------------------------------------------------------
+
+
+def test_a_model_dispatched_over_devices_is_steered(llama, bank, tmp_path):
+    from accelerate import dispatch_model
+
+    with sl.steer(llama, bank, {"a": 2.0, "b": sl.Set(1.0)}):
+        expected = write(llama, prompts())
+    parts = {"model.embed_tokens": "cpu", "model.layers.0": "disk", "model.layers.1": "cpu", "model.norm": "cpu"}
+    places = {**parts, "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    spread = dispatch_model(llama, places, main_device="cpu", offload_dir=tmp_path)
+    before = snapshot(spread)
+    assert next(spread.model.layers[0].parameters()).is_meta
+    with sl.steer(spread, bank, {"a": 2.0, "b": sl.Set(1.0)}):
+        assert torch.equal(write(spread, prompts()), expected)
+    assert snapshot(spread) == before
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_quantised_model_is_steered_at_its_outputs(llama, bank):
+    small = torch.ao.quantization.quantize_dynamic(llama, {torch.nn.Linear}, dtype=torch.qint8)
+    with torch.no_grad(), sl.record(small, ["layers.0"]) as plain:
+        small(prompts())
+    with torch.no_grad(), sl.steer(small, bank, {"a": 2.0}), sl.record(small, ["layers.0"]) as tape:
+        small(prompts())
+    moved = tape["layers.0"][0][1] - plain["layers.0"][0][1]
+    torch.testing.assert_close(moved, (2.0 * bank.rows(bank["a"]).write[0]).expand_as(moved), atol=1e-5, rtol=0)
+
+
+def test_gradient_checkpointing_runs_the_same_edits_again(llama, bank):
+    def gradient():
+        llama.zero_grad()
+        with sl.steer(llama, bank, {"a": 2.0, "b": sl.Set(1.0)}):
+            llama(prompts(), use_cache=False).logits.square().mean().backward()
+        return llama.get_input_embeddings().weight.grad.clone()
+
+    llama.train()
+    plain = gradient()
+    getattr(llama, "activation_checkpointing_enable", llama.gradient_checkpointing_enable)()
+    torch.testing.assert_close(gradient(), plain)
