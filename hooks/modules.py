@@ -55,7 +55,7 @@ def module_site(model: nn.Module, name: str, known: tuple[str, ...] = ()) -> Sit
         return Site(name=name, module=path, side="input" if side == "input" else "output")
     raise UnknownSite(
         f"{type(model).__name__} has no site {name!r}; name one, or any module path whose output is [rows, tokens, width]: "
-        f"{nearest(name, (*known, *filter(None, modules)))}"
+        f"{nearest(name, known or filter(None, modules), filter(None, modules))}"
     )
 
 

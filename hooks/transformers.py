@@ -1,5 +1,6 @@
 """transformers models: `generate()`, caches, padding, beams, text guidance."""
 
+import re
 import sys
 import threading
 from collections.abc import Callable, Mapping
@@ -49,6 +50,8 @@ _PROMPT_POSITIONS: WeakKeyDictionary[nn.Module, Tensor] = WeakKeyDictionary()
 """Real prompt tokens of each row, in place: what compiled code reads."""
 ROWS = 64
 """Rows for which a compiled model has room."""
+PARTS = ("in", "heads", "attn", "mlp", "out")
+IN_BLOCK = re.compile(r"(encoder\.|decoder\.)?layers\.(?P<block>\d+)(\.(?P<part>in|attn|mlp))?(?P<head>\.heads\.\d+)?")
 NEVER = 2**31
 """A prompt that does not end: a bare forward."""
 
@@ -98,8 +101,16 @@ class TransformersHost(Host):
         return tuple(called) or ("",)
 
     def order(self, site: Site) -> tuple[int, ...]:
-        names = [name for name, _ in self.model.named_modules()]
-        return (0 if site.side == "input" and not site.columns else 1, names.index(site.module))
+        """By stack, by block, and inside a block from its input over heads, attention and feed-forward to its output."""
+        stack, found = int(site.name.startswith("decoder.")), IN_BLOCK.fullmatch(site.name)
+        if found is not None:
+            part = "heads" if found["head"] else found["part"] or "out"
+            return stack, int(found["block"]), PARTS.index(part)
+        for s, known in enumerate(self._layout[1]):
+            for block, path in enumerate(known.blocks):
+                if site.module.startswith(path + "."):  # some module inside a block, named by its path
+                    return s, block, PARTS.index("mlp")
+        return stack, len(self.sites()) if site.name.endswith("norm") else -1, 0
 
     def width(self, site: Site) -> int | None:
         if site.columns is None and ".layers." in f".{site.name}" and site.name in self.sites():

@@ -1,7 +1,7 @@
 """Write the README's measured parts from what was measured: `python scripts/readme.py [--bench FILE] [--coverage FILE]`.
 
 Runs the README's first example for the output; takes the effects from the shipped bank, the cost from
-`bench_steering.py --out`, and the coverage from `pytest tests/test_families.py --coverage-json`.
+`bench_steering.py --out`, and the coverage from `coverage_table.py`.
 """
 
 import json
@@ -60,7 +60,7 @@ def put(text: str, section: str, content: str) -> str:
 
 def main(
     bench: Annotated[Path | None, typer.Option(help="figures of bench_steering.py")] = None,
-    coverage: Annotated[Path | None, typer.Option(help="figures of test_families.py")] = None,
+    coverage: Annotated[Path | None, typer.Option(help="output of coverage.py")] = None,
 ) -> None:
     """Write the measured parts of the README."""
     bank = sl.ConceptBank.from_pretrained("smollm2-135m-instruct")

@@ -125,10 +125,10 @@ class OtherWeights(SteeringWarning):
     """Same architecture as the bank's base model, other weights."""
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """The end of an "unknown name" message: near spellings, then a listing."""
-    names = sorted(known)
-    near = get_close_matches(name, names, n=3, cutoff=0.5)
+def nearest(name: str, known: Iterable[str], hidden: Iterable[str] = ()) -> str:
+    """The end of an "unknown name" message: near spellings, `hidden` ones included, then a listing."""
+    names = list(known)
+    near = get_close_matches(name, [*names, *hidden], n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
     shown = ", ".join(names[:24]) + (f", … ({len(names)} in all)" if len(names) > 24 else "")
     return f"{hint}It has: {shown or 'nothing'}"

@@ -109,6 +109,12 @@ def test_adding_a_direction_moves_any_site_by_exactly_that_vector_and_nothing_up
 
 
 @pytest.mark.parametrize("model_type", TYPES)
+def test_the_order_of_sites_is_that_of_the_pass(covered):
+    host, sites = host_for(covered), along_the_pass(covered)
+    assert sorted(sites, key=lambda name: host.order(host.site(name))) == sites
+
+
+@pytest.mark.parametrize("model_type", TYPES)
 def test_a_block_reads_what_the_one_before_gave_and_the_final_norm_what_the_last_gave(covered, model_type):
     known = host_for(covered).sites()
     pairs = [(f"layers.{middle(covered) - 1}", f"layers.{middle(covered)}.in")]

@@ -635,7 +635,7 @@ def test_a_model_dispatched_over_devices_is_steered(llama, bank, tmp_path):
         expected = write(llama, prompts())
     parts = {"model.embed_tokens": "cpu", "model.layers.0": "disk", "model.layers.1": "cpu", "model.norm": "cpu"}
     places = {**parts, "model.rotary_emb": "cpu", "lm_head": "cpu"}
-    spread = dispatch_model(llama, places, main_device="cpu", offload_dir=tmp_path)
+    spread: Any = dispatch_model(llama, cast(Any, places), main_device=cast(Any, "cpu"), offload_dir=tmp_path)
     before = snapshot(spread)
     assert next(spread.model.layers[0].parameters()).is_meta
     with sl.steer(spread, bank, {"a": 2.0, "b": sl.Set(1.0)}):

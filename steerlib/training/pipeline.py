@@ -54,9 +54,18 @@ def train(target: Any, recipe: Recipe, *, tokenizer: Any = None, work: str | os.
         )
         for concept in progress(recipe.concepts, "choosing sites, methods and strengths")
     }
-    bank = _assemble(target, recipe, {name: Choice.from_dict(c) for name, c in choices.items()}, directions, facts, norms)
+    chosen = {name: Choice.from_dict(values) for name, values in choices.items()}
+    bank = _assemble(target, recipe, chosen, directions, facts, norms)
     effects = evaluate(target, tokenizer, bank, recipe, scorers=scorers, work=folder)
+    if recipe.ship == "clearing":
+        cleared = {name: chosen[name] for name in chosen if clears(effects, name)}
+        bank = _assemble(target, recipe, cleared, directions, facts, norms)
     return with_effects(bank, recipe, effects)
+
+
+def clears(records: Sequence[dict[str, Any]], name: str) -> bool:
+    """Whether a concept clears every bar."""
+    return all(next(record["passes"] for record in records if record["concept"] == name).values())
 
 
 def layers_to_try(model: Any, recipe: Recipe) -> tuple[int, ...]:
@@ -248,7 +257,9 @@ def _assemble(
 
 def card(bank: ConceptBank, recipe: Recipe, records: Sequence[dict[str, Any]]) -> str:
     """The model card: what each concept means, what was measured, how to use it. Every number comes from `records`."""
-    failing = [f"- **{r['concept']}**: misses “{bar}”" for r in records for bar, held in r["passes"].items() if not held]
+    tried, records = records, [record for record in records if record["concept"] in bank.concepts]
+    failing = [f"- **{r['concept']}** misses “{bar}”" for r in records for bar, held in r["passes"].items() if not held]
+    left_out = [record for record in tried if record["concept"] not in bank.concepts]
     concepts = "\n".join(
         f"| {c.name} | {c.label} | {c.useful:+.2f} | {c.range[0]:+.2f} to {c.range[1]:+.2f} | {c.beyond} |"
         for c in bank.concepts.values()
@@ -274,6 +285,7 @@ def card(bank: ConceptBank, recipe: Recipe, records: Sequence[dict[str, Any]]) -
         table=table(records),
         bars=f"{len(records) - len({f.split('**')[1] for f in failing})} of {len(records)} concepts clear all three bars.",
         failing="\n".join(failing),
+        left_out=f"Tried and left out, because they miss a bar:\n\n{table(left_out)}" if left_out else "",
         trust=trust,
         prompts=recipe.test_prompts,
         tokens=recipe.new_tokens,
@@ -321,7 +333,7 @@ prompt). {bars}
 
 {table}
 
-{failing}
+{failing}{left_out}
 
 Scores come from texts that no direction was made from:
 

@@ -65,6 +65,8 @@ class Recipe:
     tolerance: float = 0.3
     """Nats per token that steered text may be less likely than prompted text, on the prompts used to choose."""
     seed: int = 0
+    ship: str = "all"
+    """`all` concepts, or only those `clearing` every bar; the card lists the others with what was measured."""
 
     @classmethod
     def from_file(cls, path: str | Path) -> "Recipe":
@@ -88,6 +90,8 @@ class Recipe:
             raise BadRecipe("expected at least one concept, each name once")
         if not self.shares or min(self.shares) <= 0 or not self.methods or self.dev_prompts < 1 or self.new_tokens < 1:
             raise BadRecipe("expected methods, positive shares, and at least one dev prompt and new token")
+        if self.ship not in ("all", "clearing"):
+            raise BadRecipe(f"expected ship to be 'all' or 'clearing', got {self.ship!r}")
         for concept in self.concepts:
             self.read_pairs(concept.name)
         self.read_reference()
@@ -121,7 +125,9 @@ class Recipe:
     @cached_property
     def digest(self) -> str:
         """Changes with anything the result depends on."""
-        sha = hashlib.sha256(repr({f.name: getattr(self, f.name) for f in fields(self) if f.name != "folder"}).encode())
+        sha = hashlib.sha256(
+            repr({f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("folder", "ship")}).encode()
+        )
         names = [self.reference, self.prompts]
         names += [f"{folder}/{concept.name}.jsonl" for folder in (self.pairs, self.scoring) for concept in self.concepts]
         for name in names:
