@@ -4,8 +4,8 @@ import json
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -48,15 +48,15 @@ def recipe_of(bank: ConceptBank, recipe: Path | None) -> Any:
     return Recipe.from_file(recipe or recipes() / str(bank.provenance.get("recipe", bank.name)) / "recipe.toml")
 
 
-@contextmanager
-def quiet(message: str) -> Iterator[None]:
-    """A spinner in place of the libraries' own chatter while something loads."""
+def loaded(source: str) -> Any:
+    """A model and its tokenizer, with the loader's progress bars but not its remarks."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()
-    with console.status(message), warnings.catch_warnings():
+    console.print(f"loading {source}", style="dim", highlight=False)
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        yield
+        return load(source)
 
 
 @app.command()
@@ -72,10 +72,12 @@ def demo(
     torch.set_num_threads(threads or torch.get_num_threads())
     bank = ConceptBank.from_pretrained(DEMO_BANK)
     recipe = recipe_of(bank, None)
-    with quiet(f"loading {recipe.base} (4-bit file, de-quantised)"):
-        model, tokenizer = load(recipe.source)
-        known = {concept.name: concept for concept in recipe.concepts}
-        scorers = {n: scorer_for(n, known[n].scorer, recipe.folder / recipe.scoring) for n in DEMO_CONCEPTS}
+    model, tokenizer = loaded(recipe.source)
+    known = {concept.name: concept for concept in recipe.concepts}
+    scorers = {
+        name: scorer_for(name, known[name].scorer, recipe.folder / recipe.scoring)
+        for name in progress(DEMO_CONCEPTS, "preparing scorers")
+    }
     asked = [chat(tokenizer, prompt) for prompt in DEMO_PROMPTS]
     complete(model, tokenizer, asked, new_tokens=2)  # warm up
     plain, seconds = _timed(model, tokenizer, asked, tokens)
@@ -136,12 +138,10 @@ def steer(
     edits = dict(_edit(text) for text in edit)
     for name in edits:
         opened[name]
-    source = model or recipe_of(opened, None).source
-    with quiet(f"loading {source}"):
-        loaded, tokenizer = load(source)
-    for title, context in (("unsteered", nullcontext()), ("steered", steered(loaded, opened, edits))):
+    language_model, tokenizer = loaded(model or recipe_of(opened, None).source)
+    for title, context in (("unsteered", nullcontext()), ("steered", steered(language_model, opened, edits))):
         with context as session:
-            text = complete(loaded, tokenizer, [chat(tokenizer, prompt)], new_tokens=tokens).texts[0]
+            text = complete(language_model, tokenizer, [chat(tokenizer, prompt)], new_tokens=tokens).texts[0]
         console.print(f"[bold]{title}[/bold]: ", end="")
         console.print(text, markup=False)
     console.print(str(session), markup=False)
@@ -196,13 +196,13 @@ def train(
     work: Annotated[Path, typer.Option(help="where stages keep their results, so that a run can go on")] = Path("out/work"),
 ) -> None:
     """Train a bank from a recipe. Run it again to go on where it stopped."""
+    from .training.pipeline import best_device
     from .training.pipeline import train as run
     from .training.recipe import Recipe
 
     read = Recipe.from_file(recipe)
-    with quiet("starting"):
-        pass
-    bank = run(None, read, work=work)
+    model, tokenizer = loaded(read.source)
+    bank = run(model.to(best_device()), read, tokenizer=tokenizer, work=work)
     folder = bank.save_pretrained(out or Path("out") / read.name)
     console.print(repr(bank), markup=False)
     console.print(f"written to {folder}")
@@ -222,8 +222,7 @@ def eval_(
 
     opened = ConceptBank.from_pretrained(bank)
     read = recipe_of(opened, recipe)
-    with quiet(f"loading {read.source}"):
-        model, tokenizer = load(read.source)
+    model, tokenizer = loaded(read.source)
     records = evaluate(model, tokenizer, opened, read, concepts=concept)
     typer.echo(table(records))
     for record in records:

@@ -35,9 +35,7 @@ def train(target: Any, recipe: Recipe, *, tokenizer: Any = None, work: str | os.
         raise BadRecipe(f"unknown methods {', '.join(unknown)}; known are {', '.join(METHODS)}")
     if target is None or tokenizer is None:
         loaded, tokenizer = load(recipe.source)
-        if target is None:
-            device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-            target = loaded.to(device)
+        target = loaded.to(best_device()) if target is None else target
     torch.manual_seed(recipe.seed)
     folder = _work_folder(work, recipe)
     scorers = {
@@ -66,6 +64,11 @@ def train(target: Any, recipe: Recipe, *, tokenizer: Any = None, work: str | os.
 def clears(records: Sequence[dict[str, Any]], name: str) -> bool:
     """Whether a concept clears every bar."""
     return all(next(record["passes"] for record in records if record["concept"] == name).values())
+
+
+def best_device() -> torch.device:
+    """An accelerator where there is one."""
+    return (torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None) or torch.device("cpu")
 
 
 def layers_to_try(model: Any, recipe: Recipe) -> tuple[int, ...]:
