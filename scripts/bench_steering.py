@@ -109,8 +109,8 @@ def peer_conditions(model: Any, bank: sl.ConceptBank) -> dict[str, Condition]:
 
         vector = SteeringVector(vectors, "decoder_block")
         found["steering-vectors"] = lambda: vector.apply(model)
-    except ImportError:
-        print("steering-vectors is not installed here")
+    except (ImportError, AttributeError) as error:
+        print(f"steering-vectors cannot run here: {error}")
     try:
         from repeng import ControlModel, ControlVector  # type: ignore[import-not-found]
 
@@ -126,8 +126,8 @@ def peer_conditions(model: Any, bank: sl.ConceptBank) -> dict[str, Condition]:
                 wrapped.unwrap()
 
         found["repeng"] = controlled
-    except ImportError:
-        print("repeng is not installed here")
+    except (ImportError, AttributeError) as error:  # it wants NumPy 1
+        print(f"repeng cannot run here: {error}")
     return found
 
 

@@ -145,3 +145,29 @@ def test_gradients_flow_through_compiled_edits(attached):
     model(IDS, use_cache=False).logits.square().mean().backward()
     grad = model.get_input_embeddings().weight.grad
     assert grad is not None and grad.isfinite().all() and grad.abs().sum() > 0
+
+
+@pytest.mark.real
+def test_the_real_model_compiled_after_attaching_equals_eager_without_recompiling(real):
+    model, tokenizer = real
+    shipped = sl.ConceptBank.from_pretrained("smollm2-135m-instruct")
+    batch = tokenizer(["How are you today?", "Hello"], return_tensors="pt", padding=True, padding_side="left")
+    steering = sl.attach(model, shipped)
+    settings = [{"french": 3.0}, {"fantasy": sl.Set(1.0), "french": -1.0}, {}]
+
+    def logits():
+        with torch.no_grad():
+            return model(batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False, logits_to_keep=1).logits
+
+    try:
+        eager = [(steering.set(edits), logits())[1] for edits in settings]
+        steering.clear()
+        model.compile(backend="eager")  # the code torch traced, without minutes of code generation
+        logits()
+        with torch.compiler.set_stance("fail_on_recompile"):
+            for edits, expected in zip(settings, eager, strict=True):
+                steering.set(edits)
+                torch.testing.assert_close(logits(), expected, atol=1e-3, rtol=1e-4)
+    finally:
+        model._compiled_call_impl = None
+        steering.detach()

@@ -124,31 +124,6 @@ def test_hidden_states_assisted_decoding_and_streaming(real, shipped, batch):
     assert text == tokenizer.decode(expected[0, one["input_ids"].shape[1] :])
 
 
-def test_compiled_after_attaching_equals_eager_without_recompiling(real, shipped, batch):
-    model, _ = real
-    torch.compiler.reset()
-    steering = sl.attach(model, shipped)
-    settings = [{"french": 3.0}, {"fantasy": sl.Set(1.0), "french": -1.0}, {}]
-
-    def logits():
-        with torch.no_grad():
-            return model(batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False, logits_to_keep=1).logits
-
-    try:
-        eager = [(steering.set(edits), logits())[1] for edits in settings]
-        steering.clear()
-        model.compile(backend="eager")  # the code torch traced, without minutes of code generation
-        logits()
-        with torch.compiler.set_stance("fail_on_recompile"):
-            for edits, expected in zip(settings, eager, strict=True):
-                steering.set(edits)
-                torch.testing.assert_close(logits(), expected, atol=1e-3, rtol=1e-4)
-    finally:
-        model._compiled_call_impl = None
-        torch.compiler.reset()
-        steering.detach()
-
-
 # -- the shipped bank ----------------------------------------------------------------------------------------
 
 
