@@ -247,7 +247,7 @@ def modules_on(model: nn.Module, path: str) -> list[nn.Module]:
     """The modules that a path leads through, the model first."""
     inside = [model]
     for name in filter(None, path.split(".")):
-        inside.append(getattr(inside[-1], name))
+        inside.append(inside[-1]._modules[name])  # type: ignore[arg-type]  # getattr would take ten times as long
     return inside
 
 
@@ -255,8 +255,8 @@ def is_compiled(modules: Sequence[nn.Module]) -> bool:
     """Whether torch has compiled one of these modules in place; the first is the whole model."""
     if "_compiled_call" in modules[0].__dict__:  # what transformers' generate() keeps
         return True
-    return any(
-        m._compiled_call_impl is not None
-        or ("forward" in m.__dict__ and hasattr(m.__dict__["forward"], "_torchdynamo_orig_callable"))
-        for m in modules
-    )
+    for module in modules:
+        forward = module.__dict__.get("forward")
+        if module._compiled_call_impl is not None or hasattr(forward, "_torchdynamo_orig_callable"):
+            return True
+    return False

@@ -228,7 +228,7 @@ def _rewire(place: Attachment) -> None:
     threads = {session._thread for session in place.sessions}
     for name, socket in place.sockets.items():
         if len(threads) <= 1:
-            socket.edit = _merged(place.sessions, name)
+            socket.edit = _merged(place.sessions, name) if threads else None
         else:
             socket.edit = Dispatch({t: _merged([s for s in place.sessions if s._thread == t], name) for t in threads})
         if isinstance(socket.traced, Contents):

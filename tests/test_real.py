@@ -183,3 +183,12 @@ def test_steering_moves_what_a_scorer_reads_and_random_directions_do_not(real, s
     with sl.steer(model, random, {"noise": 1.0}):
         control = score(complete(model, tokenizer, prompts, new_tokens=32).texts).mean()
     assert steered > base + 0.1 and steered > control + 0.1
+
+
+def test_the_readmes_first_example_runs(capsys):
+    """Copied out and run as a newcomer would."""
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    code = readme.partition("```python\n")[2].partition("```")[0]
+    assert "sl.steer(model, bank" in code
+    exec(compile(code, "README.md", "exec"), {})
+    assert len(capsys.readouterr().out.split()) > 10

@@ -101,7 +101,9 @@ def search(
     asked = [chat(tokenizer, prompt) for prompt in prompts]
     base = complete(model, tokenizer, asked, new_tokens=recipe.new_tokens)
     told = complete(model, tokenizer, [chat(tokenizer, p, concept.instruction) for p in prompts], new_tokens=recipe.new_tokens)
-    before, limit = score(base.texts), float(nll(model, told).mean()) + recipe.tolerance
+    shares = concept.shares or recipe.shares
+    tolerance = recipe.tolerance if concept.tolerance is None else concept.tolerance
+    before, limit = score(base.texts), float(nll(model, told).mean()) + tolerance
 
     known: dict[tuple[str, str, float], Trial] = {}
 
@@ -117,12 +119,12 @@ def search(
         return max(sound, key=lambda trial: (min(trial.moved, 0.9), trial.score))
 
     first = [c for c in candidates if c.method == recipe.methods[0]]
-    site = best(tried(first, recipe.shares[1::2] or recipe.shares)).site
-    winner = best(tried([c for c in candidates if c.site == site], recipe.shares))
+    site = best(tried(first, shares[1::2] or shares)).site
+    winner = best(tried([c for c in candidates if c.site == site], shares))
     chosen = next(c for c in candidates if (c.site, c.method) == (site, winner.method))
     doses = tried([chosen], DOSES)
     useful = best([trial for trial in doses if trial.share > 0])
-    low, high, beyond = _sound_range(doses, limit - recipe.tolerance + WORN, chosen)
+    low, high, beyond = _sound_range(doses, limit - tolerance + WORN, chosen)
     return Choice(
         site=site,
         method=chosen.method,
@@ -132,7 +134,7 @@ def search(
         beyond=beyond,
         base=float(before.mean()),
         prompted=float(score(told.texts).mean()),
-        nll_prompted=limit - recipe.tolerance,
+        nll_prompted=limit - tolerance,
         trials=tuple(known.values()),
     )
 

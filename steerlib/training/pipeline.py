@@ -91,7 +91,7 @@ def evaluate(
     concepts: Sequence[str] | None = None,
 ) -> list[dict[str, Any]]:
     """Measure concepts of a bank on the recipe's test prompts; one record a concept, with examples."""
-    known, prompts = {concept.name: concept for concept in recipe.concepts}, recipe.read_prompts("test")
+    known = {concept.name: concept for concept in recipe.concepts}
     records = []
     for name in progress(list(concepts or known), "measuring effects on prompts never used before"):
         concept, fact = known[name], bank[name]
@@ -105,7 +105,7 @@ def evaluate(
                 fact,
                 scorer,
                 concept.instruction,
-                prompts,
+                recipe.read_prompts(concept.split),
                 new_tokens=recipe.new_tokens,
                 seed=recipe.seed,
             )

@@ -31,6 +31,12 @@ class ConceptRecipe:
     """How a prompt would ask for it: what steering is compared with."""
     scorer: Mapping[str, Any] | None = None
     """`{count = "words"}`, or `{pattern = "...", per = "word" | "sentence"}`; without it, labelled texts are expected."""
+    tolerance: float | None = None
+    """In place of the recipe's."""
+    shares: tuple[float, ...] = ()
+    """In place of the recipe's."""
+    split: str = "test"
+    """Prompts to report on. A concept that is searched again after it was measured names prompts not measured on yet."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +59,7 @@ class Recipe:
     reference: str = "reference.jsonl"
     """Ordinary text, from which units are measured."""
     prompts: str = "prompts.jsonl"
-    """Prompts of neither, lines of prompt and split (`dev` to choose with, `test` to report)."""
+    """Prompts of neither, lines of prompt and split: `dev` to choose with, others to report on."""
     layers: tuple[int, ...] = ()
     """Layers to try; empty: six spread over the middle of the model."""
     methods: tuple[str, ...] = ("difference-of-means", "pca", "probe")
@@ -79,7 +85,6 @@ class Recipe:
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise BadRecipe(f"{path.name} is not valid TOML: {error}") from None
         concepts = tuple(_made(ConceptRecipe, entry, f"{path.name}, concepts") for entry in values.pop("concepts", []))
-        values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
         recipe = _made(cls, {**values, "concepts": concepts, "folder": path.parent}, path.name)
         recipe.check()
         return recipe
@@ -95,7 +100,8 @@ class Recipe:
         for concept in self.concepts:
             self.read_pairs(concept.name)
         self.read_reference()
-        for split, count in (("dev", self.dev_prompts), ("test", self.test_prompts)):
+        wanted = {"dev": self.dev_prompts} | {concept.split: self.test_prompts for concept in self.concepts}
+        for split, count in wanted.items():
             if len(self.read_prompts(split)) < count:
                 raise BadRecipe(f"{self.prompts} has {len(self.read_prompts(split))} {split} prompts, expected {count}")
 
@@ -138,6 +144,7 @@ class Recipe:
 
 def _made(cls: Any, values: Mapping[str, Any], where: str) -> Any:
     known = {f.name for f in fields(cls)}
+    values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
     if unknown := sorted(set(values) - known):
         raise BadRecipe(f"{where}: unknown fields {', '.join(unknown)}; known are {', '.join(sorted(known - {'folder'}))}")
     try:
