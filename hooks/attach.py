@@ -52,13 +52,14 @@ class Clock:
         self.outer: set[str] = set()
         """Clocks around this one: where one of them has just told, it knows better, and this one is silent."""
         self.traced: StepState | None = None
-        self.passes = 0
+        self.passes: Counter[int] = Counter()
+        """Passes so far, by thread."""
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:  # noqa: ARG002
         if torch.compiler.is_compiling():
             self.traced = self.host.traced_state(self.path, args, kwargs)
             return
-        self.passes += 1
+        self.passes[threading.get_ident()] += 1
         asked = [moment for moment in self.moments if moment.teller not in self.outer] if self.outer else self.moments
         state = self.host.state(self.path, args, kwargs) if asked else None
         for moment in asked:
@@ -109,8 +110,10 @@ class Socket:
 
     def _run(self, edit: Edit | None, x: Tensor) -> Tensor:
         state = self.moment.state
-        if state is None or state.length != x.shape[1]:  # called by hand, outside the model's own forward
+        if state is None or state.length < x.shape[1]:  # called by hand, outside the model's own forward
             state = StepState(x.shape[1], like=x)
+        elif state.length > x.shape[1]:
+            state = state.last(x.shape[1])
         y = x if edit is None else edit(x, state)
         if self.observers and not ASIDE.running:
             for observe in self.observers:
@@ -181,7 +184,8 @@ class Attachment:
             self._moments = {paths: moment for paths, moment in self._moments.items() if path not in paths}
         if not self.sockets:
             self._undo.pop("watch", _nothing)()
-            _ATTACHED.pop(self.model, None)
+            if _ATTACHED.get(self.model) is self:
+                del _ATTACHED[self.model]
 
     def uses(self, site: Site) -> int:
         """How many sessions need the socket at a site."""

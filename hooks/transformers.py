@@ -5,7 +5,7 @@ import sys
 import threading
 from collections.abc import Callable, Mapping
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, wraps
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -13,12 +13,12 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from steerlib.errors import BadEdit, MissingExtra, UnsupportedTarget
+from steerlib.errors import BadEdit, MissingExtra, Unanswerable, UnsupportedTarget
 from steerlib.hosts import Host
 from steerlib.schedules import Branch, StepState
 from steerlib.sites import Site
 
-from .attach import is_compiled
+from .attach import ASIDE, is_compiled
 from .families import Stack, arguments, named_sites, stacks, stream_width
 from .modules import digest, module_site
 
@@ -27,16 +27,17 @@ from .modules import digest, module_site
 class Generation:
     """What one call of `generate()` was asked for."""
 
-    prompt: int
-    """Columns of the prompt, pads included."""
+    prompt: int | None
+    """Columns of the prompt, pads included; None until a decoder's first pass tells."""
     prompts: int | None
     """Rows, before beams repeat them."""
     mask: Tensor | None
     guided: bool
     refuse_twin: str
+    model: nn.Module
     uncond_prompt: int | None = None
-    end: int = 0
-    """Columns read so far, for models that do not tell."""
+    ends: dict[str, int] = field(default_factory=dict)
+    """Columns read so far, by clock, for models that do not tell."""
 
 
 class _Running(threading.local):
@@ -130,20 +131,22 @@ class TransformersHost(Host):
         if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] >= length):
             mask = None
         call = _RUNNING.call
-        if call is None or clock == self._encoder:
+        if call is None or call.model is not self.model or clock == self._encoder:
             start = _cached(kwargs) if mask is None else mask.shape[1] - length
             return StepState(length, start=start, mask=mask, like=tokens)
-        branch = self._branch(call) if call.guided else None
-        start = self._start(call, branch, length, kwargs) if mask is None else mask.shape[1] - length
+        branch = self._branch() if call.guided else None
+        start = self._start(call, branch, clock, length, kwargs) if mask is None else mask.shape[1] - length
+        if branch != "uncond" and not ASIDE.running:
+            call.ends[clock] = start + length
         if branch == "uncond":
             call.uncond_prompt = prompt = call.uncond_prompt or start + length
         else:
-            prompt = call.prompt
+            prompt = call.prompt = start + length if call.prompt is None else call.prompt
             if mask is None and call.mask is not None:
                 mask = call.mask.repeat_interleave(len(tokens) // len(call.mask), dim=0)
         return StepState(length, start=start, prompt=prompt, mask=mask, prompts=call.prompts, branch=branch, like=tokens)
 
-    def _start(self, call: Generation, branch: Branch | None, length: int, kwargs: dict[str, Any]) -> int:
+    def _start(self, call: Generation, branch: Branch | None, clock: str, length: int, kwargs: dict[str, Any]) -> int:
         """The column of the first token of a pass that was given no mask."""
         if kwargs.get("past_key_values") is not None:
             try:
@@ -152,13 +155,12 @@ class TransformersHost(Host):
                 pass
         if branch == "uncond":
             return 0 if call.uncond_prompt is None or length > 1 else call.uncond_prompt
-        start = 0 if length == call.end + 1 and length > 1 else call.end  # without a cache all is read anew
-        call.end = start + length
-        return start
+        end = call.ends.get(clock, 0)
+        return 0 if length == end + 1 and length > 1 else end  # without a cache all is read anew
 
-    def _branch(self, call: Generation) -> Branch:  # noqa: ARG002
+    def _branch(self) -> Branch:
         """Whether `generate()` or its guidance asks; transformers tells nobody, so the call stack has to."""
-        frame = sys._getframe(2)
+        frame = sys._getframe(1)
         while frame is not None:
             if frame.f_code.co_name == "get_unconditional_logits":
                 return "uncond"
@@ -226,6 +228,8 @@ class TransformersHost(Host):
         return "" if call is None else call.refuse_twin
 
     def run_twin(self, args: tuple, kwargs: dict[str, Any], caches: WeakKeyDictionary[Any, Any]) -> None:
+        if any(kwargs.get(name) is not None for name in ("cache_params", "state")):
+            raise Unanswerable("do='hold' cannot copy the state of a model without attention; pass use_cache=False")
         cache = kwargs.get("past_key_values")
         if cache is not None:
             if cache not in caches:
@@ -273,6 +277,7 @@ def _generation(model: Any, args: tuple, kwargs: dict[str, Any]) -> Generation:
     """What `generate(*args, **kwargs)` was asked for."""
     decoder_only = not model.config.is_encoder_decoder
     given = kwargs.get("inputs", args[0] if args else None)
+    config = kwargs.get("generation_config", args[1] if len(args) > 1 else None) or model.generation_config
     ids, embeds = kwargs.get("input_ids", given), kwargs.get("inputs_embeds")
     main = ids if isinstance(ids, Tensor) and ids.shape[1:] != (0,) else embeds
     mask = kwargs.get("attention_mask")
@@ -283,25 +288,25 @@ def _generation(model: Any, args: tuple, kwargs: dict[str, Any]) -> Generation:
         elif (past := kwargs.get("past_key_values")) is not None and prompt <= past.get_seq_length():
             prompt += int(past.get_seq_length())  # only the new part was given
         if mask is None and isinstance(ids, Tensor) and ids is main:
-            mask = _inferred_mask(model, ids, kwargs)
+            mask = _inferred_mask(config, ids, kwargs)
     else:
-        start = kwargs.get("decoder_input_ids")
-        prompt, mask = (start.shape[1] if isinstance(start, Tensor) else 1), kwargs.get("decoder_attention_mask")
+        prompt, mask = None, kwargs.get("decoder_attention_mask")
+        if main is None and (encoded := kwargs.get("encoder_outputs")) is not None:
+            main = encoded[0]
     rows = len(main) if isinstance(main, Tensor) else None
-    config = kwargs.get("generation_config") or model.generation_config
     guidance = kwargs.get("guidance_scale", config.guidance_scale)
     return Generation(
         prompt=prompt,
         prompts=rows,
         mask=mask if isinstance(mask, Tensor) and not mask.all() else None,
         guided=guidance is not None and guidance != 1,
-        refuse_twin=_no_twin(config, kwargs),
+        refuse_twin=_no_twin(config, kwargs) if decoder_only else "do='hold' cannot follow an encoder in generate()",
+        model=model,
     )
 
 
-def _inferred_mask(model: Any, ids: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
+def _inferred_mask(config: Any, ids: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
     """The mask that `generate()` infers where none is given: pads are pads unless they also end a text."""
-    config = kwargs.get("generation_config") or model.generation_config
     pad = kwargs.get("pad_token_id", config.pad_token_id)
     eos = kwargs.get("eos_token_id", config.eos_token_id)
     if pad is None or pad in (eos if isinstance(eos, (list, tuple)) else [eos]) or ids.ndim != 2:
@@ -337,7 +342,7 @@ def _tell_compiled(model: nn.Module, call: Generation | None) -> None:
     ends[ROWS] = 1
     if call is not None and call.prompts is not None:
         if call.mask is None:  # all rows are equally long
-            ends[0] = call.prompt
+            ends[0] = 1 if call.prompt is None else call.prompt  # a decoder starts from one token
         elif call.prompts <= ROWS:
             ends[: call.prompts] = call.mask.sum(1).to(ends)
             ends[ROWS] = call.prompts

@@ -16,12 +16,12 @@ from math import inf
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from .concepts import Concept
 from .encoders import Rows
-from .errors import RowMismatch, Unanswerable, WrongWidth
+from .errors import ConflictingEdits, RowMismatch, Unanswerable, WrongWidth
 from .interventions import Intervention, Patch, Rule, patched
 from .schedules import Branch, StepState, gain
 
@@ -46,8 +46,8 @@ class Edit:
     """Add these multiples of the changes noted for other concepts (raw per raw)."""
     held: bool = False
     """Keep the reading of an unsteered twin."""
-    noted: bool = False
-    """Tell later sites how far this concept was moved."""
+    scope: object = None
+    """The session whose later sites are told how far this concept was moved; None: nobody is told."""
 
     @property
     def is_target(self) -> bool:
@@ -61,7 +61,7 @@ class Edit:
         unconditional = i.when is None and i.gate is None and i.mask is None and self.branch is None
         return (
             unconditional
-            and not (self.is_target or self.forecast or self.noted or isinstance(i.tokens, slice))
+            and not (self.is_target or self.forecast or self.scope is not None or isinstance(i.tokens, slice))
             and self.rule.scale == 1
         )
 
@@ -170,8 +170,8 @@ class Table:
         forecast: Float[Tensor, "B N K"] | None = None,
         wanted: Float[Tensor, "B N K"] | None = None,
         has_targets: bool = True,
-    ) -> tuple[Float[Tensor, "B N D"], Float[Tensor, "B N K"], Float[Tensor, "B N"]]:
-        """The change of x, the change of each coordinate, and the change's length before the cap.
+    ) -> tuple[Float[Tensor, "B N D"], Float[Tensor, "B N K"], Float[Tensor, "B N"], Bool[Tensor, "B N"]]:
+        """The change of x, the change of each coordinate, the change's length before the cap, and where edits act.
 
         `extra` scales each edit (gates, masks), `forecast` adds to its shift, `wanted` replaces targets that are not NaN.
         """
@@ -192,7 +192,8 @@ class Table:
             delta = delta + self._least_change(miss, active)
             moved = moved + miss
         length = delta.detach().norm(dim=-1)  # the cap is a measure, not a part of the edit that is learned through
-        return delta * (self.cap / length.clamp(min=1e-30)).clamp(max=1)[..., None], moved, length
+        kept = (self.cap / length.clamp(min=1e-30)).clamp(max=1)[..., None]
+        return delta * kept, moved * kept, length, (g > 0).any(-1)
 
     def _gains(self, state: StepState, z: Tensor) -> Tensor:
         """Share of each edit at each token."""
@@ -217,7 +218,12 @@ class Tally:
     """What a program did, for the report; tensors are read only when somebody asks."""
 
     passes: int = 0
-    tokens: int = 0
+    acts: int = 0
+    """Passes that the constant change was added to."""
+    tokens: int | Tensor = 0
+    """Positions at which an edit acted, per row."""
+    section: str = ""
+    """Part of the text that the last pass read."""
     changed: float | Tensor = 0.0
     """Sum over looked-at tokens of the change's length."""
     capped: int | Tensor = 0
@@ -226,6 +232,13 @@ class Tally:
     off: Tensor | None = None
     """Of these, how many read outside the natural range, by concept."""
     largest: Tensor | None = None
+
+
+def _for_rows(table: Tensor, rows: int, what: str) -> Tensor:
+    """A table of prompts for the rows of a batch, which beams repeat."""
+    if rows % len(table):
+        raise RowMismatch(f"{what} has {len(table)} rows, the batch {rows}")
+    return table.repeat_interleave(rows // len(table), dim=0)
 
 
 class Twin(threading.local):
@@ -242,8 +255,14 @@ class Program:
         self.edits, self.readings, self.cap = tuple(edits), tuple(readings), cap
         self.tally = Tally()
         self.twin = Twin()
+        self.merged: tuple[Program, int] | None = None
+        """The program that runs in place of this one where several sessions edit a site, and where its edits begin there."""
         self.table = Table.of(edits, cap) if edits else None
-        self.has_targets = any(edit.is_target for edit in edits)
+        targets = [edit.rows.read[0] for edit in edits if edit.is_target]
+        self.has_targets = bool(targets)
+        if len(targets) > 1 and int(torch.linalg.matrix_rank(torch.stack(targets))) < len(targets):
+            names = ", ".join(repr(edit.concept.name) for edit in edits if edit.is_target)
+            raise ConflictingEdits(f"{names} cannot all be given a value: their directions depend on each other; set fewer")
         parts: list[Any] = list(dict.fromkeys(edit.intervention.tokens for edit in edits if edit.is_constant))
         constant = len(parts) == 1 and all(edit.is_constant for edit in edits) and not readings
         self.part: str | None = parts[0] if constant else None
@@ -266,7 +285,7 @@ class Program:
     def anew(self) -> "Program":
         """The same edits with an empty tally."""
         other = Program.__new__(Program)
-        other.__dict__.update(self.__dict__, tally=Tally(), twin=Twin())
+        other.__dict__.update(self.__dict__, tally=Tally(), twin=Twin(), merged=None)
         return other
 
     def listen(self, x: Tensor) -> None:
@@ -287,13 +306,14 @@ class Program:
         if self.part != "all" and self.part != state.section:
             return x
         tally.tokens += state.length
-        if delta.dtype is not x.dtype or passes == 1:
+        if delta.dtype is not x.dtype or delta.device != x.device or tally.acts == 0:
             self._check_width(x)
             delta = self.delta = self._constant().to(x.device, x.dtype)
+        acts = tally.acts = tally.acts + 1
         if self.rows > 1:
             delta = self._repeated(delta, x, state)
         y = x + delta
-        if passes % SAMPLE_EVERY == 1:
+        if acts % SAMPLE_EVERY == 1:
             self._look(y, state, delta.norm(dim=-1).expand(y.shape[:2]))
         return y
 
@@ -320,7 +340,7 @@ class Program:
         if self.table.read.device != x.device:
             self.table = self.table.to(x.device)
         self._check_rows(len(self.table.scale), len(x), state)
-        delta, moved, length = self.table.change(
+        delta, moved, length, acting = self.table.change(
             x,
             state,
             extra=self._extra(x, state),
@@ -329,12 +349,17 @@ class Program:
             has_targets=self.has_targets,
         )
         for k, edit in enumerate(self.edits):
-            if edit.noted:
-                state.notes["change", edit.key] = state.notes.get(("change", edit.key), 0) + moved[..., k]
+            if edit.scope is not None:
+                note = (edit.scope, edit.key)
+                state.notes[note] = state.notes.get(note, 0) + moved[..., k]
         y = x + delta.to(x.dtype)
-        self.tally.tokens += state.length
-        if self.tally.passes % SAMPLE_EVERY == 1:
+        tally = self.tally
+        tally.tokens = tally.tokens + acting.sum() / len(x)
+        if self.cap < inf:
+            tally.capped = tally.capped + ((length > self.cap * 1.0001) & (state.positions > 0)).sum()
+        if tally.passes % SAMPLE_EVERY == 1 or tally.section != state.section:
             self._look(y, state, length)
+        tally.section = state.section
         return y
 
     def _extra(self, x: Tensor, state: StepState) -> Tensor | None:
@@ -347,7 +372,7 @@ class Program:
 
     def _share(self, edit: Edit, x: Tensor, state: StepState) -> Tensor | None:
         share: Tensor | None = None
-        if edit.branch is not None and state.branch is not None and edit.branch != state.branch:
+        if edit.branch is not None and edit.branch != (state.branch or "cond"):  # without guidance all is conditional
             return x.new_zeros((), dtype=torch.float32)
         if (gate := edit.intervention.gate) is not None:
             noted = state.notes.get(("gate", edit.key, gate))
@@ -359,7 +384,7 @@ class Program:
             share = ((noted > gate.above) & (noted < gate.below)).float()
         if edit.intervention.mask is not None:
             mask = edit.intervention.mask.to(x.device, torch.float32)
-            table = (mask if mask.ndim == 2 else mask[None]).expand(len(x), -1)
+            table = _for_rows(mask if mask.ndim == 2 else mask[None], len(x), f"the mask of {edit.concept.name!r}")
             position = state.positions.expand(len(x), -1).clamp(min=0)
             within = table.gather(1, position.clamp(max=table.shape[1] - 1)) * (position < table.shape[1])
             share = within if share is None else share * within
@@ -370,22 +395,20 @@ class Program:
         if not any(edit.forecast for edit in self.edits):
             return None
         none = x.new_zeros(x.shape[:2], dtype=torch.float32)
-        return torch.stack(
-            [sum((w * state.notes.get(("change", k), none) for k, w in e.forecast.items()), none) for e in self.edits], -1
-        )
+        return torch.stack([sum((w * state.notes.get(k, none) for k, w in e.forecast.items()), none) for e in self.edits], -1)
 
     def _wanted(self, x: Tensor, state: StepState) -> Tensor | None:
         """Targets that differ from token to token, NaN where there is none, `[B, N, K]`."""
-        held = {k: self.twin.readings[edit.key] for k, edit in enumerate(self.edits) if edit.held}
+        held = {k: self.twin.readings.pop(edit.key, None) for k, edit in enumerate(self.edits) if edit.held}
+        if any(values is None for values in held.values()):
+            raise Unanswerable("do='hold' needs the whole model to be called, not a part of it: its twin did not run")
         if not held and not self._patches:
             return None
         wanted = x.new_full((*x.shape[:2], len(self.edits)), torch.nan, dtype=torch.float32)
         for k, values in held.items():
             wanted[..., k] = values
         for k, table in self._patches.items():
-            if len(table) not in (1, len(x)):
-                raise RowMismatch(f"the tape of {self.edits[k].concept.name!r} has {len(table)} rows, the batch {len(x)}")
-            table = table.to(x.device).expand(len(x), -1)
+            table = _for_rows(table.to(x.device), len(x), f"the tape of {self.edits[k].concept.name!r}")
             position = state.positions.expand(len(x), -1).clamp(min=0)
             value = table.gather(1, position.clamp(max=table.shape[1] - 1))
             own = (x.float() @ self.table.read[k] + self.table.bias[k]) if self.table is not None else value
@@ -409,6 +432,5 @@ class Program:
             tally = self.tally
             tally.looked = tally.looked + seen.sum()
             tally.changed = tally.changed + (length.clamp(max=self.cap) * seen).sum()
-            tally.capped = tally.capped + ((length > self.cap * 1.0001) & seen).sum()
             tally.off = off if tally.off is None else tally.off + off
             tally.largest = largest if tally.largest is None else tally.largest.maximum(largest)

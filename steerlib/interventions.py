@@ -84,12 +84,12 @@ class Intervention(ABC):
 
 def _amount(value: Any) -> Amount:
     """One finite float, or a tuple of them."""
-    if isinstance(value, Tensor):
-        value = value.detach().tolist()
+    if hasattr(value, "tolist"):  # a tensor or an array
+        value = value.tolist()
     amounts = tuple(map(float, value)) if isinstance(value, Sequence) and not isinstance(value, str) else float(value)
     if not all(map(isfinite, amounts if isinstance(amounts, tuple) else (amounts,))) or amounts == ():
         raise BadEdit(f"expected a finite amount, or one per row, got {value!r}")
-    return amounts
+    return amounts[0] if isinstance(amounts, tuple) and len(amounts) == 1 else amounts
 
 
 def _times(amount: Amount, unit: float) -> Amount:
@@ -151,19 +151,22 @@ class Ablate(Intervention):
 class Clamp(Intervention):
     """Keep the concept's reading between two values; None leaves a side open."""
 
-    low: float | None = None
-    high: float | None = None
+    low: Amount | None = None
+    high: Amount | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if (self.low is None and self.high is None) or (
-            self.low is not None and self.high is not None and self.low > self.high
-        ):
+        low = -inf if self.low is None else _amount(self.low)
+        high = inf if self.high is None else _amount(self.high)
+        lows, highs = (end if isinstance(end, tuple) else (end,) for end in (low, high))
+        if (self.low is None and self.high is None) or max(lows) > min(highs):
             raise BadEdit(f"expected a low, a high or both, with low <= high, got {self.low} and {self.high}")
+        object.__setattr__(self, "low", low)
+        object.__setattr__(self, "high", high)
 
     def rule(self, unit: float) -> Rule:
         unit = unit if self.unit == "concept" else 1.0
-        return Rule(low=-inf if self.low is None else self.low * unit, high=inf if self.high is None else self.high * unit)
+        return Rule(low=_times(self.low, unit), high=_times(self.high, unit))  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, eq=False)

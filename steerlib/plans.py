@@ -2,11 +2,11 @@
 
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
 from typing import Any, Literal, NamedTuple
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 from torch import nn
 
@@ -45,20 +45,23 @@ class Plan:
     caps: dict[str, float]
     programs: dict[str, Program]
     holds: bool
+    warnings: tuple[tuple[str, type[Warning]], ...]
 
 
 def resolve(bank: ConceptBank, host: Host, edits: Edits, options: Options) -> Plan:
     """Everything that can be known, and refused, before the first pass."""
     _check_options(bank, options)
-    if notice := bank.check(host):
-        warnings.warn(notice, OtherWeights, stacklevel=4)
+    notices = [(notice, OtherWeights)] if (notice := bank.check(host)) else []
     wanted = {name: _intervention(name, value) for name, value in edits.items()}
     chosen = {name: bank[name] for name in wanted}
     if len({concept.id for concept in chosen.values()}) < len(chosen):
         raise ConflictingEdits(f"one concept is named twice among {', '.join(map(repr, chosen))}")
-    made = [_edit(bank, host, chosen[name], wanted[name], options) for name in wanted]
+    scope = object()
+    made = [_edit(bank, host, chosen[name], wanted[name], options, scope) for name in wanted]
+    for edit in made:
+        notices += [(text, OutOfRange) for text in _beyond(edit, options)]
     made += _held(bank, host, chosen.values(), options)
-    made += _forecasts(bank, host, made, options)
+    made += _forecasts(bank, host, made, options, scope)
     by_site: dict[str, list[Edit]] = {}
     for edit in made:
         by_site.setdefault(bank.site_of(edit.concept), []).append(edit)
@@ -72,11 +75,13 @@ def resolve(bank: ConceptBank, host: Host, edits: Edits, options: Options) -> Pl
         caps=caps,
         programs={},
         holds=options.do == "hold",
+        warnings=(),
     )
     _check_gates(bank, host, made)
     for name in names:
-        _warn_of_cap(name, plan.edits[name], caps[name])
+        notices += [(text, OutOfRange) for text in _too_long(name, plan.edits[name], caps[name])]
         plan.programs[name] = Program(plan.edits[name], plan.readings[name], caps[name])
+    plan.warnings = tuple(notices)
     return plan
 
 
@@ -104,7 +109,7 @@ def _key(bank: ConceptBank, concept: Concept) -> Key:
     return id(bank), concept.id
 
 
-def _edit(bank: ConceptBank, host: Host, concept: Concept, intervention: Intervention, options: Options) -> Edit:
+def _edit(bank: ConceptBank, host: Host, concept: Concept, intervention: Intervention, options: Options, scope: object) -> Edit:
     when = intervention.when
     if when is not None and when.clock == "progress" and not host.has_progress:
         raise Unanswerable(
@@ -113,43 +118,39 @@ def _edit(bank: ConceptBank, host: Host, concept: Concept, intervention: Interve
         )
     if isinstance(intervention, Patch) and concept.name not in intervention.tape:
         raise BadEdit(f"the tape does not hold {concept.name!r}; record it with sl.record(model, bank, [{concept.name!r}])")
-    _warn_of_range(concept, intervention)
-    branch = intervention.branch or options.branch
+    branch: Any = intervention.branch or options.branch
     return Edit(
         key=_key(bank, concept),
         concept=concept,
         rows=bank.rows(concept),
         rule=_natural(concept, intervention, options),
         intervention=intervention,
-        branch=None if branch == "both" else branch,  # type: ignore[arg-type]
-        noted=options.do == "graph",
+        branch=None if branch == "both" else branch,
+        scope=scope if options.do == "graph" else None,
     )
 
 
 def _natural(concept: Concept, intervention: Intervention, options: Options) -> Rule:
-    """The rule in raw coordinates, a value it asks for capped at the natural ones."""
+    """The rule in raw coordinates; what it forces a concept to read is kept within the natural values."""
     rule = intervention.rule(concept.unit)
     if options.allow_ood or concept.natural is None or not isinstance(intervention, (Set, Clamp)):
         return rule
     low, high = concept.natural
-
-    def capped(value: Any) -> Any:
-        if isinstance(value, tuple):
-            return tuple(map(capped, value))
-        return value if abs(value) == inf else min(max(value, low), high)
-
-    new = rule._replace(low=capped(rule.low), high=capped(rule.high))
-    if new != rule:
-        ends = f"{low / concept.unit:+.2f} to {high / concept.unit:+.2f}"
-        warnings.warn(
-            f"{concept.name!r} is capped at its natural values, {ends} units; pass allow_ood=True to go beyond",
-            OutOfRange,
-            stacklevel=6,
-        )
-    return new
+    if isinstance(intervention, Set):
+        return rule._replace(low=_within(rule.low, low, high), high=_within(rule.high, low, high))
+    return rule._replace(low=_within(rule.low, -inf, high), high=_within(rule.high, low, inf))
 
 
-def _warn_of_range(concept: Concept, intervention: Intervention) -> None:
+def _within(amount: Any, low: float, high: float) -> Any:
+    return tuple(min(max(a, low), high) for a in amount) if isinstance(amount, tuple) else min(max(amount, low), high)
+
+
+def _beyond(edit: Edit, options: Options) -> Iterator[str]:
+    """What to say of an amount outside the measured range, and of a value outside the natural ones."""
+    concept, intervention = edit.concept, edit.intervention
+    if concept.natural is not None and not options.allow_ood and intervention.rule(concept.unit) != edit.rule:
+        low, high = (end / concept.unit for end in concept.natural)
+        yield f"{concept.name!r} is capped at its natural values, {low:+.2f} to {high:+.2f} units; allow_ood=True goes beyond"
     if concept.range is None or not isinstance(intervention, Add) or intervention.unit != "concept":
         return
     given: Any = intervention.amount
@@ -157,11 +158,7 @@ def _warn_of_range(concept: Concept, intervention: Intervention) -> None:
     low, high = concept.range
     if min(amounts) < low or max(amounts) > high:
         seen = concept.beyond or "nothing was measured there"
-        warnings.warn(
-            f"{concept.name!r} was measured to be safe from {low:+.2f} to {high:+.2f}, got {given}; beyond: {seen}",
-            OutOfRange,
-            stacklevel=6,
-        )
+        yield f"{concept.name!r} was measured to be safe from {low:+.2f} to {high:+.2f}, got {given}; beyond: {seen}"
 
 
 def _cap(bank: ConceptBank, site: str, options: Options) -> float:
@@ -169,8 +166,8 @@ def _cap(bank: ConceptBank, site: str, options: Options) -> float:
     return inf if options.allow_ood or norm is None else SHARE * norm
 
 
-def _warn_of_cap(site: str, edits: Sequence[Edit], cap: float) -> None:
-    """One warning where the additions of a site are longer than the site allows."""
+def _too_long(site: str, edits: Sequence[Edit], cap: float) -> Iterator[str]:
+    """What to say where the additions of a site are longer than the site allows."""
     adds = [edit for edit in edits if not edit.is_target and edit.rule.shift != 0]
     if cap == inf or not adds:
         return
@@ -178,11 +175,9 @@ def _warn_of_cap(site: str, edits: Sequence[Edit], cap: float) -> None:
     longest = float((table.shift @ table.write).norm(dim=-1).max())
     if longest > cap * 1.0001:
         names = ", ".join(repr(edit.concept.name) for edit in adds)
-        warnings.warn(
+        yield (
             f"{names}: a change of length {longest:.1f} at {site!r} is capped at {cap:.1f}, {SHARE:.0%} of what "
-            "activations there measure; pass allow_ood=True to go beyond",
-            OutOfRange,
-            stacklevel=5,
+            "activations there measure; allow_ood=True goes beyond"
         )
 
 
@@ -210,7 +205,7 @@ def _held(bank: ConceptBank, host: Host, chosen: Iterable[Concept], options: Opt
     ]
 
 
-def _forecasts(bank: ConceptBank, host: Host, made: Sequence[Edit], options: Options) -> list[Edit]:
+def _forecasts(bank: ConceptBank, host: Host, made: Sequence[Edit], options: Options, scope: object) -> list[Edit]:
     """Edits that carry the graph's forecast to later sites; a set concept is cut from its parents."""
     if options.do != "graph":
         return []
@@ -224,9 +219,10 @@ def _forecasts(bank: ConceptBank, host: Host, made: Sequence[Edit], options: Opt
             continue
         child = bank[name]
         for parent in parents:
-            if host.order(host.site(bank.site_of(bank[parent]))) >= host.order(host.site(bank.site_of(child))):
-                raise Unanswerable(f"do='graph' needs {name!r} at a later site than its cause {parent!r}")
-        carried = {_key(bank, bank[p]): w * child.unit / bank[p].unit for p, w in parents.items()}
+            cause, effect = (host.site(bank.site_of(concept)) for concept in (bank[parent], child))
+            if host.order(cause) >= host.order(effect) or host.clocks(cause) != host.clocks(effect):
+                raise Unanswerable(f"do='graph' needs {name!r} at a later site of the same stack than its cause {parent!r}")
+        carried = {(scope, _key(bank, bank[p])): w * child.unit / bank[p].unit for p, w in parents.items()}
         key = _key(bank, child)
         new.append(
             Edit(
@@ -236,7 +232,7 @@ def _forecasts(bank: ConceptBank, host: Host, made: Sequence[Edit], options: Opt
                 rule=Rule(),
                 intervention=Add(0.0),
                 forecast=carried,
-                noted=True,
+                scope=scope,
             )
         )
     return new
@@ -267,22 +263,30 @@ def _check_gates(bank: ConceptBank, host: Host, made: Sequence[Edit]) -> None:
                 )
 
 
-_PLANS: WeakKeyDictionary[nn.Module, OrderedDict[Any, tuple[ConceptBank, Plan]]] = WeakKeyDictionary()
+_PLANS: WeakKeyDictionary[nn.Module, OrderedDict[Any, tuple[ref[ConceptBank], Plan]]] = WeakKeyDictionary()
 KEPT_PLANS = 64
 
 
 def plan_for(bank: ConceptBank, host: Host, edits: Edits, options: Options) -> Plan:
-    """The plan for these edits, remembered for the next time they are asked for."""
+    """The plan for these edits, remembered for the next time they are asked for; its warnings are given every time."""
+    plan = _known_plan(bank, host, edits, options)
+    for text, kind in plan.warnings:
+        warnings.warn(text, kind, stacklevel=4)
+    return plan
+
+
+def _known_plan(bank: ConceptBank, host: Host, edits: Edits, options: Options) -> Plan:
+    if any(isinstance(i, Intervention) and (i.mask is not None or isinstance(i, Patch)) for i in edits.values()):
+        return resolve(bank, host, edits, options)  # tensors are not compared
+    known = _PLANS.setdefault(host.model, OrderedDict())
     try:
         key = (id(bank), tuple(edits.items()), options)
-        known = _PLANS.setdefault(host.model, OrderedDict())
-        if (found := known.get(key)) is not None:
-            return found[1]
+        owner, plan = known.get(key, (None, None))
     except TypeError:  # an amount that cannot be hashed, such as a list
         return resolve(bank, host, edits, options)
-    plan = resolve(bank, host, edits, options)
-    if not any(i.mask is not None or isinstance(i, Patch) for i in edits.values() if isinstance(i, Intervention)):
-        known[key] = bank, plan
+    if plan is None or owner is None or owner() is not bank:
+        plan = resolve(bank, host, edits, options)
+        known[key] = ref(bank), plan
         if len(known) > KEPT_PLANS:
             known.popitem(last=False)
     return plan

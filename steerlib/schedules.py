@@ -56,6 +56,13 @@ class StepState:
         state.__dict__.update(positions=positions, steps=steps, real=real)
         return state
 
+    def last(self, count: int) -> "StepState":
+        """The same pass where only its last tokens are left (`logits_to_keep`)."""
+        start = self.start + self.length - count
+        return StepState(
+            count, start=start, prompt=self.prompt, mask=self.mask, prompts=self.prompts, branch=self.branch, like=self.like
+        )
+
     @cached_property
     def notes(self) -> dict[Hashable, Any]:
         """What sites tell later sites in this pass."""

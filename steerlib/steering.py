@@ -2,7 +2,9 @@
 
 import threading
 import warnings
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from math import inf
 from types import TracebackType
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
@@ -31,7 +33,7 @@ class Contents:
 
     def __call__(self, x: Tensor, state: StepState) -> Tensor:
         self.hits.add_(1)
-        delta, _, _ = self.table.change(x, state)
+        delta, *_ = self.table.change(x, state)
         return x + delta.to(x.dtype)
 
 
@@ -47,7 +49,8 @@ class Steering:
         self._held: tuple[Site, ...] = ()
         self._attachment: Attachment | None = None
         self._thread = 0
-        self._passes: dict[str, int] = {}
+        self._passes: dict[str, Counter[int]] = {}
+        self._place: Attachment | None = None
         self._ran = self._entered = False
         self._undo_twin: Callable[[], None] | None = None
         self._caches: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
@@ -60,7 +63,7 @@ class Steering:
         with LOCK:
             place = attachment(self.host)
             place.require(self.host, sites)
-        self._attachment, self._standing = place, sites
+        self._attachment, self._place, self._standing = place, place, sites
         room = {name: sum(self.bank.site_of(c) == name for c in self.bank.concepts.values()) for name in self.bank.sites}
         for site in sites:
             socket = place.sockets[site.name]
@@ -72,10 +75,15 @@ class Steering:
 
     def set(self, edits: Edits) -> "Steering":
         """Edit these concepts from now on, in place of those before."""
-        plan = plan_for(self.bank, self.host, edits, self._options)
+        before, plan = self._plan, plan_for(self.bank, self.host, edits, self._options)
         self._leave()
-        self._plan = plan
-        self._enter()
+        self._plan, self._ran = plan, False
+        try:
+            self._enter()
+        except BaseException:
+            self._plan = before
+            self._enter()
+            raise
         return self
 
     def clear(self) -> "Steering":
@@ -85,13 +93,13 @@ class Steering:
     def detach(self) -> None:
         """Leave the model as it was."""
         self._leave()
-        if self._standing and self._attachment is not None:
-            for site in self._standing:
-                if (socket := self._attachment.sockets.get(site.name)) is not None and self._attachment.uses(site) == 1:
-                    socket.traced = None
+        if self._place is not None:
             with LOCK:
-                self._attachment.release(self.host, self._standing)
-            self._standing = ()
+                for site in self._standing:
+                    if (socket := self._place.sockets.get(site.name)) is not None and self._place.uses(site) == 1:
+                        socket.traced = None
+                self._place.release(self.host, self._standing)
+            self._place, self._standing = None, ()
 
     def __enter__(self) -> "Steering":
         if not self._entered:
@@ -120,7 +128,7 @@ class Steering:
             place.require(self.host, self._plan.sites)
             self._attachment, self._held, self._entered = place, self._plan.sites, True
             try:
-                self._passes = {path: clock.passes for path, clock in place.clocks.items()}
+                self._passes = {path: clock.passes.copy() for path, clock in place.clocks.items()}
                 self.programs = {name: program.anew() for name, program in self._plan.programs.items()}
                 if self._plan.edits:
                     place.sessions.append(self)
@@ -156,7 +164,9 @@ class Steering:
 
     def _run_twin(self, args: tuple, kwargs: dict[str, Any]) -> None:
         """Before each pass: the same pass without edits, to know what held concepts would have read."""
-        if ASIDE.running:
+        place = self._attachment
+        elsewhere = threading.get_ident() != self._thread
+        if ASIDE.running or (elsewhere and place is not None and {s._thread for s in place.sessions} != {self._thread}):
             return
         if reason := self.host.refuse_twin():
             raise Unanswerable(reason)
@@ -180,32 +190,40 @@ class Steering:
     def _has_run(self) -> bool:
         """Whether the model made a pass inside this session."""
         place = self._attachment
-        return place is not None and any(c.passes > self._passes.get(path, 0) for path, c in place.clocks.items())
+        if place is None:
+            return False
+        alone = all(session._thread == self._thread for session in place.sessions)
+        for path, clock in place.clocks.items():
+            new = clock.passes - self._passes.get(path, Counter())
+            if new[self._thread] or (alone and new):
+                return True
+        return False
 
     def _hit(self, site: Site) -> bool:
         socket = self._attachment.sockets.get(site.name) if self._attachment else None
         return socket is not None and isinstance(socket.traced, Contents) and bool(socket.traced.hits)
 
     def _capped(self) -> bool:
-        return any(int(p.tally.capped) for p in self.programs.values() if p.part is None)
+        """Whether a change that only the run could tell was cut short."""
+        return any(int((p.merged or (p, 0))[0].tally.capped) for p in self.programs.values())
 
     def report(self) -> "Report":
         """What was edited where, how much, and how far off the natural range; and why nothing happened, if so."""
         lines = []
         for name, program in self.programs.items():
-            tally, norm = program.tally, self.bank.sites[name].norm
-            looked = max(1, int(tally.looked))
-            for k, edit in enumerate(program.edits):
+            whole, at = program.merged or (program, 0)
+            tally, norm, looked = whole.tally, self.bank.sites[name].norm, int(whole.tally.looked)
+            for k, edit in enumerate(program.edits, start=at):
                 lines.append(
                     Line(
                         concept=edit.concept.name,
                         site=name,
-                        passes=tally.passes,
-                        tokens=tally.tokens,
-                        change=float(tally.changed) / looked / norm if norm else None,
-                        off_range=None if tally.off is None or edit.concept.natural is None else float(tally.off[k]) / looked,
+                        passes=program.tally.passes,
+                        tokens=round(float(tally.tokens)),
+                        change=float(tally.changed) / looked / norm if norm and looked else None,
+                        off_range=float(tally.off[k]) / looked if edit.concept.natural and tally.off is not None else None,
                         largest=None if tally.largest is None else float(tally.largest[k]),
-                        capped=float(tally.capped) / looked,
+                        capped=float(tally.capped) / max(1.0, float(tally.tokens)),
                     )
                 )
         return Report(tuple(lines), self._ran or self._has_run())
@@ -244,6 +262,11 @@ def _merged(sessions: Sequence[Steering], name: str) -> Callable[[Tensor, StepSt
     return _Listening(merged, programs) if any(session._plan.holds for session in sessions) else merged
 
 
+def _cap(programs: Sequence[Program]) -> float:
+    """The tightest cap among sessions that edit here; one that only reads has no say."""
+    return min((program.cap for program in programs if program.edits), default=inf)
+
+
 class _Together:
     """The programs of several sessions as one, so that their additions and targets are solved together."""
 
@@ -251,14 +274,15 @@ class _Together:
         self.programs = programs
         edits = [edit for program in programs for edit in program.edits]
         readings = [reading for program in programs for reading in program.readings]
-        self.merged = Program(edits, readings, min(program.cap for program in programs))
+        self.merged = Program(edits, readings, _cap(programs))
+        at = 0
         for program in programs:
             program.twin = self.merged.twin
+            program.merged, at = (self.merged, at), at + len(program.edits)
 
     def __call__(self, x: Tensor, state: StepState) -> Tensor:
         for program in self.programs:
             program.tally.passes += 1
-            program.tally.tokens += state.length
         return self.merged(x, state)
 
 
@@ -277,21 +301,23 @@ class _Listening:
 
 
 def _fill(socket: Socket, programs: Sequence[Program]) -> None:
-    """Put the edits into the tensors that compiled code reads."""
+    """Put the edits into the tensors that compiled code reads, and refuse what only Python can do once it is compiled."""
     assert isinstance(socket.traced, Contents)
     edits = [edit for program in programs for edit in program.edits]
-    for edit in edits:
-        i = edit.intervention
-        if i.gate is not None or i.mask is not None or edit.branch or edit.held or edit.forecast or isinstance(i, Patch):
-            if is_compiled(modules_on(socket.model, socket.site.module)):
+    try:
+        for edit in edits:
+            i = edit.intervention
+            if i.gate is not None or i.mask is not None or edit.branch or edit.held or edit.forecast or isinstance(i, Patch):
                 raise Unanswerable(
                     f"{edit.concept.name!r}: gates, masks, branches, patches and do='hold' or 'graph' need Python at every "
                     "pass, which a compiled model leaves out; use them on a model that is not compiled"
                 )
-            socket.traced.table.fill(None)
-            return
-    socket.traced.hits.zero_()
-    socket.traced.table.fill(Table.of(edits, min(program.cap for program in programs)) if edits else None)
+        socket.traced.table.fill(Table.of(edits, _cap(programs)) if edits else None)
+        socket.traced.hits.zero_()
+    except Unanswerable:
+        socket.traced.table.fill(None)
+        if is_compiled(modules_on(socket.model, socket.site.module)):
+            raise
 
 
 def steer(

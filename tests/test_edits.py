@@ -105,7 +105,7 @@ def test_the_constant_path_equals_the_general_formula(encoder, x):
     edits = [edit(0, encoder, sl.Add([1.0, -2.0])), edit(1, encoder, sl.Add(0.5))]
     program = Program(edits, cap=3.0)
     assert program.part == "all"
-    delta, _, _ = Table.of(edits, 3.0).change(x, StepState(5))
+    delta, *_ = Table.of(edits, 3.0).change(x, StepState(5))
     torch.testing.assert_close(program(x, StepState(5)), x + delta)
 
 

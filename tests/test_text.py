@@ -665,3 +665,173 @@ def test_gradient_checkpointing_runs_the_same_edits_again(llama, bank):
     plain = gradient()
     getattr(llama, "activation_checkpointing_enable", llama.gradient_checkpointing_enable)()
     torch.testing.assert_close(gradient(), plain)
+
+
+# -- faults that a fresh pair of eyes found ------------------------------------------------------------------
+
+
+def test_masks_are_not_mistaken_for_each_other(llama, bank):
+    plain = logits(llama, prompts())
+    for mask, moves in ((None, True), (torch.zeros(6), False), (torch.ones(6), True)):
+        with sl.steer(llama, bank, {"a": sl.Add(2.0, mask=mask)}):
+            assert torch.equal(logits(llama, prompts()), plain) is not moves
+
+
+@pytest.mark.parametrize("model_type", ["mamba", "mamba2"])
+def test_padded_prompts_of_models_without_attention_know_where_they_are(model_type):
+    model = tiny(model_type)
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
+    ids = torch.cat((torch.zeros(2, 3, dtype=torch.long), prompts()), 1)
+    with sl.record(model, ["layers.0", "lm_head"]) as tape:
+        write(model, ids, (ids > 0).long())
+    states = [state for state, _ in tape["layers.0"]]
+    assert [state.start for state in states] == [0, *range(9, 9 + 11)]
+    assert [state.section for state in states] == ["prompt"] + ["generated"] * 11
+    assert int(states[1].positions.max()) == 6 and states[1].steps.tolist() == [[1]]
+
+
+def test_what_is_left_of_a_pass_by_the_head_keeps_its_positions(llama):
+    with sl.record(llama, ["lm_head"]) as tape:
+        write(llama, prompts(), max_new_tokens=3)
+    assert [int(state.positions[0, -1]) for state, _ in tape["lm_head"]] == [5, 6, 7]
+
+
+def test_hold_needs_the_whole_model_and_a_state_it_can_copy(llama, levels):
+    with pytest.raises(errors.Unanswerable, match="whole model"), sl.steer(llama, levels, {"cause": 1.0}, do="hold"):
+        llama.model(prompts())
+
+
+def test_nested_graph_sessions_add_up_and_forecasts_keep_to_the_cap(llama, levels):
+    ids = prompts()
+    once = readings(llama, levels, {"cause": 6.0}, ids, do="graph")
+    with sl.steer(llama, levels, {"cause": 2.0}, do="graph"):
+        nested = readings(llama, levels, {"cause": 4.0}, ids, do="graph")
+    torch.testing.assert_close(nested["effect"], once["effect"], atol=1e-4, rtol=0)
+    levels.sites["layers.0"] = SiteFacts(width=32, norm=1.0)
+    plain = readings(llama, levels, {}, ids)
+    with pytest.warns(errors.OutOfRange):
+        capped = readings(llama, levels, {"cause": 20.0}, ids, do="graph")
+    moved = (capped["cause"] - plain["cause"])[0, 0]
+    length = levels.rows(levels["cause"]).write.norm()
+    torch.testing.assert_close(moved, 0.35 / length, atol=1e-4, rtol=0)
+
+
+def test_a_generation_config_given_by_place_is_read(llama, bank):
+    from transformers import GenerationConfig
+
+    config = GenerationConfig(guidance_scale=1.5, max_new_tokens=4, do_sample=False, pad_token_id=0)
+    ids = prompts(1)
+    with sl.steer(llama, bank, {"a": 4.0}, branch="uncond"):
+        by_place = llama.generate(ids, config, attention_mask=ones(ids))
+        assert torch.equal(by_place, llama.generate(ids, generation_config=config, attention_mask=ones(ids)))
+
+
+def test_without_guidance_every_pass_is_conditional(llama, bank):
+    plain = write(llama, prompts())
+    with sl.steer(llama, bank, {"a": 4.0}, branch="uncond"):
+        assert torch.equal(write(llama, prompts()), plain)
+    with sl.steer(llama, bank, {"a": 4.0}, branch="cond"):
+        assert not torch.equal(write(llama, prompts()), plain)
+
+
+def test_a_bare_pass_of_another_model_inside_generate_is_all_prompt(llama, bank):
+    other = tiny("llama")
+    with sl.record(other, ["layers.0"]) as tape:
+        write(llama, prompts(), prefix_allowed_tokens_fn=lambda row, sofar: (other(sofar[None]), list(range(128)))[1])
+    assert tape == {"layers.0": []} or all(state.section == "prompt" for state, _ in tape["layers.0"])
+    with sl.record(llama, ["layers.0"]), sl.record(other, ["layers.0"]) as tape:
+        write(llama, prompts(), prefix_allowed_tokens_fn=lambda row, sofar: (other(sofar[None]), list(range(128)))[1])
+    assert all(state.section == "prompt" for state, _ in tape["layers.0"])
+
+
+def test_a_loose_clamp_is_not_tightened_and_bounds_may_differ_by_row(llama, guarded):
+    before, after = moved_by(llama, guarded, sl.Clamp(high=100.0))
+    assert torch.equal(before, after)
+    before, after = moved_by(llama, guarded, sl.Clamp(low=[-1.0, 0.5]))
+    assert after[0, :, 0].min() >= -0.1 - 1e-6 and after[1, :, 0].min() >= 0.05 - 1e-6
+
+
+def test_masks_and_tapes_follow_their_prompt_over_beams(llama, bank):
+    ids = prompts(2)
+    with torch.no_grad(), sl.record(llama, bank, ["b"]) as tape:
+        llama(ids)
+    mask = torch.stack((torch.zeros(30), torch.ones(30)))
+    with sl.steer(llama, bank, {"a": sl.Add(3.0, mask=mask), "b": sl.Patch(tape)}):
+        together = write(llama, ids, num_beams=2)
+    with torch.no_grad(), sl.record(llama, bank, ["b"]) as tape:
+        llama(ids[1:])
+    with sl.steer(llama, bank, {"a": 3.0, "b": sl.Patch(tape)}):
+        assert torch.equal(write(llama, ids[1:], num_beams=2)[0], together[1])
+
+
+def test_parallel_directions_cannot_both_be_given_a_value(llama):
+    d = torch.randn(32, generator=torch.Generator().manual_seed(0))
+    bank = sl.ConceptBank.from_directions({"a": d, "twice a": 2 * d}, site="layers.0", base=llama)
+    with pytest.raises(errors.ConflictingEdits, match="depend on each other"):
+        sl.steer(llama, bank, {"a": sl.Set(1.0), "twice a": sl.Set(1.0)})
+
+
+def test_a_refused_set_keeps_the_edits_before_it(llama, bank):
+    with sl.steer(llama, bank, {"b": 2.0}) as session:
+        before = logits(llama, prompts())
+        with sl.steer(llama, bank, {"a": sl.Set(1.0)}), pytest.raises(errors.ConflictingEdits):
+            session.set({"a": sl.Set(2.0)})
+        assert torch.equal(logits(llama, prompts()), before)
+
+
+def test_an_empty_session_around_others_leaves_nothing_behind(llama, bank):
+    before = snapshot(llama)
+    with sl.steer(llama, bank, {}):
+        with sl.steer(llama, bank, {"a": 1.0}):
+            logits(llama, prompts())
+        steering = sl.attach(llama, bank)
+    steering.set({"a": 1.0})
+    logits(llama, prompts())
+    steering.detach()
+    assert snapshot(llama) == before and llama not in _ATTACHED
+
+
+def test_an_attached_model_that_is_not_compiled_has_no_limits(llama, bank):
+    steering = sl.attach(llama, bank).set({"a": 1.0, "b": 1.0})
+    with sl.steer(llama, bank, {"a": 0.5}), sl.record(llama, ["layers.0"]) as tape:
+        logits(llama, prompts())
+    steering.set({"a": [1.0] * 70})
+    assert logits(llama, prompts(70)).shape[0] == 70 and tape["layers.0"]
+    steering.detach()
+
+
+def test_warnings_are_given_every_time(llama, guarded):
+    for _ in range(2):
+        with pytest.warns(errors.OutOfRange, match="beyond: noise"):
+            sl.steer(llama, guarded, {"a": 5.5})
+
+
+def test_reports_tell_where_edits_acted(llama, bank):
+    with sl.steer(llama, bank, {"a": sl.Add(2.0, when=sl.Steps(500, 600))}) as session:
+        write(llama, prompts())
+    assert session.report().lines[0].tokens == 0 and "no schedule" in str(session)
+    with sl.steer(llama, bank, {"a": sl.Add(2.0, tokens="generated")}) as session:
+        write(llama, prompts())
+    assert session.report().lines[0].tokens == 11 and session.report().lines[0].largest is not None
+    with sl.steer(llama, bank, {"b": 1.0}), sl.steer(llama, bank, {"a": 1.0}) as inner:
+        logits(llama, prompts())
+        assert inner.report().lines[0].tokens == 6 and inner.report().lines[0].largest is not None
+
+
+def test_a_thread_that_ran_nothing_is_not_told_that_it_missed_a_site(llama, bank):
+    inside, ran, left = threading.Event(), threading.Event(), []
+
+    def idle():
+        with sl.steer(llama, bank, {"a": 1.0}):
+            inside.set()
+            ran.wait(30)
+        left.append(True)
+
+    thread = threading.Thread(target=idle)
+    thread.start()
+    inside.wait(30)
+    with sl.steer(llama, bank, {"b": 1.0}):
+        logits(llama, prompts())
+        ran.set()
+        thread.join()
+    assert left
