@@ -378,6 +378,8 @@ class ConceptBank:
         if self.card:
             (folder / "README.md").write_text(self.card, encoding="utf-8")
         written = sorted(path for path in folder.rglob("*") if path.is_file())
+        for path in written:
+            path.chmod(0o644)  # safetensors writes for its owner alone
         files = {path.relative_to(folder).as_posix(): hub.describe(path) for path in written}
         for name, digest in hashes.items():
             files[name]["blocks"] = hub.group_hashes(digest.numpy().tobytes())

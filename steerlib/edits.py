@@ -399,8 +399,9 @@ class Program:
 
     def _wanted(self, x: Tensor, state: StepState) -> Tensor | None:
         """Targets that differ from token to token, NaN where there is none, `[B, N, K]`."""
-        held = {k: self.twin.readings.pop(edit.key, None) for k, edit in enumerate(self.edits) if edit.held}
-        if any(values is None for values in held.values()):
+        kept = [k for k, edit in enumerate(self.edits) if edit.held]
+        held = {k: self.twin.readings.pop(self.edits[k].key) for k in kept if self.edits[k].key in self.twin.readings}
+        if len(held) < len(kept):
             raise Unanswerable("do='hold' needs the whole model to be called, not a part of it: its twin did not run")
         if not held and not self._patches:
             return None

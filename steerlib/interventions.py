@@ -92,6 +92,10 @@ def _amount(value: Any) -> Amount:
     return amounts[0] if isinstance(amounts, tuple) and len(amounts) == 1 else amounts
 
 
+def _each(amount: Amount) -> tuple[float, ...]:
+    return amount if isinstance(amount, tuple) else (amount,)  # type: ignore[return-value]
+
+
 def _times(amount: Amount, unit: float) -> Amount:
     return tuple(a * unit for a in amount) if isinstance(amount, tuple) else amount * unit  # type: ignore[operator]
 
@@ -158,7 +162,7 @@ class Clamp(Intervention):
         super().__post_init__()
         low = -inf if self.low is None else _amount(self.low)
         high = inf if self.high is None else _amount(self.high)
-        lows, highs = (end if isinstance(end, tuple) else (end,) for end in (low, high))
+        lows, highs = (_each(end) for end in (low, high))
         if (self.low is None and self.high is None) or max(lows) > min(highs):
             raise BadEdit(f"expected a low, a high or both, with low <= high, got {self.low} and {self.high}")
         object.__setattr__(self, "low", low)

@@ -222,7 +222,7 @@ def _forecasts(bank: ConceptBank, host: Host, made: Sequence[Edit], options: Opt
             cause, effect = (host.site(bank.site_of(concept)) for concept in (bank[parent], child))
             if host.order(cause) >= host.order(effect) or host.clocks(cause) != host.clocks(effect):
                 raise Unanswerable(f"do='graph' needs {name!r} at a later site of the same stack than its cause {parent!r}")
-        carried = {(scope, _key(bank, bank[p])): w * child.unit / bank[p].unit for p, w in parents.items()}
+        carried: dict[Key, float] = {(scope, _key(bank, bank[p])): w * child.unit / bank[p].unit for p, w in parents.items()}
         key = _key(bank, child)
         new.append(
             Edit(

@@ -41,7 +41,8 @@ class StepState:
         `mask[B, T]` is 1 on real tokens; `prompts` rows were asked for, which beams may repeat; `like` is a tensor on
         the device of this pass."""
         self.length, self.start, self.prompt = length, start, prompt
-        self.mask, self.prompts, self.branch, self.like = mask, prompts, branch, like
+        self.mask, self.prompts, self.like = mask, prompts, like
+        self.branch: Branch | None = branch
         self.section: Section = (
             "prompt" if prompt is None or start + length <= prompt else ("generated" if start >= prompt else "mixed")
         )

@@ -262,6 +262,7 @@ def card(bank: ConceptBank, recipe: Recipe, records: Sequence[dict[str, Any]]) -
     """The model card: what each concept means, what was measured, how to use it. Every number comes from `records`."""
     tried, records = records, [record for record in records if record["concept"] in bank.concepts]
     failing = [f"- **{r['concept']}** misses “{bar}”" for r in records for bar, held in r["passes"].items() if not held]
+    again = [concept.name for concept in recipe.concepts if concept.split != "test"]
     left_out = [record for record in tried if record["concept"] not in bank.concepts]
     concepts = "\n".join(
         f"| {c.name} | {c.label} | {c.useful:+.2f} | {c.range[0]:+.2f} to {c.range[1]:+.2f} | {c.beyond} |"
@@ -288,6 +289,9 @@ def card(bank: ConceptBank, recipe: Recipe, records: Sequence[dict[str, Any]]) -
         table=table(records),
         bars=f"{len(records) - len({f.split('**')[1] for f in failing})} of {len(records)} concepts clear all three bars.",
         failing="\n".join(failing),
+        again=f" {', '.join(again)}: searched again after a first measurement, and reported on prompts new to it."
+        if again
+        else "",
         left_out=f"Tried and left out, because they miss a bar:\n\n{table(left_out)}" if left_out else "",
         trust=trust,
         prompts=recipe.test_prompts,
@@ -332,7 +336,7 @@ Amounts are in units of the concept: one standard deviation of its reading on re
 On {prompts} prompts used for nothing else, {tokens} new tokens, greedy, each concept at its useful amount. *Prompted* is the
 same model asked for the concept in words; *best random* is the best of five random directions of equal length at the same
 site; nats per token are the text's negative log-likelihood under the unsteered model (for prompted text, with its own
-prompt). {bars}
+prompt). {bars}{again}
 
 {table}
 
