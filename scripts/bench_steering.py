@@ -9,6 +9,9 @@ noise floor. With `--peers`, repeng and steering-vectors run too where they are 
 
 import gc
 import json
+import os
+import platform
+import re
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -218,6 +221,13 @@ def print_table(title: str, rows: dict[str, Any]) -> None:
         print(f"{what:<24}" + "".join(f"{cell:>24}" for cell in cells))
 
 
+def machine() -> str:
+    """What ran this, in words."""
+    cpuinfo = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else []
+    return f"one thread of {os.cpu_count()} cores, {names[0] if names else platform.processor()}"
+
+
 def main(
     rounds: Annotated[int, typer.Option(help="rounds of each comparison")] = 7,
     out: Annotated[Path | None, typer.Option(help="write the figures here as JSON")] = None,
@@ -238,7 +248,8 @@ def main(
     for title, rows in figures.items():
         print_table(title, rows)
     if out is not None:
-        out.write_text(json.dumps({"torch": torch.__version__, "rounds": rounds, **figures}, indent=1) + "\n")
+        about = {"machine": machine(), "torch": torch.__version__, "rounds": rounds}
+        out.write_text(json.dumps({**about, **figures}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
