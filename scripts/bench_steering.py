@@ -134,7 +134,13 @@ def peer_conditions(model: Any, bank: sl.ConceptBank) -> dict[str, Condition]:
     return found
 
 
-def interleaved(run: Callable[[], Any], chosen: dict[str, Condition], rounds: int, what: str) -> dict[str, list[float]]:
+def interleaved(
+    run: Callable[[], Any],
+    chosen: dict[str, Condition],
+    rounds: int,
+    what: str,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
     """Seconds of `run` under each condition, every round in another order."""
     names, seconds = list(chosen), {name: [] for name in chosen}
     for name in names:
@@ -144,9 +150,9 @@ def interleaved(run: Callable[[], Any], chosen: dict[str, Condition], rounds: in
         for name in names[r % len(names) :] + names[: r % len(names)]:
             with chosen[name]():
                 gc.collect()
-                start = time.perf_counter()
+                start = clock()
                 run()
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(clock() - start)
     return seconds
 
 
@@ -176,7 +182,8 @@ def decoding(model: Any, rounds: int, peers: bool) -> dict[str, Any]:
 
 
 def own_cost(rounds: int, peers: bool) -> dict[str, Any]:
-    """Microseconds per token that hooks add where the model does nothing: the slope between 2 and 130 new tokens."""
+    """Microseconds per token that hooks add where the model does nothing: processor time, least of many runs, slope between
+    2 and 130 new tokens."""
     model, result = pass_on_model(), {}
     ids = torch.randint(3, 100, (1, 4), generator=torch.Generator().manual_seed(1))
     for count in (1, 8):
@@ -187,7 +194,7 @@ def own_cost(rounds: int, peers: bool) -> dict[str, Any]:
                 mask = torch.ones_like(ids)
                 model.generate(ids, attention_mask=mask, max_new_tokens=new, min_new_tokens=new, do_sample=False)
 
-            seconds[new] = interleaved(run, chosen, rounds * 3, f"own cost, {count}")
+            seconds[new] = interleaved(run, chosen, rounds * 6, f"own cost, {count}", time.process_time)
         slope = {name: (min(seconds[130][name]) - min(seconds[2][name])) / 128 * 1e6 for name in chosen}
         result[f"{count} vector{'s' if count > 1 else ''}"] = {n: round(s - slope["plain"], 1) for n, s in slope.items()}
     return result
@@ -233,6 +240,7 @@ def main(
     out: Annotated[Path | None, typer.Option(help="write the figures here as JSON")] = None,
     peers: Annotated[bool, typer.Option(help="measure repeng and steering-vectors too")] = False,
     source: Annotated[str, typer.Option(help="the real model")] = SOURCE,
+    part: Annotated[list[str], typer.Option(help="decoding, own or entering; may be repeated (default: all)")] = [],  # noqa: B006
 ) -> None:
     """Print what steering costs."""
     torch.set_num_threads(1)
@@ -240,15 +248,17 @@ def main(
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
     with torch.no_grad():
-        figures = {
-            "decoding, steered / unsteered: median (least–most)": decoding(model, rounds, peers),
-            "own cost, µs per token": own_cost(rounds, peers),
-            "enter + leave a second time, µs": entering(model, rounds, peers),
+        parts = {
+            "decoding": ("decoding, steered / unsteered: median (least–most)", lambda: decoding(model, rounds, peers)),
+            "own": ("own cost, µs per token", lambda: own_cost(rounds, peers)),
+            "entering": ("enter + leave a second time, µs", lambda: entering(model, rounds, peers)),
         }
+        figures = {parts[name][0]: parts[name][1]() for name in part or parts}
     for title, rows in figures.items():
         print_table(title, rows)
     if out is not None:
-        about = {"machine": machine(), "torch": torch.__version__, "rounds": rounds}
+        before = json.loads(out.read_text()) if out.exists() else {}
+        about = before | {"machine": machine(), "torch": torch.__version__, "rounds": rounds}
         out.write_text(json.dumps({**about, **figures}, indent=1) + "\n")
 
 
