@@ -101,13 +101,14 @@ def demo(
         score, trust = scorers[name]
         summary.add_row(name, f"{amount:+.1f}", f"{score(plain).mean():.2f} → {score(texts).mean():.2f}", trust)
     console.print(summary)
-    again = min(_timed(model, tokenizer, asked, tokens)[1] for _ in range(2))
-    with steered(model, bank, {DEMO_CONCEPTS[0]: bank[DEMO_CONCEPTS[0]].useful or 1.0}):
-        steered_seconds = min(_timed(model, tokenizer, asked, tokens)[1] for _ in range(2))
-    console.print(
-        f"Writing took {min(seconds, again):.2f} s unsteered and {steered_seconds:.2f} s steered "
-        f"({steered_seconds / min(seconds, again):.2f} ×; two runs each, so expect a few per cent of noise)."
-    )
+    times: dict[str, list[float]] = {"plain": [seconds], "steered": []}
+    for _ in range(2):  # in turns, so that a busy machine troubles both alike
+        with steered(model, bank, {DEMO_CONCEPTS[0]: bank[DEMO_CONCEPTS[0]].useful or 1.0}):
+            times["steered"].append(_timed(model, tokenizer, asked, tokens)[1])
+        times["plain"].append(_timed(model, tokenizer, asked, tokens)[1])
+    before, after = min(times["plain"]), min(times["steered"])
+    console.print(f"Writing took {before:.2f} s unsteered and {after:.2f} s steered ({after / before:.2f} ×; a rough figure.")
+    console.print("scripts/bench_steering.py measures it properly).")
 
 
 def _timed(model: Any, tokenizer: Any, asked: Sequence[str], tokens: int) -> tuple[list[str], float]:
