@@ -27,8 +27,8 @@ from .schedules import Branch, StepState, gain
 
 Key = Hashable
 """One concept of one bank: what notes between sites are filed under."""
-SAMPLE_EVERY = 32
-"""Passes between two looks at how far off its natural range a concept is; the first pass is looked at."""
+SAMPLE_EVERY = 256
+"""Passes between two looks at how far off its natural range a concept is; the first two passes are looked at."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -313,7 +313,7 @@ class Program:
         if self.rows > 1:
             delta = self._repeated(delta, x, state)
         y = x + delta
-        if acts % SAMPLE_EVERY == 1:
+        if acts < 3 or not acts % SAMPLE_EVERY:
             self._look(y, state, delta.norm(dim=-1).expand(y.shape[:2]))
         return y
 
@@ -357,7 +357,7 @@ class Program:
         tally.tokens = tally.tokens + acting.sum() / len(x)
         if self.cap < inf:
             tally.capped = tally.capped + ((length > self.cap * 1.0001) & (state.positions > 0)).sum()
-        if tally.passes % SAMPLE_EVERY == 1 or tally.section != state.section:
+        if not tally.passes % SAMPLE_EVERY or tally.section != state.section:
             self._look(y, state, length)
         tally.section = state.section
         return y
