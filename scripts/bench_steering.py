@@ -244,9 +244,10 @@ def main(
 ) -> None:
     """Print what steering costs."""
     torch.set_num_threads(1)
-    model: Any = sl.load(source)[0]
-    model.generation_config.eos_token_id = None
-    model.generation_config.pad_token_id = 0
+    model: Any = None
+    if not part or {*part} - {"own"}:
+        model = sl.load(source)[0]
+        model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
     with torch.no_grad():
         parts = {
             "decoding": ("decoding, steered / unsteered: median (least–most)", lambda: decoding(model, rounds, peers)),
