@@ -3,6 +3,8 @@
 from .bank import BaseModel as BaseModel
 from .bank import ConceptBank as ConceptBank
 from .concepts import Concept as Concept
+from .concepts import Gate as Gate
+from .concepts import Part as Part
 from .encoders import Directions as Directions
 from .encoders import Encoder as Encoder
 from .graph import CausalGraph as CausalGraph
@@ -12,7 +14,6 @@ from .hosts import load as load
 from .interventions import Ablate as Ablate
 from .interventions import Add as Add
 from .interventions import Clamp as Clamp
-from .interventions import Gate as Gate
 from .interventions import Intervention as Intervention
 from .interventions import Patch as Patch
 from .interventions import Scale as Scale
@@ -32,6 +33,6 @@ from .training.recipe import Recipe as Recipe
 
 __all__ = [
     "Ablate", "Add", "BaseModel", "CausalGraph", "Clamp", "Concept", "ConceptBank", "Directions", "Edge", "Encoder",
-    "Gate", "Host", "Intervention", "Patch", "Ramp", "Recipe", "Scale", "Schedule", "Set", "Site", "Steering",
+    "Gate", "Host", "Intervention", "Part", "Patch", "Ramp", "Recipe", "Scale", "Schedule", "Set", "Site", "Steering",
     "StepState", "Steps", "Window", "attach", "load", "record", "steer", "train",
 ]  # fmt: skip

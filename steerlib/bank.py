@@ -108,6 +108,13 @@ class ConceptBank:
                 raise CorruptBank(f"concept {concept.name!r} names encoder {concept.encoder!r}, which the bank does not have")
             if self.concepts.setdefault(concept.name, concept) is not concept:
                 raise CorruptBank(f"expected each concept name once, got {concept.name!r} twice")
+        for concept in concepts:
+            if missing := [part.encoder for part in concept.parts if part.encoder not in self.encoders]:
+                raise CorruptBank(f"concept {concept.name!r} has a part in {missing[0]!r}, which the bank does not have")
+            if concept.gate is not None and concept.gate.concept not in self.concepts:
+                raise CorruptBank(
+                    f"concept {concept.name!r} is gated by {concept.gate.concept!r}, which the bank does not have"
+                )
         self._by_id = {concept.id: concept for concept in concepts}
         self._rows: dict[str, Rows] = {}
 
@@ -127,11 +134,17 @@ class ConceptBank:
         return len(self.concepts)
 
     def __repr__(self) -> str:
-        lines = [f"ConceptBank {self.name!r}: {len(self)} concepts for {self.base.id or 'a model'}, {len(self.graph)} edges"]
+        gates = [concept.name for concept in self.concepts.values() if concept.present is not None]
+        count = len(self) - len(gates)
+        lines = [f"ConceptBank {self.name!r}: {count} concepts for {self.base.id or 'a model'}, {len(self.graph)} edges"]
         for concept in self.concepts.values():
+            if concept.present is not None:
+                continue
             useful = "" if concept.useful is None else f"useful {concept.useful:+.1f}"
             safe = "" if concept.range is None else f"safe {concept.range[0]:+.1f} to {concept.range[1]:+.1f}"
             lines.append(f"  {concept.name:<16} {concept.encoder:<12} {useful:<13} {safe:<20} {concept.label}".rstrip())
+        if gates:
+            lines.append(f"  gates: {', '.join(gates)}")
         return "\n".join(lines)
 
     def site_of(self, concept: Concept) -> str:
@@ -215,17 +228,18 @@ class ConceptBank:
         if self._folder is not None:
             for name, record in self._manifest["files"].items():
                 hub.check_whole(self._folder, name, record)
+        places = [place for concept in self.concepts.values() for place in concept.places]
         for id, facts in self.encoders.items():
             encoder = self.encoder(id)
             tensors = encoder.to_tensors()
             if not all(tensor.isfinite().all() for tensor in tensors.values() if tensor.is_floating_point()):
                 raise CorruptBank(f"encoder {id!r} has values that are not finite")
             count = {len(tensor) for tensor in tensors.values()}
-            most = max((c.index for c in self.concepts.values() if c.encoder == id), default=-1)
+            most = max((place.index for place in places if place.encoder == id), default=-1)
             if len(count) != 1 or most >= count.pop() or facts.site not in self.sites:
                 raise CorruptBank(f"encoder {id!r} does not fit its concepts or its site")
-        for concept in self.concepts.values():
-            self.rows(concept)
+        for place in places:
+            self.rows(place)
 
     # -- making ----------------------------------------------------------------------------------------------
 

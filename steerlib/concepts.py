@@ -1,11 +1,46 @@
 """What is steered: a named coordinate of an encoder."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
-from math import isfinite
+from dataclasses import asdict, dataclass, field, fields, replace
+from math import inf, isfinite
 from typing import Any
 
-from .errors import CorruptBank
+from .errors import BadEdit, CorruptBank
+
+
+@dataclass(frozen=True)
+class Gate:
+    """Apply an edit only where another concept reads `above` a value, or `below` one, in that concept's units.
+
+    With `full` the edit grows from nothing at `above` to all of it at `full`. With neither bound the gate opens where the
+    concept is present, by the threshold its bank stores.
+    """
+
+    concept: str
+    above: float = -inf
+    below: float = inf
+    full: float | None = None
+
+    def __post_init__(self) -> None:
+        if not self.above < self.below:
+            raise BadEdit(f"expected a gate with above < below, got {self}")
+        if self.full is not None and not (isfinite(self.above) and self.above < self.full < inf and self.below == inf):
+            raise BadEdit(f"expected a gate that grows from a finite above to a larger, finite full, without below, got {self}")
+
+    @property
+    def is_bounded(self) -> bool:
+        """Whether it says itself where it opens."""
+        return (self.above, self.below) != (-inf, inf)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """Another coordinate that moves with a concept: what several layers at once are made of."""
+
+    encoder: str
+    index: int
+    unit: float
+    """What one unit of the concept is here, in raw coordinates."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +62,14 @@ class Concept:
     """The least amount measured to move the concept clearly."""
     beyond: str = ""
     """What was seen beyond the range."""
+    parts: tuple[Part, ...] = ()
+    """Where else it is moved, by the same intervention."""
+    gate: Gate | None = None
+    """Where edits of it act unless they bring a gate of their own."""
+    match_norm: bool = False
+    """Whether additions grow and shrink with each token's own length."""
+    present: float | None = None
+    """Reading, in units, above which the concept counts as present."""
     label: str = ""
     source: str = ""
     """Where the label comes from."""
@@ -39,10 +82,19 @@ class Concept:
         """The name that always works: `encoder/index`."""
         return f"{self.encoder}/{self.index}"
 
+    @property
+    def places(self) -> "tuple[Concept, ...]":
+        """This concept, and itself as each of its parts."""
+        bare = replace(self, natural=None, range=None, parts=())
+        return self, *(replace(bare, encoder=part.encoder, index=part.index, unit=part.unit) for part in self.parts)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON, defaults left out."""
         plain = {f.name: f.default for f in fields(self)}
-        return {key: value for key, value in asdict(self).items() if value not in (plain[key], (), {})}
+        values = {key: value for key, value in asdict(self).items() if value not in (plain[key], (), {})}
+        if self.gate is not None:
+            values["gate"] = {key: value for key, value in asdict(self.gate).items() if value not in (None, inf, -inf)}
+        return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Concept":
@@ -55,18 +107,25 @@ class Concept:
                     low, high = map(float, given[key])
                     given[key] = (low, high)
             given["examples"] = tuple(map(str, given.get("examples", ())))
+            given["parts"] = tuple(Part(**part) for part in given.get("parts", ()))
+            if given.get("gate") is not None:
+                given["gate"] = Gate(**given["gate"])
             concept = cls(**given)
-            numbers = [concept.unit, concept.useful or 0.0, *(concept.natural or ()), *(concept.range or ())]
+            places = concept, *concept.parts
+            names = [concept.name, *(place.encoder for place in places), *([concept.gate.concept] if concept.gate else ())]
+            numbers = [*(concept.natural or ()), *(concept.range or ()), *(place.unit for place in places)]
+            numbers += [number for number in (concept.useful, concept.present) if number is not None]
             sound = (
-                isinstance(concept.name, str)
-                and isinstance(concept.encoder, str)
-                and type(concept.index) is int
-                and concept.index >= 0
-                and concept.unit > 0
+                all(isinstance(name, str) for name in names)
+                and all(type(place.index) is int and place.index >= 0 and place.unit > 0 for place in places)
+                and type(concept.match_norm) is bool
                 and all(map(isfinite, numbers))
             )
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, BadEdit) as error:
             raise CorruptBank(f"expected a concept's fields, got {dict(values)!r:.200}: {error}") from None
         if not sound:
-            raise CorruptBank(f"expected finite numbers, a positive unit and an index, got {dict(values)!r:.200}")
+            raise CorruptBank(
+                f"expected finite numbers, positive units and whole indices for {concept.name!r} and its parts, "
+                f"got {dict(values)!r:.200}"
+            )
         return concept

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from .concepts import Concept
+from .concepts import Concept, Gate
 from .encoders import Rows
 from .errors import ConflictingEdits, RowMismatch, Unanswerable, WrongWidth
 from .interventions import Intervention, Patch, Rule, patched
@@ -42,6 +42,10 @@ class Edit:
     rule: Rule
     intervention: Intervention
     branch: Branch | None = None
+    gate: Gate | None = None
+    """Bounded: plans fill in what a bank stores."""
+    norm: float | None = None
+    """Additions are multiplied by a token's length over this."""
     forecast: Mapping[Key, float] = field(default_factory=dict)
     """Add these multiples of the changes noted for other concepts (raw per raw)."""
     held: bool = False
@@ -58,10 +62,11 @@ class Edit:
     def is_constant(self) -> bool:
         """Whether the change depends on nothing but the row and the part of the text."""
         i = self.intervention
-        unconditional = i.when is None and i.gate is None and i.mask is None and self.branch is None
+        unconditional = i.when is None and i.mask is None and self.branch is None and self.gate is None
         return (
             unconditional
             and not (self.is_target or self.forecast or self.scope is not None or isinstance(i.tokens, slice))
+            and self.norm is None
             and self.rule.scale == 1
         )
 
@@ -374,14 +379,20 @@ class Program:
         share: Tensor | None = None
         if edit.branch is not None and edit.branch != (state.branch or "cond"):  # without guidance all is conditional
             return x.new_zeros((), dtype=torch.float32)
-        if (gate := edit.intervention.gate) is not None:
+        if (gate := edit.gate) is not None:
             noted = state.notes.get(("gate", edit.key, gate))
             if noted is None:
                 raise Unanswerable(
                     f"the gate on {gate.concept!r} is read after {edit.concept.name!r} is edited; "
                     "gate with a concept of an earlier site, or of the same one"
                 )
-            share = ((noted > gate.above) & (noted < gate.below)).float()
+            if gate.full is not None:
+                share = ((noted - gate.above) / (gate.full - gate.above)).clamp(0, 1)
+            else:
+                share = ((noted > gate.above) & (noted < gate.below)).float()
+        if edit.norm is not None:
+            length = x.float().norm(dim=-1) / edit.norm
+            share = length if share is None else share * length
         if edit.intervention.mask is not None:
             mask = edit.intervention.mask.to(x.device, torch.float32)
             table = _for_rows(mask if mask.ndim == 2 else mask[None], len(x), f"the mask of {edit.concept.name!r}")

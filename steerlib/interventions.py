@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from .concepts import Gate
 from .errors import BadEdit
 from .schedules import Branch, Schedule
 
@@ -35,19 +36,6 @@ class Rule(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Gate:
-    """Apply an edit only where another concept reads `above` a value, or `below` one, in that concept's units."""
-
-    concept: str
-    above: float = -inf
-    below: float = inf
-
-    def __post_init__(self) -> None:
-        if not self.above < self.below or (self.above, self.below) == (-inf, inf):
-            raise BadEdit(f"expected a gate with above or below (and above < below), got {self}")
-
-
-@dataclass(frozen=True)
 class Intervention(ABC):
     """What to do to one concept, and under which circumstances."""
 
@@ -59,7 +47,8 @@ class Intervention(ABC):
     """Amounts in units of the concept, or in raw coordinates."""
     branch: Branch | None = field(default=None, kw_only=True)
     """Which half of guidance; None: what `steer` says."""
-    gate: Gate | None = field(default=None, kw_only=True)
+    gate: Gate | Literal["open"] | None = field(default=None, kw_only=True)
+    """Where another concept reads high; None: the gate stored with the concept, if any; "open": none at all."""
     mask: Tensor | None = field(default=None, kw_only=True, compare=False)
     """Share of the edit at each position, `[L]` or `[rows, L]`; positions beyond `L` get none."""
 
@@ -74,6 +63,8 @@ class Intervention(ABC):
             raise BadEdit(f"expected unit 'concept' or 'raw', got {self.unit!r}")
         if self.branch not in (None, "both", "cond", "uncond"):
             raise BadEdit(f"expected branch 'both', 'cond' or 'uncond', got {self.branch!r}")
+        if self.gate is not None and self.gate != "open" and not isinstance(self.gate, Gate):
+            raise BadEdit(f"expected gate to be a Gate or 'open', got {self.gate!r}")
         if self.when is not None and not isinstance(self.when, Schedule):
             raise BadEdit(f"expected when to be Steps, Window or Ramp, got {self.when!r}")
 
@@ -105,6 +96,8 @@ class Add(Intervention):
     """Move the concept by an amount. A bare number means this."""
 
     amount: Amount
+    match_norm: bool = field(default=False, kw_only=True)
+    """Grow and shrink with each token's own length, relative to the site's median."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -3,7 +3,7 @@
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf
 from typing import Any, Literal, NamedTuple
 from weakref import WeakKeyDictionary, ref
@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary, ref
 from torch import nn
 
 from .bank import ConceptBank
-from .concepts import Concept
+from .concepts import Concept, Gate
 from .edits import Edit, Key, Program, Reading, Table
 from .errors import BadEdit, ConflictingEdits, OtherWeights, OutOfRange, Unanswerable
 from .hosts import Host
@@ -57,7 +57,7 @@ def resolve(bank: ConceptBank, host: Host, edits: Edits, options: Options) -> Pl
     if len({concept.id for concept in chosen.values()}) < len(chosen):
         raise ConflictingEdits(f"one concept is named twice among {', '.join(map(repr, chosen))}")
     scope = object()
-    made = [_edit(bank, host, chosen[name], wanted[name], options, scope) for name in wanted]
+    made = [_edit(bank, host, place, wanted[name], options, scope) for name in wanted for place in chosen[name].places]
     for edit in made:
         notices += [(text, OutOfRange) for text in _beyond(edit, options)]
     made += _held(bank, host, chosen.values(), options)
@@ -109,7 +109,14 @@ def _key(bank: ConceptBank, concept: Concept) -> Key:
     return id(bank), concept.id
 
 
-def _edit(bank: ConceptBank, host: Host, concept: Concept, intervention: Intervention, options: Options, scope: object) -> Edit:
+def _edit(
+    bank: ConceptBank,
+    host: Host,
+    concept: Concept,
+    intervention: Intervention,
+    options: Options,
+    scope: object,
+) -> Edit:
     when = intervention.when
     if when is not None and when.clock == "progress" and not host.has_progress:
         raise Unanswerable(
@@ -118,24 +125,54 @@ def _edit(bank: ConceptBank, host: Host, concept: Concept, intervention: Interve
         )
     if isinstance(intervention, Patch) and concept.name not in intervention.tape:
         raise BadEdit(f"the tape does not hold {concept.name!r}; record it with sl.record(model, bank, [{concept.name!r}])")
+    if isinstance(intervention, Patch) and concept.parts:
+        raise Unanswerable(f"a tape holds one reading of {concept.name!r}, which moves at {len(concept.places)} sites; use Set")
     branch: Any = intervention.branch or options.branch
     return Edit(
         key=_key(bank, concept),
         concept=concept,
         rows=bank.rows(concept),
-        rule=_natural(concept, intervention, options),
+        rule=_natural(bank, concept, intervention, options),
         intervention=intervention,
         branch=None if branch == "both" else branch,
+        gate=_gate(bank, concept, intervention),
+        norm=_matched_norm(bank, concept, intervention),
         scope=scope if options.do == "graph" else None,
     )
 
 
-def _natural(concept: Concept, intervention: Intervention, options: Options) -> Rule:
-    """The rule in raw coordinates; what it forces a concept to read is kept within the natural values."""
-    rule = intervention.rule(concept.unit)
-    if options.allow_ood or concept.natural is None or not isinstance(intervention, (Set, Clamp)):
+def _gate(bank: ConceptBank, concept: Concept, intervention: Intervention) -> Gate | None:
+    """The edit's own gate, else the one stored with the concept, with the bank's threshold where it names none."""
+    gate = concept.gate if intervention.gate is None else intervention.gate
+    if gate is None or gate == "open":
+        return None
+    if gate.is_bounded:
+        return gate
+    if (present := bank[gate.concept].present) is None:
+        raise BadEdit(
+            f"bank {bank.name!r} does not know from which reading on {gate.concept!r} is present; give the gate a bound: "
+            f"Gate({gate.concept!r}, above=1.0)"
+        )
+    return replace(gate, above=present)
+
+
+def _matched_norm(bank: ConceptBank, concept: Concept, intervention: Intervention) -> float | None:
+    """The length that a token's own is compared with, for additions that ask for it."""
+    if not isinstance(intervention, Add) or not (intervention.match_norm or concept.match_norm):
+        return None
+    site = bank.site_of(concept)
+    if (norm := bank.sites[site].norm) is None:
+        raise BadEdit(f"match_norm needs to know how long activations are at {site!r}, which bank {bank.name!r} does not say")
+    return norm
+
+
+def _natural(bank: ConceptBank, concept: Concept, intervention: Intervention, options: Options) -> Rule:
+    """The rule in raw coordinates; what it forces a concept to read is kept within the natural values, as many units of a
+    part as of the concept itself."""
+    rule, whole = intervention.rule(concept.unit), bank[concept.name]
+    if options.allow_ood or whole.natural is None or not isinstance(intervention, (Set, Clamp)):
         return rule
-    low, high = concept.natural
+    low, high = (end * (concept.unit / whole.unit) for end in whole.natural)
     if isinstance(intervention, Set):
         return rule._replace(low=_within(rule.low, low, high), high=_within(rule.high, low, high))
     return rule._replace(low=_within(rule.low, -inf, high), high=_within(rule.high, low, inf))
@@ -172,9 +209,9 @@ def _too_long(site: str, edits: Sequence[Edit], cap: float) -> Iterator[str]:
     if cap == inf or not adds:
         return
     table = Table.of(adds)
-    longest = float((table.shift @ table.write).norm(dim=-1).max())
+    longest = float((table.shift @ table.write).detach().norm(dim=-1).max())
     if longest > cap * 1.0001:
-        names = ", ".join(repr(edit.concept.name) for edit in adds)
+        names = ", ".join(dict.fromkeys(repr(edit.concept.name) for edit in adds))
         yield (
             f"{names}: a change of length {longest:.1f} at {site!r} is capped at {cap:.1f}, {SHARE:.0%} of what "
             "activations there measure; allow_ood=True goes beyond"
@@ -189,7 +226,7 @@ def _held(bank: ConceptBank, host: Host, chosen: Iterable[Concept], options: Opt
     follow = [child for name in edited for child in bank.graph.descendants(name)]
     free = {bank[name].name for name in options.free}
     names = dict.fromkeys([*follow, *(bank[name].name for name in options.hold)])
-    concepts = [bank[name] for name in names if name not in edited | free]
+    concepts = [place for name in names if name not in edited | free for place in bank[name].places]
     for concept in concepts:
         host.site(bank.site_of(concept))
     return [
@@ -217,36 +254,34 @@ def _forecasts(bank: ConceptBank, host: Host, made: Sequence[Edit], options: Opt
         parents = {p: w for p, w in bank.graph.parents(name).items() if p in moving or p in reached}
         if name in fixed or not parents:
             continue
-        child = bank[name]
-        for parent in parents:
-            cause, effect = (host.site(bank.site_of(concept)) for concept in (bank[parent], child))
-            if host.order(cause) >= host.order(effect) or host.clocks(cause) != host.clocks(effect):
-                raise Unanswerable(f"do='graph' needs {name!r} at a later site of the same stack than its cause {parent!r}")
-        carried: dict[Key, float] = {(scope, _key(bank, bank[p])): w * child.unit / bank[p].unit for p, w in parents.items()}
-        key = _key(bank, child)
-        new.append(
-            Edit(
-                key=key,
-                concept=child,
-                rows=bank.rows(child),
-                rule=Rule(),
-                intervention=Add(0.0),
-                forecast=carried,
-                scope=scope,
+        for child in bank[name].places:
+            for parent in parents:
+                cause, effect = (host.site(bank.site_of(concept)) for concept in (bank[parent], child))
+                if host.order(cause) >= host.order(effect) or host.clocks(cause) != host.clocks(effect):
+                    raise Unanswerable(f"do='graph' needs {name!r} at a later site of the same stack than its cause {parent!r}")
+            new.append(
+                Edit(
+                    key=_key(bank, child),
+                    concept=child,
+                    rows=bank.rows(child),
+                    rule=Rule(),
+                    intervention=Add(0.0),
+                    forecast={(scope, _key(bank, bank[p])): w * child.unit / bank[p].unit for p, w in parents.items()},
+                    scope=scope,
+                )
             )
-        )
     return new
 
 
 def _gate_key(edit: Edit) -> Key:
-    return "gate", edit.key, edit.intervention.gate
+    return "gate", edit.key, edit.gate
 
 
 def _readings(bank: ConceptBank, made: Sequence[Edit]) -> dict[str, list[Reading]]:
     """What gates have to know, by the site at which it is read."""
     found: dict[str, list[Reading]] = {}
     for edit in made:
-        if (gate := edit.intervention.gate) is not None:
+        if (gate := edit.gate) is not None:
             concept = bank[gate.concept]
             found.setdefault(bank.site_of(concept), []).append(Reading(_gate_key(edit), bank.rows(concept), concept.unit))
     return found
@@ -254,7 +289,7 @@ def _readings(bank: ConceptBank, made: Sequence[Edit]) -> dict[str, list[Reading
 
 def _check_gates(bank: ConceptBank, host: Host, made: Sequence[Edit]) -> None:
     for edit in made:
-        if (gate := edit.intervention.gate) is not None:
+        if (gate := edit.gate) is not None:
             read, moved = (host.site(bank.site_of(c)) for c in (bank[gate.concept], edit.concept))
             if host.order(read) > host.order(moved) or host.clocks(read) != host.clocks(moved):
                 raise Unanswerable(

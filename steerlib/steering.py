@@ -64,7 +64,7 @@ class Steering:
             place = attachment(self.host)
             place.require(self.host, sites)
         self._attachment, self._place, self._standing = place, place, sites
-        room = {name: sum(self.bank.site_of(c) == name for c in self.bank.concepts.values()) for name in self.bank.sites}
+        room = Counter(self.bank.site_of(place) for concept in self.bank.concepts.values() for place in concept.places)
         for site in sites:
             socket = place.sockets[site.name]
             if socket.traced is None:
@@ -307,10 +307,18 @@ def _fill(socket: Socket, programs: Sequence[Program]) -> None:
     try:
         for edit in edits:
             i = edit.intervention
-            if i.gate is not None or i.mask is not None or edit.branch or edit.held or edit.forecast or isinstance(i, Patch):
+            if (
+                edit.gate is not None
+                or edit.norm is not None
+                or i.mask is not None
+                or edit.branch
+                or edit.held
+                or edit.forecast
+                or isinstance(i, Patch)
+            ):
                 raise Unanswerable(
-                    f"{edit.concept.name!r}: gates, masks, branches, patches and do='hold' or 'graph' need Python at every "
-                    "pass, which a compiled model leaves out; use them on a model that is not compiled"
+                    f"{edit.concept.name!r}: gates, match_norm, masks, branches, patches and do='hold' or 'graph' need Python "
+                    "at every pass, which a compiled model leaves out; use them on a model that is not compiled"
                 )
         socket.traced.table.fill(Table.of(edits, _cap(programs)) if edits else None)
         socket.traced.hits.zero_()

@@ -27,7 +27,9 @@ def make(count=3, width=32, base=None):
         sl.Concept(
             name=f"concept {i}", encoder="layers.0@late#dir", index=i, unit=0.5 + i, natural=(-1.5, 2.0), range=(-3.0, 4.0),
             useful=2.0, beyond="worn", label=f"number {i}, ünïcode", source="made up", examples=("a", "b"),
-            effects={"score": 0.25},
+            effects={"score": 0.25}, present=None if i else 0.5, match_norm=True,
+            parts=(sl.Part(encoder="layers.0@late#dir", index=count - 1 - i, unit=0.25),),
+            gate=sl.Gate("concept 0", above=0.5, full=1.5) if i else sl.Gate("concept 0"),
         )
         for i in range(count)
     ]  # fmt: skip
@@ -57,6 +59,48 @@ def test_a_bank_comes_back_as_it_was(saved):
     for name in bank:
         assert all(torch.equal(a, b) for a, b in zip(again.rows(again[name]), bank.rows(bank[name]), strict=True))
     again.verify()
+
+
+def test_what_a_concept_does_not_have_is_not_written():
+    assert sl.Concept(name="a", encoder="e", index=0).to_dict() == {"name": "a", "encoder": "e", "index": 0}
+    gated = sl.Concept(name="a", encoder="e", index=0, present=0.0, gate=sl.Gate("b", above=0.0))
+    assert gated.to_dict()["gate"] == {"concept": "b", "above": 0.0} and gated.to_dict()["present"] == 0.0
+    for gate in (
+        sl.Gate("b"),
+        sl.Gate("b", below=-1.0),
+        sl.Gate("b", above=-1.0, below=0.0),
+        sl.Gate("b", above=0.0, full=0.5),
+    ):
+        concept = sl.Concept(name="a", encoder="e", index=0, gate=gate)
+        assert sl.Concept.from_dict(json.loads(json.dumps(concept.to_dict(), allow_nan=False))) == concept
+
+
+def spread(model):
+    """`tone` at two sites, gated by `topic`, whose threshold is stored; it grows with its tokens."""
+    generator = torch.Generator().manual_seed(2)
+    parts = (sl.Part(encoder="layers.1", index=1, unit=0.3),)
+    return sl.ConceptBank(
+        "spread",
+        [
+            sl.Concept(name="topic", encoder="layers.0", index=0, present=0.0),
+            sl.Concept(name="tone", encoder="layers.0", index=1, unit=0.2, parts=parts, gate=sl.Gate("topic"), match_norm=True),
+        ],
+        {f"layers.{i}": sl.Directions(torch.randn(2, 32, generator=generator)) for i in range(2)},
+        base=sl.BaseModel.of(model), sites={f"layers.{i}": SiteFacts(width=32, norm=9.0) for i in range(2)},
+    )  # fmt: skip
+
+
+def test_a_concept_of_several_sites_steers_from_disk_as_from_memory(tmp_path):
+    model, ids = tiny("llama"), torch.arange(3, 13).view(2, 5)
+    bank = spread(model)
+    again = sl.ConceptBank.from_pretrained(bank.save_pretrained(tmp_path / "bank"))
+    again.verify()
+    seen = []
+    for each in (bank, again):
+        with torch.no_grad(), sl.steer(model, each, {"tone": 2.0}):
+            seen.append(model(ids).logits)
+    with torch.no_grad():
+        assert torch.equal(*seen) and not torch.equal(seen[0], model(ids).logits)
 
 
 def test_same_bank_same_bytes(saved, tmp_path):
@@ -229,6 +273,89 @@ def test_a_concept_with_impossible_values_is_refused(values):
         sl.Concept.from_dict({"name": "a", "encoder": "e", "index": 0, **values})
 
 
+@pytest.fixture
+def lines(tmp_path):
+    """A bank on disk, and what rewrites the fields of a line of its `concepts.jsonl`, sealing it anew."""
+    folder = spread(tiny("llama")).save_pretrained(tmp_path / "spread")
+
+    def rewrite(line, **fields):
+        path = folder / "concepts.jsonl"
+        concepts = [json.loads(text) for text in path.read_text().splitlines()]
+        concepts[line].update(fields)
+        path.write_text("".join(json.dumps(concept) + "\n" for concept in concepts))
+        edit_manifest(folder, lambda manifest: manifest["files"].update({path.name: hub.describe(path)}))
+        return folder
+
+    return rewrite
+
+
+PART = {"encoder": "layers.1", "index": 1, "unit": 0.3}
+
+
+@pytest.mark.parametrize(("fields", "match"), [
+    ({"parts": [PART | {"index": -1}]}, "whole indices for 'tone'"),
+    ({"parts": [PART, PART | {"index": 1.0}]}, "int|whole indices for 'tone'"),
+    ({"parts": [PART | {"index": True}]}, "whole indices for 'tone'"),
+    ({"parts": [PART | {"index": "1"}]}, "int|whole indices for 'tone'"),
+    ({"parts": [PART | {"unit": float("nan")}]}, "NaN is no number"),
+    ({"parts": [PART | {"unit": "wide"}]}, "expected"),
+    ({"parts": [PART | {"unit": 0.0}]}, "positive units"),
+    ({"parts": [PART | {"unit": -0.3}]}, "positive units"),
+    ({"parts": [PART | {"encoder": ["layers.1"]}]}, "expected"),
+    ({"parts": [PART | {"colour": "red"}]}, "colour"),
+    ({"parts": [{"encoder": "layers.1"}]}, "index"),
+    ({"parts": [5]}, "expected a concept's fields"),
+    ({"parts": 5}, "expected a concept's fields"),
+    ({"parts": [PART | {"encoder": "layers.9"}]}, "'tone' has a part in 'layers.9', which the bank does not have"),
+    ({"gate": {"concept": "topics"}}, "'tone' is gated by 'topics', which the bank does not have"),
+    ({"gate": {"concept": ["topic"]}}, "expected"),
+    ({"gate": {"concept": "topic", "above": "high"}}, "expected a concept's fields"),
+    ({"gate": {"concept": "topic", "above": 1.0, "below": 0.0}}, "above < below"),
+    ({"gate": {"concept": "topic", "full": 1.0}}, "grows from a finite above"),
+    ({"gate": {"concept": "topic", "colour": "red"}}, "colour"),
+    ({"gate": "open"}, "expected a concept's fields"),
+    ({"match_norm": "yes"}, "expected"),
+    ({"present": "often"}, "expected"),
+    ({"present": ""}, "expected"),
+])  # fmt: skip
+def test_parts_and_gates_with_impossible_values_are_refused(lines, fields, match):
+    with pytest.raises(errors.CorruptBank, match=match):
+        sl.ConceptBank.from_pretrained(lines(1, **fields))
+
+
+def test_a_number_too_large_for_a_part_or_a_gate_is_refused(lines):
+    """JSON has no infinity, but 1e999 reads as one."""
+    for fields in (
+        {"parts": [PART | {"unit": 1e300 * 1e9}]},
+        {"gate": {"concept": "topic", "above": 0.0, "full": 1e300 * 1e9}},
+    ):
+        folder = lines(1, **fields)
+        path = folder / "concepts.jsonl"
+        path.write_text(path.read_text().replace("Infinity", "1e999"))
+        edit_manifest(folder, lambda manifest, path=path: manifest["files"].update({path.name: hub.describe(path)}))
+        with pytest.raises(errors.CorruptBank, match="finite"):
+            sl.ConceptBank.from_pretrained(folder)
+
+
+def test_a_part_beyond_the_end_of_its_encoder_is_found_when_read_and_by_verify(lines):
+    bank = sl.ConceptBank.from_pretrained(lines(1, parts=[PART | {"index": 2}]))
+    bank.rows(bank["tone"])
+    with pytest.raises(errors.CorruptBank, match="has 2 rows of 'decoder', asked for 2 to 3"):
+        bank.rows(bank["tone"].places[1])
+    with pytest.raises(errors.CorruptBank, match="'layers.1' does not fit its concepts"):
+        bank.verify()
+    whole = spread(tiny("llama"))
+    beyond = [sl.Concept(name="tone", encoder="layers.0", index=1, parts=(sl.Part(encoder="layers.1", index=2, unit=1.0),))]
+    with pytest.raises(errors.CorruptBank, match="'layers.1' does not fit its concepts"):
+        whole.with_concepts(beyond).verify()
+
+
+def test_a_bank_that_gates_by_a_concept_it_lost_is_not_made():
+    bank = spread(tiny("llama"))
+    with pytest.raises(errors.CorruptBank, match="gated by 'topic', which the bank does not have"):
+        bank.with_concepts([bank["tone"]])
+
+
 # -- names and models ----------------------------------------------------------------------------------------
 
 
@@ -307,5 +434,6 @@ def test_edits_that_make_no_sense_are_refused_before_anything_happens():
 
 def test_one_sees_what_a_bank_holds():
     text = repr(make())
-    assert "3 concepts for org/model, 1 edges" in text and "concept 2" in text and "safe -3.0 to +4.0" in text
+    assert "2 concepts for org/model, 1 edges" in text and "concept 2" in text and "safe -3.0 to +4.0" in text
+    assert text.endswith("gates: concept 0")
     assert os.linesep not in make()["concept 0"].label

@@ -141,8 +141,10 @@ def test_gain_of_every_schedule():
 @pytest.mark.parametrize("make", [
     lambda: sl.Window(-0.1, 0.5), lambda: sl.Window(0.5, 0.5), lambda: sl.Steps(-1), lambda: sl.Steps(3, 3),
     lambda: sl.Ramp(sl.Steps(0)), lambda: sl.Add(float("nan")), lambda: sl.Add([]), lambda: sl.Clamp(),
-    lambda: sl.Clamp(1.0, 0.0), lambda: sl.Add(1.0, tokens=slice(-3, None)), lambda: sl.Gate("a"),
-    lambda: sl.Gate("a", above=1.0, below=0.0),
+    lambda: sl.Clamp(1.0, 0.0), lambda: sl.Add(1.0, tokens=slice(-3, None)), lambda: sl.Gate("a", above=0.0, full=-1.0),
+    lambda: sl.Gate("a", above=1.0, below=0.0), lambda: sl.Gate("a", full=1.0), lambda: sl.Gate("a", below=2.0, full=1.0),
+    lambda: sl.Gate("a", above=0.0, below=2.0, full=1.0), lambda: sl.Gate("a", above=0.0, full=float("inf")),
+    lambda: sl.Gate("a", above=float("nan")), lambda: sl.Gate("a", above=0.0, full=float("nan")),
 ])  # fmt: skip
 def test_impossible_values_are_refused_where_they_are_written(make):
     with pytest.raises(ValueError, match="expected"):
@@ -153,7 +155,7 @@ def test_words_nobody_knows_are_refused_too():
     """In a process of its own: under the type checker of the other tests these would not get as far."""
     code = """
 import steerlib as sl
-for wrong in (dict(tokens="both"), dict(unit="sigma"), dict(when=0.5), dict(branch="left")):
+for wrong in (dict(tokens="both"), dict(unit="sigma"), dict(when=0.5), dict(branch="left"), dict(gate="shut")):
     try:
         sl.Add(1.0, **wrong)
     except sl.errors.BadEdit as error:

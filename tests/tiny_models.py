@@ -7,7 +7,8 @@ know (a size that must follow from others, a list that must name both kinds of l
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 SIZES: dict[int, str] = {
     0: "pad_token_id decoder_start_token_id num_kv_shared_layers",
@@ -114,3 +115,20 @@ def shrunk(config: Any, *, fill: bool = False, **given: Any) -> Any:
     parts = {name: getattr(config, name, None) for name in config.sub_configs}
     new |= {name: shrunk(part, fill=fill, **given) for name, part in parts.items() if part is not None}
     return type(config)(**new)
+
+
+WORDS = """? . the sun moon rises falls slowly now why red blue tea cup yes stone bird sings here there old new house garden
+    door river boat walks runs sleeps green white black cold warm rain snow wind hill road town bread milk salt fish tree leaf
+    song drum book page glass lamp chair table""".split()  # noqa: SIM905
+
+
+def toy_tokenizer() -> Any:
+    """A token a word; what it does not know is the first word. Requests end in a full stop."""
+    words = models.WordLevel({"<pad>": 0, "<s>": 1, "</s>": 2} | {f"▁{w}": i + 3 for i, w in enumerate(WORDS)}, unk_token="▁?")
+    tokenizer: Any = Tokenizer(words)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), pre_tokenizers.Metaspace()])
+    tokenizer.decoder = decoders.Metaspace()
+    template = "{% for m in messages %}{{ m['content'] }} . {% endfor %}"
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", chat_template=template
+    )
