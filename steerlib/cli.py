@@ -6,11 +6,12 @@ import time
 import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 from .bank import ConceptBank
-from .errors import BadEdit, MissingExtra, SteerlibError
+from .errors import BadEdit, BadRecipe, MissingExtra, SteerlibError
 from .hosts import load
 from .hub import shipped_banks
 from .steering import steer as steered
@@ -67,17 +68,15 @@ def demo(
     """Steer the real SmolLM2-135M-Instruct: three concepts, several strengths, beside the unsteered text."""
     import torch
 
-    from .evaluation.text import chat, complete, progress, scorer_for
+    from .evaluation.text import chat, complete, progress
+    from .training.pipeline import judge_for
 
     torch.set_num_threads(threads or torch.get_num_threads())
     bank = ConceptBank.from_pretrained(DEMO_BANK)
     recipe = recipe_of(bank, None)
     model, tokenizer = loaded(recipe.source)
-    known = {concept.name: concept for concept in recipe.concepts}
-    scorers = {
-        name: scorer_for(name, known[name].scorer, recipe.folder / recipe.scoring)
-        for name in progress(DEMO_CONCEPTS, "preparing scorers")
-    }
+    judge = judge_for(recipe)
+    column = {name: judge.names.index(name) for name in DEMO_CONCEPTS}
     asked = [chat(tokenizer, prompt) for prompt in DEMO_PROMPTS]
     complete(model, tokenizer, asked, new_tokens=2)  # warm up
     plain, seconds = _timed(model, tokenizer, asked, tokens)
@@ -92,14 +91,13 @@ def demo(
         table = Table("", "score", "text", title=f"“{prompt}”", title_justify="left", show_lines=True, title_style="bold")
         table.add_row("unsteered", "", plain[i])
         for (name, amount), (texts, _) in done.items():
-            score = scorers[name][0]
-            before, after = score([plain[i], texts[i]])
+            before, after = judge([plain[i], texts[i]])[:, column[name]]
             table.add_row(f"{name} {amount:+.1f}", f"{before:.2f} → {after:.2f}", texts[i])
         console.print(table)
-    summary = Table("concept", "amount", "mean score, unsteered → steered", "scored by", title="Measured", title_justify="left")
+    summary = Table("concept", "amount", "mean score, unsteered → steered", title="Measured", title_justify="left")
     for (name, amount), (texts, _) in done.items():
-        score, trust = scorers[name]
-        summary.add_row(name, f"{amount:+.1f}", f"{score(plain).mean():.2f} → {score(texts).mean():.2f}", trust)
+        before, after = (judge(some)[:, column[name]].mean() for some in (plain, texts))
+        summary.add_row(name, f"{amount:+.1f}", f"{before:.2f} → {after:.2f}")
     console.print(summary)
     times: dict[str, list[float]] = {"plain": [seconds], "steered": []}
     for _ in range(2):  # in turns, so that a busy machine troubles both alike
@@ -164,6 +162,7 @@ def concepts(bank: BankName, words: Annotated[str, typer.Argument(help="search n
     for concept in opened.find(words, limit=20) if words else opened.concepts.values():
         safe = "" if concept.range is None else f"{concept.range[0]:+.1f} to {concept.range[1]:+.1f}"
         useful = "" if concept.useful is None else f"{concept.useful:+.1f}"
+        useful = "a gate" if concept.present is not None else useful
         table.add_row(concept.name, concept.label, opened.site_of(concept), useful, safe)
     console.print(table)
 
@@ -180,7 +179,7 @@ def verify(bank: BankName) -> None:
     """Check every file, hash and value of a bank."""
     opened = ConceptBank.from_pretrained(bank)
     opened.verify()
-    console.print(f"{opened.name}: {len(opened)} concepts, every file as it should be")
+    console.print(f"{opened.name}: {len(opened)} concepts and gates, every file as it should be")
 
 
 @app.command("list")
@@ -206,7 +205,7 @@ def train(
     bank = run(model.to(best_device()), read, tokenizer=tokenizer, work=work)
     folder = bank.save_pretrained(out or Path("out") / read.name)
     console.print(repr(bank), markup=False)
-    console.print(f"written to {folder}")
+    console.print(f"written to {folder}; what was measured is in its README.md")
 
 
 @app.command("eval")
@@ -214,26 +213,35 @@ def eval_(
     bank: BankName,
     recipe: Annotated[Path | None, typer.Option(help="recipe with prompts and scorers (default: the bank's own)")] = None,
     concept: Annotated[list[str], typer.Option(help="only these; may be repeated")] = [],  # noqa: B006
-    out: Annotated[Path | None, typer.Option(help="write the figures here as JSON")] = None,
+    stored: Annotated[bool, typer.Option(help="show what the bank's maker measured, and measure nothing")] = False,
+    quick: Annotated[bool, typer.Option(help="four prompts, one seed, 24 tokens: a look, not a measurement")] = False,
+    out: Annotated[Path | None, typer.Option(help="write the figures here as JSON, and a picture beside them")] = None,
     save: Annotated[bool, typer.Option(help="write effects and card into the bank, which must be a folder")] = False,
 ) -> None:
-    """Measure a bank's concepts on prompts never used before, beside prompting and random directions."""
-    from .evaluation.text import table
+    """Measure a bank's concepts on prompts never used before: beside prompting, random directions and other controls."""
+    from .evaluation.report import missed, picture, summary_table, table
     from .training.pipeline import evaluate, with_effects
 
     opened = ConceptBank.from_pretrained(bank)
-    read = recipe_of(opened, recipe)
-    model, tokenizer = loaded(read.source)
-    records = evaluate(model, tokenizer, opened, read, concepts=concept)
-    typer.echo(table(records))
-    for record in records:
-        for bar, held in record["passes"].items():
-            if not held:
-                typer.echo(f"{record['concept']} misses: {bar}")
+    if save and (concept or quick or stored):
+        raise BadEdit("--save writes a card of all concepts, as measured whole; leave out --concept, --quick and --stored")
+    if stored:
+        chosen = [opened[name] for name in concept or opened.concepts]
+        records = [dict(c.effects) for c in chosen if "conditions" in c.effects]
+    else:
+        read = recipe_of(opened, recipe)
+        if quick:
+            read = replace(read, evaluation_prompts=4, dev_prompts=4, seeds=1, new_tokens=24)
+        model, tokenizer = loaded(read.source)
+        records = evaluate(model, tokenizer, opened, read, concepts=concept)
+        if save:
+            with_effects(opened, read, records).save_pretrained(bank)
+    if not records:
+        raise BadRecipe(f"bank {opened.name!r} stores no measurements; leave out --stored to make them")
+    typer.echo(f"{table(records)}\n\n{summary_table(records)}\n\n{missed(records)}")
     if out is not None:
         out.write_text(json.dumps(records, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    if save:
-        with_effects(opened, read, records).save_pretrained(bank)
+        picture(records, out.with_suffix(".png"))
 
 
 def main() -> None:

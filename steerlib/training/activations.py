@@ -16,9 +16,9 @@ BATCH = 8
 @torch.no_grad()
 def answers(
     model: Any, tokenizer: Any, texts: Sequence[tuple[str, str]], sites: Sequence[str], *, what: str
-) -> dict[str, Float[Tensor, "texts D"]]:
-    """Mean activation over the tokens of each answer to a chat prompt, by site, float32."""
-    means: dict[str, list[Tensor]] = {site: [] for site in sites}
+) -> dict[str, list[Float[Tensor, "tokens D"]]]:
+    """Activations over the tokens of each answer to a chat prompt, by site, float32."""
+    found: dict[str, list[Tensor]] = {site: [] for site in sites}
     prompts = [chat(tokenizer, prompt) for prompt, _ in texts]
     whole = [prompt + answer for prompt, (_, answer) in zip(prompts, texts, strict=True)]
     starts = [len(tokenizer(prompt, add_special_tokens=False)["input_ids"]) for prompt in prompts]
@@ -27,8 +27,8 @@ def answers(
             kept = mask[row].clone()
             kept[:start] = False
             for site, x in values.items():
-                means[site].append(x[row][kept].float().mean(0).cpu())
-    return {site: torch.stack(rows) for site, rows in means.items()}
+                found[site].append(x[row][kept].float().cpu())
+    return found
 
 
 @torch.no_grad()

@@ -1,29 +1,28 @@
-"""Units from reference text; site, method and strength from measured effect."""
+"""Site, method and strength from measured effect; units from reference text; the range within which text stays sound."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from math import isclose
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..bank import BaseModel, ConceptBank, SiteFacts
-from ..concepts import Concept
-from ..encoders import Directions
 from ..errors import BadRecipe
-from ..evaluation.text import Completions, Scorer, chat, complete, nll
-from ..steering import steer
+from ..evaluation.comparison import Condition, Scores, answer, joint, stacked
+from ..evaluation.text import Judge
+from .levers import Lever, bank_of
+from .methods import METHODS
 from .recipe import ConceptRecipe, Recipe
 
-BATCH = 120
-"""Answers written at once."""
-DOSES = (-0.3, -0.2, -0.1, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35)
-"""Lengths of the dose–response, as shares of the median activation."""
+DOSES = (-1.5, -0.75, 1.5, 2.0)
+"""Multiples of the chosen strength at which the text is looked at for its range."""
 WORN = 1.0
 """Nats per token below prompted text at which steered text counts as damaged."""
+DEV_SEEDS = (1001, 1002)
+"""Seeds of answers to choose with; the evaluation uses others."""
+FINALISTS = 3
 
 
 class Statistics(NamedTuple):
@@ -42,34 +41,56 @@ def statistics(direction: Float[Tensor, " D"], x: Float[Tensor, "tokens D"]) -> 
     return Statistics(float(z.mean()), float(z.std()), low, high)
 
 
+class Setting(NamedTuple):
+    """A lever to try at a strength."""
+
+    method: str
+    site: str
+    strength: float
+
+
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """One setting that was tried, on the prompts used to choose."""
+    """One setting that was tried, on the prompts used to choose; scores as in `evaluation.comparison`."""
 
-    site: str
     method: str
-    share: float
-    score: float
-    moved: float
-    """Share of prompts whose score went up."""
+    site: str
+    strength: float
+    joint: float
+    concept: float
+    relevance: float
+    fluency: float
     nll: float
+
+    @property
+    def setting(self) -> Setting:
+        """What was tried."""
+        return Setting(self.method, self.site, self.strength)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
     """What the search chose, and all it tried."""
 
-    site: str
     method: str
-    share: float
+    site: str
+    strength: float
     low: float
     high: float
-    """Shares between which text stays sound."""
+    """Strengths between which text stays sound."""
     beyond: str
-    base: float
+    prompt: int
+    """Which of the instructions asks best for the concept."""
+    answers: int
+    """Answers written to find out."""
+    unsteered: float
     prompted: float
-    nll_prompted: float
+    """Joint scores of the anchors."""
     trials: tuple[Trial, ...]
+
+    def best_of(self, method: str) -> Trial:
+        """The best setting of one method."""
+        return max((trial for trial in self.trials if trial.method == method), key=lambda trial: trial.joint)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values."""
@@ -80,120 +101,108 @@ class Choice:
         return cls(**{**values, "trials": tuple(Trial(**trial) for trial in values["trials"])})
 
 
-class Candidate(NamedTuple):
-    """A direction of length 1 at a site whose activations measure `norm`."""
+class Search:
+    """Choose a method, a site and a strength for one concept by what they do to answers to development prompts.
 
-    site: str
-    method: str
-    direction: Tensor
-    norm: float
-
-
-def search(
-    model: Any, tokenizer: Any, concept: ConceptRecipe, candidates: Sequence[Candidate], score: Scorer, recipe: Recipe
-) -> Choice:
-    """Choose a direction and a strength by what they do to text.
-
-    First the site, then the method there, then the dose–response of the winner, in both signs. Best is the highest
-    mean score among settings whose text is at most `tolerance` nats per token less likely than prompted text.
+    First the best prompt; then the site, by difference of means; then every method there, at its strengths; then the best few
+    once more on other answers; then the range of the best. Best is the highest joint score. Of the recipe's budget, enough is
+    kept for the last two; when the rest is used up, nothing more is tried.
     """
-    prompts = recipe.read_prompts("dev")
-    asked = [chat(tokenizer, prompt) for prompt in prompts]
-    base = complete(model, tokenizer, asked, new_tokens=recipe.new_tokens)
-    told = complete(model, tokenizer, [chat(tokenizer, p, concept.instruction) for p in prompts], new_tokens=recipe.new_tokens)
-    shares = concept.shares or recipe.shares
-    tolerance = recipe.tolerance if concept.tolerance is None else concept.tolerance
-    before, limit = score(base.texts), float(nll(model, told).mean()) + tolerance
 
-    known: dict[tuple[str, str, float], Trial] = {}
+    def __init__(self, model: Any, tokenizer: Any, concept: ConceptRecipe, judge: Judge, recipe: Recipe):
+        self.model, self.tokenizer, self.concept, self.recipe, self.judge = model, tokenizer, concept, recipe, judge
+        self.prompts, self.column = recipe.read_prompts("dev"), judge.names.index(concept.name)
+        self.answers = 0
+        self.trials: dict[Setting, Trial] = {}
+        words = [Condition(name="prompted", instruction=instruction) for instruction in concept.asked]
+        plain = self._answers([Condition(name="unsteered"), *words], DEV_SEEDS[:1])
+        self.prompt = int(plain.concepts[1:, ..., self.column].mean((1, 2)).argmax())
+        self.words = words[self.prompt]
+        self.anchors = plain.of([0, 1 + self.prompt])
 
-    def tried(some: Sequence[Candidate], shares: Sequence[float]) -> list[Trial]:
-        wanted = [(candidate, share) for candidate in some for share in shares]
-        new = [(c, share) for c, share in wanted if (c.site, c.method, share) not in known]
-        for (c, share), part in zip(new, _write(model, tokenizer, asked, new, recipe.new_tokens), strict=True):
-            known[c.site, c.method, share] = _trial(c, share, score(part.texts), before, nll(model, part))
-        return [known[c.site, c.method, share] for c, share in wanted]
+    def run(self, sites: Sequence[str], lever: Callable[[str, str], Lever]) -> Choice:
+        """`lever(method, site)` fits what is to be tried."""
+        methods = self.concept.methods or self.recipe.methods
+        first = methods[0]
+        quick = METHODS[first].STRENGTHS[1:]
+        found = self._try([Setting(first, site, strength) for site in sites for strength in quick], lever)
+        site = max(found, key=lambda trial: trial.joint).site
+        self._try([Setting(method, site, strength) for method in methods for strength in METHODS[method].STRENGTHS], lever)
+        best = self._final(lever)
+        low, high, beyond = self._sound_range(best.setting, lever)
+        scores = joint(self.anchors, self.column).total.mean((1, 2))
+        return Choice(
+            **best.setting._asdict(),
+            low=low,
+            high=high,
+            beyond=beyond,
+            prompt=self.prompt,
+            answers=self.answers,
+            unsteered=float(scores[0]),
+            prompted=float(scores[1]),
+            trials=tuple(self.trials.values()),
+        )
 
-    def best(trials: Sequence[Trial]) -> Trial:
-        sound = [trial for trial in trials if trial.nll <= limit] or [min(trials, key=lambda trial: trial.nll)]
-        return max(sound, key=lambda trial: (min(trial.moved, 0.9), trial.score))
+    def _answers(self, conditions: Sequence[Condition], seeds: Sequence[int]) -> Scores:
+        self.answers += len(conditions) * len(seeds) * len(self.prompts)
+        new = self.recipe.new_tokens
+        return answer(
+            self.model, self.tokenizer, conditions, self.prompts, self.judge, seeds=seeds, new_tokens=new, what="answers"
+        )
 
-    first = [c for c in candidates if c.method == recipe.methods[0]]
-    site = best(tried(first, shares[1::2] or shares)).site
-    winner = best(tried([c for c in candidates if c.site == site], shares))
-    chosen = next(c for c in candidates if (c.site, c.method) == (site, winner.method))
-    doses = tried([chosen], DOSES)
-    useful = best([trial for trial in doses if trial.share > 0])
-    low, high, beyond = _sound_range(doses, limit - tolerance + WORN, chosen)
-    return Choice(
-        site=site,
-        method=chosen.method,
-        share=useful.share,
-        low=low,
-        high=max(high, useful.share),
-        beyond=beyond,
-        base=float(before.mean()),
-        prompted=float(score(told.texts).mean()),
-        nll_prompted=limit - tolerance,
-        trials=tuple(known.values()),
-    )
+    def _try(self, settings: Sequence[Setting], lever: Callable[[str, str], Lever]) -> list[Trial]:
+        new = [setting for setting in settings if setting not in self.trials]
+        later = 2 + FINALISTS + len(DOSES)
+        room = max(0 if self.trials else 1, (self.recipe.budget - self.answers) // len(self.prompts) - later)
+        if new[:room]:
+            scores = self._answers([condition(s, lever) for s in new[:room]], DEV_SEEDS[:1])
+            for setting, trial in zip(new[:room], self._trials(new[:room], scores, self.anchors), strict=True):
+                self.trials[setting] = trial
+        return [self.trials[setting] for setting in settings if setting in self.trials]
 
+    def _trials(self, settings: Sequence[Setting], scores: Scores, anchors: Scores) -> list[Trial]:
+        j = joint(stacked(anchors, scores), self.column)
+        return [
+            Trial(
+                **setting._asdict(),
+                joint=float(j.total[2 + i].mean()),
+                concept=float(j.concept[2 + i].mean()),
+                relevance=float(j.relevance[2 + i].mean()),
+                fluency=float(j.fluency[2 + i].mean()),
+                nll=float(scores.nll[i].mean()),
+            )
+            for i, setting in enumerate(settings)
+        ]
 
-def _write(
-    model: Any, tokenizer: Any, asked: list[str], settings: Sequence[tuple[Candidate, float]], new_tokens: int
-) -> list[Completions]:
-    """Answers under each setting; many settings share a batch, one amount per row."""
-    parts: list[Completions] = []
-    at_once = max(1, BATCH // len(asked))
-    for i in range(0, len(settings), at_once):
-        some = settings[i : i + at_once]
-        bank, edits = _rows_bank(some, len(asked))
-        with steer(model, bank, edits, allow_ood=True):
-            done = complete(model, tokenizer, asked * len(some), new_tokens=new_tokens)
-        for k in range(len(some)):
-            rows = slice(k * len(asked), (k + 1) * len(asked))
-            parts.append(Completions(done.texts[rows], done.ids[rows], done.mask[rows], done.prompt))
-    return parts
+    def _final(self, lever: Callable[[str, str], Lever]) -> Trial:
+        """The best of the first round's best, by both rounds together."""
+        best = sorted(self.trials.values(), key=lambda trial: -trial.joint)[:FINALISTS]
+        again = [Condition(name="unsteered"), self.words, *(condition(trial.setting, lever) for trial in best)]
+        scores = self._answers(again, DEV_SEEDS[1:])
+        second = self._trials([trial.setting for trial in best], scores.of([2, 3, 4][: len(best)]), scores.of([0, 1]))
+        return max(zip(best, second, strict=True), key=lambda both: both[0].joint + both[1].joint)[0]
 
-
-def _rows_bank(settings: Sequence[tuple[Candidate, float]], each: int) -> tuple[ConceptBank, dict[str, list[float]]]:
-    """A bank of the candidates, and amounts that give each setting rows of its own."""
-    by_site: dict[str, list[int]] = {}
-    for k, (candidate, _) in enumerate(settings):
-        by_site.setdefault(candidate.site, []).append(k)
-    concepts, encoders, sites, edits = [], {}, {}, {}
-    for site, ks in by_site.items():
-        encoders[site] = Directions(torch.stack([settings[k][0].direction for k in ks]))
-        sites[site] = SiteFacts(width=len(settings[ks[0]][0].direction))
-        for index, k in enumerate(ks):
-            concepts.append(Concept(name=f"setting-{k}", encoder=site, index=index))
-            amount = settings[k][1] * settings[k][0].norm
-            edits[f"setting-{k}"] = [amount * (row // each == k) for row in range(len(settings) * each)]
-    return ConceptBank("settings", concepts, encoders, base=BaseModel(), sites=sites), edits
-
-
-def _trial(candidate: Candidate, share: float, after: np.ndarray, before: np.ndarray, worn: np.ndarray) -> Trial:
-    return Trial(
-        site=candidate.site,
-        method=candidate.method,
-        share=share,
-        score=float(after.mean()),
-        moved=float((after > before).mean()),
-        nll=float(worn.mean()),
-    )
+    def _sound_range(self, chosen: Setting, lever: Callable[[str, str], Lever]) -> tuple[float, float, str]:
+        """The strengths around 0 within which text stays likely, and what was seen just beyond."""
+        doses = [round(dose * chosen.strength, 4) for dose in DOSES]
+        scores = self._answers([condition(chosen._replace(strength=dose), lever) for dose in doses], DEV_SEEDS[:1])
+        limit = max(float(self.anchors.nll[1].mean()), float(self.anchors.nll[0].mean())) + WORN
+        worn = dict(zip(doses, scores.nll.mean((1, 2)), strict=True))
+        ends, seen = [0.0, 0.0], []
+        for end, sign in ((0, -1), (1, 1)):
+            for dose in sorted((dose for dose in doses if dose * sign > 0), key=abs):
+                if worn[dose] > limit:
+                    times = dose / chosen.strength
+                    seen.append(f"text was {worn[dose] - limit + WORN:.1f} nats per token less likely at {times:+.1f} × useful")
+                    break
+                ends[end] = dose
+        ends[1] = max(ends[1], chosen.strength)
+        if isclose(ends[0], ends[1]):
+            raise BadRecipe(f"no strength of {chosen.method} at {chosen.site} leaves the text sound; try other layers or pairs")
+        return ends[0], ends[1], "; ".join(seen)
 
 
-def _sound_range(doses: Sequence[Trial], limit: float, chosen: Candidate) -> tuple[float, float, str]:
-    """The shares around 0 within which text stays likely, and what was seen just beyond."""
-    ends, seen = [0.0, 0.0], []
-    for end, sign in ((0, -1), (1, 1)):
-        for trial in sorted((t for t in doses if t.share * sign > 0), key=lambda t: abs(t.share)):
-            if trial.nll > limit:
-                seen.append(
-                    f"text was {trial.nll - limit + WORN:.1f} nats per token less likely at {trial.share:+.2f} of the norm"
-                )
-                break
-            ends[end] = trial.share
-    if isclose(ends[0], ends[1]):
-        raise BadRecipe(f"no strength of {chosen.method} at {chosen.site} leaves the text sound; try other layers or pairs")
-    return ends[0], ends[1], "; ".join(seen)
+def condition(setting: Setting, lever: Callable[[str, str], Lever]) -> Condition:
+    """A setting as one way to answer."""
+    bank = bank_of([("lever", lever(setting.method, setting.site))])
+    return Condition(name=f"{setting.method} {setting.strength:g}", bank=bank, edits={"lever": setting.strength})

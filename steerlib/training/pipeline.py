@@ -3,67 +3,86 @@
 import json
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..bank import BaseModel, ConceptBank, SiteFacts
-from ..concepts import Concept
+from ..concepts import Concept, Gate, Part
 from ..encoders import Directions
 from ..errors import BadRecipe
-from ..evaluation.text import Scorer, effect, progress, scorer_for, table
+from ..evaluation.text import Judge, counting, progress
 from ..hosts import host_for, load
-from .activations import answers, tokens
-from .calibrate import Candidate, Choice, Statistics, search, statistics
-from .fit import METHODS, unit
+from .calibrate import Choice, Search, statistics
+from .card import card
+from .levers import Lever, TokenGate
+from .measure import ANSWERING, measure
+from .methods import METHODS
 from .recipe import ConceptRecipe, Recipe
+from .studio import PRESENT, Detector, Studio
 
-EXAMPLES = 3
+FEW = 8
+"""With fewer concepts than this, a scorer learns ordinary texts as a class of their own."""
 
 
 def train(target: Any, recipe: Recipe, *, tokenizer: Any = None, work: str | os.PathLike[str] | None = None) -> ConceptBank:
-    """Make a bank for a model: record, fit, choose by measured effect, calibrate, evaluate.
+    """Make a bank for a model: read, fit, choose by measured effect, calibrate, evaluate.
 
     `target` is a language model, or None to load `recipe.source`. `work` keeps what each stage made; with the same
     recipe a second run goes on from there. Raises `BadRecipe` before any model is loaded if the recipe cannot work.
     """
     recipe.check()
-    if unknown := sorted(set(recipe.methods) - set(METHODS)):
+    tried = {method for methods in (recipe.methods, *(concept.methods for concept in recipe.concepts)) for method in methods}
+    if unknown := sorted(tried - set(METHODS)):
         raise BadRecipe(f"unknown methods {', '.join(unknown)}; known are {', '.join(METHODS)}")
     if target is None or tokenizer is None:
         loaded, tokenizer = load(recipe.source)
         target = loaded.to(best_device()) if target is None else target
-    torch.manual_seed(recipe.seed)
     folder = _work_folder(work, recipe)
-    scorers = {
-        concept.name: scorer_for(concept.name, concept.scorer, recipe.folder / recipe.scoring) for concept in recipe.concepts
-    }
     sites = [f"layers.{layer}" for layer in layers_to_try(target, recipe)]
-    directions, facts, norms = _directions(target, tokenizer, recipe, sites, folder)
-    choices = {
-        concept.name: _remembered(
-            folder and folder / "search" / f"{concept.name}.json",
-            lambda concept=concept: search(
-                target, tokenizer, concept, _candidates(concept, directions, norms), scorers[concept.name][0], recipe
-            ).to_dict(),
-        )
-        for concept in progress(recipe.concepts, "choosing sites, methods and strengths")
-    }
-    chosen = {name: Choice.from_dict(values) for name, values in choices.items()}
-    bank = _assemble(target, recipe, chosen, directions, facts, norms)
-    effects = evaluate(target, tokenizer, bank, recipe, scorers=scorers, work=folder)
+    studio, judge = Studio(target, tokenizer, recipe, sites, folder), judge_for(recipe)
+    choices = {concept.name: choose(studio, judge, concept) for concept in progress(recipe.concepts, "concepts")}
+    bank = assemble(studio, choices)
+    records = evaluate(target, tokenizer, bank, recipe, judge=judge, studio=studio, choices=choices, work=folder)
     if recipe.ship == "clearing":
-        cleared = {name: chosen[name] for name in chosen if clears(effects, name)}
-        bank = _assemble(target, recipe, cleared, directions, facts, norms)
-    return with_effects(bank, recipe, effects)
+        kept = [record["concept"] for record in records if clears(record)]
+        bank = assemble(studio, {name: choices[name] for name in kept})
+    return with_effects(bank, recipe, records)
 
 
-def clears(records: Sequence[dict[str, Any]], name: str) -> bool:
-    """Whether a concept clears every bar."""
-    return all(next(record["passes"] for record in records if record["concept"] == name).values())
+def choose(studio: Studio, judge: Judge, concept: ConceptRecipe) -> Choice:
+    """The best method, site and strength for a concept, or what an earlier run chose."""
+
+    def search() -> dict[str, Any]:
+        run = Search(studio.model, studio.tokenizer, concept, judge, studio.recipe)
+        instruction = concept.asked[run.prompt]
+        choice = run.run(studio.sites, lambda method, site: studio.lever(concept, instruction, method, site))
+        studio.forget(concept)
+        return choice.to_dict()
+
+    path = studio.folder and studio.folder / "search" / f"{concept.name}.json"
+    return Choice.from_dict(_remembered(path, search))
+
+
+def clears(record: dict[str, Any]) -> bool:
+    """Whether a concept clears every bar that a shipped one has to."""
+    return all(record["passes"].values())
+
+
+def judge_for(recipe: Recipe, *, shuffle: bool = False) -> Judge:
+    """The scorer of a recipe's concepts; with `shuffle`, one that learned nothing."""
+    counted = {concept.name: counting(concept.scorer) for concept in recipe.concepts if concept.scorer is not None}
+    read = {concept.name: recipe.read_scoring(concept) for concept in recipe.concepts if concept.name not in counted}
+    few = len(read) < FEW
+    return Judge.fit(
+        {name: positive for name, (positive, _, _) in read.items()},
+        ordinary=[text for _, negative, _ in read.values() for text in negative] if few else (),
+        counters=counted,
+        shuffle=shuffle,
+    )
 
 
 def best_device() -> torch.device:
@@ -72,7 +91,7 @@ def best_device() -> torch.device:
 
 
 def layers_to_try(model: Any, recipe: Recipe) -> tuple[int, ...]:
-    """The recipe's layers, or six spread over the middle of the model."""
+    """The recipe's layers, or six spread over the first two thirds of the model."""
     depth = sum(name.removeprefix("layers.").isdigit() for name in host_for(model).sites())
     layers = recipe.layers or tuple(sorted({round(depth * (0.2 + 0.1 * i)) for i in range(6)}))
     if not depth or max(layers) >= depth or min(layers) < 0:
@@ -86,34 +105,29 @@ def evaluate(
     bank: ConceptBank,
     recipe: Recipe,
     *,
-    scorers: dict[str, tuple[Scorer, str]] | None = None,
+    judge: Judge | None = None,
+    studio: Studio | None = None,
+    choices: dict[str, Choice] | None = None,
     work: Path | None = None,
     concepts: Sequence[str] | None = None,
 ) -> list[dict[str, Any]]:
-    """Measure concepts of a bank on the recipe's test prompts; one record a concept, with examples."""
+    """Measure concepts of a bank on the recipe's evaluation prompts; one record a concept.
+
+    With the `studio` and the `choices` of a training run, every method that was tried is measured beside what was chosen.
+    """
     known = {concept.name: concept for concept in recipe.concepts}
-    records = []
-    for name in progress(list(concepts or known), "measuring effects on prompts never used before"):
-        concept, fact = known[name], bank[name]
-        scorer = scorers[name] if scorers else scorer_for(name, concept.scorer, recipe.folder / recipe.scoring)
-
-        def measure(concept: ConceptRecipe = concept, fact: Concept = fact, scorer: Any = scorer) -> dict[str, Any]:
-            measured, texts = effect(
-                model,
-                tokenizer,
-                bank,
-                fact,
-                scorer,
-                concept.instruction,
-                recipe.read_prompts(concept.split),
-                new_tokens=recipe.new_tokens,
-                seed=recipe.seed,
-            )
-            shown = [{"prompt": p, "unsteered": before, "steered": after} for p, before, after in texts[:EXAMPLES]]
-            return {**measured.to_dict(), "passes": measured.passes, "examples": shown}
-
-        records.append(_remembered(work and work / "effects" / f"{name}.json", measure))
-    return records
+    scorer = judge or judge_for(recipe)
+    names = list(concepts or [name for name in known if name in bank.concepts])
+    if strange := [name for name in names if name not in known]:
+        raise BadRecipe(f"recipe {recipe.name!r} has no prompts for {', '.join(strange)}")
+    place = studio or Studio(model, tokenizer, recipe, sorted({bank.site_of(bank[name]) for name in names}))
+    return [
+        _remembered(
+            work and work / "effects" / f"{name}.json",
+            lambda name=name: measure(bank, known[name], scorer, place, choices[name] if choices else None),
+        )
+        for name in progress(names, "measuring on prompts used for nothing else")
+    ]
 
 
 def with_effects(bank: ConceptBank, recipe: Recipe, records: Sequence[dict[str, Any]]) -> ConceptBank:
@@ -121,15 +135,29 @@ def with_effects(bank: ConceptBank, recipe: Recipe, records: Sequence[dict[str, 
     by_name = {record["concept"]: record for record in records}
     concepts = []
     for concept in bank.concepts.values():
-        record = by_name[concept.name]
-        kept = {k: v for k, v in record.items() if k not in ("examples", "passes", "concept", "site")}
-        examples = tuple(f"{e['prompt']} → {e['steered']}" for e in record["examples"])
-        concepts.append(Concept(**{**_fields(concept), "examples": examples, "effects": kept}))
-    return bank.with_concepts(concepts, card=card(bank, recipe, records))
+        if (record := by_name.get(concept.name)) is not None:
+            examples = tuple(f"{example['prompt']} → {example['steered']}" for example in record["examples"])
+            concept = replace(concept, examples=examples, effects=record)
+        concepts.append(concept)
+    measured = bank.with_concepts(concepts)
+    return measured.with_concepts(concepts, card=card(measured, recipe, records, trust(recipe)))
 
 
-def _fields(concept: Concept) -> dict[str, Any]:
-    return {name: getattr(concept, name) for name in concept.__dataclass_fields__}
+def trust(recipe: Recipe) -> str:
+    """How far the scorer can be trusted: what it makes of texts it never saw, beside one that learned shuffled labels."""
+    texts, names = recipe.read_held_out()
+    counted = [concept.name for concept in recipe.concepts if concept.scorer is not None]
+    said = [f"{', '.join(counted)}: scored by counting."] if counted else []
+    own = [concept.name for concept in recipe.concepts if concept.scorer is None and not recipe.read_scoring(concept)[2]]
+    if own:
+        said.append(f"{', '.join(own)}: scored by a classifier of the very examples it was made from, for want of others.")
+    if texts:
+        right, shuffled = (judge_for(recipe, shuffle=dealt).accuracy(texts, names) for dealt in (False, True))
+        said.append(
+            f"The scorer (all-MiniLM-L6-v2 and logistic regression) names the concept of {right:.1%} of {len(texts)} texts it "
+            f"never saw; after learning shuffled labels, of {shuffled:.1%}."
+        )
+    return " ".join(said)
 
 
 # -- stages --------------------------------------------------------------------------------------------------
@@ -156,204 +184,76 @@ def _remembered(path: Path | None, make: Callable[[], dict[str, Any]]) -> dict[s
     return json.loads(made)  # as a run that goes on would read it
 
 
-def _directions(
-    model: Any, tokenizer: Any, recipe: Recipe, sites: Sequence[str], folder: Path | None
-) -> tuple[dict[tuple[str, str, str], Tensor], dict[tuple[str, str, str], Statistics], dict[str, float]]:
-    """Directions of length 1 by (concept, site, method), how they read on reference text, and each site's norm."""
-    path = folder / "directions.safetensors" if folder else None
-    if path is not None and path.is_file():
-        stored = load_file(path)
-    else:
-        stored = _fitted(model, tokenizer, recipe, sites)
-        if path is not None:
-            save_file(stored, path.with_suffix(".part"))
-            path.with_suffix(".part").replace(path)
-    directions, facts, norms = {}, {}, {}
-    for key, tensor in stored.items():
-        what, *rest = key.split("|")
-        if what == "norm":
-            norms[rest[0]] = float(tensor)
-        else:
-            concept, site, method = rest
-            directions[concept, site, method] = tensor[:-4]
-            facts[concept, site, method] = Statistics(*tensor[-4:].tolist())
-    return directions, facts, norms
+def assemble(studio: Studio, choices: dict[str, Choice]) -> ConceptBank:
+    """The bank of what was chosen, with its gates: one encoder a site, units in standard deviations."""
+    recipe, known = studio.recipe, {concept.name: concept for concept in studio.recipe.concepts}
+    rows: dict[str, list[tuple[Tensor, Tensor]]] = {}
 
+    def place(site: str, direction: Tensor, mean: Tensor) -> tuple[str, int]:
+        rows.setdefault(site, []).append((direction, mean))
+        return site, len(rows[site]) - 1
 
-def _fitted(model: Any, tokenizer: Any, recipe: Recipe, sites: Sequence[str]) -> dict[str, Tensor]:
-    """Each direction with its four statistics behind it, and the norms, under names that a file can hold."""
-    reference = tokens(model, tokenizer, recipe.read_reference(), sites, what="reading reference text")
-    stored = {f"norm|{site}": x.norm(dim=-1).median() for site, x in reference.items()}
-    for concept in progress(recipe.concepts, "reading contrast pairs"):
-        pairs = recipe.read_pairs(concept.name)
-        positive = answers(model, tokenizer, [(p.prompt, p.positive) for p in pairs], sites, what=concept.name)
-        negative = answers(model, tokenizer, [(p.prompt, p.negative) for p in pairs], sites, what=concept.name)
-        for site in sites:
-            for method in recipe.methods:
-                direction = unit(METHODS[method](positive[site], negative[site]))
-                facts = statistics(direction, reference[site])
-                stored[f"direction|{concept.name}|{site}|{method}"] = torch.cat((direction, torch.tensor(facts)))
-    return stored
+    def gate(name: str, found: TokenGate, label: str, **facts: Any) -> Concept:
+        # a direction d reads <x, d> / |d|^2 - mean, so this one reads x @ read + bias
+        site, index = place(found.site, found.read / found.read.square().sum(), -found.bias)
+        source = "Fisher's discriminant of activations on ordinary text"
+        return Concept(name=name, encoder=site, index=index, label=label, present=PRESENT, source=source, **facts)
 
-
-def _candidates(
-    concept: ConceptRecipe, directions: dict[tuple[str, str, str], Tensor], norms: dict[str, float]
-) -> list[Candidate]:
-    return [
-        Candidate(site, method, direction, norms[site])
-        for (name, site, method), direction in directions.items()
-        if name == concept.name
-    ]
-
-
-def _assemble(
-    model: Any,
-    recipe: Recipe,
-    choices: dict[str, Choice],
-    directions: dict[tuple[str, str, str], Tensor],
-    facts: dict[tuple[str, str, str], Statistics],
-    norms: dict[str, float],
-) -> ConceptBank:
-    """The bank of what was chosen: one encoder a site, units and ranges in standard deviations."""
-    labels = {concept.name: concept.label for concept in recipe.concepts}
-    by_site: dict[str, list[str]] = {}
+    concepts, gates = [], []
     for name, choice in choices.items():
-        by_site.setdefault(choice.site, []).append(name)
-    concepts, encoders = [], {}
-    for site, names in sorted(by_site.items(), key=lambda item: int(item[0].partition(".")[2])):
-        chosen = [(name, site, choices[name].method) for name in names]
-        encoders[site] = Directions(
-            torch.stack([directions[key] for key in chosen]), torch.tensor([facts[key].mean for key in chosen])
-        )
-        for index, key in enumerate(chosen):
-            choice, fact = choices[key[0]], facts[key]
-            in_units = norms[site] / fact.std
-            concepts.append(
-                Concept(
-                    name=key[0],
-                    encoder=site,
-                    index=index,
-                    unit=fact.std,
-                    natural=(fact.low, fact.high),
-                    range=(round(choice.low * in_units, 3), round(choice.high * in_units, 3)),
-                    useful=round(choice.share * in_units, 3),
-                    beyond=choice.beyond,
-                    label=labels[key[0]],
-                    source=f"contrast pairs, {choice.method}, chosen among {len(choice.trials)} settings",
-                )
-            )
-    sites = {site: SiteFacts(width=encoders[site].decoder.shape[1], norm=round(norms[site], 4)) for site in encoders}
-    order = list(choices)
+        concept, lever = _concept(studio, known[name], choice, place)
+        if lever.gate is not None:
+            own = gate(f"{name}.gate", lever.gate, f"how much of “{name}” each token gets")
+            gates.append(replace(own, source=concept.source))
+            concept = replace(concept, gate=Gate(f"{name}.gate", above=0.0, full=1.0))
+        concepts.append(concept)
+        if (found := studio.detector(known[name])) is not None:
+            label = f"tokens of texts with: {known[name].label}"
+            gates.append(gate(f"{name}.present", found.gate, label, effects=_told_apart(found)))
+    answering = studio.answering()
+    gates.append(gate(ANSWERING, answering.gate, "tokens of an answer in a chat", effects=_told_apart(answering)))
+    order = sorted(rows, key=lambda site: int(site.partition(".")[2]))
     return ConceptBank(
         recipe.name,
-        sorted(concepts, key=lambda concept: order.index(concept.name)),
-        encoders,
-        base=BaseModel.of(model, id=recipe.base),
-        sites=sites,
+        [*concepts, *gates],
+        {site: Directions(*map(torch.stack, zip(*rows[site], strict=True))) for site in order},
+        base=BaseModel.of(studio.model, id=recipe.base),
+        sites={site: SiteFacts(width=len(rows[site][0][0]), norm=round(studio.norms[site], 4)) for site in order},
         license=recipe.license,
         provenance={"recipe": recipe.name, "recipe_sha256": recipe.digest, "seed": recipe.seed},
     )
 
 
-# -- the card ------------------------------------------------------------------------------------------------
+def _told_apart(detector: Detector) -> dict[str, Any]:
+    return {"precision": round(detector.precision, 3), "recall": round(detector.recall, 3), "tokens": detector.tokens}
 
 
-def card(bank: ConceptBank, recipe: Recipe, records: Sequence[dict[str, Any]]) -> str:
-    """The model card: what each concept means, what was measured, how to use it. Every number comes from `records`."""
-    tried, records = records, [record for record in records if record["concept"] in bank.concepts]
-    failing = [f"- **{r['concept']}** misses “{bar}”" for r in records for bar, held in r["passes"].items() if not held]
-    again = [concept.name for concept in recipe.concepts if concept.split != "test"]
-    left_out = [record for record in tried if record["concept"] not in bank.concepts]
-    concepts = "\n".join(
-        f"| {c.name} | {c.label} | {c.useful:+.2f} | {c.range[0]:+.2f} to {c.range[1]:+.2f} | {c.beyond} |"
-        for c in bank.concepts.values()
-        if c.useful is not None and c.range is not None
-    )
-    trust = "\n".join(f"- {r['concept']}: {r['scorer']}" for r in records)
-    shown = "\n\n".join(
-        f"**{r['concept']} {r['amount']:+.2f}** — {e['prompt']}\n\n"
-        f"> unsteered: {_line(e['unsteered'])}\n>\n> steered: {_line(e['steered'])}"
-        for r in records
-        for e in r["examples"][:1]
-    )
-    first = next(iter(bank.concepts.values()))
-    return CARD.format(
-        license=recipe.license,
-        base=recipe.base,
+def _concept(
+    studio: Studio, recipe: ConceptRecipe, choice: Choice, place: Callable[[str, Tensor, Tensor], tuple[str, int]]
+) -> tuple[Concept, Lever]:
+    """A chosen lever as a concept whose unit is the standard deviation of its reading at the first site."""
+    lever = studio.lever(recipe, recipe.asked[choice.prompt], choice.method, choice.site)
+    (site, vector), *others = lever.moves.items()
+    fact = statistics(vector / vector.norm(), studio.reference[site])
+    encoder, index = place(site, vector / vector.norm(), torch.tensor(fact.mean))
+    in_units = float(vector.norm()) / fact.std
+    parts = []
+    for other, moved in others:
+        mean = statistics(moved / moved.norm(), studio.reference[other]).mean
+        there, row = place(other, moved / moved.norm(), torch.tensor(mean))
+        parts.append(Part(encoder=there, index=row, unit=float(moved.norm()) / in_units))
+    concept = Concept(
         name=recipe.name,
-        description=recipe.description,
-        count=len(bank),
-        first=first.name,
-        amount=first.useful,
-        concepts=concepts,
-        table=table(records),
-        bars=f"{len(records) - len({f.split('**')[1] for f in failing})} of {len(records)} concepts clear all three bars.",
-        failing="\n".join(failing),
-        again=f" {', '.join(again)}: searched again after a first measurement, and reported on prompts new to it."
-        if again
-        else "",
-        left_out=f"Tried and left out, because they miss a bar:\n\n{table(left_out)}" if left_out else "",
-        trust=trust,
-        prompts=recipe.test_prompts,
-        tokens=recipe.new_tokens,
-        shown=shown,
-        recipe=f"concept_banks/recipes/{recipe.name}/recipe.toml",
+        encoder=encoder,
+        index=index,
+        unit=fact.std,
+        natural=(fact.low, fact.high),
+        range=(round(choice.low * in_units, 3), round(choice.high * in_units, 3)),
+        useful=round(choice.strength * in_units, 3),
+        beyond=choice.beyond,
+        parts=tuple(parts),
+        match_norm=lever.norm is not None,
+        label=recipe.label,
+        source=f"{choice.method}, chosen among {len(choice.trials)} settings by {choice.answers} answers",
     )
-
-
-def _line(text: str) -> str:
-    return " ".join(text.split())
-
-
-CARD = """---
-library_name: steerlib
-base_model: {base}
-license: {license}
-tags: [steering, concepts]
----
-# {name}
-
-{description}
-
-```python
-import steerlib as sl
-
-bank = sl.ConceptBank.from_pretrained("{name}")
-with sl.steer(model, bank, {{"{first}": {amount:+.2f}}}):
-    model.generate(**inputs, max_new_tokens=60)
-```
-
-## The {count} concepts
-
-Amounts are in units of the concept: one standard deviation of its reading on reference text.
-
-| concept | meaning | useful amount | safe range | beyond it |
-|---|---|---|---|---|
-{concepts}
-
-## What was measured
-
-On {prompts} prompts used for nothing else, {tokens} new tokens, greedy, each concept at its useful amount. *Prompted* is the
-same model asked for the concept in words; *best random* is the best of five random directions of equal length at the same
-site; nats per token are the text's negative log-likelihood under the unsteered model (for prompted text, with its own
-prompt). {bars}{again}
-
-{table}
-
-{failing}{left_out}
-
-Scores come from texts that no direction was made from:
-
-{trust}
-
-## As it comes out
-
-{shown}
-
-## Limits
-
-The base weights are a 4-bit file, de-quantised: effects on the original weights were not measured. Directions act on every
-token; a strong one costs fluency (last column of the table). Concepts are correlated: moving one can move others.
-
-Made by `python scripts/train_bank.py {recipe}`.
-"""
+    return concept, lever

@@ -6,10 +6,15 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from functools import cached_property
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import BadRecipe
+from ..evaluation.text import counting
+
+TEMPLATES = ("Answer in this way: {}.", "Your whole answer has to show this: {}.", "Let your answer be full of it: {}.")
+"""How a prompt asks for a concept of which only the label is known."""
 
 
 class Pair(NamedTuple):
@@ -27,21 +32,26 @@ class ConceptRecipe:
     name: str
     label: str
     """What it means, for the card."""
-    instruction: str
-    """How a prompt would ask for it: what steering is compared with."""
+    instructions: tuple[str, ...] = ()
+    """How prompts would ask for it: what steering is compared with, and learned methods imitate. Default: from the label."""
+    positive: tuple[str, ...] = ()
+    """Example sentences that show it, ten or so; or else contrast pairs in a file."""
+    negative: tuple[str, ...] = ()
+    """As many that do not."""
+    methods: tuple[str, ...] = ()
+    """Methods to try for it, in place of the recipe's."""
     scorer: Mapping[str, Any] | None = None
-    """`{count = "words"}`, or `{pattern = "...", per = "word" | "sentence"}`; without it, labelled texts are expected."""
-    tolerance: float | None = None
-    """In place of the recipe's."""
-    shares: tuple[float, ...] = ()
-    """In place of the recipe's."""
-    split: str = "test"
-    """Prompts to report on. A concept that is searched again after it was measured names prompts not measured on yet."""
+    """`{count = "words"}`, or `{pattern = "...", per = "word" | "sentence"}`, where a classifier of texts would not do."""
+
+    @property
+    def asked(self) -> tuple[str, ...]:
+        """The instructions, or some made from the label."""
+        return self.instructions or tuple(template.format(self.label) for template in TEMPLATES)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """A frozen description of a bank. Paths are relative to the recipe's folder."""
+    """A frozen description of a bank. Paths are relative to the recipe's folder; what is missing there comes with steerlib."""
 
     name: str
     base: str
@@ -55,21 +65,27 @@ class Recipe:
     pairs: str = "pairs"
     """Folder of `<concept>.jsonl`, lines of prompt, positive, negative."""
     scoring: str = "scoring"
-    """Folder of `<concept>.jsonl`, lines of text and label, for the scorers; no text of `pairs` may stand there."""
+    """Folder of `<concept>.jsonl`, lines of text and label, for the scorer; without it the scorer learns from the examples."""
+    held_out: str = "held_out.jsonl"
+    """Lines of text and concept, on which the scorer itself is tested."""
     reference: str = "reference.jsonl"
     """Ordinary text, from which units are measured."""
+    unrelated: str = "unrelated.jsonl"
+    """Other ordinary text, on which side effects are measured."""
     prompts: str = "prompts.jsonl"
-    """Prompts of neither, lines of prompt and split: `dev` to choose with, others to report on."""
+    """Lines of prompt and split: `train` to learn from, `dev` to choose with, `evaluation` to report on."""
     layers: tuple[int, ...] = ()
-    """Layers to try; empty: six spread over the middle of the model."""
-    methods: tuple[str, ...] = ("difference-of-means", "pca", "probe")
-    shares: tuple[float, ...] = (0.1, 0.15, 0.2, 0.25, 0.3)
-    """Lengths to try, as shares of the site's median activation."""
+    """Layers to try; empty: six spread over the first two thirds of the model."""
+    methods: tuple[str, ...] = ("difference-of-means", "several-layers")
+    """Methods to try, of those in `steerlib/training/methods`; sites are compared by the first."""
+    budget: int = 400
+    """Answers that the search may have written for each concept."""
+    train_prompts: int = 24
     dev_prompts: int = 10
-    test_prompts: int = 40
-    new_tokens: int = 48
-    tolerance: float = 0.3
-    """Nats per token that steered text may be less likely than prompted text, on the prompts used to choose."""
+    evaluation_prompts: int = 10
+    seeds: int = 3
+    """Answers to each prompt in the evaluation."""
+    new_tokens: int = 32
     seed: int = 0
     ship: str = "all"
     """`all` concepts, or only those `clearing` every bar; the card lists the others with what was measured."""
@@ -93,34 +109,77 @@ class Recipe:
         """Raise `BadRecipe` for what cannot work, before any model is loaded."""
         if not self.concepts or len({concept.name for concept in self.concepts}) < len(self.concepts):
             raise BadRecipe("expected at least one concept, each name once")
-        if not self.shares or min(self.shares) <= 0 or not self.methods or self.dev_prompts < 1 or self.new_tokens < 1:
-            raise BadRecipe("expected methods, positive shares, and at least one dev prompt and new token")
+        if min(self.budget, self.train_prompts, self.dev_prompts, self.evaluation_prompts, self.seeds, self.new_tokens) < 1:
+            raise BadRecipe("expected a positive budget and positive numbers of prompts, seeds and new tokens")
         if self.ship not in ("all", "clearing"):
             raise BadRecipe(f"expected ship to be 'all' or 'clearing', got {self.ship!r}")
         for concept in self.concepts:
-            self.read_pairs(concept.name)
-        self.read_reference()
-        wanted = {"dev": self.dev_prompts} | {concept.split: self.test_prompts for concept in self.concepts}
-        for split, count in wanted.items():
+            if not (concept.methods or self.methods):
+                raise BadRecipe(f"{concept.name!r}: expected a method or more to try, got none")
+            if len(self.read_pairs(concept)) < 2:
+                raise BadRecipe(f"{concept.name!r}: expected two contrast pairs or more")
+            if concept.scorer is not None:
+                counting(concept.scorer)
+        for name in (self.reference, self.unrelated):
+            self.read_texts(name)
+        for split, count in self._counts.items():
             if len(self.read_prompts(split)) < count:
                 raise BadRecipe(f"{self.prompts} has {len(self.read_prompts(split))} {split} prompts, expected {count}")
 
-    def read_pairs(self, concept: str) -> list[Pair]:
-        """The contrast pairs of a concept."""
-        return [Pair(*_fields(line, Pair._fields, self.pairs)) for line in self._lines(f"{self.pairs}/{concept}.jsonl")]
+    @property
+    def _counts(self) -> dict[str, int]:
+        return {"train": self.train_prompts, "dev": self.dev_prompts, "evaluation": self.evaluation_prompts}
+
+    def read_pairs(self, concept: ConceptRecipe) -> list[Pair]:
+        """The contrast pairs of a concept: its example sentences behind ordinary prompts, or the lines of its file."""
+        if concept.positive or concept.negative:
+            if len(concept.positive) != len(concept.negative):
+                raise BadRecipe(
+                    f"{concept.name!r}: expected as many negative examples as positive ones, got {len(concept.negative)} and "
+                    f"{len(concept.positive)}"
+                )
+            prompts = self.read_prompts("train")
+            texts = zip(concept.positive, concept.negative, strict=True)
+            return [Pair(prompts[i % len(prompts)], *both) for i, both in enumerate(texts)]
+        return [Pair(*_fields(line, Pair._fields, self.pairs)) for line in self._lines(f"{self.pairs}/{concept.name}.jsonl")]
+
+    def read_scoring(self, concept: ConceptRecipe) -> tuple[list[str], list[str], bool]:
+        """Texts with the concept and texts without it for the scorer, and whether they are others than the examples."""
+        name = f"{self.scoring}/{concept.name}.jsonl"
+        if not self._path(name).is_file():
+            pairs = self.read_pairs(concept)
+            return [pair.positive for pair in pairs], [pair.negative for pair in pairs], False
+        lines = self._lines(name)
+        texts = [_fields(line, ("text",), name)[0] for line in lines]
+        labels = [int(line.get("label", -1)) for line in lines]
+        if set(labels) != {0, 1}:
+            raise BadRecipe(f"{name}: expected labels 0 and 1, got {sorted(set(labels))}")
+        positive, negative = ([t for t, label in zip(texts, labels, strict=True) if label == side] for side in (1, 0))
+        return positive, negative, True
+
+    def read_held_out(self) -> tuple[list[str], list[str]]:
+        """Texts that the scorer never sees and their concepts; none where the recipe has no such file."""
+        if not self._path(self.held_out).is_file():
+            return [], []
+        lines = [_fields(line, ("text", "concept"), self.held_out) for line in self._lines(self.held_out)]
+        return [text for text, _ in lines], [concept for _, concept in lines]
 
     def read_prompts(self, split: str) -> list[str]:
         """The prompts of a split, as many as are asked for."""
         lines = [_fields(line, ("prompt", "split"), self.prompts) for line in self._lines(self.prompts)]
-        limit = self.dev_prompts if split == "dev" else self.test_prompts
-        return [prompt for prompt, which in lines if which == split][:limit]
+        return [prompt for prompt, which in lines if which == split][: self._counts[split]]
 
-    def read_reference(self) -> list[str]:
-        """The reference texts."""
-        return [_fields(line, ("text",), self.reference)[0] for line in self._lines(self.reference)]
+    def read_texts(self, name: str) -> list[str]:
+        """The texts of a file: `recipe.reference` or `recipe.unrelated`."""
+        return [_fields(line, ("text",), name)[0] for line in self._lines(name)]
+
+    def _path(self, name: str) -> Path:
+        """A file beside the recipe, or the one of that name that comes with steerlib."""
+        own, common = self.folder / name, Path(str(files("steerlib.concept_banks"))) / "recipes" / "common" / name
+        return common if common.is_file() and not own.is_file() else own
 
     def _lines(self, name: str) -> list[Any]:
-        path = self.folder / name
+        path = self._path(name)
         if not path.is_file():
             raise BadRecipe(f"expected {name} beside the recipe, found none")
         try:
@@ -132,12 +191,12 @@ class Recipe:
     def digest(self) -> str:
         """Changes with anything the result depends on."""
         sha = hashlib.sha256(
-            repr({f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("folder", "ship")}).encode()
+            repr({f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("folder", "ship", "held_out")}).encode()
         )
-        names = [self.reference, self.prompts]
+        names = [self.reference, self.prompts, self.unrelated]
         names += [f"{folder}/{concept.name}.jsonl" for folder in (self.pairs, self.scoring) for concept in self.concepts]
         for name in names:
-            path = self.folder / name
+            path = self._path(name)
             sha.update(name.encode() + (path.read_bytes() if path.is_file() else b""))
         return sha.hexdigest()
 

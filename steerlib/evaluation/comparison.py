@@ -1,0 +1,426 @@
+"""Steering and prompting on one scale, without a language model as judge.
+
+For each text: c, the probability of the concept; rel, how much closer it is to its own request than to others; nll, its
+negative log-likelihood per token under the *unsteered* model that was asked the plain request; d2, its share of distinct
+word pairs. With U for the unsteered model and P for the best of several prompts that ask for the concept:
+
+    C = clip((c - c_U) / (c_P - c_U), 0, 1)
+    R = clip(rel / rel_P, 0, 1)
+    F = exp(-max(0, nll - max(nll_U, nll_P))) * clip(d2 / d2_U, 0, 1)
+    JFS = harmonic mean of C, R, F; 0 where one of them is 0
+    ratio = (JFS - JFS_U) / (JFS_P - JFS_U)
+
+so that an unsteered text has ratio 0, prompting 1; where prompting does not help, all ratios are 0. Anchors are means over a
+concept's texts. The harmonic mean of three scores,
+and strengths chosen on other prompts than those reported on, follow AxBench (Wu et al. 2025, arXiv 2501.17148).
+"""
+
+import copy
+import warnings
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ..bank import BaseModel, ConceptBank, SiteFacts
+from ..concepts import Concept, Gate, Part
+from ..encoders import Directions
+from ..errors import OutOfRange
+from ..interventions import Add
+from ..steering import steer
+from .text import Completions, Judge, chat, complete, distinct, nll, progress, relevance
+
+ROWS = 128
+"""Answers written at once."""
+TEMPERATURE = 0.7
+RANDOM_DIRECTIONS = 5
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Condition:
+    """One way to answer requests: edits, words, both or neither."""
+
+    name: str
+    bank: ConceptBank | None = None
+    edits: Mapping[str, float] = field(default_factory=dict)
+    """Additions only, in units; an amount of 0 is no edit."""
+    instruction: str = ""
+    gate: Gate | None = None
+    """Where the edits act."""
+
+
+class Scores(NamedTuple):
+    """What was measured of every answer, each `[conditions, seeds, prompts]`."""
+
+    concepts: Float[np.ndarray, "conditions seeds prompts concepts"]
+    relevance: Float[np.ndarray, "conditions seeds prompts"]
+    nll: Float[np.ndarray, "conditions seeds prompts"]
+    distinct: Float[np.ndarray, "conditions seeds prompts"]
+    texts: list[list[list[str]]]
+
+    def of(self, conditions: Sequence[int]) -> "Scores":
+        """Some conditions only, in the order asked for."""
+        chosen = list(conditions)
+        return Scores(*(values[chosen] for values in self[:4]), texts=[self.texts[i] for i in chosen])
+
+
+def stacked(*several: Scores) -> Scores:
+    """The conditions of several measurements of the same prompts and seeds."""
+    numbers = ([scores[k] for scores in several] for k in range(4))
+    return Scores(*map(np.concatenate, numbers), texts=[text for scores in several for text in scores.texts])
+
+
+class Joint(NamedTuple):
+    """The three scores between their anchors and their harmonic mean, each `[conditions, seeds, prompts]`."""
+
+    concept: Float[np.ndarray, "conditions seeds prompts"]
+    relevance: Float[np.ndarray, "conditions seeds prompts"]
+    fluency: Float[np.ndarray, "conditions seeds prompts"]
+    total: Float[np.ndarray, "conditions seeds prompts"]
+
+
+def answer(
+    model: Any,
+    tokenizer: Any,
+    conditions: Sequence[Condition],
+    prompts: Sequence[str],
+    judge: Judge,
+    *,
+    seeds: Sequence[int],
+    new_tokens: int = 40,
+    temperature: float = TEMPERATURE,
+    what: str = "writing",
+) -> Scores:
+    """Answer every request under every condition and seed, and score the answers.
+
+    Many conditions share a batch, each acting on rows of its own.
+    """
+    plain = [chat(tokenizer, prompt) for prompt in prompts]
+    at_once = max(1, ROWS // len(prompts))
+    groups = [conditions[i : i + at_once] for i in range(0, len(conditions), at_once)]
+    texts: list[list[list[str]]] = [[[] for _ in seeds] for _ in conditions]
+    likelihood = np.zeros((len(conditions), len(seeds), len(prompts)))
+    for g, s in progress([(g, s) for g in range(len(groups)) for s in range(len(seeds))], what):
+        some = groups[g]
+        asked = [chat(tokenizer, prompt, c.instruction) for c in some for prompt in prompts]
+        with together(model, some, len(prompts)):
+            done = complete(model, tokenizer, asked, new_tokens=new_tokens, temperature=temperature, seed=seeds[s])
+        found = nll_behind(model, tokenizer, done, plain).reshape(len(some), len(prompts))
+        for k in range(len(some)):
+            texts[g * at_once + k][s] = done.texts[k * len(prompts) : (k + 1) * len(prompts)]
+            likelihood[g * at_once + k, s] = found[k]
+    flat = [text for by_seed in texts for by_prompt in by_seed for text in by_prompt]
+    shape = likelihood.shape
+    return Scores(
+        concepts=judge(flat).reshape(*shape, -1),
+        relevance=relevance(prompts, flat, [i for _ in range(shape[0] * shape[1]) for i in range(shape[2])]).reshape(shape),
+        nll=likelihood,
+        distinct=np.array([distinct(text) for text in flat]).reshape(shape),
+        texts=texts,
+    )
+
+
+def together(model: Any, conditions: Sequence[Condition], each: int) -> ExitStack:
+    """Sessions of all conditions, each acting on `each` rows of its own; enter the stack to steer."""
+    stack = ExitStack()
+    try:
+        for k, condition in enumerate(conditions):
+            if condition.bank is not None and condition.edits:
+                own = [row // each == k for row in range(len(conditions) * each)]
+                edits = {n: Add([amount * mine for mine in own], gate=condition.gate) for n, amount in condition.edits.items()}
+                stack.enter_context(steer(model, condition.bank, edits, allow_ood=True))
+    except BaseException:
+        stack.close()
+        raise
+    return stack
+
+
+@torch.no_grad()
+def nll_behind(model: Any, tokenizer: Any, done: Completions, requests: Sequence[str]) -> Float[np.ndarray, " rows"]:
+    """Mean negative log-likelihood of answers, in nats per token, under the model as it is, had row i been asked
+    `requests[i % len(requests)]`. Each request is read once where the model's cache can be shared between rows."""
+    batch = tokenizer(list(requests), return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
+    asked, seen = (batch[name].to(done.ids.device) for name in ("input_ids", "attention_mask"))
+    new, real = done.ids[:, done.prompt :], done.mask[:, done.prompt :]
+    index = torch.arange(len(new), device=asked.device) % len(requests)
+    first = model(input_ids=asked, attention_mask=seen, use_cache=True, logits_to_keep=1)
+    cache: Any = getattr(first, "past_key_values", None)
+    layers = getattr(cache, "layers", [])
+    if not layers or not all(hasattr(layer, "batch_select_indices") for layer in layers):
+        whole = torch.cat((asked[index], new), 1), torch.cat((seen[index].bool(), real), 1)
+        return nll(model, Completions(done.texts, *whole, asked.shape[1]))
+    out = []
+    for rows in torch.arange(len(new), device=asked.device).split(32):
+        shared = copy.deepcopy(cache)
+        shared.batch_select_indices(index[rows])
+        mask = torch.cat((seen[index[rows]], real[rows].long()), 1)[:, :-1]
+        rest = model(input_ids=new[rows, :-1], attention_mask=mask, past_key_values=shared).logits
+        scores = torch.cat((first.logits[index[rows]], rest), 1).float().log_softmax(-1)
+        own = scores.gather(-1, new[rows][..., None])[..., 0]
+        out.append(-(own * real[rows]).sum(1) / real[rows].sum(1).clamp(min=1))
+    return torch.cat(out).cpu().numpy()
+
+
+def joint(scores: Scores, concept: int, *, unsteered: int = 0, prompted: int = 1) -> Joint:
+    """C, R, F and their harmonic mean (formulas above); `unsteered` and `prompted` are the conditions that anchor them."""
+    c, u, p = scores.concepts[..., concept], unsteered, prompted
+    reach = c[p].mean() - c[u].mean()
+    if reach <= 0:  # a model that cannot be asked: its own spread is the scale
+        reach = max(c[u].std(), 1e-3)
+    C = np.clip((c - c[u].mean()) / reach, 0, 1)
+    R = np.clip(scores.relevance / max(scores.relevance[p].mean(), 1e-3), 0, 1)
+    worn = np.maximum(0, scores.nll - max(scores.nll[u].mean(), scores.nll[p].mean()))
+    F = np.exp(-worn) * np.clip(scores.distinct / scores.distinct[u].mean(), 0, 1)
+    with np.errstate(divide="ignore"):
+        total = 3 / (1 / C + 1 / R + 1 / F)
+    return Joint(C, R, F, total)
+
+
+def ratios(
+    totals: Mapping[str, Float[np.ndarray, " cells"]], *, draws: int = 2000, seed: int = 0
+) -> dict[str, dict[str, float]]:
+    """Ratio to prompting of each condition and its 95 % interval, by paired bootstrap over cells (concept and prompt).
+
+    `totals` holds JFS by condition, the same cells in the same order, `unsteered` and `prompted` among them.
+    """
+    table = np.stack(list(totals.values()))
+    u, p = (list(totals).index(name) for name in ("unsteered", "prompted"))
+    picks = np.random.default_rng(seed).integers(0, table.shape[1], (draws, table.shape[1]))
+    means = np.stack([row[picks].mean(1) for row in table])
+    drawn, whole = excess(means, means[u], means[p]), table.mean(1)
+    found = excess(whole, whole[u], whole[p])
+    ends = np.quantile(drawn, [0.025, 0.975], axis=1)
+    return {
+        name: {"ratio": float(found[i]), "low": float(ends[0, i]), "high": float(ends[1, i])} for i, name in enumerate(totals)
+    }
+
+
+def random_bank(concept: Concept, bank: ConceptBank, *, count: int = RANDOM_DIRECTIONS, seed: int = 0) -> ConceptBank:
+    """Random directions wherever a concept is moved, as long as its own, sharing its units and its gate."""
+    generator = torch.Generator().manual_seed(seed)
+    rows: dict[str, list[Tensor]] = {}
+    gate = None if concept.gate is None else bank[concept.gate.concept]
+    concepts = []
+    for i in range(count):
+        places = []
+        for place in concept.places:
+            own = bank.rows(place).write[0]
+            drawn = torch.randn(len(own), generator=generator)
+            found = rows.setdefault(bank.site_of(place), [])
+            found.append(drawn * own.norm() / drawn.norm())
+            places.append(Part(encoder=bank.site_of(place), index=len(found) - 1, unit=place.unit))
+        first, *others = places
+        concepts.append(
+            Concept(
+                name=f"random-{i + 1}",
+                encoder=first.encoder,
+                index=first.index,
+                unit=concept.unit,
+                parts=tuple(others),
+                gate=concept.gate,
+                match_norm=concept.match_norm,
+            )
+        )
+    encoders = {site: Directions(torch.stack(vectors)) for site, vectors in rows.items()}
+    sites = {site: SiteFacts(width=encoder.decoder.shape[1], norm=bank.sites[site].norm) for site, encoder in encoders.items()}
+    where = {site: site for site in encoders}
+    if gate is not None:
+        read, bias, _ = bank.rows(gate)
+        site = bank.site_of(gate)
+        # a direction d reads <x, d> / |d|^2 - mean
+        encoders[f"{site}#gate"] = Directions(read / read.square().sum(), -bias)
+        where[f"{site}#gate"] = site
+        sites.setdefault(site, SiteFacts(width=read.shape[1]))
+        concepts.append(Concept(name=gate.name, encoder=f"{site}#gate", index=0, unit=gate.unit, present=gate.present))
+    return ConceptBank("random", concepts, encoders, base=BaseModel(), sites=sites, where=where)
+
+
+def excess(joint: Any, unsteered: Any, prompted: Any) -> Any:
+    """The ratio above, element by element."""
+    gain = np.asarray(prompted - unsteered)
+    return np.where(gain > 0, (joint - unsteered) / np.where(gain > 0, gain, 1), 0.0)
+
+
+def specificity(scores: Scores, concept: int, condition: int, *, unsteered: int = 0) -> float:
+    """Gain of the concept over that gain plus the gains of all others: 1 where nothing else rises; 0 without a gain."""
+    gains = scores.concepts[condition].mean((0, 1)) - scores.concepts[unsteered].mean((0, 1))
+    own = max(0.0, float(gains[concept]))
+    others = float(np.maximum(0, np.delete(gains, concept)).sum())
+    return own / (own + others) if own > 0 else 0.0
+
+
+# -- side effects --------------------------------------------------------------------------------------------
+
+
+class SideEffects(NamedTuple):
+    """What edits do to text that has nothing to do with them; teacher-forced, per token."""
+
+    kl: float
+    """KL(p_0 || p_s) in nats."""
+    loss: float
+    """Rise of the cross-entropy in nats."""
+    agreement: float
+    """Share of positions at which the likeliest next token is the same."""
+
+
+class Unrelated:
+    """Ordinary text as the unsteered model continues it."""
+
+    def __init__(self, model: Any, tokenizer: Any, texts: Sequence[str], *, length: int = 32, rows: int = 15):
+        self.model = model
+        batch = tokenizer(
+            list(texts), return_tensors="pt", padding=True, truncation=True, max_length=length, padding_side="right"
+        )
+        ids, mask = (batch[name].to(model.device) for name in ("input_ids", "attention_mask"))
+        self.parts = list(zip(ids.split(rows), mask.split(rows), strict=True))
+        self.before = [self._scores(*part) for part in self.parts]
+
+    def side_effects(self, condition: Condition) -> SideEffects:
+        """Measure one condition."""
+        sums = np.zeros(4)
+        for (ids, mask), before in zip(self.parts, self.before, strict=True):
+            with together(self.model, [condition], len(ids)):
+                after = self._scores(ids, mask)
+            real = mask[:, 1:].bool()
+            kl = (before.exp() * (before - after)).sum(-1)
+            fall = (before - after).gather(-1, ids[:, 1:, None])[..., 0]
+            same = before.argmax(-1) == after.argmax(-1)
+            sums += [float(x[real].sum()) for x in (kl, fall, same.float(), real.float())]
+        return SideEffects(*(float(x) for x in sums[:3] / sums[3]))
+
+    @torch.no_grad()
+    def _scores(self, ids: Tensor, mask: Tensor) -> Float[Tensor, "rows length vocab"]:
+        return self.model(input_ids=ids, attention_mask=mask).logits[:, :-1].float().log_softmax(-1)
+
+
+# -- dose and response ---------------------------------------------------------------------------------------
+
+
+class Response(NamedTuple):
+    """How the leaning towards a concept follows the dose."""
+
+    doses: tuple[float, ...]
+    propensity: tuple[float, ...]
+    """Mean over prompts."""
+    slope: float
+    """Least squares over all prompts, nats per unit of dose: steerability (Tan et al. 2024, arXiv 2407.12404)."""
+    spearman: float
+    """Rank correlation of dose and mean propensity."""
+    anti_steerable: float
+    """Share of prompts with a negative slope."""
+    symmetry: float
+    """Slope of the negative doses over that of the positive ones; 1: the same pull both ways."""
+
+
+def lexicon(positive: Sequence[str], negative: Sequence[str], *, size: int = 20) -> list[str]:
+    """Words that tell two sets of texts apart: log-odds ratio of smoothed document counts, among words of two texts or more."""
+    counts = [_documents(texts) for texts in (positive, negative)]
+
+    def log_odds(word: str, side: int, texts: Sequence[str]) -> float:
+        n = counts[side].get(word, 0)
+        return float(np.log((n + 0.5) / (len(texts) - n + 0.5)))
+
+    odds = {word: log_odds(word, 0, positive) - log_odds(word, 1, negative) for word, n in counts[0].items() if n >= 2}
+    return sorted(odds, key=lambda word: (-odds[word], word))[:size]
+
+
+def _documents(texts: Sequence[str]) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for text in texts:
+        for word in {"".join(c for c in w if c.isalpha() or c in "'’-") for w in text.lower().split()} - {""}:
+            found[word] = found.get(word, 0) + 1
+    return found
+
+
+@torch.no_grad()
+def dose_response(
+    model: Any,
+    tokenizer: Any,
+    bank: ConceptBank,
+    concept: str,
+    doses: Sequence[float],
+    prompts: Sequence[str],
+    words: Sequence[str],
+    *,
+    new_tokens: int = 24,
+) -> Response:
+    """Propensity at each dose, teacher-forced on the model's own unsteered answers: mean log-probability of the words minus
+    that of other words which the unsteered model finds equally likely on average there. `doses` are amounts in units."""
+    asked = [chat(tokenizer, prompt) for prompt in prompts]
+    done = complete(model, tokenizer, asked, new_tokens=new_tokens)
+    plain = _leaning(model, done)
+    wanted = _first_tokens(tokenizer, words)
+    others = _equally_likely(plain.mean(0), wanted, _word_tokens(tokenizer))
+    before = _difference(plain, wanted, others)
+    table = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", OutOfRange)  # doses leave the safe range on purpose
+        for dose in doses:
+            with steer(model, bank, {concept: dose}, allow_ood=True):
+                table.append(_difference(_leaning(model, done), wanted, others) - before if dose else before * 0)
+    p, x = np.stack(table), np.array(doses)
+    centred = x - x.mean()
+    slopes = centred @ p / (centred @ centred)
+    mean = p.mean(1)
+    sides = [_slope(x[side], mean[side]) for side in (x <= 0, x >= 0)]
+    return Response(
+        doses=tuple(doses),
+        propensity=tuple(float(v) for v in mean),
+        slope=float(slopes.mean()),
+        spearman=_spearman(x, mean),
+        anti_steerable=float((slopes < 0).mean()),
+        symmetry=sides[0] / sides[1] if sides[1] else 0.0,
+    )
+
+
+def _leaning(model: Any, done: Completions) -> Float[Tensor, "prompts vocab"]:
+    """Mean log-probability of every token over the positions of each answer."""
+    keep = done.ids.shape[1] - done.prompt + 1
+    logits = model(input_ids=done.ids, attention_mask=done.mask.long(), logits_to_keep=keep).logits[:, :-1]
+    real = done.mask[:, done.prompt :, None].float()
+    return (logits.float().log_softmax(-1) * real).sum(1) / real.sum(1)
+
+
+def _first_tokens(tokenizer: Any, words: Sequence[str]) -> list[int]:
+    """The first token of each word that has a letter in it, each once."""
+    found = []
+    for word in words:
+        ids = tokenizer(" " + word, add_special_tokens=False)["input_ids"]
+        found += [i for i in ids if any(map(str.isalpha, tokenizer.decode([i])))][:1]
+    return list(dict.fromkeys(found))
+
+
+def _word_tokens(tokenizer: Any) -> list[int]:
+    """Tokens that are words with a space before them."""
+    tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    return [i for i, token in enumerate(tokens) if token and token[0] in "Ġ▁" and len(token) > 3 and token[1:].isalpha()]
+
+
+def _equally_likely(mean: Float[Tensor, " vocab"], wanted: Sequence[int], among: Sequence[int]) -> list[int]:
+    """For each token another one, each once, whose mean log-probability is nearest."""
+    free = {i: float(mean[i]) for i in among if i not in set(wanted)}
+    chosen = []
+    for token in wanted:
+        best = min(free, key=lambda i: abs(free[i] - float(mean[token])))
+        chosen.append(best)
+        del free[best]
+    return chosen
+
+
+def _difference(leaning: Tensor, wanted: Sequence[int], others: Sequence[int]) -> Float[np.ndarray, " prompts"]:
+    return (leaning[:, list(wanted)].mean(1) - leaning[:, list(others)].mean(1)).cpu().numpy()
+
+
+def _slope(x: np.ndarray, y: np.ndarray) -> float:
+    centred = x - x.mean()
+    return float(centred @ y / (centred @ centred)) if len(x) > 1 else 0.0
+
+
+def _spearman(x: np.ndarray, y: np.ndarray) -> float:
+    first, second = (np.argsort(np.argsort(values)).astype(float) for values in (x, y))
+    return float(np.corrcoef(first, second)[0, 1])

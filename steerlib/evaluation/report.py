@@ -1,0 +1,146 @@
+"""Measurements as tables and pictures; every figure comes from records that `steerlib eval` wrote."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import MissingExtra
+from .comparison import ratios
+
+Record = Mapping[str, Any]
+UNSTEERED, PROMPTED, BASELINE, RANDOM = "unsteered", "prompted", "difference-of-means", "random direction"
+CONTROLS = ("no-op", "shuffled labels", "wrong concept", RANDOM)
+
+
+def table(records: Sequence[Record]) -> str:
+    """One line a concept, as Markdown."""
+    head = (
+        "| concept | made by | amount | score: unsteered | prompted | **steered** | best random | ratio to prompting "
+        "| prompts moved | nats/token: unsteered, prompted, **steered** | KL on unrelated text, gated | specificity "
+        "| anti-steerable |\n" + "|---" * 13 + "|"
+    )
+    return "\n".join([head, *(_concept_line(record) for record in records)])
+
+
+def _concept_line(r: Record) -> str:
+    t = r["conditions"]
+    base, told, steered = (t[name] for name in ("unsteered", "prompted", "steered"))
+    random = max(t[name]["score"] for name in t if name.startswith("random-"))
+    gated = t.get("steered, gated", steered)["kl"]
+    return (
+        f"| {r['concept']} | {r['method']} | {r['amount']:+.2f} | {base['score']:.2f} | {told['score']:.2f} "
+        f"| **{steered['score']:.2f}** | {random:.2f} | **{steered['ratio']:.2f}** | {r['moved']:.0%} "
+        f"| {base['nll']:.2f}, {told['nll']:.2f}, **{steered['nll']:.2f}** | {steered['kl']:.2f}, {gated:.2f} "
+        f"| {steered['specificity']:.2f} | {r['response']['anti_steerable']:.0%} |"
+    )
+
+
+def summary(records: Sequence[Record]) -> dict[str, dict[str, float]]:
+    """By condition, over the concepts that have it: ratio to prompting with its interval, and mean side effects.
+
+    The random directions of a concept count together as one condition. `baseline` is difference of means on the same concepts.
+    """
+    names = dict.fromkeys(name for record in records for name in _joint(record))
+    return {name: _over([record for record in records if name in _joint(record)], name) for name in names}
+
+
+def _over(records: Sequence[Record], name: str) -> dict[str, float]:
+    wanted = [n for n in dict.fromkeys((UNSTEERED, PROMPTED, BASELINE, name)) if all(n in _joint(r) for r in records)]
+    found = ratios({n: np.concatenate([_joint(record)[n] for record in records]) for n in wanted})
+    line = {**found[name], "concepts": len(records)}
+    if BASELINE in found:
+        line["baseline"] = found[BASELINE]["ratio"]
+    for key in ("kl", "agreement", "specificity"):
+        values = [_line(record, name)[key] for record in records if key in _line(record, name)]
+        if values:
+            line[key] = float(np.mean(values))
+    return line
+
+
+def _joint(record: Record) -> dict[str, np.ndarray]:
+    """Joint scores by condition, the random directions as one."""
+    random = [values for name, values in record["joint"].items() if name.startswith("random-")]
+    rest = {name: np.array(values) for name, values in record["joint"].items() if not name.startswith("random-")}
+    return {**rest, RANDOM: np.mean(random, axis=0)}
+
+
+def _line(record: Record, name: str) -> Mapping[str, float]:
+    """Means of a condition; of the random directions where all were measured."""
+    lines = record["conditions"]
+    if name != RANDOM:
+        return lines[name]
+    drawn = [line for other, line in lines.items() if other.startswith("random-")]
+    return {key: float(np.mean([line[key] for line in drawn if key in line])) for key in drawn[0]}
+
+
+def summary_table(records: Sequence[Record]) -> str:
+    """One line a condition, as Markdown: controls first, then methods from the weakest to the strongest."""
+    found = summary(records)
+    last = {UNSTEERED: -3, PROMPTED: -2, "steered": 9}
+    order = sorted(found, key=lambda name: (last.get(name, -1 if name in CONTROLS else 0), found[name]["ratio"]))
+    head = (
+        "| | concepts | ratio to prompting (95 %) | difference of means on the same | specificity | KL on unrelated text "
+        "| next-token agreement |\n|---|---|---|---|---|---|---|"
+    )
+    shown = {"steered": "**chosen per concept**"}
+    return "\n".join([head, *(_summary_line(shown.get(name, name), found[name]) for name in order)])
+
+
+def _summary_line(name: str, line: Mapping[str, float]) -> str:
+    def number(key: str) -> str:
+        return f"{line[key]:.2f}" if key in line else "–"
+
+    interval = "" if name in (UNSTEERED, PROMPTED) else f" ({line['low']:.2f} to {line['high']:.2f})"
+    rest = " | ".join(map(number, ("baseline", "specificity", "kl", "agreement")))
+    return f"| {name} | {line['concepts']} | {line['ratio']:.2f}{interval} | {rest} |"
+
+
+def missed(records: Sequence[Mapping[str, Any]]) -> str:
+    """Every bar that a concept does not clear, as a Markdown list."""
+    lines = [
+        f"- **{r['concept']}** misses “{bar}”" + ("" if kind == "also" else ", which a shipped concept has to clear")
+        for r in records
+        for kind in ("passes", "also")
+        for bar, held in r[kind].items()
+        if not held
+    ]
+    return "\n".join(["Bars that were missed:\n", *lines]) if lines else "Every concept clears every bar."
+
+
+def picture(records: Sequence[Record], path: Path) -> None:
+    """Dose–response of every concept, and methods beside prompting and controls, in one PNG."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise MissingExtra("pictures need matplotlib: pip install 'steerlib[eval]'") from None
+    figure = Figure(figsize=(12, 5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for k, record in enumerate(records):
+        response, amount = record["response"], record["amount"]
+        style = ("-", "--", ":")[k // 10 % 3]
+        doses = [dose / amount for dose in response["doses"]]
+        left.plot(doses, response["propensity"], style, color=f"C{k % 10}", marker=".", label=record["concept"])
+    left.axhline(0, color="0.8", zorder=0)
+    left.axvline(0, color="0.8", zorder=0)
+    left.set(xlabel="dose (1 = useful amount)", ylabel="propensity, nats", title="Dose and response")
+    left.legend(fontsize=8, ncols=2, frameon=False)
+    found = {name: line for name, line in summary(records).items() if name not in (UNSTEERED, PROMPTED)}
+    order = sorted(found, key=lambda name: found[name]["ratio"])
+    middle = [found[name]["ratio"] for name in order]
+    ends = np.array([[found[name]["low"], found[name]["high"]] for name in order])
+    errors = np.abs(ends - np.array(middle)[:, None]).T
+    colours = ["C3" if name in CONTROLS else "C2" if name == "steered" else "C0" for name in order]
+    right.barh(
+        [{"steered": "chosen per concept"}.get(n, n) for n in order],
+        middle,
+        xerr=errors,
+        color=colours,
+        ecolor="0.3",
+        height=0.7,
+    )
+    right.axvline(1, color="0.3", linestyle="--")
+    right.axvline(0, color="0.3", linewidth=0.8)
+    right.set(xlabel="ratio to prompting (0: unsteered, 1: prompted), 95 % interval", title="Methods and controls")
+    figure.savefig(path, dpi=110, metadata={"Software": None})

@@ -1,0 +1,93 @@
+"""The card of a bank: what each concept means, what was measured, how to use it. Every number comes from the bank."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..bank import ConceptBank
+from ..concepts import Concept
+from ..evaluation.report import missed, summary_table, table
+from .recipe import Recipe
+
+CONTROLS = """*Ratio to prompting* is a joint score of concept, relevance and fluency, 0 for the unsteered model and 1
+for the best of the recipe's prompts that ask for the concept (`steerlib/evaluation/comparison.py` has the formula). *Best
+random* is the best of five random directions as long as the concept's own, at the same sites. Nats per token are the text's
+negative log-likelihood under the unsteered model that was asked the plain request. KL is what steering does to next-token
+distributions of text that has nothing to do with it; *gated* the same with `gate=Gate("answering")`, or the concept's own gate.
+*Anti-steerable* is the share of prompts on which a higher dose means less of the concept."""
+
+
+def card(bank: ConceptBank, recipe: Recipe, records: Sequence[dict[str, Any]], trust: str) -> str:
+    """The card, in Markdown with model-card metadata."""
+    kept = [record for record in records if record["concept"] in bank.concepts]
+    left_out = [record for record in records if record["concept"] not in bank.concepts]
+    levers = [concept for concept in bank.concepts.values() if concept.useful is not None]
+    parts = [
+        f"---\nlibrary_name: steerlib\nbase_model: {recipe.base}\nlicense: {recipe.license}\ntags: [steering, concepts]\n---",
+        f"# {recipe.name}\n\n{recipe.description.strip()}",
+        _usage(recipe, levers[0]) if levers else "",
+        f"## The {len(levers)} concepts\n\nAmounts are in units of the concept: one standard deviation of its reading on "
+        f"reference text.\n\n{_concepts(levers)}",
+        f"## What was measured\n\nOn {recipe.evaluation_prompts} requests used for nothing else, {recipe.seeds} answers to "
+        f"each, {recipe.new_tokens} new tokens, each concept at its useful amount. {CONTROLS}\n\n{table(kept)}",
+        f"Over all concepts:\n\n{summary_table(kept)}" if kept else "",
+        missed(records),
+        f"Tried and left out, because they miss a required bar:\n\n{table(left_out)}" if left_out else "",
+        trust,
+        _gates(bank),
+        "## As it comes out\n\n" + "\n\n".join(_example(record) for record in kept),
+        LIMITS.format(recipe=recipe.name),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _usage(recipe: Recipe, first: Concept) -> str:
+    return (
+        f'```python\nimport steerlib as sl\n\nbank = sl.ConceptBank.from_pretrained("{recipe.name}")\n'
+        f'with sl.steer(model, bank, {{"{first.name}": {first.useful:+.2f}}}):\n'
+        "    model.generate(**inputs, max_new_tokens=60)\n```"
+    )
+
+
+def _concepts(levers: Sequence[Concept]) -> str:
+    lines = ["| concept | meaning | made by | useful amount | safe range | beyond it |\n|---|---|---|---|---|---|"]
+    for c in levers:
+        low, high = c.range or (0.0, 0.0)
+        lines.append(
+            f"| {c.name} | {c.label} | {c.source} | {c.useful:+.2f} | {low:+.2f} to {high:+.2f} | {c.beyond or 'not seen'} |"
+        )
+    return "\n".join(lines)
+
+
+def _gates(bank: ConceptBank) -> str:
+    found = [concept for concept in bank.concepts.values() if concept.present is not None and "precision" in concept.effects]
+    if not found:
+        return ""
+    lines = [
+        f"| {c.name} | {c.label} | {c.effects['precision']:.2f} | {c.effects['recall']:.2f} | {c.effects['tokens']} |"
+        for c in found
+    ]
+    return (
+        "## Gates\n\nReadings that say where something is present, by token: "
+        '`Add(2.0, gate=sl.Gate("answering"))` acts only there. '
+        "Precision and recall are those of single tokens, on texts that nothing was made from.\n\n"
+        "| gate | opens on | precision | recall | tokens |\n|---|---|---|---|---|\n" + "\n".join(lines)
+    )
+
+
+def _example(record: Mapping[str, Any]) -> str:
+    e = record["examples"][0]
+    lines = [f"> {name}: {_line(e[name])}" for name in ("unsteered", "prompted", "steered")]
+    return f"**{record['concept']} {record['amount']:+.2f}** — {e['prompt']}\n\n" + "\n>\n".join(lines)
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split())
+
+
+LIMITS = """## Limits
+
+Effects belong to the weights they were measured on; a differently quantised copy gives a notice. A strong amount costs fluency
+(nats per token in the table). Concepts are correlated: moving one can move others (specificity). No person and no language
+model has judged these texts.
+
+Made by `steerlib train concept_banks/recipes/{recipe}/recipe.toml`."""

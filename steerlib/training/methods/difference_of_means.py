@@ -1,0 +1,18 @@
+"""Mean with the concept minus mean without it (Marks & Tegmark 2023, arXiv 2310.06824)."""
+
+from jaxtyping import Float
+from torch import Tensor
+
+from ..levers import SHARES, Lever, Task
+
+STRENGTHS = SHARES
+
+
+def direction(task: Task, site: str) -> Float[Tensor, " D"]:
+    """The direction at a site, of length 1."""
+    difference = (task.positive[site] - task.negative[site]).mean(0)
+    return difference / difference.norm()
+
+
+def fit(task: Task) -> Lever:
+    return task.at(direction(task, task.site))

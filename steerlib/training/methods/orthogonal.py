@@ -1,0 +1,42 @@
+"""Difference of means, freed of what moves the other concepts: orthogonal to their directions in the metric of activations.
+
+With K the directions to keep, S the covariance of activations on ordinary text and d the difference of means:
+
+    d' = d - K^T (K S^-1 K^T)^-1 K S^-1 d
+
+so that d' is uncorrelated, on ordinary text, with every direction kept (the oblique projection of LEACE, Belrose et al. 2023,
+arXiv 2306.03819, for several directions).
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ..levers import SHARES, Lever, Task
+from .difference_of_means import direction
+
+STRENGTHS = SHARES
+SHRINKAGE = 0.1
+"""Share of the mean variance put on the diagonal: there are few tokens for so many coordinates."""
+
+
+def metric(x: Float[Tensor, "tokens D"]) -> Float[Tensor, "D D"]:
+    """The inverse of the shrunk covariance."""
+    centred = x - x.mean(0)
+    covariance = centred.T @ centred / len(x)
+    mean = covariance.diagonal().mean()
+    return torch.linalg.inv((1 - SHRINKAGE) * covariance + SHRINKAGE * mean * torch.eye(len(covariance)))
+
+
+def without(d: Float[Tensor, " D"], keep: Float[Tensor, "k D"], inverse: Float[Tensor, "D D"]) -> Float[Tensor, " D"]:
+    """The formula above."""
+    if not len(keep):
+        return d
+    read = keep @ inverse
+    return d - keep.T @ torch.linalg.solve(read @ keep.T, read @ d)
+
+
+def fit(task: Task) -> Lever:
+    site = task.site
+    keep = task.keep.get(site, torch.zeros(0, task.reference[site].shape[1]))
+    return task.at(without(direction(task, site), keep, metric(task.reference[site])))
