@@ -1,6 +1,7 @@
 """The real SmolLM2-135M-Instruct with the shipped bank: parity, and an effect that scorers see."""
 
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +12,10 @@ from transformers import TextIteratorStreamer
 
 import steerlib as sl
 from steerlib.cli import recipe_of
-from steerlib.evaluation.comparison import random_bank
-from steerlib.evaluation.report import table
-from steerlib.evaluation.text import chat, complete
+from steerlib.evaluation.report import summary, table
+from steerlib.evaluation.text import chat
 from steerlib.training.measure import ANSWERING
-from steerlib.training.pipeline import judge_for
+from steerlib.training.pipeline import evaluate
 
 pytestmark = pytest.mark.real
 NEW = 10
@@ -187,21 +187,18 @@ def test_useful_amounts_are_carried_out_whole(real, shipped, batch):
             assert torch.equal(limited, model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits)
 
 
-def test_steering_moves_what_a_scorer_reads_and_random_directions_do_not(real, shipped):
-    """A small version of `steerlib eval`, on prompts of this test's own."""
+def test_a_small_evaluation_finds_the_effect_and_no_effect_of_the_controls(real, shipped):
+    """`steerlib eval` itself, on fewer prompts."""
     model, tokenizer = real
-    prompts = [chat(tokenizer, p) for p in ("How was your day?", "Describe your house.", "What did your friend say to you?")]
-    judge = judge_for(recipe_of(shipped, None))
-
-    def score(name, bank=shipped, edits=None):
-        with sl.steer(model, bank, edits or {}, allow_ood=True):
-            texts = complete(model, tokenizer, prompts, new_tokens=32).texts
-        return judge(texts)[:, judge.names.index(name)].mean()
-
-    for concept in levers(shipped)[:2]:
-        controls = random_bank(concept, shipped, count=1)
-        steered, base = score(concept.name, edits={concept.name: concept.useful}), score(concept.name)
-        assert steered > base + 0.1 and steered > score(concept.name, controls, {"random-1": concept.useful}) + 0.1
+    few = replace(recipe_of(shipped, None), evaluation_prompts=6, dev_prompts=4, seeds=1, new_tokens=24)
+    name = levers(shipped)[0].name
+    (record,) = evaluate(model, tokenizer, shipped, few, concepts=[name])
+    found = summary([record])
+    controls = [found[control]["ratio"] for control in ("no-op", "random direction", "wrong concept", "shuffled labels")]
+    assert found["unsteered"]["ratio"] == 0 and found["prompted"]["ratio"] == 1
+    assert found["steered"]["ratio"] > 0.5 > max(controls), found
+    assert record["moved"] >= 0.8 and record["response"]["slope"] > 0
+    assert record["conditions"]["steered, gated"]["kl"] < record["conditions"]["steered"]["kl"] / 3
 
 
 def test_the_readmes_first_example_runs(capsys):

@@ -11,6 +11,7 @@ from .comparison import ratios
 
 Record = Mapping[str, Any]
 UNSTEERED, PROMPTED, BASELINE, RANDOM = "unsteered", "prompted", "difference-of-means", "random direction"
+SHOWN = {"steered": "chosen per concept", "steered, gated": "chosen, acting in answers only"}
 CONTROLS = ("no-op", "shuffled labels", "wrong concept", RANDOM)
 
 
@@ -78,14 +79,13 @@ def _line(record: Record, name: str) -> Mapping[str, float]:
 def summary_table(records: Sequence[Record]) -> str:
     """One line a condition, as Markdown: controls first, then methods from the weakest to the strongest."""
     found = summary(records)
-    last = {UNSTEERED: -3, PROMPTED: -2, "steered": 9}
+    last = {UNSTEERED: -3, PROMPTED: -2, "steered, gated": 8, "steered": 9}
     order = sorted(found, key=lambda name: (last.get(name, -1 if name in CONTROLS else 0), found[name]["ratio"]))
     head = (
         "| | concepts | ratio to prompting (95 %) | difference of means on the same | specificity | KL on unrelated text "
         "| next-token agreement |\n|---|---|---|---|---|---|---|"
     )
-    shown = {"steered": "**chosen per concept**"}
-    return "\n".join([head, *(_summary_line(shown.get(name, name), found[name]) for name in order)])
+    return "\n".join([head, *(_summary_line(f"**{SHOWN[name]}**" if name in SHOWN else name, found[name]) for name in order)])
 
 
 def _summary_line(name: str, line: Mapping[str, float]) -> str:
@@ -131,15 +131,8 @@ def picture(records: Sequence[Record], path: Path) -> None:
     middle = [found[name]["ratio"] for name in order]
     ends = np.array([[found[name]["low"], found[name]["high"]] for name in order])
     errors = np.abs(ends - np.array(middle)[:, None]).T
-    colours = ["C3" if name in CONTROLS else "C2" if name == "steered" else "C0" for name in order]
-    right.barh(
-        [{"steered": "chosen per concept"}.get(n, n) for n in order],
-        middle,
-        xerr=errors,
-        color=colours,
-        ecolor="0.3",
-        height=0.7,
-    )
+    colours = ["C3" if name in CONTROLS else "C2" if name in SHOWN else "C0" for name in order]
+    right.barh([SHOWN.get(n, n) for n in order], middle, xerr=errors, color=colours, ecolor="0.3", height=0.7)
     right.axvline(1, color="0.3", linestyle="--")
     right.axvline(0, color="0.3", linewidth=0.8)
     right.set(xlabel="ratio to prompting (0: unsteered, 1: prompted), 95 % interval", title="Methods and controls")

@@ -25,7 +25,7 @@ from .levers import Lever, bank_of
 from .recipe import ConceptRecipe
 from .studio import Studio
 
-ANSWERING = "answering"
+ANSWERING, GATED = "answering", "steered, gated"
 EXAMPLES = 3
 DOSES = (-1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5)
 """Multiples of the useful amount in the dose–response."""
@@ -42,17 +42,7 @@ def measure(bank: ConceptBank, concept: ConceptRecipe, judge: Judge, studio: Stu
         *_steered_and_controls(bank, fact, studio, concept, choice),
         *methods,
     ]
-    prompts = recipe.read_prompts("evaluation")
-    scores = answer(
-        studio.model,
-        studio.tokenizer,
-        conditions,
-        prompts,
-        judge,
-        seeds=range(recipe.seed, recipe.seed + recipe.seeds),
-        new_tokens=recipe.new_tokens,
-        what=f"{concept.name}: answers",
-    )
+    prompts, scores = recipe.read_prompts("evaluation"), _answers(studio, judge, conditions)
     found, rows = joint(scores, column), {c.name: i for i, c in enumerate(conditions)}
     rows |= {name: rows["steered"] for name in same}
     response = dose_response(
@@ -68,6 +58,9 @@ def measure(bank: ConceptBank, concept: ConceptRecipe, judge: Judge, studio: Stu
     for name, effects in _side_effects(bank, fact, studio, conditions).items():
         for target in (name, *(same if name == "steered" else ())):
             table[target] = {**table.get(target, {}), **effects}
+    totals = {name: found.total[i].mean(0).tolist() for name, i in rows.items()}
+    for name, (line, total) in gated(bank, fact, studio, judge, conditions[1]).items():
+        table[name], totals[name] = {**table.get(name, {}), **line}, total
     before, after = (scores.concepts[rows[name], ..., column].mean(0) for name in ("unsteered", "steered"))
     record: dict[str, Any] = {
         "concept": concept.name,
@@ -79,7 +72,7 @@ def measure(bank: ConceptBank, concept: ConceptRecipe, judge: Judge, studio: Stu
         "answers": len(prompts) * recipe.seeds,
         "moved": float((after > before).mean()),
         "conditions": table,
-        "joint": {name: found.total[i].mean(0).tolist() for name, i in rows.items()},
+        "joint": totals,
         "response": response._asdict(),
         "examples": _examples(prompts, scores),
         "tried": [[*trial.setting, trial.joint] for trial in choice.trials] if choice else [],
@@ -136,10 +129,40 @@ def _side_effects(
     """On ordinary text; what was chosen also where a gate lets it act only in answers."""
     measured = [c for c in conditions if c.bank is not None and c.name not in ("no-op", "shuffled labels", "wrong concept")]
     measured = [c for c in measured if not c.name.startswith("random-") or c.name == "random-1"]
-    if fact.gate is None and ANSWERING in bank.concepts:
-        gate = Gate(ANSWERING)
-        measured.append(Condition(name="steered, gated", bank=bank, edits={fact.name: fact.useful or 0.0}, gate=gate))
-    return {c.name: studio.unrelated.side_effects(c)._asdict() for c in measured}
+    return {c.name: studio.unrelated.side_effects(c)._asdict() for c in (*measured, *_gated(bank, fact))}
+
+
+def _gated(bank: ConceptBank, fact: Concept) -> list[Condition]:
+    """What was chosen, acting in answers only; nothing where it has a gate of its own."""
+    if fact.gate is not None or ANSWERING not in bank.concepts:
+        return []
+    return [Condition(name=GATED, bank=bank, edits={fact.name: fact.useful or 0.0}, gate=Gate(ANSWERING))]
+
+
+def gated(
+    bank: ConceptBank, fact: Concept, studio: Studio, judge: Judge, prompted: Condition
+) -> dict[str, tuple[dict[str, float], list[float]]]:
+    """Whether it still works there: scores and joint scores by prompt, beside anchors written anew."""
+    conditions = [Condition(name="unsteered"), prompted, *_gated(bank, fact)]
+    if len(conditions) < 3:
+        return {}
+    scores, column = _answers(studio, judge, conditions), judge.names.index(fact.name)
+    found = joint(scores, column)
+    return {GATED: (_line(scores, found, column, 2), found.total[2].mean(0).tolist())}
+
+
+def _answers(studio: Studio, judge: Judge, conditions: Sequence[Condition]) -> Scores:
+    recipe = studio.recipe
+    return answer(
+        studio.model,
+        studio.tokenizer,
+        conditions,
+        recipe.read_prompts("evaluation"),
+        judge,
+        seeds=range(recipe.seed, recipe.seed + recipe.seeds),
+        new_tokens=recipe.new_tokens,
+        what="answers",
+    )
 
 
 def _line(scores: Scores, found: Joint, column: int, i: int) -> dict[str, float]:
@@ -178,7 +201,7 @@ def _also(record: Mapping[str, Any]) -> dict[str, bool]:
         "specificity at least 0.7": table["steered"]["specificity"] >= 0.7,
         "at most 20 % of prompts anti-steerable": record["response"]["anti_steerable"] <= 0.2,
         "at most 0.35 nats per token on unrelated text": table["steered"]["kl"] <= 0.35,
-        "at most 0.05 nats per token there when gated": table.get("steered, gated", table["steered"])["kl"] <= 0.05,
+        "at most 0.05 nats per token there when gated": table.get(GATED, table["steered"])["kl"] <= 0.05,
     }
 
 

@@ -1,6 +1,5 @@
 """The stages of training, in order. Each writes a file, so a run that stops goes on where it was."""
 
-import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -22,7 +21,7 @@ from .levers import Lever, TokenGate
 from .measure import ANSWERING, measure
 from .methods import METHODS
 from .recipe import ConceptRecipe, Recipe
-from .studio import PRESENT, Detector, Studio
+from .studio import PRESENT, Detector, Studio, remembered
 
 FEW = 8
 """With fewer concepts than this, a scorer learns ordinary texts as a class of their own."""
@@ -64,7 +63,7 @@ def choose(studio: Studio, judge: Judge, concept: ConceptRecipe) -> Choice:
         return choice.to_dict()
 
     path = studio.folder and studio.folder / "search" / f"{concept.name}.json"
-    return Choice.from_dict(_remembered(path, search))
+    return Choice.from_dict(remembered(path, search))
 
 
 def clears(record: dict[str, Any]) -> bool:
@@ -120,9 +119,10 @@ def evaluate(
     names = list(concepts or [name for name in known if name in bank.concepts])
     if strange := [name for name in names if name not in known]:
         raise BadRecipe(f"recipe {recipe.name!r} has no prompts for {', '.join(strange)}")
-    place = studio or Studio(model, tokenizer, recipe, sorted({bank.site_of(bank[name]) for name in names}))
+    chosen = replace(recipe, concepts=tuple(known[name] for name in names))
+    place = studio or Studio(model, tokenizer, chosen, sorted({bank.site_of(bank[name]) for name in names}))
     return [
-        _remembered(
+        remembered(
             work and work / "effects" / f"{name}.json",
             lambda name=name: measure(bank, known[name], scorer, place, choices[name] if choices else None),
         )
@@ -167,21 +167,7 @@ def _work_folder(work: str | os.PathLike[str] | None, recipe: Recipe) -> Path | 
     """The folder of this very recipe, so that results of another are never mixed in."""
     if work is None:
         return None
-    folder = Path(work) / recipe.digest[:16]
-    (folder / "search").mkdir(parents=True, exist_ok=True)
-    (folder / "effects").mkdir(exist_ok=True)
-    return folder
-
-
-def _remembered(path: Path | None, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What an earlier run wrote, or what `make` gives, written whole or not at all."""
-    if path is not None and path.is_file():
-        return json.loads(path.read_text(encoding="utf-8"))
-    made = json.dumps(make(), indent=1, sort_keys=True) + "\n"
-    if path is not None:
-        path.with_suffix(".part").write_text(made, encoding="utf-8")
-        path.with_suffix(".part").replace(path)
-    return json.loads(made)  # as a run that goes on would read it
+    return Path(work) / recipe.digest[:16]
 
 
 def assemble(studio: Studio, choices: dict[str, Choice]) -> ConceptBank:

@@ -1,6 +1,7 @@
 """What levers are made from: activations of contrast pairs and of ordinary text, read once, and levers, fitted once."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,6 +30,8 @@ class Detector(NamedTuple):
     """Tokens of texts it was not made from, with and without."""
 
 
+TESTED = 20
+"""Texts of each kind that a detector is tested on."""
 PRESENT = 0.5
 """Reading above which a detector says yes."""
 
@@ -138,19 +141,23 @@ class Studio:
         if not others:
             return None
         site = self.sites[0]
-        means = [self._means(side, concept.name)[site] for side in ("positive", "negative")]
-        gate = discriminant(site, means[0].mean(0), means[1].mean(0), self.reference[site])
-        return self._tested(gate, *(self._said(texts, site) for texts in (positive, negative)))
+        means = [self._means(side, concept.name)[site].mean(0) for side in ("positive", "negative")]
+        gate = discriminant(site, means[0], means[1], self.reference[site])
+        return self._tested(concept.name, gate, lambda: [self._said(texts[:TESTED], site) for texts in (positive, negative)])
 
     def answering(self) -> Detector:
         """Tells tokens of answers in a chat from ordinary text."""
         site, names = self.sites[0], [concept.name for concept in self.recipe.concepts]
         means = torch.cat([self._means(side, name)[site] for name in names for side in ("positive", "negative")])
         gate = discriminant(site, means.mean(0), self.reference[site].mean(0), self.reference[site])
-        texts = [text for concept in self.recipe.concepts for text in self.recipe.read_scoring(concept)[1][:5]]
-        others = self.recipe.read_texts(self.recipe.unrelated)
-        ordinary = tokens(self.model, self.tokenizer, others, [site], what="unrelated text")[site]
-        return self._tested(gate, self._said(texts, site), ordinary)
+        said = [text for concept in self.recipe.concepts for text in self.recipe.read_scoring(concept)[1]]
+        ordinary = self.recipe.read_texts(self.recipe.unrelated)
+
+        def texts() -> Sequence[Tensor]:
+            found = tokens(self.model, self.tokenizer, ordinary, [site], what="unrelated text")
+            return self._said(said[:: max(1, len(said) // (2 * TESTED))], site), found[site]
+
+        return self._tested("answering", gate, texts)
 
     def _said(self, texts: Sequence[str], site: str) -> Float[Tensor, "tokens D"]:
         """Texts as answers to ordinary prompts."""
@@ -158,9 +165,28 @@ class Studio:
         asked = [(prompts[i % len(prompts)], text) for i, text in enumerate(texts)]
         return torch.cat(answers(self.model, self.tokenizer, asked, [site], what="held-out text")[site])
 
-    def _tested(self, gate: TokenGate, present: Float[Tensor, "n D"], absent: Float[Tensor, "m D"]) -> Detector:
-        right, wrong = (int(((x @ gate.read + gate.bias) > PRESENT).sum()) for x in (present, absent))
-        return Detector(gate, right / max(1, right + wrong), right / len(present), len(present) + len(absent))
+    def _tested(self, name: str, gate: TokenGate, texts: Callable[[], Sequence[Tensor]]) -> Detector:
+        """`texts` gives the activations of tokens that should open the gate, and of tokens that should not."""
+
+        def test() -> dict[str, Any]:
+            present, absent = texts()
+            right, wrong = (int(((x @ gate.read + gate.bias) > PRESENT).sum()) for x in (present, absent))
+            total = len(present) + len(absent)
+            return {"precision": right / max(1, right + wrong), "recall": right / len(present), "tokens": total}
+
+        return Detector(gate, **remembered(self.folder and self.folder / "detectors" / f"{name}.json", test))
+
+
+def remembered(path: Path | None, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What an earlier run wrote, or what `make` gives, written whole or not at all."""
+    if path is not None and path.is_file():
+        return json.loads(path.read_text(encoding="utf-8"))
+    made = json.dumps(make(), indent=1, sort_keys=True) + "\n"
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.with_suffix(".part").write_text(made, encoding="utf-8")
+        path.with_suffix(".part").replace(path)
+    return json.loads(made)  # as a run that goes on would read it
 
 
 def write(path: Path | None, tensors: dict[str, Tensor]) -> None:
