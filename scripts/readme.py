@@ -1,6 +1,6 @@
-"""Write the README's measured parts from what was measured: `python scripts/readme.py [--bench FILE] [--coverage FILE]`.
+"""Write the README's measured parts from what was measured: `python scripts/readme.py [--bench FILE] [--damage FILE] …`.
 
-Runs the README's first example for the output; takes the effects from the shipped bank, the cost from
+Runs the README's first example for the output; takes tables and picture of effects from the shipped bank, the cost from
 `bench_steering.py --out`, and the coverage from `coverage_table.py`.
 """
 
@@ -13,18 +13,19 @@ from typing import Annotated, Any
 import typer
 
 import steerlib as sl
-from steerlib.evaluation.text import chat, complete, table
+from steerlib.evaluation.report import picture, summary_table, table
+from steerlib.evaluation.text import chat, complete
 
 README = Path(__file__).parent.parent / "README.md"
 PROMPT = "Tell me about the place where you live."
-SHOWN = ({"formality": 2.0}, {"french": 3.0}, {"fantasy": 2.0})
+SHOWN = ("formality", "french", "fantasy")
 
 
 def output(bank: sl.ConceptBank, source: str) -> str:
     """The answers to one prompt, unsteered and steered."""
     model, tokenizer = sl.load(source)
     lines = []
-    for edits in ({}, *SHOWN):
+    for edits in ({}, *({name: round(bank[name].useful or 1.0, 1)} for name in SHOWN)):
         with sl.steer(model, bank, edits):
             text = complete(model, tokenizer, [chat(tokenizer, PROMPT)], new_tokens=40).texts[0]
         name = ", ".join(f"`{name} {amount:+.1f}`" for name, amount in edits.items()) or "unsteered"
@@ -32,9 +33,9 @@ def output(bank: sl.ConceptBank, source: str) -> str:
     return "\n".join(["| | answer |", "|---|---|", *lines])
 
 
-def effects(bank: sl.ConceptBank) -> str:
-    """The table of the shipped bank."""
-    return table([{**c.effects, "concept": c.name, "site": bank.site_of(c)} for c in bank.concepts.values()])
+def records(bank: sl.ConceptBank) -> list[dict[str, Any]]:
+    """What was measured of the concepts of a bank."""
+    return [dict(concept.effects) for concept in bank.concepts.values() if "conditions" in concept.effects]
 
 
 def cost(figures: Mapping[str, Any]) -> str:
@@ -60,6 +61,8 @@ def put(text: str, section: str, content: str) -> str:
 
 def main(
     bench: Annotated[Path | None, typer.Option(help="figures of bench_steering.py")] = None,
+    damage: Annotated[Path | None, typer.Option(help="output of harness.py")] = None,
+    unseen: Annotated[Path | None, typer.Option(help="output of `steerlib eval` on the unseen concepts")] = None,
     coverage: Annotated[Path | None, typer.Option(help="output of coverage.py")] = None,
 ) -> None:
     """Write the measured parts of the README."""
@@ -67,11 +70,14 @@ def main(
     from steerlib.cli import recipe_of
 
     text = put(README.read_text(encoding="utf-8"), "output", output(bank, recipe_of(bank, None).source))
-    text = put(text, "effects", effects(bank))
+    measured = records(bank)
+    text = put(put(text, "effects", table(measured)), "methods", summary_table(measured))
+    picture(measured, README.parent / ".assets" / "effects.png")
     if bench is not None:
         text = put(text, "cost", cost(json.loads(bench.read_text())))
-    if coverage is not None:
-        text = put(text, "coverage", coverage.read_text(encoding="utf-8").strip())
+    for section, file in (("damage", damage), ("unseen", unseen), ("coverage", coverage)):
+        if file is not None:
+            text = put(text, section, file.read_text(encoding="utf-8").strip())
     README.write_text(text, encoding="utf-8")
 
 

@@ -30,9 +30,10 @@ def _concept_line(r: Record) -> str:
     base, told, steered = (t[name] for name in ("unsteered", "prompted", "steered"))
     random = max(t[name]["score"] for name in t if name.startswith("random-"))
     gated = t.get("steered, gated", steered)["kl"]
+    ratio = f"**{steered['ratio']:.2f}**" if told["joint"] > base["joint"] else "– (prompting does not help)"
     return (
         f"| {r['concept']} | {r['method']} | {r['amount']:+.2f} | {base['score']:.2f} | {told['score']:.2f} "
-        f"| **{steered['score']:.2f}** | {random:.2f} | **{steered['ratio']:.2f}** | {r['moved']:.0%} "
+        f"| **{steered['score']:.2f}** | {random:.2f} | {ratio} | {r['moved']:.0%} "
         f"| {base['nll']:.2f}, {told['nll']:.2f}, **{steered['nll']:.2f}** | {steered['kl']:.2f}, {gated:.2f} "
         f"| {steered['specificity']:.2f} | {r['response']['anti_steerable']:.0%} |"
     )
@@ -132,8 +133,13 @@ def picture(records: Sequence[Record], path: Path) -> None:
     ends = np.array([[found[name]["low"], found[name]["high"]] for name in order])
     errors = np.abs(ends - np.array(middle)[:, None]).T
     colours = ["C3" if name in CONTROLS else "C2" if name in SHOWN else "C0" for name in order]
-    right.barh([SHOWN.get(n, n) for n in order], middle, xerr=errors, color=colours, ecolor="0.3", height=0.7)
+    counts = [f" ({found[n]['concepts']})" if found[n]["concepts"] < len(records) else "" for n in order]
+    names = [SHOWN.get(name, name) + count for name, count in zip(order, counts, strict=True)]
+    right.barh(names, middle, xerr=errors, color=colours, ecolor="0.3", height=0.7)
     right.axvline(1, color="0.3", linestyle="--")
     right.axvline(0, color="0.3", linewidth=0.8)
-    right.set(xlabel="ratio to prompting (0: unsteered, 1: prompted), 95 % interval", title="Methods and controls")
+    right.set(
+        xlabel="ratio to prompting (0: unsteered, 1: prompted), 95 % interval",
+        title="Methods and controls (of how many concepts, if not all)",
+    )
     figure.savefig(path, dpi=110, metadata={"Software": None})
