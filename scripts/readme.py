@@ -1,4 +1,4 @@
-"""Write the README's measured parts from what was measured: `python scripts/readme.py [--bench FILE] [--damage FILE] …`.
+"""Write the README's measured parts from what was measured: `python scripts/readme.py [--bench FILE] [--coverage FILE]`.
 
 Runs the README's first example for the output; takes tables and picture of effects from the shipped bank, the cost from
 `bench_steering.py --out`, and the coverage from `coverage_table.py`.
@@ -18,7 +18,7 @@ from steerlib.evaluation.text import chat, complete
 
 README = Path(__file__).parent.parent / "README.md"
 PROMPT = "Tell me about the place where you live."
-SHOWN = ("formality", "french", "fantasy")
+SHOWN = ("cooking", "french", "fantasy")
 
 
 def output(bank: sl.ConceptBank, source: str) -> str:
@@ -61,8 +61,6 @@ def put(text: str, section: str, content: str) -> str:
 
 def main(
     bench: Annotated[Path | None, typer.Option(help="figures of bench_steering.py")] = None,
-    damage: Annotated[Path | None, typer.Option(help="output of harness.py")] = None,
-    unseen: Annotated[Path | None, typer.Option(help="output of `steerlib eval` on the unseen concepts")] = None,
     coverage: Annotated[Path | None, typer.Option(help="output of coverage.py")] = None,
 ) -> None:
     """Write the measured parts of the README."""
@@ -75,9 +73,8 @@ def main(
     picture(measured, README.parent / ".assets" / "effects.png")
     if bench is not None:
         text = put(text, "cost", cost(json.loads(bench.read_text())))
-    for section, file in (("damage", damage), ("unseen", unseen), ("coverage", coverage)):
-        if file is not None:
-            text = put(text, section, file.read_text(encoding="utf-8").strip())
+    if coverage is not None:
+        text = put(text, "coverage", coverage.read_text(encoding="utf-8").strip())
     README.write_text(text, encoding="utf-8")
 
 

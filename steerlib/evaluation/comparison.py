@@ -2,7 +2,7 @@
 
 For each text: c, the probability of the concept; rel, how much closer it is to its own request than to others; nll, its
 negative log-likelihood per token under the *unsteered* model that was asked the plain request; d2, its share of distinct
-word pairs. With U for the unsteered model and P for the best of several prompts that ask for the concept:
+word pairs. With U for the unsteered model and P for a prompt that asks for the concept:
 
     C = clip((c - c_U) / (c_P - c_U), 0, 1)
     R = clip(rel / rel_P, 0, 1)

@@ -140,6 +140,6 @@ def picture(records: Sequence[Record], path: Path) -> None:
     right.axvline(0, color="0.3", linewidth=0.8)
     right.set(
         xlabel="ratio to prompting (0: unsteered, 1: prompted), 95 % interval",
-        title="Methods and controls (of how many concepts, if not all)",
+        title="Methods and controls (concepts, if not all)",
     )
     figure.savefig(path, dpi=110, metadata={"Software": None})
