@@ -30,7 +30,8 @@ def _concept_line(r: Record) -> str:
     base, told, steered = (t[name] for name in ("unsteered", "prompted", "steered"))
     random = max(t[name]["score"] for name in t if name.startswith("random-"))
     gated = t.get("steered, gated", steered)["kl"]
-    ratio = f"**{steered['ratio']:.2f}**" if told["joint"] > base["joint"] else "– (prompting does not help)"
+    helps = np.mean(r["joint"][PROMPTED]) > np.mean(r["joint"][UNSTEERED])
+    ratio = f"**{steered['ratio']:.2f}**" if helps else "– (prompting does not help)"
     return (
         f"| {r['concept']} | {r['method']} | {r['amount']:+.2f} | {base['score']:.2f} | {told['score']:.2f} "
         f"| **{steered['score']:.2f}** | {random:.2f} | {ratio} | {r['moved']:.0%} "
