@@ -153,7 +153,7 @@ def test_the_real_model_compiled_after_attaching_equals_eager_without_recompilin
     shipped = sl.ConceptBank.from_pretrained("smollm2-135m-instruct")
     batch = tokenizer(["How are you today?", "Hello"], return_tensors="pt", padding=True, padding_side="left")
     steering = sl.attach(model, shipped)
-    settings = [{"french": 3.0}, {"fantasy": sl.Set(1.0), "french": -1.0}, {}]
+    settings = [{"cooking": 3.0}, {"fantasy": sl.Set(1.0), "cooking": -1.0}, {}]
 
     def logits():
         with torch.no_grad():
