@@ -65,7 +65,7 @@ class Concept:
     parts: tuple[Part, ...] = ()
     """Where else it is moved, by the same intervention."""
     gate: Gate | None = None
-    """Where edits of it act unless they bring a gate of their own."""
+    """Where edits of it act; a gate that an edit brings narrows it further."""
     match_norm: bool = False
     """Whether additions grow and shrink with each token's own length."""
     present: float | None = None

@@ -42,8 +42,8 @@ class Edit:
     rule: Rule
     intervention: Intervention
     branch: Branch | None = None
-    gate: Gate | None = None
-    """Bounded: plans fill in what a bank stores."""
+    gates: tuple[Gate, ...] = ()
+    """Bounded (plans fill in what a bank stores); what they let through multiplies."""
     norm: float | None = None
     """Additions are multiplied by a token's length over this."""
     forecast: Mapping[Key, float] = field(default_factory=dict)
@@ -62,7 +62,7 @@ class Edit:
     def is_constant(self) -> bool:
         """Whether the change depends on nothing but the row and the part of the text."""
         i = self.intervention
-        unconditional = i.when is None and i.mask is None and self.branch is None and self.gate is None
+        unconditional = i.when is None and i.mask is None and self.branch is None and not self.gates
         return (
             unconditional
             and not (self.is_target or self.forecast or self.scope is not None or isinstance(i.tokens, slice))
@@ -379,7 +379,7 @@ class Program:
         share: Tensor | None = None
         if edit.branch is not None and edit.branch != (state.branch or "cond"):  # without guidance all is conditional
             return x.new_zeros((), dtype=torch.float32)
-        if (gate := edit.gate) is not None:
+        for gate in edit.gates:
             noted = state.notes.get(("gate", edit.key, gate))
             if noted is None:
                 raise Unanswerable(
@@ -387,9 +387,10 @@ class Program:
                     "gate with a concept of an earlier site, or of the same one"
                 )
             if gate.full is not None:
-                share = ((noted - gate.above) / (gate.full - gate.above)).clamp(0, 1)
+                passed = ((noted - gate.above) / (gate.full - gate.above)).clamp(0, 1)
             else:
-                share = ((noted > gate.above) & (noted < gate.below)).float()
+                passed = ((noted > gate.above) & (noted < gate.below)).float()
+            share = passed if share is None else share * passed
         if edit.norm is not None:
             length = x.float().norm(dim=-1) / edit.norm
             share = length if share is None else share * length

@@ -48,7 +48,7 @@ class Intervention(ABC):
     branch: Branch | None = field(default=None, kw_only=True)
     """Which half of guidance; None: what `steer` says."""
     gate: Gate | Literal["open"] | None = field(default=None, kw_only=True)
-    """Where another concept reads high; None: the gate stored with the concept, if any; "open": none at all."""
+    """Where another concept reads high, beside the gate stored with the concept, if any; "open" lifts the stored one."""
     mask: Tensor | None = field(default=None, kw_only=True, compare=False)
     """Share of the edit at each position, `[L]` or `[rows, L]`; positions beyond `L` get none."""
 

@@ -135,17 +135,20 @@ def _edit(
         rule=_natural(bank, concept, intervention, options),
         intervention=intervention,
         branch=None if branch == "both" else branch,
-        gate=_gate(bank, concept, intervention),
+        gates=_gates(bank, concept, intervention),
         norm=_matched_norm(bank, concept, intervention),
         scope=scope if options.do == "graph" else None,
     )
 
 
-def _gate(bank: ConceptBank, concept: Concept, intervention: Intervention) -> Gate | None:
-    """The edit's own gate, else the one stored with the concept, with the bank's threshold where it names none."""
-    gate = concept.gate if intervention.gate is None else intervention.gate
-    if gate is None or gate == "open":
-        return None
+def _gates(bank: ConceptBank, concept: Concept, intervention: Intervention) -> tuple[Gate, ...]:
+    """The gate stored with the concept, which is a part of it, and the edit's own; "open" lifts the stored one."""
+    given = intervention.gate
+    return tuple(_bounded(bank, gate) for gate in (None if given == "open" else concept.gate, given) if isinstance(gate, Gate))
+
+
+def _bounded(bank: ConceptBank, gate: Gate) -> Gate:
+    """The gate, with the bank's threshold where it names none."""
     if gate.is_bounded:
         return gate
     if (present := bank[gate.concept].present) is None:
@@ -273,23 +276,20 @@ def _forecasts(bank: ConceptBank, host: Host, made: Sequence[Edit], options: Opt
     return new
 
 
-def _gate_key(edit: Edit) -> Key:
-    return "gate", edit.key, edit.gate
-
-
 def _readings(bank: ConceptBank, made: Sequence[Edit]) -> dict[str, list[Reading]]:
     """What gates have to know, by the site at which it is read."""
     found: dict[str, list[Reading]] = {}
     for edit in made:
-        if (gate := edit.gate) is not None:
+        for gate in edit.gates:
             concept = bank[gate.concept]
-            found.setdefault(bank.site_of(concept), []).append(Reading(_gate_key(edit), bank.rows(concept), concept.unit))
+            reading = Reading(("gate", edit.key, gate), bank.rows(concept), concept.unit)
+            found.setdefault(bank.site_of(concept), []).append(reading)
     return found
 
 
 def _check_gates(bank: ConceptBank, host: Host, made: Sequence[Edit]) -> None:
     for edit in made:
-        if (gate := edit.gate) is not None:
+        for gate in edit.gates:
             read, moved = (host.site(bank.site_of(c)) for c in (bank[gate.concept], edit.concept))
             if host.order(read) > host.order(moved) or host.clocks(read) != host.clocks(moved):
                 raise Unanswerable(

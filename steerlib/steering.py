@@ -308,7 +308,7 @@ def _fill(socket: Socket, programs: Sequence[Program]) -> None:
         for edit in edits:
             i = edit.intervention
             if (
-                edit.gate is not None
+                edit.gates
                 or edit.norm is not None
                 or i.mask is not None
                 or edit.branch

@@ -16,7 +16,7 @@ from torch.nn.functional import kl_div
 import steerlib as sl
 from steerlib import errors
 from steerlib.evaluation import comparison, report, text
-from steerlib.evaluation.comparison import Condition, Scores, Unrelated, joint, ratios
+from steerlib.evaluation.comparison import Condition, Scores, Unrelated, best_prompt, joint, ratios
 from steerlib.evaluation.text import Judge, counter, distinct, embed, relevance
 from steerlib.training.levers import Lever, TokenGate, bank_of
 from steerlib.training.pipeline import judge_for
@@ -51,7 +51,7 @@ def scores(concept, relevance: Any = 1.0, nll: Any = 1.0, distinct: Any = 1.0):
     """One seed and one concept; numbers by condition and prompt."""
     c = np.array(concept, float)[:, None, :]
     full = [np.broadcast_to(np.array(v, float), c[:, 0].shape)[:, None] for v in (relevance, nll, distinct)]
-    return Scores(c[..., None], *full, texts=[])
+    return Scores(c[..., None], *full, texts=[[[""]] for _ in concept])
 
 
 def test_joint_scores_follow_their_formula():
@@ -69,6 +69,17 @@ def test_joint_scores_follow_their_formula():
     np.testing.assert_allclose(found.relevance[2:, 0], [[0.5, 1], [0.5, 0]])
     np.testing.assert_allclose(found.fluency[2:, 0], [[0.25, 1], [1, 1]])
     np.testing.assert_allclose(found.total[2:, 0], [[3 / (2 + 2 + 4), 0], [3 / (1 + 2 + 1), 0]])
+
+
+def test_the_best_prompt_is_the_one_with_the_best_joint_score_not_the_loudest():
+    """The first prompt raises the concept most and forgets the request; the second has less of it and keeps to the request."""
+    found = scores([[0.0, 0.0], [0.8, 0.8], [0.6, 0.6], [0.05, 0.05]], [[0.5, 0.5], [0.05, 0.05], [0.5, 0.5], [0.5, 0.5]])
+    assert best_prompt(found, 0) == 2
+    # C, R, F: 1, 0.1, 1 and 0.75, 1, 1 and 1/16, 1, 1
+    totals = joint(found, 0, prompted=(1, 2, 3)).total[1:, 0, 0]
+    np.testing.assert_allclose(totals, [3 / 12, 3 / (4 / 3 + 2), 3 / 18])
+    assert best_prompt(found.of([0, 1, 3]), 0) == 1
+    assert found.of([2], slice(0, 1)).nll.shape == (1, 1, 2)
 
 
 def test_where_prompting_does_not_help_the_scale_is_the_unsteered_texts_own_spread():
@@ -370,6 +381,7 @@ RECORDS = [
         {
             "unsteered": [0.0, 0.0], "prompted": [0.5, 0.5], "steered": [0.25, 0.5], "pca": [0.5, 0.5],
             "difference-of-means": [0.0, 0.25], "random-1": [0.0, 0.1], "random-2": [0.1, 0.0],
+            "other prompt 1": [0.25, 0.0], "other prompt 2": [0.25, 0.5],
         },
         {"steered": 0.2, "random-1": 0.1, "random-2": 0.3},
     ),
@@ -394,6 +406,7 @@ def test_the_summary_is_over_all_cells_of_all_concepts():
     assert "kl" not in found["unsteered"] and found["prompted"]["specificity"] == 0.75
     # what was tried on one concept is compared on that one
     assert [found[name]["concepts"] for name in ("steered", "pca")] == [2, 1] and found["pca"]["ratio"] == pytest.approx(1)
+    assert found["other prompts"]["ratio"] == pytest.approx(0.25 / 0.5) and found["other prompts"]["concepts"] == 1
     assert [found[name]["baseline"] for name in ("steered", "pca")] == pytest.approx([0.75 / 3.0, 0.25 / 1.0])
 
 
@@ -405,11 +418,11 @@ def test_tables_say_what_the_records_say():
     assert len(lines) == 4 and len({line.count("|") for line in lines}) == 1
     lines = report.summary_table(RECORDS).splitlines()
     assert [line.split("|")[1].strip() for line in lines[2:]] == [
-        "unsteered", "prompted", "random direction", "difference-of-means", "pca", "**chosen per concept**",
+        "unsteered", "prompted", "random direction", "other prompts", "difference-of-means", "pca", "**chosen per concept**",
     ]  # fmt: skip
     assert len({line.count("|") for line in lines}) == 1
     assert " ".join(re.findall(r"[\d.]+", lines[3])) == "2 1.00 0.25 0.75"
-    assert " ".join(re.findall(r"[\d.]+", lines[7]))[:6] == "2 0.75" and " to " in lines[7]
+    assert " ".join(re.findall(r"[\d.]+", lines[8]))[:6] == "2 0.75" and " to " in lines[8]
 
 
 def test_every_bar_that_is_missed_is_named():

@@ -150,7 +150,7 @@ GATES: dict[str, tuple[dict[str, Any], sl.Gate | None, Callable[[Tensor], Tensor
     "present": ({"gate": sl.Gate("topic")}, None, lambda z: (z > 0.3).float()),
     "stored": ({}, RAMP, lambda z: ((z + 1) / 2).clamp(0, 1)),
     "stored present": ({}, sl.Gate("topic"), lambda z: (z > 0.3).float()),
-    "own before stored": ({"gate": sl.Gate("topic", above=0.5)}, RAMP, lambda z: (z > 0.5).float()),
+    "own and stored": ({"gate": sl.Gate("topic", above=0.5)}, RAMP, lambda z: (z > 0.5) * ((z + 1) / 2).clamp(0, 1)),
     "open before stored": ({"gate": "open"}, RAMP, torch.ones_like),
 }
 """What the edit brings, what is stored with the concept, and the share of an edit by the reading of `topic` in units."""

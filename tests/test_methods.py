@@ -14,12 +14,12 @@ from steerlib.evaluation.text import chat
 from steerlib.recording import record
 from steerlib.training import objectives
 from steerlib.training.activations import answers, tokens
-from steerlib.training.levers import TRAINED, Lever, Task, bank_of
+from steerlib.training.levers import SHARES, Lever, Task, bank_of
 from steerlib.training.methods import METHODS, difference_of_means, gated, norm_matched, orthogonal
 from steerlib.training.recipe import Pair
 
 SITES = ["layers.0", "layers.1"]
-LEARNED = sorted(name for name, method in METHODS.items() if method.STRENGTHS == TRAINED)
+LEARNED = sorted(name for name, method in METHODS.items() if method.STRENGTHS != SHARES)
 PAIRS = [
     Pair("the sun", "red tea rises now", "yes stone bird"),
     Pair("why", "red cup . tea sings", "old house here . door"),

@@ -145,8 +145,8 @@ def test_a_concept_at_its_useful_amount_is_the_lever_at_the_strength_that_was_ch
 
 
 def test_the_search_stays_within_its_budget_and_chooses_a_finalist(uninterrupted):
-    """The budget of 34 is less than all settings would take, with 2 prompts each: 2 anchors, 4 settings by site, 4 more by
-    method, of which 2 are left out, then 2 anchors with 3 finalists, and 4 doses."""
+    """The budget of 34 is less than all settings would take, with 2 prompts each: 2 anchors twice, 4 settings by site, 4 more
+    by method, of which 2 are left out, then 3 finalists, and 4 doses."""
     for name in ("asking", "tea"):
         choice = chosen(uninterrupted[0], name)
         assert choice.answers == 34 and len(choice.trials) == 6

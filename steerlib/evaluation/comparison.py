@@ -63,10 +63,10 @@ class Scores(NamedTuple):
     distinct: Float[np.ndarray, "conditions seeds prompts"]
     texts: list[list[list[str]]]
 
-    def of(self, conditions: Sequence[int]) -> "Scores":
-        """Some conditions only, in the order asked for."""
+    def of(self, conditions: Sequence[int], seeds: slice = slice(None)) -> "Scores":
+        """Some conditions only, in the order asked for, and some seeds."""
         chosen = list(conditions)
-        return Scores(*(values[chosen] for values in self[:4]), texts=[self.texts[i] for i in chosen])
+        return Scores(*(values[chosen, seeds] for values in self[:4]), texts=[self.texts[i][seeds] for i in chosen])
 
 
 def stacked(*several: Scores) -> Scores:
@@ -126,14 +126,16 @@ def answer(
 
 
 def together(model: Any, conditions: Sequence[Condition], each: int) -> ExitStack:
-    """Sessions of all conditions, each acting on `each` rows of its own; enter the stack to steer."""
+    """Sessions of all conditions, each acting on `each` rows of its own and capped as any; enter the stack to steer."""
     stack = ExitStack()
+    stack.enter_context(warnings.catch_warnings())
+    warnings.simplefilter("ignore", OutOfRange)  # what a search tries may be out of range, and stays capped
     try:
         for k, condition in enumerate(conditions):
             if condition.bank is not None and condition.edits:
                 own = [row // each == k for row in range(len(conditions) * each)]
                 edits = {n: Add([amount * mine for mine in own], gate=condition.gate) for n, amount in condition.edits.items()}
-                stack.enter_context(steer(model, condition.bank, edits, allow_ood=True))
+                stack.enter_context(steer(model, condition.bank, edits))
     except BaseException:
         stack.close()
         raise
@@ -166,15 +168,20 @@ def nll_behind(model: Any, tokenizer: Any, done: Completions, requests: Sequence
     return torch.cat(out).cpu().numpy()
 
 
-def joint(scores: Scores, concept: int, *, unsteered: int = 0, prompted: int = 1) -> Joint:
-    """C, R, F and their harmonic mean (formulas above); `unsteered` and `prompted` are the conditions that anchor them."""
-    c, u, p = scores.concepts[..., concept], unsteered, prompted
-    reach = c[p].mean() - c[u].mean()
+def joint(scores: Scores, concept: int, *, unsteered: int = 0, prompted: Sequence[int] = (1,)) -> Joint:
+    """C, R, F and their harmonic mean (formulas above); `unsteered` and `prompted` are the conditions that anchor them.
+
+    With several prompts, each score is on the scale of the one that does best at it.
+    """
+    c, u, p = scores.concepts[..., concept], unsteered, list(prompted)
+    c_p, rel_p = (values[p].mean((1, 2)).max() for values in (c, scores.relevance))
+    nll_p = scores.nll[p].mean((1, 2)).min()
+    reach = c_p - c[u].mean()
     if reach <= 0:  # a model that cannot be asked: its own spread is the scale
         reach = max(c[u].std(), 1e-3)
     C = np.clip((c - c[u].mean()) / reach, 0, 1)
-    R = np.clip(scores.relevance / max(scores.relevance[p].mean(), 1e-3), 0, 1)
-    worn = np.maximum(0, scores.nll - max(scores.nll[u].mean(), scores.nll[p].mean()))
+    R = np.clip(scores.relevance / max(rel_p, 1e-3), 0, 1)
+    worn = np.maximum(0, scores.nll - max(scores.nll[u].mean(), nll_p))
     F = np.exp(-worn) * np.clip(scores.distinct / scores.distinct[u].mean(), 0, 1)
     with np.errstate(divide="ignore"):
         total = 3 / (1 / C + 1 / R + 1 / F)
@@ -238,6 +245,15 @@ def random_bank(concept: Concept, bank: ConceptBank, *, count: int = RANDOM_DIRE
         sites.setdefault(site, SiteFacts(width=read.shape[1]))
         concepts.append(Concept(name=gate.name, encoder=f"{site}#gate", index=0, unit=gate.unit, present=gate.present))
     return ConceptBank("random", concepts, encoders, base=BaseModel(), sites=sites, where=where)
+
+
+def best_prompt(scores: Scores, concept: int) -> int:
+    """Which condition after the first, unsteered one asks best for the concept, by the joint score of all of them.
+
+    The concept's score alone would pick a prompt that forgets the request.
+    """
+    prompted = range(1, len(scores.concepts))
+    return 1 + int(joint(scores, concept, prompted=prompted).total[1:].mean((1, 2)).argmax())
 
 
 def excess(joint: Any, unsteered: Any, prompted: Any) -> Any:

@@ -11,8 +11,11 @@ from .comparison import ratios
 
 Record = Mapping[str, Any]
 UNSTEERED, PROMPTED, BASELINE, RANDOM = "unsteered", "prompted", "difference-of-means", "random direction"
+OTHERS = "other prompts"
+POOLED = {"random-": RANDOM, "other prompt ": OTHERS}
+"""Conditions that count together as one, by how their names begin."""
 SHOWN = {"steered": "chosen per concept", "steered, gated": "chosen, acting in answers only"}
-CONTROLS = ("no-op", "shuffled labels", "wrong concept", RANDOM)
+CONTROLS = ("no-op", "shuffled labels", "wrong concept", RANDOM, OTHERS)
 
 
 def table(records: Sequence[Record]) -> str:
@@ -43,7 +46,8 @@ def _concept_line(r: Record) -> str:
 def summary(records: Sequence[Record]) -> dict[str, dict[str, float]]:
     """By condition, over the concepts that have it: ratio to prompting with its interval, and mean side effects.
 
-    The random directions of a concept count together as one condition. `baseline` is difference of means on the same concepts.
+    The random directions of a concept count together as one condition, and so do prompts that were not chosen. `baseline` is
+    difference of means on the same concepts.
     """
     names = dict.fromkeys(name for record in records for name in _joint(record))
     return {name: _over([record for record in records if name in _joint(record)], name) for name in names}
@@ -63,19 +67,22 @@ def _over(records: Sequence[Record], name: str) -> dict[str, float]:
 
 
 def _joint(record: Record) -> dict[str, np.ndarray]:
-    """Joint scores by condition, the random directions as one."""
-    random = [values for name, values in record["joint"].items() if name.startswith("random-")]
-    rest = {name: np.array(values) for name, values in record["joint"].items() if not name.startswith("random-")}
-    return {**rest, RANDOM: np.mean(random, axis=0)}
+    """Joint scores by condition, pooled."""
+    groups: dict[str, list[Any]] = {}
+    for name, values in record["joint"].items():
+        groups.setdefault(_pooled(name), []).append(values)
+    return {name: np.mean(values, axis=0) for name, values in groups.items()}
+
+
+def _pooled(name: str) -> str:
+    """What a condition counts as."""
+    return next((whole for start, whole in POOLED.items() if name.startswith(start)), name)
 
 
 def _line(record: Record, name: str) -> Mapping[str, float]:
-    """Means of a condition; of the random directions where all were measured."""
-    lines = record["conditions"]
-    if name != RANDOM:
-        return lines[name]
-    drawn = [line for other, line in lines.items() if other.startswith("random-")]
-    return {key: float(np.mean([line[key] for line in drawn if key in line])) for key in drawn[0]}
+    """Means of a condition, over those of its group for which all was measured."""
+    group = [line for other, line in record["conditions"].items() if _pooled(other) == name]
+    return {key: float(np.mean([line[key] for line in group if key in line])) for key in group[0]}
 
 
 def summary_table(records: Sequence[Record]) -> str:

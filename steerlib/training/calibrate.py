@@ -1,18 +1,19 @@
 """Site, method and strength from measured effect; units from reference text; the range within which text stays sound."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from math import isclose
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from math import inf, isclose
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..bank import ConceptBank
 from ..errors import BadRecipe
-from ..evaluation.comparison import Condition, Scores, answer, joint, stacked
+from ..evaluation.comparison import Condition, Scores, Unrelated, answer, best_prompt, joint, stacked
 from ..evaluation.text import Judge
-from .levers import Lever, bank_of
 from .methods import METHODS
 from .recipe import ConceptRecipe, Recipe
 
@@ -23,6 +24,13 @@ WORN = 1.0
 DEV_SEEDS = (1001, 1002)
 """Seeds of answers to choose with; the evaluation uses others."""
 FINALISTS = 3
+DISTURBANCE = 0.3
+"""Nats per token by which a setting may change the model's predictions on ordinary text."""
+ORDINARY = 20
+"""Texts on which that is seen; from the end of the reference, whose beginning gates learn to leave alone."""
+
+
+Banks = Callable[[str, str], ConceptBank]
 
 
 class Statistics(NamedTuple):
@@ -36,9 +44,10 @@ class Statistics(NamedTuple):
 
 def statistics(direction: Float[Tensor, " D"], x: Float[Tensor, "tokens D"]) -> Statistics:
     """Mean, standard deviation, and the 0.5 % and 99.5 % values around that mean."""
-    z = x @ direction / direction.square().sum()
-    low, high = torch.quantile(z - z.mean(), torch.tensor([0.005, 0.995])).tolist()
-    return Statistics(float(z.mean()), float(z.std()), low, high)
+    d = direction.double()  # and float at the end: the same bits wherever x lies in memory
+    z = x.double() @ d / d.square().sum()
+    low, high = torch.quantile(z - z.mean(), torch.tensor([0.005, 0.995], dtype=z.dtype))
+    return Statistics(*torch.stack((z.mean(), z.std(), low, high)).float().tolist())
 
 
 class Setting(NamedTuple):
@@ -61,6 +70,13 @@ class Trial:
     relevance: float
     fluency: float
     nll: float
+    kl: float | None = None
+    """What it does to ordinary text, in nats per token, where the search had to know."""
+
+    @property
+    def is_gentle(self) -> bool:
+        """Whether it is known to leave ordinary text nearly as it is."""
+        return self.kl is not None and self.kl <= DISTURBANCE
 
     @property
     def setting(self) -> Setting:
@@ -89,8 +105,9 @@ class Choice:
     trials: tuple[Trial, ...]
 
     def best_of(self, method: str) -> Trial:
-        """The best setting of one method."""
-        return max((trial for trial in self.trials if trial.method == method), key=lambda trial: trial.joint)
+        """The best gentle setting of one method; its gentlest where there is none."""
+        own = [trial for trial in self.trials if trial.method == method]
+        return max(own, key=lambda trial: (trial.is_gentle, trial.joint if trial.is_gentle else -(trial.kl or inf)))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values."""
@@ -105,8 +122,8 @@ class Search:
     """Choose a method, a site and a strength for one concept by what they do to answers to development prompts.
 
     First the best prompt; then the site, by difference of means; then every method there, at its strengths; then the best few
-    once more on other answers; then the range of the best. Best is the highest joint score. Of the recipe's budget, enough is
-    kept for the last two; when the rest is used up, nothing more is tried.
+    once more on other answers; then the range of the best. Best is the highest joint score among settings that leave ordinary
+    text nearly as it is. Of the recipe's budget, enough is kept for the last two; when the rest is used up, nothing more is tried.
     """
 
     def __init__(self, model: Any, tokenizer: Any, concept: ConceptRecipe, judge: Judge, recipe: Recipe):
@@ -115,22 +132,30 @@ class Search:
         self.answers = 0
         self.trials: dict[Setting, Trial] = {}
         words = [Condition(name="prompted", instruction=instruction) for instruction in concept.asked]
-        plain = self._answers([Condition(name="unsteered"), *words], DEV_SEEDS[:1])
-        self.prompt = int(plain.concepts[1:, ..., self.column].mean((1, 2)).argmax())
-        self.words = words[self.prompt]
-        self.anchors = plain.of([0, 1 + self.prompt])
+        plain = self._answers([Condition(name="unsteered"), *words], DEV_SEEDS)
+        best = best_prompt(plain, self.column)
+        self.prompt = best - 1
+        self.anchors = [plain.of([0, best], slice(k, k + 1)) for k in range(len(DEV_SEEDS))]
+        """Unsteered and prompted answers, by seed."""
 
-    def run(self, sites: Sequence[str], lever: Callable[[str, str], Lever]) -> Choice:
-        """`lever(method, site)` fits what is to be tried."""
+    @cached_property
+    def ordinary(self) -> Unrelated:
+        """Ordinary text that should stay as it is."""
+        return Unrelated(self.model, self.tokenizer, self.recipe.read_texts(self.recipe.reference)[-ORDINARY:])
+
+    def run(self, sites: Sequence[str], bank: Banks) -> Choice:
+        """`bank(method, site)` fits what is to be tried, as a bank whose one concept is `lever`."""
         methods = self.concept.methods or self.recipe.methods
         first = methods[0]
         quick = METHODS[first].STRENGTHS[1:]
-        found = self._try([Setting(first, site, strength) for site in sites for strength in quick], lever)
-        site = max(found, key=lambda trial: trial.joint).site
-        self._try([Setting(method, site, strength) for method in methods for strength in METHODS[method].STRENGTHS], lever)
-        best = self._final(lever)
-        low, high, beyond = self._sound_range(best.setting, lever)
-        scores = joint(self.anchors, self.column).total.mean((1, 2))
+        found = self._try([Setting(first, site, strength) for site in sites for strength in quick], bank)
+        site = self._gentle(found, bank)[0].site
+        found = self._try([Setting(m, site, strength) for m in methods for strength in METHODS[m].STRENGTHS], bank)
+        for method in dict.fromkeys(trial.method for trial in found):
+            self._gentle([trial for trial in found if trial.method == method], bank)
+        best = self._final(bank)
+        low, high, beyond = self._sound_range(best.setting, bank)
+        scores = joint(self.anchors[0], self.column).total.mean((1, 2))
         return Choice(
             **best.setting._asdict(),
             low=low,
@@ -150,13 +175,13 @@ class Search:
             self.model, self.tokenizer, conditions, self.prompts, self.judge, seeds=seeds, new_tokens=new, what="answers"
         )
 
-    def _try(self, settings: Sequence[Setting], lever: Callable[[str, str], Lever]) -> list[Trial]:
+    def _try(self, settings: Sequence[Setting], bank: Banks) -> list[Trial]:
         new = [setting for setting in settings if setting not in self.trials]
-        later = 2 + FINALISTS + len(DOSES)
+        later = FINALISTS + len(DOSES)
         room = max(0 if self.trials else 1, (self.recipe.budget - self.answers) // len(self.prompts) - later)
         if new[:room]:
-            scores = self._answers([condition(s, lever) for s in new[:room]], DEV_SEEDS[:1])
-            for setting, trial in zip(new[:room], self._trials(new[:room], scores, self.anchors), strict=True):
+            scores = self._answers([condition(s, bank) for s in new[:room]], DEV_SEEDS[:1])
+            for setting, trial in zip(new[:room], self._trials(new[:room], scores, self.anchors[0]), strict=True):
                 self.trials[setting] = trial
         return [self.trials[setting] for setting in settings if setting in self.trials]
 
@@ -174,19 +199,30 @@ class Search:
             for i, setting in enumerate(settings)
         ]
 
-    def _final(self, lever: Callable[[str, str], Lever]) -> Trial:
+    def _final(self, bank: Banks) -> Trial:
         """The best of the first round's best, by both rounds together."""
-        best = sorted(self.trials.values(), key=lambda trial: -trial.joint)[:FINALISTS]
-        again = [Condition(name="unsteered"), self.words, *(condition(trial.setting, lever) for trial in best)]
-        scores = self._answers(again, DEV_SEEDS[1:])
-        second = self._trials([trial.setting for trial in best], scores.of([2, 3, 4][: len(best)]), scores.of([0, 1]))
+        best = self._gentle(list(self.trials.values()), bank, count=FINALISTS)
+        scores = self._answers([condition(trial.setting, bank) for trial in best], DEV_SEEDS[1:])
+        second = self._trials([trial.setting for trial in best], scores, self.anchors[1])
         return max(zip(best, second, strict=True), key=lambda both: both[0].joint + both[1].joint)[0]
 
-    def _sound_range(self, chosen: Setting, lever: Callable[[str, str], Lever]) -> tuple[float, float, str]:
+    def _gentle(self, trials: Sequence[Trial], bank: Banks, *, count: int = 1) -> list[Trial]:
+        """The best trials that leave ordinary text nearly as it is; the gentlest where none does. Looks at no more than needed."""
+        looked: list[Trial] = []
+        for trial in sorted(trials, key=lambda trial: -trial.joint):
+            if trial.kl is None:
+                trial = replace(trial, kl=self.ordinary.side_effects(condition(trial.setting, bank)).kl)
+                self.trials[trial.setting] = trial
+            looked.append(trial)
+            if sum(trial.is_gentle for trial in looked) == count:
+                break
+        return [trial for trial in looked if trial.is_gentle] or [min(looked, key=lambda trial: trial.kl or 0.0)]
+
+    def _sound_range(self, chosen: Setting, bank: Banks) -> tuple[float, float, str]:
         """The strengths around 0 within which text stays likely, and what was seen just beyond."""
         doses = [round(dose * chosen.strength, 4) for dose in DOSES]
-        scores = self._answers([condition(chosen._replace(strength=dose), lever) for dose in doses], DEV_SEEDS[:1])
-        limit = max(float(self.anchors.nll[1].mean()), float(self.anchors.nll[0].mean())) + WORN
+        scores = self._answers([condition(chosen._replace(strength=dose), bank) for dose in doses], DEV_SEEDS[:1])
+        limit = float(self.anchors[0].nll.mean((1, 2)).max()) + WORN
         worn = dict(zip(doses, scores.nll.mean((1, 2)), strict=True))
         ends, seen = [0.0, 0.0], []
         for end, sign in ((0, -1), (1, 1)):
@@ -202,7 +238,7 @@ class Search:
         return ends[0], ends[1], "; ".join(seen)
 
 
-def condition(setting: Setting, lever: Callable[[str, str], Lever]) -> Condition:
+def condition(setting: Setting, bank: Banks) -> Condition:
     """A setting as one way to answer."""
-    bank = bank_of([("lever", lever(setting.method, setting.site))])
-    return Condition(name=f"{setting.method} {setting.strength:g}", bank=bank, edits={"lever": setting.strength})
+    name = f"{setting.method} {setting.strength:g}"
+    return Condition(name=name, bank=bank(setting.method, setting.site), edits={"lever": setting.strength})

@@ -1,6 +1,6 @@
 """A lever: what a method found for one concept, before its strength is chosen."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ from .recipe import Pair
 
 SHARES = (0.12, 0.18, 0.25)
 """Strengths of a lever as long as the site's activations."""
-TRAINED = (0.9, 1.15, 1.4)
+TRAINED = (0.75, 1.0, 1.3)
 """Strengths of a lever whose length was learned."""
 
 
@@ -102,8 +102,11 @@ class Task:
         return replace(self, site=site)
 
 
-def bank_of(levers: Sequence[tuple[str, Lever]]) -> ConceptBank:
-    """Levers as a bank: one concept each, whose unit is the lever itself; a gate is a concept of its own."""
+def bank_of(levers: Sequence[tuple[str, Lever]], norms: Mapping[str, float] | None = None) -> ConceptBank:
+    """Levers as a bank: one concept each, whose unit is the lever itself; a gate is a concept of its own.
+
+    With the `norms` of all sites, changes are capped in length as in a finished bank.
+    """
     rows: dict[str, list[Tensor]] = {}
     bias: dict[str, list[Tensor]] = {}
 
@@ -125,7 +128,7 @@ def bank_of(levers: Sequence[tuple[str, Lever]]) -> ConceptBank:
         concepts.append(
             Concept(name=name, encoder=first, index=index, parts=parts, gate=gate, match_norm=lever.norm is not None)
         )
-    norms = {lever.site: lever.norm for _, lever in levers if lever.norm is not None}
+    norms = norms or {lever.site: lever.norm for _, lever in levers if lever.norm is not None}
     encoders = {site: Directions(torch.stack(vectors), torch.stack(bias[site])) for site, vectors in rows.items()}
     sites = {site: SiteFacts(width=len(vectors[0]), norm=norms.get(site)) for site, vectors in rows.items()}
     return ConceptBank("levers", concepts, encoders, base=BaseModel(), sites=sites)

@@ -21,11 +21,12 @@ from ..evaluation.comparison import (
 )
 from ..evaluation.text import Judge
 from .calibrate import Choice, Search, condition
-from .levers import Lever, bank_of
 from .recipe import ConceptRecipe
 from .studio import Studio
 
-ANSWERING, GATED = "answering", "steered, gated"
+ANSWERING = "answering"
+GATED = "steered, gated"
+"""What was chosen, where a gate lets it act only in answers."""
 EXAMPLES = 3
 DOSES = (-1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5)
 """Multiples of the useful amount in the dose–response."""
@@ -39,7 +40,9 @@ def measure(bank: ConceptBank, concept: ConceptRecipe, judge: Judge, studio: Stu
     conditions = [
         Condition(name="unsteered"),
         Condition(name="prompted", instruction=concept.asked[which]),
+        *_other_prompts(concept, which),
         *_steered_and_controls(bank, fact, studio, concept, choice),
+        *_gated(bank, fact),
         *methods,
     ]
     prompts, scores = recipe.read_prompts("evaluation"), _answers(studio, judge, conditions)
@@ -55,12 +58,10 @@ def measure(bank: ConceptBank, concept: ConceptRecipe, judge: Judge, studio: Stu
         lexicon(*zip(*((pair.positive, pair.negative) for pair in recipe.read_pairs(concept)), strict=True)),
     )
     table = {name: _line(scores, found, column, i) for name, i in rows.items()}
-    for name, effects in _side_effects(bank, fact, studio, conditions).items():
+    for name, effects in _side_effects(studio, conditions).items():
         for target in (name, *(same if name == "steered" else ())):
             table[target] = {**table.get(target, {}), **effects}
     totals = {name: found.total[i].mean(0).tolist() for name, i in rows.items()}
-    for name, (line, total) in gated(bank, fact, studio, judge, conditions[1]).items():
-        table[name], totals[name] = {**table.get(name, {}), **line}, total
     before, after = (scores.concepts[rows[name], ..., column].mean(0) for name in ("unsteered", "steered"))
     record: dict[str, Any] = {
         "concept": concept.name,
@@ -80,6 +81,12 @@ def measure(bank: ConceptBank, concept: ConceptRecipe, judge: Judge, studio: Stu
     return _rounded({**record, "passes": _passes(record), "also": _also(record)})
 
 
+def _other_prompts(concept: ConceptRecipe, best: int) -> list[Condition]:
+    """The prompts that the development prompts did not choose."""
+    others = [words for i, words in enumerate(concept.asked) if i != best]
+    return [Condition(name=f"other prompt {i + 1}", instruction=words) for i, words in enumerate(others)]
+
+
 def _steered_and_controls(
     bank: ConceptBank, fact: Concept, studio: Studio, concept: ConceptRecipe, choice: Choice | None
 ) -> list[Condition]:
@@ -92,11 +99,10 @@ def _steered_and_controls(
         strength = (fact.useful or 0.0) * unit / studio.norms[site]
     else:
         site, strength = choice.site, choice.best_of("difference-of-means").strength
-    shuffled = bank_of([("lever", studio.shuffled(concept, site))])
     found = [
         Condition(name="steered", bank=bank, edits=amount),
         Condition(name="no-op", bank=bank, edits={fact.name: 0.0}),
-        Condition(name="shuffled labels", bank=shuffled, edits={"lever": strength}),
+        Condition(name="shuffled labels", bank=studio.shuffled(concept, site), edits={"lever": strength}),
     ]
     if wrong != fact.name:
         found.append(Condition(name="wrong concept", bank=bank, edits={wrong: bank[wrong].useful or 0.0}))
@@ -109,8 +115,8 @@ def _methods(studio: Studio, concept: ConceptRecipe, choice: Choice | None) -> t
     if choice is None:
         return [], []
 
-    def lever(method: str, site: str) -> Lever:
-        return studio.lever(concept, concept.asked[choice.prompt], method, site)
+    def bank(method: str, site: str) -> ConceptBank:
+        return studio.bank(concept, concept.asked[choice.prompt], method, site)
 
     found, same = [], []
     for method in dict.fromkeys(trial.method for trial in choice.trials):
@@ -118,37 +124,23 @@ def _methods(studio: Studio, concept: ConceptRecipe, choice: Choice | None) -> t
         if best == (choice.method, choice.site, choice.strength):
             same.append(method)
         else:
-            made = condition(best, lever)
+            made = condition(best, bank)
             found.append(Condition(name=method, bank=made.bank, edits=made.edits))
     return found, same
 
 
-def _side_effects(
-    bank: ConceptBank, fact: Concept, studio: Studio, conditions: Sequence[Condition]
-) -> dict[str, dict[str, float]]:
-    """On ordinary text; what was chosen also where a gate lets it act only in answers."""
+def _side_effects(studio: Studio, conditions: Sequence[Condition]) -> dict[str, dict[str, float]]:
+    """On ordinary text."""
     measured = [c for c in conditions if c.bank is not None and c.name not in ("no-op", "shuffled labels", "wrong concept")]
     measured = [c for c in measured if not c.name.startswith("random-") or c.name == "random-1"]
-    return {c.name: studio.unrelated.side_effects(c)._asdict() for c in (*measured, *_gated(bank, fact))}
+    return {c.name: studio.unrelated.side_effects(c)._asdict() for c in measured}
 
 
 def _gated(bank: ConceptBank, fact: Concept) -> list[Condition]:
-    """What was chosen, acting in answers only; nothing where it has a gate of its own."""
-    if fact.gate is not None or ANSWERING not in bank.concepts:
+    """Nothing where the bank does not know what an answer is."""
+    if ANSWERING not in bank.concepts:
         return []
     return [Condition(name=GATED, bank=bank, edits={fact.name: fact.useful or 0.0}, gate=Gate(ANSWERING))]
-
-
-def gated(
-    bank: ConceptBank, fact: Concept, studio: Studio, judge: Judge, prompted: Condition
-) -> dict[str, tuple[dict[str, float], list[float]]]:
-    """Whether it still works there: scores and joint scores by prompt, beside anchors written anew."""
-    conditions = [Condition(name="unsteered"), prompted, *_gated(bank, fact)]
-    if len(conditions) < 3:
-        return {}
-    scores, column = _answers(studio, judge, conditions), judge.names.index(fact.name)
-    found = joint(scores, column)
-    return {GATED: (_line(scores, found, column, 2), found.total[2].mean(0).tolist())}
 
 
 def _answers(studio: Studio, judge: Judge, conditions: Sequence[Condition]) -> Scores:

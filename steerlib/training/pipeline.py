@@ -58,7 +58,7 @@ def choose(studio: Studio, judge: Judge, concept: ConceptRecipe) -> Choice:
     def search() -> dict[str, Any]:
         run = Search(studio.model, studio.tokenizer, concept, judge, studio.recipe)
         instruction = concept.asked[run.prompt]
-        choice = run.run(studio.sites, lambda method, site: studio.lever(concept, instruction, method, site))
+        choice = run.run(studio.sites, lambda method, site: studio.bank(concept, instruction, method, site))
         studio.forget(concept)
         return choice.to_dict()
 

@@ -11,10 +11,11 @@ from jaxtyping import Float
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ..bank import ConceptBank
 from ..evaluation.comparison import Unrelated
 from ..evaluation.text import progress
 from .activations import answers, tokens
-from .levers import Lever, Task, TokenGate
+from .levers import Lever, Task, TokenGate, bank_of
 from .methods import METHODS
 from .methods.gated import discriminant
 from .recipe import ConceptRecipe, Recipe
@@ -120,14 +121,18 @@ class Studio:
                 write(path, self._levers[key].to_tensors())
         return self._levers[key]
 
-    def shuffled(self, concept: ConceptRecipe, site: str) -> Lever:
-        """Difference of means after the labels of all texts were dealt at random: a control."""
+    def bank(self, concept: ConceptRecipe, instruction: str, method: str, site: str) -> ConceptBank:
+        """The same as a bank to try it with: its one concept is `lever`."""
+        return bank_of([("lever", self.lever(concept, instruction, method, site))], self.norms)
+
+    def shuffled(self, concept: ConceptRecipe, site: str) -> ConceptBank:
+        """Such a bank of the difference of means after the labels of all texts were dealt at random: a control."""
         task = self.task(concept, "").elsewhere(site)
         both = torch.cat((task.positive[site], task.negative[site]))
         both = both[torch.randperm(len(both), generator=torch.Generator().manual_seed(self.recipe.seed))]
         half = len(both) // 2
         difference = both[:half].mean(0) - both[half:].mean(0)
-        return task.at(difference)
+        return bank_of([("lever", task.at(difference))], self.norms)
 
     def forget(self, concept: ConceptRecipe) -> None:
         """Free what only this concept needed."""
