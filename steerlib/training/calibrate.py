@@ -123,7 +123,7 @@ class Search:
 
     First the best prompt; then the site, by difference of means; then every method there, at its strengths; then the best few
     once more on other answers; then the range of the best. Best is the highest joint score among settings that leave ordinary
-    text nearly as it is. Of the recipe's budget, enough is kept for the last two; when the rest is used up, nothing more is tried.
+    text nearly as it is. Of the recipe's budget, enough is kept for the last two; when the rest is used up, no more is tried.
     """
 
     def __init__(self, model: Any, tokenizer: Any, concept: ConceptRecipe, judge: Judge, recipe: Recipe):
@@ -207,7 +207,7 @@ class Search:
         return max(zip(best, second, strict=True), key=lambda both: both[0].joint + both[1].joint)[0]
 
     def _gentle(self, trials: Sequence[Trial], bank: Banks, *, count: int = 1) -> list[Trial]:
-        """The best trials that leave ordinary text nearly as it is; the gentlest where none does. Looks at no more than needed."""
+        """The best trials that leave ordinary text nearly as it is, looking at no more than needed; else the gentlest."""
         looked: list[Trial] = []
         for trial in sorted(trials, key=lambda trial: -trial.joint):
             if trial.kl is None:
