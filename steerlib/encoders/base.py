@@ -2,21 +2,59 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, NamedTuple
+from math import inf
+from typing import Any, ClassVar, Literal, NamedTuple
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 KINDS: dict[str, type["Encoder"]] = {}
 """Every kind of encoder by the name a bank stores."""
 
+Norm = Literal["", "layer", "length"]
+"""What each token is divided by before it is read: nothing; its standard deviation, after its mean was taken off (layer norm);
+or its length over the root of its width."""
+
 
 class Rows(NamedTuple):
-    """What steering needs of `K` concepts: `z = x @ read.T + bias`, and `write` is what one raw unit of z adds to x."""
+    """What steering needs of `K` concepts: `p = x @ read.T + bias` is read as `z = p` where `p > threshold`, else 0, and `write`
+    is what one raw unit of z adds to x."""
 
     read: Float[Tensor, "K D"]
     bias: Float[Tensor, " K"]
-    write: Float[Tensor, "K D"]
+    write: Float[Tensor, "K D2"]
+    threshold: Float[Tensor, " K"]
+    """-inf for coordinates that read any value; 0 or more for latents, which never read below 0."""
+    norm: Norm = ""
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether these are latents of a sparse code."""
+        return bool((self.threshold > -inf).all())
+
+    def reading(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch K"]:
+        """z of activations, float32."""
+        return fired(self.potential(x), self.threshold.to(x.device))
+
+    def potential(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch K"]:
+        """p of activations, float32."""
+        p = x.float() @ self.read.T.to(x.device)
+        if self.norm:
+            p = p / scale(x, self.norm)
+        return p + self.bias.to(x.device)
+
+
+def fired(p: Float[Tensor, "*batch K"], threshold: Float[Tensor, "*#batch K"]) -> Float[Tensor, "*batch K"]:
+    """p where it is above its threshold, else 0."""
+    return torch.where(p > threshold, p, 0)
+
+
+def scale(x: Float[Tensor, "*batch D"], norm: Norm) -> Float[Tensor, "*batch 1"]:
+    """What tokens are divided by."""
+    if norm == "layer":
+        return x.float().std(dim=-1, keepdim=True) + 1e-5
+    return x.float().norm(dim=-1, keepdim=True) / x.shape[-1] ** 0.5
 
 
 class Encoder(ABC):
@@ -24,20 +62,32 @@ class Encoder(ABC):
 
     kind: ClassVar[str]
     tensors: ClassVar[tuple[str, ...]]
-    """Names of the tensors it is made of; each has one row per concept."""
+    """Names of the tensors it is made of that have one row per concept."""
+    shared: ClassVar[tuple[str, ...]] = ()
+    """Names of those that belong to all of its concepts; all may be missing."""
 
     def __init_subclass__(cls) -> None:
-        if KINDS.setdefault(cls.kind, cls) is not cls:
+        if hasattr(cls, "kind") and KINDS.setdefault(cls.kind, cls) is not cls:
             raise TypeError(f"there is an encoder of kind {cls.kind!r} already")
 
     @classmethod
     @abstractmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> "Encoder":
-        """From `tensors`, all of whose rows may be a part of the concepts."""
+    def from_tensors(cls, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> "Encoder":
+        """From `tensors`, all of whose rows may be a part of the concepts, and `shared` ones, as they were stored."""
 
     @abstractmethod
     def to_tensors(self) -> dict[str, Tensor]:
         """What `from_tensors` takes."""
+
+    @classmethod
+    def competes(cls, settings: Mapping[str, Any]) -> bool:  # noqa: ARG003
+        """Whether what one latent reads depends on the others."""
+        return False
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Plain values that belong to it."""
+        return {}
 
     @abstractmethod
     def encode(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch n"]:

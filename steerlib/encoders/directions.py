@@ -1,7 +1,8 @@
 """Linear directions: one vector per concept."""
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from math import inf
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -28,7 +29,7 @@ class Directions(Encoder):
         self.encoder = self.decoder / self.decoder.square().sum(-1, keepdim=True)
 
     @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> "Directions":
+    def from_tensors(cls, tensors: Mapping[str, Tensor], settings: Mapping[str, Any] | None = None) -> "Directions":  # noqa: ARG003
         return cls(tensors["decoder"], tensors["mean"])
 
     def to_tensors(self) -> dict[str, Tensor]:
@@ -42,4 +43,4 @@ class Directions(Encoder):
 
     def rows(self, indices: Sequence[int]) -> Rows:
         chosen = list(indices)
-        return Rows(self.encoder[chosen], -self.mean[chosen], self.decoder[chosen])
+        return Rows(self.encoder[chosen], -self.mean[chosen], self.decoder[chosen], torch.full((len(chosen),), -inf))

@@ -1,0 +1,117 @@
+"""What all sparse encoders share: an overcomplete code whose latents are mostly 0 and never negative.
+
+p = n(x - [b_d]) E^T + b        potentials; n normalises each token, b_d is taken off where the encoder is centred
+z = select(p)                   what a kind keeps of them
+x^ = n^-1(z D + b_d)            reconstruction
+"""
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Self, get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ..errors import CorruptBank
+from .base import Encoder, Norm, Rows, scale
+
+STATISTICS = ("unit", "frequency", "high")
+"""Of each latent, on reference data: the median of its positive readings, the share of tokens it fires on, and the value above
+which 0.5 % of its positive readings lie."""
+
+
+class Sparse(Encoder):
+    """Rows of `encoder` and `decoder` are latents; every tensor is kept as it was given, and computed with in float32."""
+
+    tensors: ClassVar[tuple[str, ...]] = ("encoder", "bias", "decoder")
+    shared: ClassVar[tuple[str, ...]] = ("decoder_bias",)
+
+    def __init__(
+        self,
+        *,
+        encoder: Float[Tensor, "n D"],
+        bias: Float[Tensor, " n"],
+        decoder: Float[Tensor, "n D2"],
+        decoder_bias: Float[Tensor, " D2"] | None = None,
+        centred: bool = False,
+        norm: Norm = "",
+        statistics: Mapping[str, Tensor] | None = None,
+    ):
+        """`centred`: whether `decoder_bias` is taken off before encoding. `norm` scales each token before and back after."""
+        self.encoder, self.bias, self.decoder, self.decoder_bias = encoder, bias, decoder, decoder_bias
+        self.centred, self.norm, self.statistics = centred, norm, dict(statistics or {})
+        n, shapes = len(encoder), {name: tuple(tensor.shape) for name, tensor in self.to_tensors().items()}
+        rows = all(shapes[name][0] == n for name in (*self.tensors, *self.statistics))
+        fits = decoder_bias is None or decoder_bias.shape == decoder.shape[1:]
+        if encoder.ndim != 2 or decoder.ndim != 2 or not (rows and fits):
+            raise CorruptBank(f"expected tensors of {n} latents that fit each other, got {shapes}")
+        if norm not in get_args(Norm) or (centred and (decoder_bias is None or encoder.shape[1:] != decoder_bias.shape)):
+            raise CorruptBank(f"expected norm '', 'layer' or 'length', and a decoder bias to centre by, got {norm!r}, {shapes}")
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Self:
+        statistics = {name: tensors[name] for name in STATISTICS if name in tensors}
+        others = {name: tensor for name, tensor in tensors.items() if name not in statistics}
+        try:
+            return cls(**others, **settings, statistics=statistics)
+        except TypeError as error:
+            raise CorruptBank(f"an encoder of kind {cls.kind!r} is not made of this: {error}") from None
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        found = {name: getattr(self, name) for name in (*self.tensors, *self.shared)}
+        return {**{name: tensor for name, tensor in found.items() if tensor is not None}, **self.statistics}
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {**({"centred": True} if self.centred else {}), **({"norm": self.norm} if self.norm else {})}
+
+    @abstractmethod
+    def select(self, p: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
+        """The code that a kind makes of potentials."""
+
+    def thresholds(self) -> Float[Tensor, " n"]:
+        """The potential above which each latent fires, taken alone."""
+        return torch.zeros(len(self.encoder))
+
+    def projected(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch n"]:
+        """p without its bias, float32."""
+        x = self._normal(x)
+        if self.centred and self.decoder_bias is not None:
+            x = x - self.decoder_bias.to(x)
+        return x @ self.encoder.T.to(x)
+
+    def potential(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch n"]:
+        """p of activations, float32."""
+        p = self.projected(x)
+        return p + self.bias.to(p)
+
+    def encode(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch n"]:
+        return self.select(self.potential(x))
+
+    def decode(self, z: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch D2"]:
+        y = z @ self.decoder.to(z)
+        return y if self.decoder_bias is None else y + self.decoder_bias.to(z)
+
+    def reconstruct(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch D2"]:
+        """What the code keeps of activations."""
+        y = self.decode(self.encode(x))
+        if self.norm:
+            y = y * scale(x, self.norm)
+        return y + x.float().mean(dim=-1, keepdim=True) if self.norm == "layer" else y
+
+    def rows(self, indices: Sequence[int]) -> Rows:
+        chosen = list(indices)
+        read, bias = self.encoder[chosen].float(), self.bias[chosen].float()
+        if self.centred and self.decoder_bias is not None:
+            bias = bias - read @ self.decoder_bias.float()
+        if self.norm == "layer":
+            read = read - read.mean(dim=-1, keepdim=True)
+        return Rows(read, bias, self.decoder[chosen].float(), self.thresholds()[chosen].float().clamp(min=0), self.norm)
+
+    def _normal(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch D"]:
+        x = x.float()
+        if not self.norm:
+            return x
+        centre = x.mean(dim=-1, keepdim=True) if self.norm == "layer" else 0.0
+        return (x - centre) / scale(x, self.norm)

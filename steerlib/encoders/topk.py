@@ -1,0 +1,62 @@
+"""TopK: the k largest potentials of each token are kept (Gao et al. 2024, 2406.04093)."""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ..errors import CorruptBank
+from .base import fired
+from .sparse import Sparse
+
+
+class TopK(Sparse):
+    """`z = max(p, 0)` where p is among the token's k largest, else 0.
+
+    Latents compete, so reading one takes all. `calibrated` finds the threshold that keeps k on average, by which one latent
+    can be read alone, and notes on how many of its firings the two ways disagree.
+    """
+
+    kind: ClassVar[str] = "topk"
+
+    def __init__(self, *, k: int, threshold: float | None = None, disagreement: float | None = None, **others: Any):
+        self.k, self.threshold, self.disagreement = k, threshold, disagreement
+        super().__init__(**others)
+        if type(k) is not int or not 0 < k <= len(self.encoder):
+            raise CorruptBank(f"expected 0 < k <= {len(self.encoder)} latents, got k={k!r}")
+
+    @classmethod
+    def competes(cls, settings: Mapping[str, Any]) -> bool:  # noqa: ARG003
+        return True
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        known = {"threshold": self.threshold, "disagreement": self.disagreement}
+        return {**super().settings, "k": self.k, **{name: value for name, value in known.items() if value is not None}}
+
+    def select(self, p: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
+        return top(p, self.k)
+
+    def thresholds(self) -> Float[Tensor, " n"]:
+        return torch.full((len(self.encoder),), self.threshold or 0.0)
+
+    def calibrated(self, x: Float[Tensor, "tokens D"]) -> "TopK":
+        """The same with a threshold from reference activations; disagreement is the share of firings, by either way, that the
+        other way does not have."""
+        p = self.potential(x)
+        positive = p.clamp(min=0).flatten()
+        kept = min(self.k * len(p), int((positive > 0).sum()))
+        threshold = float(positive.topk(kept).values[-1]) if kept else 0.0
+        ranked, alone = self.select(p) > 0, fired(p, torch.full_like(p[0], threshold)) > 0
+        differ = (ranked ^ alone).sum() / (ranked | alone).sum().clamp(min=1)
+        return type(self).from_tensors(
+            self.to_tensors(), {**self.settings, "threshold": threshold, "disagreement": round(float(differ), 6)}
+        )
+
+
+def top(p: Float[Tensor, "*batch n"], k: int) -> Float[Tensor, "*batch n"]:
+    """The k largest of each row where they are positive, 0 elsewhere."""
+    values, indices = p.topk(k)
+    return torch.zeros_like(p).scatter(-1, indices, values.clamp(min=0))
