@@ -92,6 +92,16 @@ class Socket:
         y = self._run(edit, x)
         return None if y is x else self.site.write(output, y)
 
+    def on_update(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:  # noqa: ARG002
+        """A forward hook of a block: the tensor is its output minus its input."""
+        edit, compiling = self.edit, torch.compiler.is_compiling()
+        if edit is None and not self.observers and not compiling:
+            return None
+        whole = self.site.read(output)
+        x = whole - self.site.read(args[0] if args else next(v for v in kwargs.values() if isinstance(v, Tensor)))
+        y = self._traced(x) if compiling else self._run(edit, x)
+        return None if y is x else self.site.write(output, whole + (y - x))
+
     def on_input(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:  # noqa: ARG002
         """A forward pre-hook: the tensor is the first positional argument, or the first keyword that holds one."""
         compiling = torch.compiler.is_compiling()
@@ -121,13 +131,16 @@ class Socket:
         return y
 
     def _compiled(self, value: Any) -> Any:
+        return self.site.write(value, self._traced(self.site.read(value)))
+
+    def _traced(self, x: Tensor) -> Tensor:
         state = next((clock.traced for clock in reversed(self.clocks) if clock.traced is not None), None)
         if self.traced is None or state is None:
             raise CompiledModel(
                 f"site {self.site.name!r} is being compiled with a passing steer(); call "
                 "steering = sl.attach(model, bank) first, then compile, then steering.set(...)"
             )
-        return self.site.write(value, self.traced(self.site.read(value), state))
+        return self.traced(x, state)
 
 
 class Dispatch:
@@ -215,14 +228,21 @@ class Attachment:
             for clock in clocks:
                 clock.moments.append(moment)
         socket = Socket(self.model, site, clocks, moment)
-        # first among the hooks, so that every observer sees what flows on
-        handle = (
-            module.register_forward_hook(socket.on_output, prepend=True)
-            if site.side == "output"
-            else module.register_forward_pre_hook(socket.on_input, with_kwargs=True)
-        )
         self.sockets[site.name] = socket
-        self._undo[f"site {site.name}"] = handle.remove
+        self._undo[f"site {site.name}"] = _hook(module, socket)
+        for other in self.sockets.values():  # an output includes what was done to the update
+            if site.side == "output" and other.site.side == "update" and other.site.module == site.module:
+                self._undo[f"site {other.site.name}"]()
+                self._undo[f"site {other.site.name}"] = _hook(module, other)
+
+
+def _hook(module: nn.Module, socket: Socket) -> Callable[[], None]:
+    """Register a socket, first among the hooks, so that every observer sees what flows on; gives back what removes it."""
+    if socket.site.side == "input":
+        return module.register_forward_pre_hook(socket.on_input, with_kwargs=True).remove
+    if socket.site.side == "update":
+        return module.register_forward_hook(socket.on_update, prepend=True, with_kwargs=True).remove
+    return module.register_forward_hook(socket.on_output, prepend=True).remove
 
 
 def _nothing() -> None:

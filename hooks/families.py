@@ -166,7 +166,7 @@ def _first(source: Any, *names: str) -> Any:
 
 
 def named_sites(model: nn.Module) -> dict[str, Site]:
-    """Every named site: `layers.3`, `.in`, `.attn`, `.mlp`, `.attn.heads.2`, `embed`, `norm`, with the stack's prefix."""
+    """Every named site: `layers.3`, its `.in`, `.update`, `.attn`, `.mlp`, `.attn.heads.2`, `embed`, `norm`, with a prefix."""
     sites: dict[str, Site] = {}
     found = stacks(model)
     for stack in found:
@@ -208,6 +208,8 @@ def _block_sites(model: Any, stack: Stack, i: int) -> dict[str, Site]:
     if family.stream:
         sites.insert(0, Site(name=name, module=path, layout=family.layout))
         sites.insert(1, Site(name=f"{name}.in", module=start, side="input", layout=family.layout))
+        if start == path:
+            sites.insert(2, Site(name=f"{name}.update", module=path, side="update", layout=family.layout))
     if attends is not None:
         sites += _heads(model.get_submodule(attends), attends, name, _config(model.get_submodule(stack.path)))
     return {site.name: site for site in sites}

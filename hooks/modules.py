@@ -1,7 +1,7 @@
 """Any `torch.nn.Module`: the user names the sites by module path, and every pass is a prompt."""
 
 import hashlib
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -10,6 +10,9 @@ from steerlib.errors import UnknownSite, nearest
 from steerlib.hosts import Host
 from steerlib.schedules import StepState
 from steerlib.sites import Site
+
+SIDES: dict[str, Literal["input", "update", "output"]] = {".in": "input", ".update": "update", "": "output"}
+"""What a path's ending says of the side."""
 
 
 class ModuleHost(Host):
@@ -48,11 +51,12 @@ class ModuleHost(Host):
 
 
 def module_site(model: nn.Module, name: str, known: tuple[str, ...] = ()) -> Site:
-    """The output of any module, by its path; a trailing `.in` means its input."""
-    path, side = (name[:-3], "input") if name.endswith(".in") else (name, "output")
+    """The output of any module, by its path; a trailing `.in` means its input, `.update` what it adds to its input."""
     modules = dict(model.named_modules())
-    if path in modules and path:
-        return Site(name=name, module=path, side="input" if side == "input" else "output")
+    for ending, side in SIDES.items():
+        path = name.removesuffix(ending)
+        if name.endswith(ending) and path and path in modules:
+            return Site(name=name, module=path, side=side)
     raise UnknownSite(
         f"{type(model).__name__} has no site {name!r}; name one, or any module path whose output is [rows, tokens, width]: "
         f"{nearest(name, known or filter(None, modules), filter(None, modules))}"

@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from . import hub
 from .concepts import Concept
 from .encoders import KINDS, Directions, Encoder, Rows
+from .encoders.sparse import STATISTICS
 from .errors import BadBank, CorruptBank, UnknownConcept, UnknownFormat, WrongModel, WrongWidth, nearest
 from .graph import CausalGraph, Edge
 from .hosts import Host, host_for
@@ -65,8 +66,17 @@ class EncoderFacts:
     """Where the coordinates of an encoder come from."""
 
     site: str
+    """Where its concepts are moved."""
     kind: str
     file: str
+    reads: str = ""
+    """Where they are read, if elsewhere: at an earlier site."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """What the kind has to know beside its tensors."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON, defaults left out."""
+        return {key: value for key, value in asdict(self).items() if value not in ("", {})}
 
 
 class ConceptBank:
@@ -81,12 +91,14 @@ class ConceptBank:
         base: BaseModel,
         sites: Mapping[str, SiteFacts],
         where: Mapping[str, str] | None = None,
+        reads: Mapping[str, str] | None = None,
         graph: CausalGraph | None = None,
         card: str = "",
         license: str = "",
         provenance: Mapping[str, Any] | None = None,
     ):
-        """`where` maps encoder ids to site names (default: the id up to `@` or `#`)."""
+        """`where` maps encoder ids to site names (default: the id up to `@` or `#`), `reads` those of transcoders to where they
+        read. Every row of an encoder is a concept, named `encoder/index`; `concepts` are those of which more is known."""
         self.name, self.base, self.sites, self.card, self.license = name, base, dict(sites), card, license
         self.graph, self.provenance = graph or CausalGraph(), dict(provenance or {})
         self.extra: dict[str, Any] = {}
@@ -94,7 +106,10 @@ class ConceptBank:
         self._encoders: dict[str, Encoder] = dict(encoders)
         site_of = where or {id: id.partition("@")[0].partition("#")[0] for id in encoders}
         self.encoders = {
-            id: EncoderFacts(site=site_of[id], kind=encoder.kind, file=_file_of(id)) for id, encoder in encoders.items()
+            id: EncoderFacts(
+                site=site_of[id], kind=e.kind, file=_file_of(id), reads=(reads or {}).get(id, ""), settings=e.settings
+            )
+            for id, e in encoders.items()
         }
         self._tensors: dict[str, hub.Tensors] = {}
         self._folder: Path | None = None
@@ -122,10 +137,36 @@ class ConceptBank:
 
     def __getitem__(self, name: str) -> Concept:
         """A concept by its name or `encoder/index`."""
-        concept = self.concepts.get(name) or self._by_id.get(name)
+        concept = self.concepts.get(name) or self._by_id.get(name) or self._row(name)
         if concept is None:
             raise UnknownConcept(f"bank {self.name!r} has no concept {name!r}; {nearest(name, self.concepts)}")
         return concept
+
+    def _row(self, name: str) -> Concept | None:
+        """The concept of an encoder's row of which no more is known than its statistics."""
+        id, _, row = name.rpartition("/")
+        if id not in self.encoders or not (row.isascii() and row.isdigit()) or int(row) >= (count := self.count(id)):
+            if id in self.encoders:
+                raise UnknownConcept(f"encoder {id!r} of bank {self.name!r} has rows 0 to {count - 1}, got {row!r}")
+            return None
+        known = {key: float(tensor) for key, tensor in self._one(id, int(row), STATISTICS).items()}
+        high = known.get("high", 0.0)
+        concept = Concept(
+            name=f"{id}/{int(row)}",
+            encoder=id,
+            index=int(row),
+            unit=known.get("unit") or 1.0,  # a latent that never fired on reference data has none
+            natural=(0.0, high) if high > 0 else None,
+        )
+        self._by_id[concept.id] = concept
+        return concept
+
+    def count(self, encoder: str) -> int:
+        """Rows of an encoder, each a concept."""
+        first = KINDS[self.encoders[encoder].kind].tensors[0]
+        if encoder in self._encoders:
+            return len(self._encoders[encoder].to_tensors()[first])
+        return self._file(encoder).shape(first)[0]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.concepts)
@@ -151,6 +192,16 @@ class ConceptBank:
         """The name of the site at which a concept is read and moved."""
         return self.encoders[concept.encoder].site
 
+    def read_at(self, concept: Concept) -> str:
+        """The name of the site at which a concept is read: for a transcoder, an earlier one."""
+        facts = self.encoders[concept.encoder]
+        return facts.reads or facts.site
+
+    def competes(self, concept: Concept) -> bool:
+        """Whether what a concept reads depends on the others of its encoder."""
+        facts = self.encoders[concept.encoder]
+        return KINDS[facts.kind].competes(facts.settings)
+
     def find(self, words: str, limit: int = 5) -> list[Concept]:
         """Concepts whose name or label share words with these, best first."""
         wanted = set(words.lower().split())
@@ -169,20 +220,31 @@ class ConceptBank:
             if concept.encoder in self._encoders:
                 found = self._encoders[concept.encoder].rows([concept.index])
             else:
-                kind, file = KINDS[self.encoders[concept.encoder].kind], self._file(concept.encoder)
-                one = {name: file.rows(name, concept.index, concept.index + 1) for name in kind.tensors}
-                found = kind.from_tensors(one).rows([0])
-            width = self.sites[self.site_of(concept)].width
-            if found.read.shape[-1] != width:
-                raise WrongWidth(f"{concept.name!r} has width {found.read.shape[-1]}, its site {width}")
+                kind, facts = KINDS[self.encoders[concept.encoder].kind], self.encoders[concept.encoder]
+                one = self._one(concept.encoder, concept.index, (*kind.tensors, *kind.shared))
+                found = kind.from_tensors(one, kind.of_rows(facts.settings, 1)).rows([0])
+            widths = {self.read_at(concept): found.read, self.site_of(concept): found.write}
+            for site, tensor in widths.items():
+                if (width := self.sites[site].width) != tensor.shape[-1]:
+                    raise WrongWidth(f"{concept.name!r} has width {tensor.shape[-1]}, its site {site!r} {width}")
             self._rows[concept.id] = found
         return found
+
+    def _one(self, encoder: str, index: int, names: Iterable[str]) -> dict[str, Tensor]:
+        """One row of each of these tensors that an encoder has, and the whole of those that all rows share."""
+        shared = KINDS[self.encoders[encoder].kind].shared
+        if encoder in self._encoders:
+            tensors = self._encoders[encoder].to_tensors()
+            return {n: tensors[n] if n in shared else tensors[n][index : index + 1] for n in names if n in tensors}
+        file = self._file(encoder)
+        here = [name for name in names if name in file.header]
+        return {name: file.all(name) if name in shared else file.rows(name, index, index + 1) for name in here}
 
     def encoder(self, id: str) -> Encoder:
         """A whole encoder."""
         if id not in self._encoders:
             kind, file = KINDS[self.encoders[id].kind], self._file(id)
-            self._encoders[id] = kind.from_tensors({name: file.all(name) for name in kind.tensors})
+            self._encoders[id] = kind.from_tensors({name: file.all(name) for name in file.header}, self.encoders[id].settings)
         return self._encoders[id]
 
     def _file(self, encoder: str) -> hub.Tensors:
@@ -229,14 +291,14 @@ class ConceptBank:
             for name, record in self._manifest["files"].items():
                 hub.check_whole(self._folder, name, record)
         places = [place for concept in self.concepts.values() for place in concept.places]
-        for id, facts in self.encoders.items():
+        for id in self.encoders:
             encoder = self.encoder(id)
             tensors = encoder.to_tensors()
             if not all(tensor.isfinite().all() for tensor in tensors.values() if tensor.is_floating_point()):
                 raise CorruptBank(f"encoder {id!r} has values that are not finite")
-            count = {len(tensor) for tensor in tensors.values()}
+            count = {len(tensor) for name, tensor in tensors.items() if name not in encoder.shared}
             most = max((place.index for place in places if place.encoder == id), default=-1)
-            if len(count) != 1 or most >= count.pop() or facts.site not in self.sites:
+            if len(count) != 1 or most >= count.pop():
                 raise CorruptBank(f"encoder {id!r} does not fit its concepts or its site")
         for place in places:
             self.rows(place)
@@ -260,9 +322,7 @@ class ConceptBank:
     @classmethod
     def from_encoder(cls, encoder: Encoder, *, site: str, base: object, name: str = "encoder") -> "ConceptBank":
         """One's own encoder at one site; concepts are called `site/index`."""
-        count = len(next(iter(encoder.to_tensors().values())))
-        concepts = [Concept(name=f"{site}/{i}", encoder=site, index=i) for i in range(count)]
-        return cls._around(encoder, concepts, site, base, name)
+        return cls._around(encoder, [], site, base, name)
 
     @classmethod
     def _around(cls, encoder: Encoder, concepts: list[Concept], site: str, base: object, name: str) -> "ConceptBank":
@@ -321,7 +381,8 @@ class ConceptBank:
         bank.extra = {key: value for key, value in manifest.items() if key not in known}
         bank._folder, bank._manifest = folder, {**manifest, "files": files}
         for id, facts in bank.encoders.items():
-            if facts.kind not in KINDS or facts.site not in bank.sites or hub.checked_name(facts.file) not in files:
+            known = facts.kind in KINDS and {facts.site, facts.reads or facts.site} <= bank.sites.keys()
+            if not known or hub.checked_name(facts.file) not in files or not isinstance(facts.settings, dict):
                 raise CorruptBank(f"encoder {id!r} has an unknown kind, site or file: {facts}")
         bank._take([Concept.from_dict(line) for line in bank._lines("concepts.jsonl")])
         bank.graph = bank._graph()
@@ -403,7 +464,7 @@ class ConceptBank:
             "name": self.name,
             "base_model": asdict(self.base),
             "sites": {name: asdict(facts) for name, facts in self.sites.items()},
-            "encoders": {id: asdict(facts) for id, facts in self.encoders.items()},
+            "encoders": {id: facts.to_dict() for id, facts in self.encoders.items()},
             "license": self.license,
             "provenance": self.provenance,
             "files": files,
@@ -420,6 +481,7 @@ class ConceptBank:
             base=self.base,
             sites=self.sites,
             where={id: facts.site for id, facts in self.encoders.items()},
+            reads={id: facts.reads for id, facts in self.encoders.items()},
             graph=self.graph,
             card=self.card if card is None else card,
             license=self.license,

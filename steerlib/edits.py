@@ -7,6 +7,10 @@
     x2 = x1 + argmin |d|  with  r_k (x1 + d) + b_k = z_k(x1) + g_k (clamp(z_k(x1), low_k, high_k) - z_k(x1))
 
 for every target k that acts there (g_k > 0). The change x2 - x is capped in length and cast once.
+
+Latents of sparse codes read `z = p` where their potential `p = x r^T + b` is above a threshold, else 0. They are changed in the
+code: x moves by `(z' - z) w`, where z', after all additions to the latent together, is not below 0; what the code does not
+describe stays. Their targets are met before those of directions, which see what they did.
 """
 
 import threading
@@ -20,7 +24,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from .concepts import Concept, Gate
-from .encoders import Rows
+from .encoders import Encoder, Rows
+from .encoders.base import fired, scale
 from .errors import ConflictingEdits, RowMismatch, Unanswerable, WrongWidth
 from .interventions import Intervention, Patch, Rule, patched
 from .schedules import Branch, StepState, gain
@@ -42,6 +47,10 @@ class Edit:
     rule: Rule
     intervention: Intervention
     branch: Branch | None = None
+    crowd: Encoder | None = None
+    """Where latents compete: all of them, to see whether this one is kept."""
+    heard: Key | None = None
+    """The note that holds its reading, where that is taken at an earlier site."""
     gates: tuple[Gate, ...] = ()
     """Bounded (plans fill in what a bank stores); what they let through multiplies."""
     norm: float | None = None
@@ -58,14 +67,27 @@ class Edit:
         """Whether the concept has to read a given value afterwards."""
         return self.held or self.rule.is_target
 
+    def reading(self, x: Float[Tensor, "B N D"], state: StepState) -> Float[Tensor, "B N"]:
+        """z as it is, in raw coordinates."""
+        if self.heard is not None:
+            return state.notes[self.heard]
+        return Reading(self.key, self.rows, 1.0, self.crowd, self.concept.index).of(x)
+
     @property
     def is_constant(self) -> bool:
         """Whether the change depends on nothing but the row and the part of the text."""
-        i = self.intervention
+        i, floored = self.intervention, self.rows.is_sparse and _least(self.rule.shift) < 0
         unconditional = i.when is None and i.mask is None and self.branch is None and not self.gates
         return (
             unconditional
-            and not (self.is_target or self.forecast or self.scope is not None or isinstance(i.tokens, slice))
+            and not (
+                self.is_target
+                or floored
+                or self.rows.norm
+                or self.forecast
+                or self.scope is not None
+                or isinstance(i.tokens, slice)
+            )
             and self.norm is None
             and self.rule.scale == 1
         )
@@ -77,6 +99,18 @@ class Reading(NamedTuple):
     key: Key
     rows: Rows
     unit: float
+    crowd: Encoder | None = None
+    index: int = 0
+    """Its place in the crowd."""
+
+    def of(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B N"]:
+        """In units, float32."""
+        z = self.rows.reading(x) if self.crowd is None else self.crowd.encode(x)[..., [self.index]]
+        return z[..., 0] / self.unit
+
+
+def _least(amount: Any) -> float:
+    return min(amount) if isinstance(amount, tuple) else amount
 
 
 @dataclass(eq=False)
@@ -86,6 +120,9 @@ class Table:
     read: Float[Tensor, "K D"]
     bias: Float[Tensor, " K"]
     write: Float[Tensor, "K D"]
+    threshold: Float[Tensor, " K"]
+    same: Float[Tensor, "K K"]
+    """1 where two edits move the same concept."""
     scale: Float[Tensor, "R K"]
     shift: Float[Tensor, "R K"]
     low: Float[Tensor, "R K"]
@@ -109,6 +146,8 @@ class Table:
             read=new((edits, width), 0),
             bias=new((edits,), 0),
             write=new((edits, width), 0),
+            threshold=new((edits,), -inf),
+            same=torch.eye(edits, device=device),
             scale=new((rows, edits), 1),
             shift=new((rows, edits), 0),
             low=new((rows, edits), -inf),
@@ -128,8 +167,10 @@ class Table:
         rows = max(map(len, amounts), default=1)
         if {len(amount) for amount in amounts} - {rows}:
             raise RowMismatch(f"expected equally many amounts for all concepts, got {sorted(map(len, amounts))}")
-        table = cls.empty(len(edits), edits[0].rows.read.shape[-1], rows)
-        table.read, table.bias, table.write = (torch.cat(part) for part in zip(*(e.rows for e in edits), strict=True))
+        table = cls.empty(len(edits), edits[0].rows.write.shape[-1], rows)
+        for name in ("read", "bias", "write", "threshold"):
+            setattr(table, name, torch.cat([getattr(edit.rows, name) for edit in edits]))
+        table.same = torch.tensor([[float(one.key == other.key) for one in edits] for other in edits])
         for k, edit in enumerate(edits):
             for column, amount in zip((table.scale, table.shift, table.low, table.high), edit.rule, strict=True):
                 column[:, k] = torch.tensor(amount)
@@ -174,31 +215,55 @@ class Table:
         extra: Float[Tensor, "B N K"] | None = None,
         forecast: Float[Tensor, "B N K"] | None = None,
         wanted: Float[Tensor, "B N K"] | None = None,
+        known: Float[Tensor, "B N K"] | None = None,
+        lengths: Float[Tensor, "B N K"] | None = None,
         has_targets: bool = True,
+        has_latents: bool = True,
     ) -> tuple[Float[Tensor, "B N D"], Float[Tensor, "B N K"], Float[Tensor, "B N"], Bool[Tensor, "B N"]]:
         """The change of x, the change of each coordinate, the change's length before the cap, and where edits act.
 
-        `extra` scales each edit (gates, masks), `forecast` adds to its shift, `wanted` replaces targets that are not NaN.
+        `extra` scales each edit (gates, masks), `forecast` adds to its shift, `wanted` replaces targets that are not NaN, and
+        `known` readings that are not; `lengths` is what encoders that normalise divide tokens by.
         """
         row = (torch.arange(len(x), device=x.device) * self.prompts.long()) // len(x)
         x = x.float()
-        z = x @ self.read.T + self.bias
+        z = x @ self.read.T if lengths is None else x @ self.read.T / lengths
+        z = z + self.bias
+        if has_latents:
+            z = fired(z, self.threshold)
+        if known is not None:
+            z = torch.where(known.isnan(), z, known)
         g = self._gains(state, z) if extra is None else self._gains(state, z) * extra
         shift = self.shift[row, None] if forecast is None else self.shift[row, None] + forecast
         moved = g * ((self.scale[row, None] - 1) * z + shift)
-        delta = moved @ self.write
+        written = self.write if lengths is None else lengths[..., None] * self.write
+        if has_latents:
+            moved = self._floored(moved, z)
+        delta = _sum(moved, written)
         if has_targets:
-            z1 = z + delta @ self.read.T
-            aim = z1.clamp(self.low[row, None], self.high[row, None])
-            if wanted is not None:
-                aim = torch.where(wanted.isnan(), aim, wanted)
             active = self.target * (g > 0)
-            miss = active * g * (aim - z1)
-            delta = delta + self._least_change(miss, active)
-            moved = moved + miss
+            low, high = self.low[row, None], self.high[row, None]
+            if has_latents:
+                miss = self._miss(z + moved @ self.same, low.clamp(min=0), high, wanted, active * (self.threshold > -inf) * g)
+                delta, moved = delta + _sum(miss, written), moved + miss
+                active = active * (self.threshold == -inf)
+            miss = self._miss(z + delta @ self.read.T, low, high, wanted, active * g)
+            delta, moved = delta + self._least_change(miss, active), moved + miss
         length = delta.detach().norm(dim=-1)  # the cap is a measure, not a part of the edit that is learned through
         kept = (self.cap / length.clamp(min=1e-30)).clamp(max=1)[..., None]
         return delta * kept, moved * kept, length, (g > 0).any(-1)
+
+    def _floored(self, moved: Float[Tensor, "B N K"], z: Float[Tensor, "B N K"]) -> Float[Tensor, "B N K"]:
+        """Additions that leave no latent below 0; several to one latent count together, and each is given its part."""
+        floor = torch.where(self.threshold > -inf, -z, -inf)
+        return (moved @ self.same).maximum(floor) / self.same.sum(0)
+
+    def _miss(self, z: Tensor, low: Tensor, high: Tensor, wanted: Tensor | None, share: Tensor) -> Float[Tensor, "B N K"]:
+        """How far readings are from their targets, as far as edits act."""
+        aim = z.clamp(low, high)
+        if wanted is not None:
+            aim = torch.where(wanted.isnan(), aim, wanted)
+        return share * (aim - z)
 
     def _gains(self, state: StepState, z: Tensor) -> Tensor:
         """Share of each edit at each token."""
@@ -216,6 +281,11 @@ class Table:
         both = active[..., :, None] * active[..., None, :]
         system = gram * both + torch.diag_embed(1 - active)
         return torch.linalg.solve(system, miss[..., None])[..., 0] @ self.read
+
+
+def _sum(moved: Float[Tensor, "B N K"], written: Tensor) -> Float[Tensor, "B N D"]:
+    """What movements write, `[K, D]`, or of each token its own, `[B, N, K, D]`."""
+    return moved @ written if written.ndim == 2 else torch.einsum("bnk,bnkd->bnd", moved, written)
 
 
 @dataclass(eq=False)
@@ -263,8 +333,9 @@ class Program:
         self.merged: tuple[Program, int] | None = None
         """The program that runs in place of this one where several sessions edit a site, and where its edits begin there."""
         self.table = Table.of(edits, cap) if edits else None
-        targets = [edit.rows.read[0] for edit in edits if edit.is_target]
-        self.has_targets = bool(targets)
+        targets = [edit.rows.read[0] for edit in edits if edit.is_target and not edit.rows.is_sparse]
+        self.has_targets = any(edit.is_target for edit in edits)
+        self.has_latents = any(edit.rows.is_sparse for edit in edits)
         if len(targets) > 1 and int(torch.linalg.matrix_rank(torch.stack(targets))) < len(targets):
             names = ", ".join(repr(edit.concept.name) for edit in edits if edit.is_target)
             raise ConflictingEdits(f"{names} cannot all be given a value: their directions depend on each other; set fewer")
@@ -297,7 +368,7 @@ class Program:
         """Keep what held concepts read here, in a pass without edits."""
         for edit in self.edits:
             if edit.held:
-                self.twin.readings[edit.key] = (x.float() @ edit.rows.read[0].to(x.device)) + edit.rows.bias[0].to(x.device)
+                self.twin.readings[edit.key] = Reading(edit.key, edit.rows, 1.0, edit.crowd, edit.concept.index).of(x)
 
     def __call__(self, x: Tensor, state: StepState) -> Tensor:
         """The steered x."""
@@ -323,9 +394,9 @@ class Program:
         return y
 
     def _check_width(self, x: Tensor) -> None:
-        if self.table is not None and x.shape[-1] != self.table.read.shape[-1]:
+        if self.table is not None and x.shape[-1] != self.table.write.shape[-1]:
             names = ", ".join(repr(edit.concept.name) for edit in self.edits)
-            raise WrongWidth(f"{names} expects activations of width {self.table.read.shape[-1]}, the site has {x.shape[-1]}")
+            raise WrongWidth(f"{names} expects activations of width {self.table.write.shape[-1]}, the site has {x.shape[-1]}")
 
     def _repeated(self, delta: Tensor, x: Tensor, state: StepState) -> Tensor:
         """The constant change of each row of the batch: rows are prompts, which beams repeat."""
@@ -338,8 +409,8 @@ class Program:
             raise RowMismatch(f"expected one amount for each of {expected} rows, got {amounts}; give one number or {expected}")
 
     def _general(self, x: Tensor, state: StepState) -> Tensor:
-        for key, rows, unit in self.readings:
-            state.notes[key] = (x.float() @ rows.read[0].to(x.device) + rows.bias[0].to(x.device)) / unit
+        for reading in self.readings:
+            state.notes[reading.key] = reading.of(x)
         if self.table is None:
             return x
         if self.table.read.device != x.device:
@@ -351,7 +422,10 @@ class Program:
             extra=self._extra(x, state),
             forecast=self._forecast(x, state),
             wanted=self._wanted(x, state),
+            known=self._known(x, state),
+            lengths=self._lengths(x),
             has_targets=self.has_targets,
+            has_latents=self.has_latents,
         )
         for k, edit in enumerate(self.edits):
             if edit.scope is not None:
@@ -366,6 +440,31 @@ class Program:
             self._look(y, state, length)
         tally.section = state.section
         return y
+
+    def _known(self, x: Tensor, state: StepState) -> Tensor | None:
+        """Readings that one row of the encoder cannot give, NaN elsewhere, `[B, N, K]`: of latents that compete, and of those
+        read at an earlier site."""
+        if not any(edit.crowd is not None or edit.heard is not None for edit in self.edits):
+            return None
+        known = x.new_full((*x.shape[:2], len(self.edits)), torch.nan, dtype=torch.float32)
+        codes: dict[int, Tensor] = {}
+        for k, edit in enumerate(self.edits):
+            if edit.heard is not None:
+                if edit.heard not in state.notes:
+                    raise Unanswerable(f"{edit.concept.name!r} is read at an earlier site, which this pass did not go through")
+                known[..., k] = state.notes[edit.heard]
+            elif edit.crowd is not None:
+                if id(edit.crowd) not in codes:
+                    codes[id(edit.crowd)] = edit.crowd.encode(x)
+                known[..., k] = codes[id(edit.crowd)][..., edit.concept.index]
+        return known
+
+    def _lengths(self, x: Tensor) -> Tensor | None:
+        """What each edit's encoder divides tokens by, `[B, N, K]`."""
+        if not any(edit.rows.norm for edit in self.edits):
+            return None
+        one = x.new_ones((*x.shape[:2], 1), dtype=torch.float32)
+        return torch.cat([scale(x, edit.rows.norm) if edit.rows.norm else one for edit in self.edits], dim=-1)
 
     def _extra(self, x: Tensor, state: StepState) -> Tensor | None:
         """What gates, masks and branches leave of each edit, `[B, N, K]`."""
@@ -424,7 +523,7 @@ class Program:
             table = _for_rows(table.to(x.device), len(x), f"the tape of {self.edits[k].concept.name!r}")
             position = state.positions.expand(len(x), -1).clamp(min=0)
             value = table.gather(1, position.clamp(max=table.shape[1] - 1))
-            own = (x.float() @ self.table.read[k] + self.table.bias[k]) if self.table is not None else value
+            own = self.edits[k].reading(x, state)
             wanted[..., k] = torch.where((position < table.shape[1]) & ~value.isnan(), value, own)
         return wanted
 
@@ -433,11 +532,12 @@ class Program:
         assert self.table is not None
         with torch.no_grad():
             table = self.table if self.table.read.device == y.device else self.table.to(y.device)
-            z = y.float() @ table.read.T + table.bias
+            z = fired(y.float() @ table.read.T + table.bias, table.threshold)
             seen = (state.positions > 0).expand(y.shape[:2])
             if state.real is not None:
                 seen = seen & state.real
-            ends = [edit.concept.natural or (-inf, inf) for edit in self.edits]
+            alone = [edit.crowd is None and edit.heard is None and not edit.rows.norm for edit in self.edits]
+            ends = [(edit.concept.natural if own else None) or (-inf, inf) for edit, own in zip(self.edits, alone, strict=True)]
             low, high = (torch.tensor(side, device=y.device) for side in zip(*ends, strict=True))
             units = torch.tensor([edit.concept.unit for edit in self.edits], device=y.device)
             off = (((z < low) | (z > high)) & seen[..., None]).sum((0, 1))

@@ -152,7 +152,7 @@ class Tensors:
         return dtype, shape, base + start
 
     def rows(self, name: str, first: int, last: int) -> Tensor:
-        """Rows `first` up to `last` of a tensor, as float32 (integers as they are); raises on values not finite."""
+        """Rows `first` up to `last` of a tensor, in its own dtype; raises on values not finite."""
         if name not in self.header:
             raise CorruptBank(f"{self.path.name} has no tensor {name!r}; it has {', '.join(sorted(self.header))}")
         dtype, shape, base = self.header[name]
@@ -163,15 +163,17 @@ class Tensors:
         tensor = torch.from_numpy(np.frombuffer(raw, DTYPES[dtype]).copy()).reshape(last - first, *shape[1:])
         if dtype == "BF16":
             tensor = tensor.view(torch.bfloat16)
-        if tensor.is_floating_point():
-            tensor = tensor.float()
-            if not tensor.isfinite().all():
-                raise CorruptBank(f"{name!r} in {self.path.name} has values that are not finite in rows {first} to {last}")
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise CorruptBank(f"{name!r} in {self.path.name} has values that are not finite in rows {first} to {last}")
         return tensor
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor; `(0,)` for one that the file does not have."""
+        return self.header[name][1] if name in self.header else (0,)
 
     def all(self, name: str) -> Tensor:
         """A whole tensor."""
-        return self.rows(name, 0, self.header[name][1][0] if name in self.header else 0)
+        return self.rows(name, 0, self.shape(name)[0])
 
     def _bytes(self, start: int, stop: int) -> bytes:
         """Bytes of the file, each block checked against its hash when it is first read."""

@@ -8,11 +8,13 @@ from math import inf
 from typing import Any, Literal, NamedTuple
 from weakref import WeakKeyDictionary, ref
 
+import torch
 from torch import nn
 
 from .bank import ConceptBank
 from .concepts import Concept, Gate
 from .edits import Edit, Key, Program, Reading, Table
+from .encoders import Encoder
 from .errors import BadEdit, ConflictingEdits, OtherWeights, OutOfRange, Unanswerable
 from .hosts import Host
 from .interventions import Ablate, Add, Clamp, Intervention, Patch, Rule, Set
@@ -33,6 +35,7 @@ class Options(NamedTuple):
     hold: tuple[str, ...] = ()
     free: tuple[str, ...] = ()
     allow_ood: bool = False
+    exact: bool = True
 
 
 @dataclass(eq=False)
@@ -65,7 +68,7 @@ def resolve(bank: ConceptBank, host: Host, edits: Edits, options: Options) -> Pl
     by_site: dict[str, list[Edit]] = {}
     for edit in made:
         by_site.setdefault(bank.site_of(edit.concept), []).append(edit)
-    readings = _readings(bank, made)
+    readings = _readings(bank, made, options)
     names = [*by_site, *(name for name in readings if name not in by_site)]
     caps = {name: _cap(bank, name, options) for name in names}
     plan = Plan(
@@ -77,7 +80,7 @@ def resolve(bank: ConceptBank, host: Host, edits: Edits, options: Options) -> Pl
         holds=options.do == "hold",
         warnings=(),
     )
-    _check_gates(bank, host, made)
+    _check_order(bank, host, made)
     for name in names:
         notices += [(text, OutOfRange) for text in _too_long(name, plan.edits[name], caps[name])]
         plan.programs[name] = Program(plan.edits[name], plan.readings[name], caps[name])
@@ -129,9 +132,8 @@ def _edit(
         raise Unanswerable(f"a tape holds one reading of {concept.name!r}, which moves at {len(concept.places)} sites; use Set")
     branch: Any = intervention.branch or options.branch
     return Edit(
-        key=_key(bank, concept),
+        **_read(bank, concept, options),
         concept=concept,
-        rows=bank.rows(concept),
         rule=_natural(bank, concept, intervention, options),
         intervention=intervention,
         branch=None if branch == "both" else branch,
@@ -139,6 +141,29 @@ def _edit(
         norm=_matched_norm(bank, concept, intervention),
         scope=scope if options.do == "graph" else None,
     )
+
+
+def _read(bank: ConceptBank, concept: Concept, options: Options) -> dict[str, Any]:
+    """How an edit learns what its concept reads: from its own rows, from all latents that compete, or from an earlier site."""
+    key, rows = _key(bank, concept), bank.rows(concept)
+    if bank.read_at(concept) == bank.site_of(concept):
+        return {"key": key, "rows": rows, "crowd": _crowd(bank, concept, options)}
+    away = rows._replace(read=torch.zeros_like(rows.write), bias=torch.zeros(1), norm="")
+    return {"key": key, "rows": away, "heard": ("reading", key)}
+
+
+def _crowd(bank: ConceptBank, concept: Concept, options: Options) -> Encoder | None:
+    """All latents that a concept competes with, unless its calibrated threshold is to decide."""
+    if not bank.competes(concept):
+        return None
+    if options.exact:
+        return bank.encoder(concept.encoder)
+    if "threshold" not in bank.encoders[concept.encoder].settings:
+        raise BadEdit(
+            f"{concept.name!r} is one of the largest latents of a token or silent, and bank {bank.name!r} has no threshold by "
+            "which to tell without the others; leave out exact=False, or calibrate the encoder"
+        )
+    return None
 
 
 def _gates(bank: ConceptBank, concept: Concept, intervention: Intervention) -> tuple[Gate, ...]:
@@ -232,15 +257,10 @@ def _held(bank: ConceptBank, host: Host, chosen: Iterable[Concept], options: Opt
     concepts = [place for name in names if name not in edited | free for place in bank[name].places]
     for concept in concepts:
         host.site(bank.site_of(concept))
+        if bank.read_at(concept) != bank.site_of(concept):
+            raise Unanswerable(f"do='hold' cannot hold {concept.name!r}, which is read at an earlier site than it is moved")
     return [
-        Edit(
-            key=_key(bank, concept),
-            concept=concept,
-            rows=bank.rows(concept),
-            rule=Rule(),
-            intervention=Ablate(),
-            held=True,
-        )
+        Edit(**_read(bank, concept, options), concept=concept, rule=Rule(), intervention=Ablate(), held=True)
         for concept in concepts
     ]
 
@@ -264,9 +284,8 @@ def _forecasts(bank: ConceptBank, host: Host, made: Sequence[Edit], options: Opt
                     raise Unanswerable(f"do='graph' needs {name!r} at a later site of the same stack than its cause {parent!r}")
             new.append(
                 Edit(
-                    key=_key(bank, child),
+                    **_read(bank, child, options),
                     concept=child,
-                    rows=bank.rows(child),
                     rule=Rule(),
                     intervention=Add(0.0),
                     forecast={(scope, _key(bank, bank[p])): w * child.unit / bank[p].unit for p, w in parents.items()},
@@ -276,21 +295,28 @@ def _forecasts(bank: ConceptBank, host: Host, made: Sequence[Edit], options: Opt
     return new
 
 
-def _readings(bank: ConceptBank, made: Sequence[Edit]) -> dict[str, list[Reading]]:
-    """What gates have to know, by the site at which it is read."""
+def _readings(bank: ConceptBank, made: Sequence[Edit], options: Options) -> dict[str, list[Reading]]:
+    """What gates and edits have to know, by the site at which it is read."""
     found: dict[str, list[Reading]] = {}
     for edit in made:
-        for gate in edit.gates:
-            concept = bank[gate.concept]
-            reading = Reading(("gate", edit.key, gate), bank.rows(concept), concept.unit)
-            found.setdefault(bank.site_of(concept), []).append(reading)
+        asked = [(("gate", edit.key, gate), bank[gate.concept], bank[gate.concept].unit) for gate in edit.gates]
+        if edit.heard is not None:
+            asked.append((edit.heard, edit.concept, 1.0))
+        for key, concept, unit in asked:
+            reading = Reading(key, bank.rows(concept), unit, _crowd(bank, concept, options), concept.index)
+            found.setdefault(bank.read_at(concept), []).append(reading)
     return found
 
 
-def _check_gates(bank: ConceptBank, host: Host, made: Sequence[Edit]) -> None:
+def _check_order(bank: ConceptBank, host: Host, made: Sequence[Edit]) -> None:
     for edit in made:
+        read, moved = (host.site(name) for name in (bank.read_at(edit.concept), bank.site_of(edit.concept)))
+        if edit.heard is not None and (host.order(read) >= host.order(moved) or host.clocks(read) != host.clocks(moved)):
+            raise Unanswerable(
+                f"{edit.concept.name!r} is read at {read.name!r}, which is not before {moved.name!r}, where it acts"
+            )
         for gate in edit.gates:
-            read, moved = (host.site(bank.site_of(c)) for c in (bank[gate.concept], edit.concept))
+            read = host.site(bank.read_at(bank[gate.concept]))
             if host.order(read) > host.order(moved) or host.clocks(read) != host.clocks(moved):
                 raise Unanswerable(
                     f"the gate on {gate.concept!r} is read at {read.name!r}, after {edit.concept.name!r} is edited at "

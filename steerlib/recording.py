@@ -1,12 +1,13 @@
 """`record`: what passes see, by concept or by site."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 
 from torch import Tensor
 
 from .bank import ConceptBank
 from .concepts import Concept
+from .edits import Reading
 from .hooks.attach import LOCK, Attachment, attachment
 from .hosts import Host, host_for
 from .schedules import StepState
@@ -29,12 +30,25 @@ def record(target: object, bank_or_sites: ConceptBank | Sequence[str], concepts:
             bank_or_sites.check(host)
             for name in concepts if concepts is not None else bank_or_sites.concepts:
                 concept = bank_or_sites[name]
-                site = host.site(bank_or_sites.site_of(concept))
+                site = host.site(bank_or_sites.read_at(concept))
                 _observe(host, site, _reader(bank_or_sites, concept, tape.setdefault(concept.name, [])), stack)
         else:
             for name in [bank_or_sites] if isinstance(bank_or_sites, str) else bank_or_sites:
                 _observe(host, host.site(name), _keeper(tape.setdefault(name, [])), stack)
         yield tape
+
+
+@contextmanager
+def observing(target: object, observers: Mapping[str, Callable[[Tensor, StepState], None]]) -> Iterator[None]:
+    """Inside a `with` block, show every pass to an observer at each of some sites, by name: `x[B, N, D]` and the state.
+
+    What an observer raises ends the pass and reaches whoever ran the model.
+    """
+    host = host_for(target)
+    with ExitStack() as stack:
+        for name, observe in observers.items():
+            _observe(host, host.site(name), observe, stack)
+        yield
 
 
 def _observe(host: Host, site: Site, observe: Callable[[Tensor, StepState], None], stack: ExitStack) -> None:
@@ -53,10 +67,11 @@ def _release(place: Attachment, host: Host, site: Site) -> None:
 
 
 def _reader(bank: ConceptBank, concept: Concept, out: list[tuple[StepState, Tensor]]) -> Callable[[Tensor, StepState], None]:
-    read, bias, _ = bank.rows(concept)
+    crowd = bank.encoder(concept.encoder) if bank.competes(concept) else None
+    reading = Reading(concept.id, bank.rows(concept), 1.0, crowd, concept.index)
 
     def observe(x: Tensor, state: StepState) -> None:
-        out.append((state, x.float() @ read[0].to(x.device) + bias[0].to(x.device)))
+        out.append((state, reading.of(x)))
 
     return observe
 

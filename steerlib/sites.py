@@ -24,7 +24,8 @@ class Site:
     """What a user calls it: `layers.15`, `layers.15.attn.heads.3`."""
     module: str
     """Dotted path from the model that is steered."""
-    side: Literal["output", "input"] = "output"
+    side: Literal["output", "input", "update"] = "output"
+    """`update` is what a block adds to its input."""
     element: int = 0
     """Which element, where the module gives a tuple."""
     layout: Layout = "BND"

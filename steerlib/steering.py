@@ -320,6 +320,11 @@ def _fill(socket: Socket, programs: Sequence[Program]) -> None:
                     f"{edit.concept.name!r}: gates, match_norm, masks, branches, patches and do='hold' or 'graph' need Python "
                     "at every pass, which a compiled model leaves out; use them on a model that is not compiled"
                 )
+            if not edit.is_constant and (edit.crowd is not None or edit.heard is not None or edit.rows.norm):
+                raise Unanswerable(
+                    f"{edit.concept.name!r}: latents that compete, that are read at an earlier site or from normalised tokens "
+                    "need Python at every pass, which a compiled model leaves out; a TopK latent can do with exact=False"
+                )
         socket.traced.table.fill(Table.of(edits, _cap(programs)) if edits else None)
         socket.traced.hits.zero_()
     except Unanswerable:
@@ -338,19 +343,22 @@ def steer(
     hold: Sequence[str] = (),
     free: Sequence[str] = (),
     allow_ood: bool = False,
+    exact: bool = True,
 ) -> Steering:
     """Change concepts of a model inside a `with` block.
 
     `edits` maps concept names to a number (an addition, in units of the concept), one number per row, or an
     intervention. With `do="hold"` the concept's descendants, but for those in `free`, and the concepts in `hold` keep
     their unsteered reading; with `do="graph"` the bank's graph moves descendants too. Edits are capped where the bank
-    knows what is natural, unless `allow_ood`. Raises `BadEdit`, `BadBank` or `UnknownConcept` before anything is touched.
+    knows what is natural, unless `allow_ood`. Latents of TopK encoders are read beside all others; with `exact=False` by the
+    threshold that the bank stores, which costs no more than a direction. Raises `BadEdit`, `BadBank` or `UnknownConcept`
+    before anything is touched.
     """
     if not isinstance(edits, Mapping):
         raise BadEdit(f"expected edits as a mapping from concept names, got {type(edits).__name__}")
-    return Steering(target, bank, edits=edits, options=Options(branch, do, tuple(hold), tuple(free), allow_ood))
+    return Steering(target, bank, edits=edits, options=Options(branch, do, tuple(hold), tuple(free), allow_ood, exact))
 
 
-def attach(target: object, bank: ConceptBank, *, allow_ood: bool = False) -> Steering:
+def attach(target: object, bank: ConceptBank, *, allow_ood: bool = False, exact: bool = True) -> Steering:
     """Put sockets at every site of a bank that stay until `detach()`; edit with `set`. Do this before compiling."""
-    return Steering(target, bank, edits={}, options=Options(allow_ood=allow_ood)).attach()
+    return Steering(target, bank, edits={}, options=Options(allow_ood=allow_ood, exact=exact)).attach()

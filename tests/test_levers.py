@@ -269,7 +269,8 @@ def test_a_change_that_grew_with_its_token_is_cut_to_the_cap(llama, bank):
 def test_edits_of_several_sessions_keep_their_own_gates(llama, bank):
     stored, ids = known(bank, gate=RAMP), prompts()
     topic = readings(bank, observe(llama, ids).at, "topic")[0]
-    share = ((topic + 1) / 2).clamp(0, 1) + 0.5 * (topic > 0.5) + 0.25
+    stored_share = ((topic + 1) / 2).clamp(0, 1)
+    share = stored_share + 0.5 * (topic > 0.5) * stored_share + 0.25
     with torch.no_grad():
         expected = by_hand(llama, ids, moved(bank, share, lambda z: z + 2.0))
     with (

@@ -18,8 +18,8 @@ or its length over the root of its width."""
 
 
 class Rows(NamedTuple):
-    """What steering needs of `K` concepts: `p = x @ read.T + bias` is read as `z = p` where `p > threshold`, else 0, and `write`
-    is what one raw unit of z adds to x."""
+    """What steering needs of `K` concepts: `p = x @ read.T + bias` reads `z = p` where `p > threshold`, else 0; `write` is what
+    one raw unit of z adds to x."""
 
     read: Float[Tensor, "K D"]
     bias: Float[Tensor, " K"]
@@ -45,7 +45,7 @@ class Rows(NamedTuple):
         return p + self.bias.to(x.device)
 
 
-def fired(p: Float[Tensor, "*batch K"], threshold: Float[Tensor, "*#batch K"]) -> Float[Tensor, "*batch K"]:
+def fired(p: Float[Tensor, "*batch K"], threshold: Float[Tensor, "*#batch #K"]) -> Float[Tensor, "*batch K"]:
     """p where it is above its threshold, else 0."""
     return torch.where(p > threshold, p, 0)
 
@@ -83,6 +83,11 @@ class Encoder(ABC):
     def competes(cls, settings: Mapping[str, Any]) -> bool:  # noqa: ARG003
         """Whether what one latent reads depends on the others."""
         return False
+
+    @classmethod
+    def of_rows(cls, settings: Mapping[str, Any], rows: int) -> dict[str, Any]:  # noqa: ARG003
+        """The settings of an encoder that is made of some rows only."""
+        return dict(settings)
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""BatchTopK: trained to keep k latents of a token on average, read by one threshold for all (Bussmann et al. 2024, 2412.06410)."""
+"""BatchTopK: trained to keep k latents of a token on average, read by one threshold (Bussmann et al. 2024, 2412.06410)."""
 
 from typing import Any, ClassVar
 

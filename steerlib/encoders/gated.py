@@ -16,7 +16,7 @@ class Gated(Sparse):
     kind: ClassVar[str] = "gated"
     tensors: ClassVar[tuple[str, ...]] = (*Sparse.tensors, "gate_bias", "log_scale")
 
-    def __init__(self, *, gate_bias: Float[Tensor, " n"], log_scale: Float[Tensor, " n"], **others: Any):
+    def __init__(self, *, gate_bias: Tensor, log_scale: Tensor, **others: Any):
         """`log_scale` is r, the logarithm of how much steeper the magnitude is than the gate."""
         self.gate_bias, self.log_scale = gate_bias, log_scale
         super().__init__(**others)

@@ -15,7 +15,7 @@ class JumpReLU(Sparse):
     kind: ClassVar[str] = "jumprelu"
     tensors: ClassVar[tuple[str, ...]] = (*Sparse.tensors, "threshold")
 
-    def __init__(self, *, threshold: Float[Tensor, " n"], **others: Any):
+    def __init__(self, *, threshold: Tensor, **others: Any):
         self.threshold = threshold
         super().__init__(**others)
 

@@ -1,6 +1,6 @@
-"""Matryoshka: latents in groups, trained so that the first groups alone reconstruct already (Bussmann et al. 2025, 2503.17547)."""
+"""Matryoshka: latents in groups, the first of which reconstruct alone already (Bussmann et al. 2025, 2503.17547)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -22,6 +22,10 @@ class Matryoshka(Sparse):
         super().__init__(**others)
         if sum(self.groups) != len(self.encoder) or min(self.groups) < 1:
             raise CorruptBank(f"expected groups that make up {len(self.encoder)} latents, got {self.groups}")
+
+    @classmethod
+    def of_rows(cls, settings: Mapping[str, Any], rows: int) -> dict[str, Any]:
+        return {**settings, "groups": [rows]}
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -7,7 +7,7 @@ x^ = n^-1(z D + b_d)            reconstruction
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Self, get_args
+from typing import Any, ClassVar, get_args
 
 import torch
 from jaxtyping import Float
@@ -30,15 +30,17 @@ class Sparse(Encoder):
     def __init__(
         self,
         *,
-        encoder: Float[Tensor, "n D"],
-        bias: Float[Tensor, " n"],
-        decoder: Float[Tensor, "n D2"],
-        decoder_bias: Float[Tensor, " D2"] | None = None,
+        encoder: Tensor,
+        bias: Tensor,
+        decoder: Tensor,
+        decoder_bias: Tensor | None = None,
         centred: bool = False,
         norm: Norm = "",
         statistics: Mapping[str, Tensor] | None = None,
     ):
-        """`centred`: whether `decoder_bias` is taken off before encoding. `norm` scales each token before and back after."""
+        """`encoder[n, D]`, `bias[n]`, `decoder[n, D2]` and `decoder_bias[D2]` may come from a stranger. `centred`: whether
+        `decoder_bias` is taken off before encoding. `norm` scales each token before and back after.
+        """
         self.encoder, self.bias, self.decoder, self.decoder_bias = encoder, bias, decoder, decoder_bias
         self.centred, self.norm, self.statistics = centred, norm, dict(statistics or {})
         n, shapes = len(encoder), {name: tuple(tensor.shape) for name, tensor in self.to_tensors().items()}
@@ -50,7 +52,7 @@ class Sparse(Encoder):
             raise CorruptBank(f"expected norm '', 'layer' or 'length', and a decoder bias to centre by, got {norm!r}, {shapes}")
 
     @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Self:
+    def from_tensors(cls, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Any:
         statistics = {name: tensors[name] for name in STATISTICS if name in tensors}
         others = {name: tensor for name, tensor in tensors.items() if name not in statistics}
         try:

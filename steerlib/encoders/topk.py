@@ -31,6 +31,10 @@ class TopK(Sparse):
     def competes(cls, settings: Mapping[str, Any]) -> bool:  # noqa: ARG003
         return True
 
+    @classmethod
+    def of_rows(cls, settings: Mapping[str, Any], rows: int) -> dict[str, Any]:
+        return {**settings, "k": min(settings.get("k", 1), rows)}
+
     @property
     def settings(self) -> dict[str, Any]:
         known = {"threshold": self.threshold, "disagreement": self.disagreement}

@@ -13,7 +13,7 @@ from .topk import top
 
 
 class Transcoder(Sparse):
-    """Latents read at one site and write at a later one; `skip` carries a linear part past them (Paulo et al. 2025, 2501.18823).
+    """Latents read at one site and write at a later one; `skip` is a linear part beside them (Paulo et al. 2025, 2501.18823).
 
     With `k` the k largest potentials are kept, otherwise those above `threshold` (0 for a ReLU).
     """
@@ -25,8 +25,8 @@ class Transcoder(Sparse):
     def __init__(
         self,
         *,
-        threshold: Float[Tensor, " n"],
-        skip: Float[Tensor, "D2 D"] | None = None,
+        threshold: Tensor,
+        skip: Tensor | None = None,
         k: int | None = None,
         **others: Any,
     ):

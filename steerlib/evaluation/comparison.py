@@ -237,7 +237,7 @@ def random_bank(concept: Concept, bank: ConceptBank, *, count: int = RANDOM_DIRE
     sites = {site: SiteFacts(width=encoder.decoder.shape[1], norm=bank.sites[site].norm) for site, encoder in encoders.items()}
     where = {site: site for site in encoders}
     if gate is not None:
-        read, bias, _ = bank.rows(gate)
+        read, bias, *_ = bank.rows(gate)
         site = bank.site_of(gate)
         # a direction d reads <x, d> / |d|^2 - mean
         encoders[f"{site}#gate"] = Directions(read / read.square().sum(), -bias)

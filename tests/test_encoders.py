@@ -1,0 +1,365 @@
+"""Encoders: one contract for every kind, closed forms for each, and what steering a latent does to a model."""
+
+from math import inf
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import tiny
+from torch import Tensor
+
+import steerlib as sl
+from steerlib import errors
+from steerlib.bank import SiteFacts
+from steerlib.encoders import KINDS, BatchTopK, Gated, JumpReLU, Matryoshka, ReLU, Sparse, TopK, Transcoder
+
+N, D = 12, 32
+
+
+def tensors(seed: int = 0, width: int = D, n: int = N) -> dict[str, Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    return {
+        "encoder": torch.randn(n, width, generator=g) / width**0.5,
+        "bias": torch.randn(n, generator=g) * 0.1,
+        "decoder": torch.randn(n, width, generator=g) / width**0.5,
+        "decoder_bias": torch.randn(width, generator=g),
+    }
+
+
+def numbers(seed: int, scale: float = 0.3) -> Tensor:
+    return torch.randn(N, generator=torch.Generator().manual_seed(seed)) * scale
+
+
+MADE: dict[str, Any] = {
+    "relu": lambda **o: ReLU(**tensors(), **o),
+    "jumprelu": lambda **o: JumpReLU(**tensors(), threshold=numbers(1), **o),
+    "topk": lambda **o: TopK(**tensors(), k=3, **o),
+    "batchtopk": lambda **o: BatchTopK(**tensors(), k=3.0, threshold=0.4, **o),
+    "matryoshka": lambda **o: Matryoshka(**tensors(), groups=[3, 9], k=3.0, threshold=0.4, **o),
+    "gated": lambda **o: Gated(**tensors(), gate_bias=numbers(2), log_scale=numbers(3), **o),
+    "transcoder": lambda **o: Transcoder(**tensors(), threshold=numbers(1).abs(), skip=torch.eye(D)[:, range(D)[::-1]], **o),
+}
+"""Every sparse kind."""
+WAYS: list[dict[str, Any]] = [{}, {"centred": True}, {"norm": "layer"}, {"norm": "length", "centred": True}]
+
+
+@pytest.fixture
+def x():
+    return 3 * torch.randn(2, 7, D, generator=torch.Generator().manual_seed(9)) + 0.5
+
+
+def test_every_sparse_kind_is_tested():
+    assert set(MADE) == {name for name, kind in KINDS.items() if issubclass(kind, Sparse)}
+
+
+# -- the contract --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+@pytest.mark.parametrize("kind", MADE)
+def test_one_latent_alone_reads_what_the_whole_encoder_reads(kind, way, x):
+    encoder = MADE[kind](**way)
+    z = encoder.encode(x)
+    assert (z >= 0).all() and 0 < (z > 0).float().mean() < 1
+    if not KINDS[kind].competes(encoder.settings):
+        for i in (0, 5, N - 1):
+            torch.testing.assert_close(encoder.rows([i]).reading(x)[..., 0], z[..., i], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+@pytest.mark.parametrize("kind", MADE)
+def test_an_encoder_is_what_its_tensors_and_settings_say(kind, way, x):
+    encoder = MADE[kind](**way)
+    stored = encoder.to_tensors()
+    assert {*encoder.tensors} <= {*stored} <= {*encoder.tensors, *encoder.shared}
+    again = type(encoder).from_tensors(stored, encoder.settings)
+    assert torch.equal(again.reconstruct(x), encoder.reconstruct(x)) and again.settings == encoder.settings
+
+
+@pytest.mark.parametrize("kind", MADE)
+def test_half_precision_is_kept_and_computed_with_in_float32(kind, x):
+    encoder = MADE[kind]()
+    halves = {name: tensor.half() for name, tensor in encoder.to_tensors().items()}
+    half = type(encoder).from_tensors(halves, encoder.settings)
+    assert all(tensor.dtype == torch.float16 for tensor in half.to_tensors().values())
+    wide = type(encoder).from_tensors({name: tensor.float() for name, tensor in halves.items()}, encoder.settings)
+    assert torch.equal(half.encode(x), wide.encode(x)) and torch.equal(half.reconstruct(x), wide.reconstruct(x))
+
+
+@pytest.mark.parametrize("kind", MADE)
+def test_tensors_that_do_not_fit_are_refused(kind):
+    encoder = MADE[kind]()
+    stored, settings = encoder.to_tensors(), encoder.settings
+    for wrong in ({"bias": stored["bias"][1:]}, {"decoder": stored["decoder"][:-1]}, {"decoder_bias": torch.zeros(D + 1)}):
+        with pytest.raises(errors.CorruptBank, match="fit each other"):
+            type(encoder).from_tensors(stored | wrong, settings)
+    with pytest.raises(errors.CorruptBank, match="is not made of this"):
+        type(encoder).from_tensors(stored, settings | {"colour": "red"})
+    with pytest.raises(errors.CorruptBank, match="norm"):
+        type(encoder).from_tensors(stored, settings | {"norm": "odd"})
+
+
+# -- formulas ------------------------------------------------------------------------------------------------
+
+
+def test_kinds_follow_their_formulas(x):
+    t = tensors()
+    p = x @ t["encoder"].T + t["bias"]
+    expected = {
+        "relu": p.clamp(min=0),
+        "jumprelu": p.clamp(min=0) * (p > numbers(1)),
+        "batchtopk": p * (p > 0.4),
+        "matryoshka": p * (p > 0.4),
+        "transcoder": p * (p > numbers(1).abs()),
+    }
+    u = p - t["bias"]
+    expected["gated"] = (numbers(3).exp() * u + t["bias"]).clamp(min=0) * (u + numbers(2) > 0)
+    kth = p.sort(-1, descending=True).values[..., 2:3]
+    expected["topk"] = p.clamp(min=0) * (p >= kth)
+    for kind, z in expected.items():
+        torch.testing.assert_close(MADE[kind]().encode(x), z)
+        skip = x.flip(-1) if kind == "transcoder" else 0.0
+        torch.testing.assert_close(MADE[kind]().reconstruct(x), z @ t["decoder"] + t["decoder_bias"] + skip)
+
+
+def test_centring_and_normalising_follow_their_formulas(x):
+    t = tensors()
+    flat, level = x - x.mean(-1, keepdim=True), x.std(-1, keepdim=True) + 1e-5
+    z = (flat / level @ t["encoder"].T + t["bias"]).clamp(min=0)
+    encoder = ReLU(**t, norm="layer")
+    torch.testing.assert_close(encoder.encode(x), z)
+    expected = (z @ t["decoder"] + t["decoder_bias"]) * level + x.mean(-1, keepdim=True)
+    torch.testing.assert_close(encoder.reconstruct(x), expected)
+    length = x.norm(dim=-1, keepdim=True) / D**0.5
+    z = ((x / length - t["decoder_bias"]) @ t["encoder"].T + t["bias"]).clamp(min=0)
+    encoder = ReLU(**t, norm="length", centred=True)
+    torch.testing.assert_close(encoder.encode(x), z)
+    torch.testing.assert_close(encoder.reconstruct(x), (z @ t["decoder"] + t["decoder_bias"]) * length)
+
+
+def test_a_potential_at_its_threshold_does_not_fire():
+    one = {"encoder": torch.eye(2), "bias": torch.zeros(2), "decoder": torch.eye(2)}
+    x, expected = torch.tensor([[0.5, 0.5]]), torch.tensor([[0.0, 0.5]])
+    encoder = JumpReLU(**one, threshold=torch.tensor([0.5, 0.25]))
+    assert torch.equal(encoder.encode(x), expected) and torch.equal(encoder.rows([0, 1]).reading(x), expected)
+    assert not BatchTopK(**one, k=1.0, threshold=0.5).encode(x).any()
+    gated = Gated(**one, gate_bias=torch.tensor([-0.5, -0.25]), log_scale=torch.zeros(2))
+    assert torch.equal(gated.encode(x), expected) and torch.equal(gated.rows([0, 1]).reading(x), expected)
+
+
+def test_the_calibrated_threshold_keeps_k_on_average_and_counts_where_it_differs(x):
+    encoder = TopK(**tensors(), k=3)
+    reference = 3 * torch.randn(400, D, generator=torch.Generator().manual_seed(4))
+    found = encoder.calibrated(reference)
+    assert found.threshold is not None
+    alone = found.rows(range(N)).reading(reference) > 0
+    assert alone.float().sum(-1).mean() == pytest.approx(3, abs=0.02)
+    ranked = found.encode(reference) > 0
+    assert found.disagreement == pytest.approx(float((ranked != alone).sum() / (ranked | alone).sum()), abs=1e-6)
+    assert 0 < found.disagreement < 1 and torch.equal(found.encode(x), encoder.encode(x))
+
+
+def test_the_first_groups_of_a_matryoshka_are_an_encoder():
+    encoder = MADE["matryoshka"]()
+    first = encoder.first(1)
+    assert first.groups == [3] and torch.equal(first.decoder, encoder.decoder[:3])
+    with pytest.raises(errors.CorruptBank, match="groups that make up 12"):
+        Matryoshka(**tensors(), groups=[3, 8], k=3.0, threshold=0.1)
+
+
+# -- steering ------------------------------------------------------------------------------------------------
+
+
+IDS = torch.arange(3, 15).view(2, 6)
+
+
+@pytest.fixture
+def model():
+    """Weights so large that latents fire."""
+    return tiny("llama", initializer_range=0.4).requires_grad_(False)
+
+
+def bank_of(model, encoder, site="layers.0", **facts):
+    return sl.ConceptBank.from_encoder(encoder, site=site, base=model) if not facts else sl.ConceptBank(
+        "b", [], {site: encoder}, base=sl.BaseModel.of(model), **facts
+    )  # fmt: skip
+
+
+def at(model, bank=None, edits=None, sites=("layers.0",), **options):
+    """Activations at sites, with or without edits."""
+    with torch.no_grad(), sl.record(model, list(sites)) as tape:
+        if bank is None:
+            model(IDS)
+        else:
+            with sl.steer(model, bank, edits or {}, allow_ood=True, **options):
+                model(IDS)
+    return [tape[site][0][1] for site in sites]
+
+
+@pytest.mark.parametrize("kind", ["relu", "jumprelu", "topk", "batchtopk", "matryoshka", "gated"])
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_a_latent_is_changed_in_the_code_and_the_rest_stays(model, kind, way):
+    encoder = MADE[kind](**way)
+    bank, x = bank_of(model, encoder), at(model)[0]
+    z = encoder.encode(x)
+    i = int((z > 0).sum((0, 1)).argmax())
+    scale = {"": torch.ones(1), "layer": x.std(-1, keepdim=True) + 1e-5, "length": x.norm(dim=-1, keepdim=True) / D**0.5}
+    written = scale[way.get("norm", "")] * encoder.decoder[i]
+    assert 0 < (z[..., i] > 0).sum() < 12 or kind == "relu"
+    wanted = {
+        sl.Set(2.5): torch.full_like(z[..., i], 2.5),
+        sl.Ablate(): torch.zeros_like(z[..., i]),
+        sl.Scale(3.0): 3 * z[..., i],
+        sl.Add(0.7): z[..., i] + 0.7,
+        sl.Add(-0.4): (z[..., i] - 0.4).clamp(min=0),
+        sl.Clamp(0.2, 0.5): z[..., i].clamp(0.2, 0.5),
+    }
+    for edit, after in wanted.items():
+        found = at(model, bank, {f"layers.0/{i}": edit})[0]
+        torch.testing.assert_close(found, x + (after - z[..., i])[..., None] * written, atol=2e-5, rtol=1e-5)
+
+
+def test_what_a_latent_does_not_do_is_bit_identical(model):
+    """Ablating where it is silent, scaling by 1, adding 0."""
+    encoder = JumpReLU(**tensors(), threshold=torch.full((N,), 1e4))
+    bank, x = bank_of(model, encoder), at(model)[0]
+    for edit in (sl.Ablate(), sl.Scale(1.0), sl.Scale(5.0), sl.Add(0.0), sl.Add(-1.0)):
+        assert torch.equal(at(model, bank, {"layers.0/3": edit})[0], x)
+
+
+def test_additions_to_one_latent_count_together_before_the_floor(model):
+    encoder = MADE["relu"]()
+    bank, x = bank_of(model, encoder), at(model)[0]
+    z = encoder.encode(x)[..., 4]
+    with (
+        sl.steer(model, bank, {"layers.0/4": -5.0}, allow_ood=True),
+        sl.steer(model, bank, {"layers.0/4": 4.5}, allow_ood=True),
+    ):
+        found = at(model)[0]
+    expected = ((z - 0.5).clamp(min=0) - z)[..., None] * encoder.decoder[4]
+    torch.testing.assert_close(found - x, expected, atol=2e-5, rtol=0)
+
+
+def test_targets_of_directions_hold_whatever_latents_do(model):
+    """The direction is set on what the latents leave, in whichever order the edits are named."""
+    d = torch.randn(D, generator=torch.Generator().manual_seed(3))
+    encoders = {"layers.0": MADE["relu"](), "layers.0#d": sl.Directions(d[None])}
+    bank = sl.ConceptBank(
+        "both", [], encoders, base=sl.BaseModel.of(model), sites={"layers.0": SiteFacts(width=D)}
+    )  # fmt: skip
+    edits = {"layers.0/2": sl.Set(3.0), "layers.0#d/0": sl.Set(-1.0), "layers.0/7": 2.0}
+    found = at(model, bank, edits)[0]
+    torch.testing.assert_close(bank.encoder("layers.0#d").encode(found)[..., 0], torch.full((2, 6), -1.0))
+    torch.testing.assert_close(found, at(model, bank, dict(reversed(edits.items())))[0])
+    x = at(model)[0]
+    z, w = encoders["layers.0"].encode(x), encoders["layers.0"].decoder
+    moved = x + (3.0 - z[..., 2, None]) * w[2] + 2.0 * w[7]
+    rest = found - moved
+    torch.testing.assert_close(rest, (rest @ d)[..., None] * d / d.square().sum(), atol=2e-5, rtol=0)
+
+
+def test_a_competing_latent_can_be_read_by_its_threshold_on_request(model):
+    x = at(model)[0]
+    encoder = TopK(**tensors(), k=3)
+    with pytest.raises(errors.BadEdit, match="no threshold by which"):
+        sl.steer(model, bank_of(model, encoder), {"layers.0/1": sl.Set(1.0)}, exact=False)
+    encoder = encoder.calibrated(x.reshape(-1, D))
+    bank = bank_of(model, encoder)
+    z, alone = encoder.encode(x), encoder.rows(range(N)).reading(x)
+    i = int((z != alone).sum((0, 1)).argmax())
+    assert not torch.equal(z[..., i], alone[..., i])
+    for exact, reading in ((True, z), (False, alone)):
+        found = at(model, bank, {f"layers.0/{i}": sl.Set(1.5)}, exact=exact)[0]
+        torch.testing.assert_close(found, x + (1.5 - reading[..., i])[..., None] * encoder.decoder[i], atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("k", [None, 3])
+def test_a_transcoder_reads_at_one_site_and_writes_at_a_later_one(model, k):
+    encoder = Transcoder(**tensors(), threshold=numbers(1).abs(), k=k)
+    sites = {name: SiteFacts(width=D) for name in ("layers.0", "layers.1.mlp")}
+    bank = bank_of(model, encoder, "layers.1.mlp", sites=sites, reads={"layers.1.mlp": "layers.0"})
+    read, written = at(model, sites=sites)
+    z = encoder.encode(read)
+    i = int((z > 0).sum((0, 1)).argmax())
+    for edit, after in ((sl.Set(2.0), 2.0), (sl.Scale(0.0), 0.0), (sl.Add(1.0), z[..., i] + 1.0)):
+        before, found = at(model, bank, {f"layers.1.mlp/{i}": edit}, sites)
+        assert torch.equal(before, read)
+        torch.testing.assert_close(found, written + (after - z[..., i])[..., None] * encoder.decoder[i], atol=2e-5, rtol=0)
+    with torch.no_grad(), sl.record(model, bank, [f"layers.1.mlp/{i}"]) as tape:
+        model(IDS)
+    torch.testing.assert_close(tape[f"layers.1.mlp/{i}"][0][1], z[..., i])
+    backwards = bank_of(model, encoder, "layers.0", sites=sites, reads={"layers.0": "layers.1.mlp"})
+    with pytest.raises(errors.Unanswerable, match="not before 'layers.0'"):
+        sl.steer(model, backwards, {"layers.0/0": sl.Set(1.0)})
+
+
+def test_an_update_is_what_a_block_adds(model):
+    before, after, update = at(model, sites=("layers.1.in", "layers.1", "layers.1.update"))
+    torch.testing.assert_close(update, after - before)
+    encoder = MADE["relu"]()
+    z = encoder.encode(update)[..., 5]
+    for site in ("layers.1.update", "model.layers.1.update"):
+        bank = bank_of(model, encoder, site)
+        (found,) = at(model, bank, {f"{site}/5": sl.Set(1.5)}, sites=("layers.1",))
+        torch.testing.assert_close(found, after + (1.5 - z)[..., None] * encoder.decoder[5], atol=2e-5, rtol=0)
+        assert torch.equal(at(model, bank, {f"{site}/5": sl.Add(0.0)}, sites=("layers.1",))[0], after)
+
+
+def test_an_output_is_read_after_its_update_was_changed_whichever_came_first(model):
+    encoder = ReLU(**tensors())
+    update, out = (bank_of(model, encoder, site) for site in ("layers.1.update", "layers.1"))
+    found = []
+    for first, second in (((update, 3), (out, 6)), ((out, 6), (update, 3))):
+        edits = [(bank, {f"{next(iter(bank.encoders))}/{i}": sl.Set(2.0)}) for bank, i in (first, second)]
+        with sl.steer(model, *edits[0]), sl.steer(model, *edits[1]):
+            found += at(model, sites=("layers.1",))
+    assert torch.equal(*found)
+
+
+def test_a_gate_opens_where_a_latent_fires(model):
+    encoder, x = MADE["jumprelu"](), at(model)[0]
+    z = encoder.encode(x)
+    i = int(((z > 0).float().mean((0, 1)) - 0.5).abs().argmin())
+    found = at(model, bank_of(model, encoder), {"layers.0/0": sl.Add(1.0, gate=sl.Gate(f"layers.0/{i}", above=0.0))})[0]
+    torch.testing.assert_close(found - x, (z[..., i, None] > 0) * encoder.decoder[0], atol=1e-5, rtol=0)
+
+
+def test_a_positive_addition_is_as_cheap_as_a_vector(model):
+    session = sl.steer(model, bank_of(model, MADE["topk"]()), {"layers.0/0": 1.0, "layers.0/1": [0.5, 2.0]})
+    assert session._plan.programs["layers.0"].delta is not None
+    session = sl.steer(model, bank_of(model, MADE["topk"]()), {"layers.0/0": -1.0})
+    assert session._plan.programs["layers.0"].delta is None
+
+
+# -- banks ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", MADE)
+def test_banks_give_back_the_same_encoder_whole_or_one_row_at_a_time(model, kind, tmp_path, x):
+    encoder = MADE[kind](statistics={"unit": numbers(5).abs() + 0.1, "high": numbers(6).abs() + 1.0})
+    reads = {"layers.1.mlp": "layers.0"} if kind == "transcoder" else {}
+    sites = {name: SiteFacts(width=D) for name in ("layers.0", "layers.1.mlp")}
+    bank = bank_of(model, encoder, "layers.1.mlp", sites=sites, reads=reads)
+    bank.save_pretrained(tmp_path / "a")
+    lazy, whole = (sl.ConceptBank.from_pretrained(tmp_path / "a") for _ in range(2))
+    whole.verify()
+    assert torch.equal(whole.encoder("layers.1.mlp").reconstruct(x), encoder.reconstruct(x))
+    for i in (0, N - 1):
+        concept = lazy[f"layers.1.mlp/{i}"]
+        assert concept.unit == pytest.approx(float(encoder.statistics["unit"][i]))
+        assert concept.natural == (0.0, pytest.approx(float(encoder.statistics["high"][i])))
+        for ours, theirs in zip(lazy.rows(concept)[:4], encoder.rows([i])[:4], strict=True):
+            torch.testing.assert_close(ours, theirs)
+        assert lazy.read_at(concept) == (reads.get("layers.1.mlp") or "layers.1.mlp")
+    assert not lazy._encoders and not lazy.concepts
+    whole.save_pretrained(tmp_path / "b")
+    assert all((tmp_path / "b" / p.name).read_bytes() == p.read_bytes() for p in (tmp_path / "a").iterdir() if p.is_file())
+    with pytest.raises(errors.UnknownConcept, match="rows 0 to 11, got '12'"):
+        lazy["layers.1.mlp/12"]
+    with pytest.raises(errors.UnknownConcept):
+        lazy["layers.7/0"]
+
+
+def test_thresholds_of_directions_let_everything_pass():
+    rows = sl.Directions(torch.eye(3)).rows([0, 2])
+    assert not rows.is_sparse and (rows.threshold == -inf).all()
