@@ -94,19 +94,18 @@ class Socket:
 
     def on_update(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:  # noqa: ARG002
         """A forward hook of a block: the tensor is its output minus its input."""
-        edit, compiling = self.edit, torch.compiler.is_compiling()
-        if edit is None and not self.observers and not compiling:
+        compiling = torch.compiler.is_compiling()  # asked first: compiled code must not depend on what is edited
+        if not compiling and self.edit is None and not self.observers:
             return None
         whole = self.site.read(output)
         x = whole - self.site.read(args[0] if args else next(v for v in kwargs.values() if isinstance(v, Tensor)))
-        y = self._traced(x) if compiling else self._run(edit, x)
+        y = self._traced(x) if compiling else self._run(self.edit, x)
         return None if y is x else self.site.write(output, whole + (y - x))
 
     def on_input(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:  # noqa: ARG002
         """A forward pre-hook: the tensor is the first positional argument, or the first keyword that holds one."""
         compiling = torch.compiler.is_compiling()
-        edit = self.edit
-        if edit is None and not self.observers and not compiling:
+        if not compiling and self.edit is None and not self.observers:
             return None
         name = None if args else next(name for name, value in kwargs.items() if isinstance(value, Tensor))
         value = args[0] if name is None else kwargs[name]
@@ -114,7 +113,7 @@ class Socket:
             y = self._compiled(value)
         else:
             x = self.site.read(value)
-            changed = self._run(edit, x)
+            changed = self._run(self.edit, x)
             y = value if changed is x else self.site.write(value, changed)
         return ((y, *args[1:]), kwargs) if name is None else (args, {**kwargs, name: y})
 

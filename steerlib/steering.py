@@ -70,7 +70,7 @@ class Steering:
             if socket.traced is None:
                 device = _device(self.host.model, site)
                 width = self.bank.sites[site.name].width
-                socket.traced = Contents(Table.empty(max(1, room[site.name]), width, ROWS, device))
+                socket.traced = Contents(Table.empty(max(EDITS, room[site.name]), width, ROWS, device))
         return self
 
     def set(self, edits: Edits) -> "Steering":
@@ -232,8 +232,8 @@ class Steering:
         return str(self.report())
 
 
-ROWS = 64
-"""Rows for which a compiled site has room."""
+EDITS, ROWS = 8, 64
+"""Edits, and rows, for which a compiled site has room at least."""
 
 
 def _device(model: nn.Module, site: Site) -> torch.device:

@@ -9,6 +9,7 @@ from tiny_models import tiny
 
 import steerlib as sl
 from steerlib import errors
+from steerlib.encoders import JumpReLU, TopK
 
 IDS = torch.randint(3, 100, (2, 6), generator=torch.Generator().manual_seed(0))
 BACKEND = "aot_eager"  # traces and functionalises like inductor, without its minutes of code generation
@@ -85,6 +86,42 @@ def test_generation_on_a_compiled_model(attached):
             steering.set(edits)
             assert torch.equal(write(), eager), edits
     assert len({tuple(e.flatten().tolist()) for e in expected}) >= 5
+
+
+@pytest.mark.parametrize("site", ["layers.0", "layers.1.in", "layers.1.update"])
+def test_latents_on_a_compiled_model(site):
+    model = tiny("llama", initializer_range=0.4)
+    g = torch.Generator().manual_seed(0)
+    rows = {name: torch.randn(12, 32, generator=g) / 6 for name in ("encoder", "decoder")}
+    bank = sl.ConceptBank.from_encoder(JumpReLU(**rows, bias=torch.zeros(12), threshold=torch.rand(12)), site=site, base=model)
+    one, two = f"{site}/3", f"{site}/8"
+    settings = [{one: sl.Set(2.0)}, {one: -0.5, two: sl.Ablate()}, {one: [2.0, -1.0]}, {two: sl.Scale(3.0)}, {}]
+    expected, steering = [], sl.attach(model, bank, allow_ood=True)
+    for edits in settings:
+        steering.set(edits)
+        expected.append(logits(model))
+    assert len({float(e.sum()) for e in expected}) == len(settings)
+    steering.clear()
+    model.compile(backend=BACKEND)
+    logits(model)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for edits, eager in zip(settings, expected, strict=True):
+            steering.set(edits)
+            torch.testing.assert_close(logits(model), eager, atol=1e-4, rtol=1e-4)
+
+
+def test_competing_latents_on_a_compiled_model_need_their_threshold():
+    model = tiny("llama")
+    encoder = TopK(encoder=torch.eye(32), decoder=torch.eye(32), bias=torch.zeros(32), k=3, threshold=0.1)
+    bank = sl.ConceptBank.from_encoder(encoder, site="layers.0", base=model)
+    steering = sl.attach(model, bank)
+    model.compile(backend=BACKEND)
+    before = logits(model)
+    with pytest.raises(errors.Unanswerable, match="exact=False"):
+        steering.set({"layers.0/1": sl.Set(1.0)})
+    steering.set({"layers.0/1": 1.0})  # what only adds need not be read
+    assert not torch.equal(logits(model), before)
+    steering.detach()
 
 
 def test_attaching_to_a_compiled_model_is_refused_with_the_way_out():

@@ -1,10 +1,12 @@
 """Encoders: one contract for every kind, closed forms for each, and what steering a latent does to a model."""
 
 from math import inf
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from test_bank import bytes_read
 from tiny_models import tiny
 from torch import Tensor
 
@@ -363,3 +365,22 @@ def test_banks_give_back_the_same_encoder_whole_or_one_row_at_a_time(model, kind
 def test_thresholds_of_directions_let_everything_pass():
     rows = sl.Directions(torch.eye(3)).rows([0, 2])
     assert not rows.is_sparse and (rows.threshold == -inf).all()
+
+
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="the kernel counts bytes read on Linux only")
+def test_one_of_a_million_latents_is_read_without_the_others(tmp_path):
+    n, width = 1_000_000, 8
+    g = torch.Generator().manual_seed(0)
+    rows = {name: torch.randn(n, width, generator=g, dtype=torch.float32).half() for name in ("encoder", "decoder")}
+    encoder = JumpReLU(**rows, bias=torch.zeros(n).half(), threshold=torch.ones(n).half())
+    site = {"layers.0": SiteFacts(width=width)}
+    sl.ConceptBank("million", [], {"layers.0": encoder}, base=sl.BaseModel(), sites=site).save_pretrained(tmp_path / "bank")
+
+    def one():
+        bank = sl.ConceptBank.from_pretrained(tmp_path / "bank")
+        return bank.rows(bank["layers.0/654321"])
+
+    found, read = bytes_read(one)
+    assert torch.equal(found.write, encoder.decoder[[654321]].float()) and read < 1_000_000
+    _, whole = bytes_read(next((tmp_path / "bank" / "sites").iterdir()).read_bytes)  # the control
+    assert whole > 30_000_000
