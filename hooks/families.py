@@ -199,17 +199,19 @@ def _block_sites(model: Any, stack: Stack, i: int) -> dict[str, Site]:
         family, start = _family(block), path
         parts = {part: _part(block, part, getattr(family, part)) for part in CHILDREN}
         added = {part: f"{path}.{_added(block, part, where)}" for part, where in parts.items() if where}
-        attends = f"{path}.{parts['attn']}" if parts["attn"] else None
+        attends, feeds = (f"{path}.{parts[part]}" if parts[part] else None for part in CHILDREN)
     else:  # the i-th block is the i-th element of several lists
         family = beside
         added = {part: f"{stack.path}.{getattr(family, part)}.{i}".strip(".") for part in CHILDREN}
-        start = attends = added["attn"]
+        start, attends, feeds = added["attn"], added["attn"], None
     sites = [Site(name=f"{name}.{part}", module=where, layout=family.layout) for part, where in added.items()]
     if family.stream:
         sites.insert(0, Site(name=name, module=path, layout=family.layout))
         sites.insert(1, Site(name=f"{name}.in", module=start, side="input", layout=family.layout))
         if start == path:
             sites.insert(2, Site(name=f"{name}.update", module=path, side="update", layout=family.layout))
+    if feeds is not None:
+        sites.append(Site(name=f"{name}.mlp.in", module=feeds, side="input", layout=family.layout))
     if attends is not None:
         sites += _heads(model.get_submodule(attends), attends, name, _config(model.get_submodule(stack.path)))
     return {site.name: site for site in sites}
@@ -240,7 +242,7 @@ def _added(block: nn.Module, part: str, where: str) -> str:
 
 
 def _heads(attention: nn.Module, path: str, name: str, config: Any) -> list[Site]:
-    """Heads are slices of the output projection's input."""
+    """All heads together, the output projection's input, and each, a slice of it."""
     if path.rpartition(".")[2] in MIXERS:
         return []
     inner = dict(attention.named_modules())
@@ -254,7 +256,10 @@ def _heads(attention: nn.Module, path: str, name: str, config: Any) -> list[Site
         return []
     names = [f"{name}.attn.heads.{h}" for h in range(count)]
     cuts = [(h * size, (h + 1) * size) for h in range(count)]
-    return [Site(name=head, module=f"{path}.{where}", side="input", columns=cut) for head, cut in zip(names, cuts, strict=True)]
+    return [
+        Site(name=f"{name}.attn.heads", module=f"{path}.{where}", side="input"),
+        *(Site(name=head, module=f"{path}.{where}", side="input", columns=cut) for head, cut in zip(names, cuts, strict=True)),
+    ]
 
 
 def _final_norm(model: nn.Module, stack: Stack) -> str | None:

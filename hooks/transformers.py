@@ -51,8 +51,9 @@ _PROMPT_POSITIONS: WeakKeyDictionary[nn.Module, Tensor] = WeakKeyDictionary()
 """Real prompt tokens of each row, in place: what compiled code reads."""
 ROWS = 64
 """Rows for which a compiled model has room."""
-PARTS = ("in", "heads", "attn", "mlp", "update", "out")
-IN_BLOCK = re.compile(r"(encoder\.|decoder\.)?layers\.(?P<block>\d+)(\.(?P<part>in|attn|mlp|update))?(?P<head>\.heads\.\d+)?")
+PARTS = ("in", "heads", "attn", "mlp.in", "mlp", "update", "out")
+PART, HEAD = r"(?P<part>in|attn|mlp\.in|mlp|update)", r"(?P<head>\.heads(\.\d+)?)"
+IN_BLOCK = re.compile(rf"(encoder\.|decoder\.)?layers\.(?P<block>\d+)(\.{PART})?{HEAD}?")
 NEVER = 2**31
 """A prompt that does not end: a bare forward."""
 

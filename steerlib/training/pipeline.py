@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from ..evaluation.text import Judge, counting, progress
 from ..hosts import host_for, load
 from .calibrate import Choice, Search, statistics
 from .card import card
+from .latents import train_latents
 from .levers import Lever, TokenGate
 from .measure import ANSWERING, measure
 from .methods import METHODS
@@ -41,6 +43,8 @@ def train(target: Any, recipe: Recipe, *, tokenizer: Any = None, work: str | os.
         loaded, tokenizer = load(recipe.source)
         target = loaded.to(best_device()) if target is None else target
     folder = _work_folder(work, recipe)
+    if recipe.encoders:
+        return _in_folder(folder, lambda place: train_latents(target, tokenizer, recipe, place))
     sites = [f"layers.{layer}" for layer in layers_to_try(target, recipe)]
     studio, judge = Studio(target, tokenizer, recipe, sites, folder), judge_for(recipe)
     choices = {concept.name: choose(studio, judge, concept) for concept in progress(recipe.concepts, "concepts")}
@@ -161,6 +165,14 @@ def trust(recipe: Recipe) -> str:
 
 
 # -- stages --------------------------------------------------------------------------------------------------
+
+
+def _in_folder(folder: Path | None, make: Callable[[Path], ConceptBank]) -> ConceptBank:
+    """Make a bank in a folder, or in one that is gone afterwards."""
+    if folder is not None:
+        return make(folder)
+    with TemporaryDirectory() as place:
+        return make(Path(place))
 
 
 def _work_folder(work: str | os.PathLike[str] | None, recipe: Recipe) -> Path | None:

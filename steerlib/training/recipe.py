@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from ..errors import BadRecipe
 from ..evaluation.text import counting
+from .encoder_recipe import EncoderRecipe
 
 TEMPLATES = ("Answer in this way: {}.", "Your whole answer has to show this: {}.", "Let your answer be full of it: {}.")
 """How a prompt asks for a concept of which only the label is known."""
@@ -50,6 +51,28 @@ class ConceptRecipe:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SiteEncoder:
+    """One sparse encoder to make: in TOML, its site and the fields of `EncoderRecipe` side by side."""
+
+    site: str
+    recipe: EncoderRecipe
+    name: str = ""
+    """Tells encoders of one site apart."""
+
+    @property
+    def id(self) -> str:
+        """What the bank calls it."""
+        return f"{self.site}#{self.name}" if self.name else self.site
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any], where: str) -> "SiteEncoder":
+        """From an entry of a recipe file."""
+        own = {key: values[key] for key in ("site", "name") if key in values}
+        rest = {key: value for key, value in values.items() if key not in own}
+        return _made(cls, {**own, "recipe": _made(EncoderRecipe, rest, where)}, where)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
     """A frozen description of a bank. Paths are relative to the recipe's folder; what is missing there comes with steerlib."""
 
@@ -58,7 +81,15 @@ class Recipe:
     """Id of the model, as the bank will record it."""
     source: str
     """Where the weights are: a folder, a Hub id, or `package:<name>/<file>.gguf`."""
-    concepts: tuple[ConceptRecipe, ...]
+    concepts: tuple[ConceptRecipe, ...] = ()
+    encoders: tuple[SiteEncoder, ...] = ()
+    """Sparse encoders to train instead of concepts, from `corpus`."""
+    corpus: tuple[str, ...] = ()
+    """Files of text, .txt or .jsonl, that encoders are trained on."""
+    tokens: int = 1_000_000
+    """Tokens of it that are recorded."""
+    epochs: int = 1
+    """Times that encoders see them."""
     folder: Path = field(default=Path(), repr=False)
     description: str = ""
     license: str = ""
@@ -101,14 +132,18 @@ class Recipe:
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise BadRecipe(f"{path.name} is not valid TOML: {error}") from None
         concepts = tuple(_made(ConceptRecipe, entry, f"{path.name}, concepts") for entry in values.pop("concepts", []))
-        recipe = _made(cls, {**values, "concepts": concepts, "folder": path.parent}, path.name)
+        encoders = tuple(SiteEncoder.of(entry, f"{path.name}, encoders") for entry in values.pop("encoders", []))
+        recipe = _made(cls, {**values, "concepts": concepts, "encoders": encoders, "folder": path.parent}, path.name)
         recipe.check()
         return recipe
 
     def check(self) -> None:
         """Raise `BadRecipe` for what cannot work, before any model is loaded."""
-        if not self.concepts or len({concept.name for concept in self.concepts}) < len(self.concepts):
-            raise BadRecipe("expected at least one concept, each name once")
+        named = [made.name for made in self.concepts] + [made.id for made in self.encoders]
+        if bool(self.concepts) == bool(self.encoders) or len({*named}) < len(named):
+            raise BadRecipe("expected at least one concept, or instead at least one encoder, each name once")
+        if self.encoders:
+            self._check_encoders()
         if min(self.budget, self.train_prompts, self.dev_prompts, self.evaluation_prompts, self.seeds, self.new_tokens) < 1:
             raise BadRecipe("expected a positive budget and positive numbers of prompts, seeds and new tokens")
         if self.ship not in ("all", "clearing"):
@@ -125,6 +160,25 @@ class Recipe:
         for split, count in self._counts.items():
             if len(self.read_prompts(split)) < count:
                 raise BadRecipe(f"{self.prompts} has {len(self.read_prompts(split))} {split} prompts, expected {count}")
+
+    def _check_encoders(self) -> None:
+        for made in self.encoders:
+            made.recipe.check()
+        if min(self.tokens, self.epochs) < 1 or not self.corpus:
+            raise BadRecipe("expected a corpus for encoders, and positive numbers of tokens and epochs")
+        self.corpus_files()
+
+    @property
+    def encoder_sites(self) -> list[str]:
+        """Every site that an encoder reads, once."""
+        return list(dict.fromkeys(made.site for made in self.encoders))
+
+    def corpus_files(self) -> list[Path]:
+        """Where the text for encoders is."""
+        paths = [self._path(name) for name in self.corpus]
+        if missing := [path.name for path in paths if not path.is_file()]:
+            raise BadRecipe(f"expected {', '.join(missing)} beside the recipe, found none")
+        return paths
 
     @property
     def _counts(self) -> dict[str, int]:
@@ -193,7 +247,7 @@ class Recipe:
         sha = hashlib.sha256(
             repr({f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("folder", "ship", "held_out")}).encode()
         )
-        names = [self.reference, self.prompts, self.unrelated]
+        names = [self.reference, self.prompts, self.unrelated, *self.corpus]
         names += [f"{folder}/{concept.name}.jsonl" for folder in (self.pairs, self.scoring) for concept in self.concepts]
         for name in names:
             path = self._path(name)

@@ -1,0 +1,116 @@
+"""From texts to a bank of latents: record, fit, look, measure; a run that stops goes on from recordings and checkpoints."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..bank import BaseModel, ConceptBank, SiteFacts
+from ..concepts import Concept
+from ..encoders import Sparse, TopK
+from ..evaluation.representation import Quality, quality
+from .card import latents_card
+from .fit import fit
+from .harvest import harvest
+from .label import SHOWN, Sightings, Texts, label, promoted, sightings
+from .recipe import Recipe
+from .shards import Shards
+
+HELD_OUT = 0.1
+"""Share of the documents that encoders are not trained on."""
+LOOKED_AT = 1 << 16
+"""Tokens on which thresholds and lengths are measured."""
+
+
+def train_latents(model: Any, tokenizer: Any, recipe: Recipe, folder: Path) -> ConceptBank:
+    """Encoders for every site that the recipe names, as a bank whose latents are labelled and measured."""
+    sites = recipe.encoder_sites
+    harvest(model, tokenizer, recipe.corpus_files(), sites, folder / "activations", tokens=recipe.tokens, seed=recipe.seed)
+    shards = Shards(folder / "activations", held_out=HELD_OUT)
+    encoders: dict[str, Sparse] = {}
+    for site in sites:
+        named = {spec.id: spec.recipe for spec in recipe.encoders if spec.site == site}
+        steps = recipe.epochs * shards.training // next(iter(named.values())).batch
+        encoders |= fit(named, shards.source(site, seed=recipe.seed), steps=steps, folder=folder / "encoders" / site)  # type: ignore[arg-type]
+    texts, concepts, found = Texts(tokenizer, shards), [], {}
+    for id, encoder in encoders.items():
+        site = id.partition("#")[0]
+        seen = sightings(encoder, shards, site)
+        encoders[id] = finished(encoder, seen, head(shards, site))
+        concepts += described(id, encoders[id], seen, texts, promoted(model, tokenizer, encoder.decoder))
+        found[id] = quality(model, tokenizer, encoders[id], site, held_out(shards, site), recipe.read_texts(recipe.unrelated))
+    return bank_of(model, recipe, encoders, concepts, shards, found)
+
+
+def head(shards: Shards, site: str) -> Tensor:
+    """Some training activations, as recorded."""
+    return torch.cat(list(shards.in_order(site, 4096, 0, min(LOOKED_AT, shards.training)))).float()
+
+
+def held_out(shards: Shards, site: str) -> Tensor:
+    """Activations of documents that no encoder was trained on."""
+    stop = min(len(shards), shards.training + LOOKED_AT)
+    return torch.cat(list(shards.in_order(site, 4096, shards.training, stop))).float()
+
+
+def finished(encoder: Sparse, seen: Sightings, x: Tensor) -> Sparse:
+    """The encoder with the statistics of its latents, in half precision, and where latents compete with its threshold."""
+    statistics = {"unit": seen.quantile(0.5), "frequency": seen.frequency.float(), "high": seen.quantile(0.995)}
+    tensors = {name: tensor.detach().cpu().half() for name, tensor in (encoder.to_tensors() | statistics).items()}
+    made = type(encoder).from_tensors(tensors, encoder.settings)
+    return made.calibrated(x) if isinstance(made, TopK) else made
+
+
+def described(id: str, encoder: Sparse, seen: Sightings, texts: Texts, promotes: Sequence[Sequence[str]]) -> list[Concept]:
+    """A concept for every latent that fired: label, contexts, histogram, what it makes the model say."""
+    concepts = []
+    for i in (seen.frequency > 0).nonzero()[:, 0].tolist():
+        rows = [int(row) for row, value in zip(seen.rows[i], seen.highest[i], strict=True) if value > 0]
+        filled = seen.histogram[i].nonzero()[:, 0]
+        effects = {
+            "frequency": round(float(seen.frequency[i]), 6),
+            "promotes": list(promotes[i]),
+            "histogram": {"first": int(filled[0]), "counts": seen.histogram[i, filled[0] : filled[-1] + 1].tolist()},
+        }
+        concepts.append(
+            Concept(
+                name=f"{id}/{i}",
+                encoder=id,
+                index=i,
+                unit=float(encoder.statistics["unit"][i]),
+                natural=(0.0, float(encoder.statistics["high"][i])),
+                label=label([texts.token(row) for row in rows], promotes[i]),
+                source="tokens of its highest activations, and the model's own head",
+                examples=tuple(dict.fromkeys(texts.around(row) for row in rows[: 2 * SHOWN]))[:SHOWN],
+                effects=effects,
+            )
+        )
+    return concepts
+
+
+def bank_of(
+    model: Any,
+    recipe: Recipe,
+    encoders: Mapping[str, Sparse],
+    concepts: Sequence[Concept],
+    shards: Shards,
+    found: Mapping[str, Quality],
+) -> ConceptBank:
+    """The bank, with a card of what was measured."""
+    sites = {
+        site: SiteFacts(width=shards.width(site), norm=float(head(shards, site).norm(dim=-1).median())) for site in shards.sites
+    }
+    measured = {id: asdict(facts) for id, facts in found.items()}
+    return ConceptBank(
+        recipe.name,
+        concepts,
+        encoders,
+        base=BaseModel.of(model, id=recipe.base),
+        sites=sites,
+        card=latents_card(recipe, encoders, measured),
+        license=recipe.license,
+        provenance={"recipe": recipe.name, "recipe_sha256": recipe.digest, "seed": recipe.seed, "quality": measured},
+    )

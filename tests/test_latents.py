@@ -1,0 +1,206 @@
+"""From a recipe with encoders to a bank of labelled latents, on toy models; every figure by a second way."""
+
+import random
+
+import pytest
+import torch
+from tiny_models import WORDS, tiny, toy_tokenizer
+
+import steerlib as sl
+from steerlib import errors
+from steerlib.encoders import ReLU
+from steerlib.evaluation import representation
+from steerlib.training import label as labels
+from steerlib.training.recipe import Recipe
+from steerlib.training.shards import Shards
+
+RECIPE = """
+name = "toy-latents"
+base = "toy"
+source = "toy"
+corpus = ["corpus.txt"]
+tokens = 1200
+epochs = 4
+unrelated = "unrelated.jsonl"
+
+[[encoders]]
+site = "layers.0"
+kind = "topk"
+latents = 48
+k = 4
+batch = 128
+rate = 0.01
+
+[[encoders]]
+site = "layers.1"
+kind = "batchtopk"
+latents = 40
+k = 4
+batch = 128
+rate = 0.01
+
+[[encoders]]
+site = "layers.1"
+name = "wide"
+kind = "topk"
+latents = 64
+k = 4
+batch = 128
+rate = 0.01
+"""
+IDS = ["layers.0", "layers.1", "layers.1#wide"]
+
+
+def toy():
+    return tiny("llama", vocab_size=len(toy_tokenizer()), initializer_range=0.3).requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("latents")
+    draw = random.Random(0)
+    texts = [" ".join(draw.choices(WORDS, k=draw.randint(6, 20))) for _ in range(160)]
+    (folder / "corpus.txt").write_text("\n\n".join(texts))
+    (folder / "unrelated.jsonl").write_text("\n".join(f'{{"text": "{text}"}}' for text in texts[:6]))
+    (folder / "recipe.toml").write_text(RECIPE)
+    recipe = Recipe.from_file(folder / "recipe.toml")
+    bank = sl.train(toy(), recipe, tokenizer=toy_tokenizer(), work=folder / "work")
+    (activations,) = (folder / "work").glob("*/activations")
+    return folder, recipe, bank, Shards(activations, held_out=0.1)
+
+
+def test_every_encoder_of_the_recipe_is_in_the_bank_and_steers(made, tmp_path):
+    folder, _, bank, _ = made
+    assert list(bank.encoders) == IDS and bank.encoders["layers.1#wide"].site == "layers.1"
+    reread = sl.ConceptBank.from_pretrained(bank.save_pretrained(tmp_path / "bank"))
+    reread.verify()
+    model, ids = toy(), torch.arange(3, 13)[None]
+    plain = model(ids).logits
+    for name in ("layers.0/3", "layers.1/7", "layers.1#wide/63"):
+        with sl.steer(model, reread, {name: sl.Set(3.0, unit="raw")}, allow_ood=True):
+            assert not torch.equal(model(ids).logits, plain)
+    assert all(kind in bank.card for kind in ("topk", "batchtopk", "explained variance", "random dictionary"))
+    assert bank.encoders["layers.0"].settings["disagreement"] >= 0
+
+
+def test_a_run_that_goes_on_gives_the_same_bytes(made, tmp_path):
+    folder, recipe, bank, _ = made
+    again = sl.train(toy(), recipe, tokenizer=toy_tokenizer(), work=folder / "work")
+    first, second = bank.save_pretrained(tmp_path / "a"), again.save_pretrained(tmp_path / "b")
+    for path in first.rglob("*"):
+        assert path.is_dir() or path.read_bytes() == (second / path.relative_to(first)).read_bytes(), path.name
+
+
+@pytest.mark.parametrize("id", IDS)
+def test_statistics_are_those_of_the_recorded_activations(made, id):
+    _, _, bank, shards = made
+    x = torch.cat(list(shards.in_order(id.partition("#")[0], 500))).float()
+    encoder = bank.encoder(id)
+    z = encoder.encode(x)
+    close = 2 ** (1 / labels.FINENESS)  # a bin's width; half precision moved a few readings across
+    seen = [i for i in range(z.shape[1]) if (z[:, i] > 0).sum() > 20]
+    assert len(seen) > 5
+    for i in seen:
+        positive = z[:, i][z[:, i] > 0]
+        assert encoder.statistics["frequency"][i] == pytest.approx(len(positive) / len(x), rel=0.1)
+        assert 1 / close < float(encoder.statistics["unit"][i] / positive.median()) < close
+        concept = bank[f"{id}/{i}"]
+        assert concept.unit == float(encoder.statistics["unit"][i]) and concept.label
+        assert sum(concept.effects["histogram"]["counts"]) == pytest.approx(len(positive), rel=0.1)
+
+
+def test_sightings_are_the_highest_activations_and_where_they_were(made):
+    _, _, bank, shards = made
+    encoder, site = bank.encoder("layers.0"), "layers.0"
+    z = encoder.encode(torch.cat(list(shards.in_order(site, 500))).float())
+    found = labels.sightings(encoder, shards, site)
+    assert found.tokens == len(z) == 1200
+    torch.testing.assert_close(found.highest, z.T.topk(labels.CONTEXTS).values)
+    rows = found.rows[found.highest > 0]
+    latents = (found.highest > 0).nonzero()[:, 0]
+    torch.testing.assert_close(z[rows, latents], found.highest[found.highest > 0])
+    assert torch.equal(found.histogram.sum(-1), (z > 0).sum(0))
+    part = labels.sightings(encoder, shards, site, start=100, stop=300)
+    assert part.tokens == 200 and part.rows[part.highest > 0].min() >= 100
+
+
+def test_contexts_mark_the_token_and_stay_in_their_document(made):
+    folder, _, _, shards = made
+    texts = labels.Texts(toy_tokenizer(), shards)
+    documents = (folder / "corpus.txt").read_text().split("\n\n")
+    for row in range(0, 1200, 37):
+        context = texts.around(row)
+        marked = context.partition("«")[2].partition("»")[0]
+        assert marked == texts.token(row).strip()
+        assert any(context.replace("«", "").replace("»", "") in document for document in documents)
+
+
+def test_labels_say_where_a_latent_fires_or_what_it_makes_the_model_say():
+    assert labels.label(["tea", " tea", "Tea", "cup"], [" sun"]) == "on “tea”"
+    assert labels.label(["tea", "cup", "tea", "cup", "sun"], []) == "on “tea”, “cup”"
+    assert labels.label(["a", "b", "c", "d"], [" sun", "sun", " moon"]) == "towards “sun”, “moon”"
+    assert labels.label(["a", "b", "c", "d"], []) == ""
+
+
+def test_promoted_tokens_are_those_of_the_models_own_head():
+    model = toy()
+    rows = model.get_output_embeddings().weight[[5, 9]] / model.model.norm.weight
+    found = labels.promoted(model, toy_tokenizer(), rows * 3, count=3)
+    logits = model.get_output_embeddings()(rows * 3 * model.model.norm.weight)
+    assert [row[0] for row in found] == [toy_tokenizer().decode([int(i)]) for i in logits.argmax(-1)]
+
+
+def test_quality_equals_a_second_implementation(made):
+    _, recipe, bank, shards = made
+    model, tokenizer = toy(), toy_tokenizer()
+    encoder, site = bank.encoder("layers.0"), "layers.0"
+    x = torch.cat(list(shards.in_order(site, 500, shards.training))).float()
+    texts = recipe.read_texts(recipe.unrelated)
+    found = representation.quality(model, tokenizer, encoder, site, x, texts)
+    assert found.explained == pytest.approx(
+        1 - float((x - encoder.reconstruct(x)).square().sum() / (x - x.mean(0)).square().sum()), abs=1e-5
+    )
+    assert found.l0 == pytest.approx(4, abs=0.5) and found.explained > found.control + 0.1
+    losses = {}
+    for name, make in {"plain": None, "mean": lambda a: x.mean(0).expand_as(a), "own": encoder.reconstruct}.items():
+        handle = make and model.model.layers[0].register_forward_hook(lambda m, a, out, make=make: make(out))
+        total, count = 0.0, 0
+        for text in texts:
+            ids = tokenizer(text, return_tensors="pt")["input_ids"]
+            total += float(model(ids, labels=ids).loss) * (ids.shape[1] - 1)
+            count += ids.shape[1] - 1
+        losses[name] = total / count
+        if handle:
+            handle.remove()
+    expected = 1 - (losses["own"] - losses["plain"]) / (losses["mean"] - losses["plain"])
+    assert found.recovered == pytest.approx(expected, abs=1e-3) and found.kl > 0
+    assert not model.model.layers[0]._forward_hooks
+
+
+def test_an_encoder_that_keeps_everything_loses_nothing():
+    """x is written as its positive and negative parts."""
+    eye = torch.eye(32)
+    encoder = ReLU(encoder=torch.cat((eye, -eye)), bias=torch.zeros(64), decoder=torch.cat((eye, -eye)))
+    x = torch.randn(300, 32, generator=torch.Generator().manual_seed(0))
+    found = representation.quality(toy(), toy_tokenizer(), encoder, "layers.0", x, ["the sun rises slowly", "why"])
+    assert found.explained == pytest.approx(1) and found.recovered == pytest.approx(1, abs=1e-4)
+    assert found.kl == pytest.approx(0, abs=1e-5) and found.dead == 0 and found.dense == 1
+
+
+REFUSED = {
+    "a corpus for encoders": ('corpus = ["corpus.txt"]', ""),
+    "unknown fields": ('kind = "topk"', 'kinds = "topk"'),
+    "positive numbers of tokens": ("tokens = 1200", "tokens = 0"),
+    "found none": ('corpus = ["corpus.txt"]', 'corpus = ["other.txt"]'),
+    "each name once": ('name = "wide"', ""),
+}
+"""What is said, and the change of the recipe."""
+
+
+@pytest.mark.parametrize("said", REFUSED)
+def test_what_cannot_work_is_refused_before_a_model_is_loaded(tmp_path, said):
+    (tmp_path / "corpus.txt").write_text("the sun")
+    (tmp_path / "unrelated.jsonl").write_text('{"text": "the sun"}')
+    (tmp_path / "recipe.toml").write_text(RECIPE.replace(*REFUSED[said], 1))
+    with pytest.raises(errors.BadRecipe, match=said):
+        Recipe.from_file(tmp_path / "recipe.toml")
