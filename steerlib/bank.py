@@ -174,6 +174,9 @@ class ConceptBank:
     def __len__(self) -> int:
         return len(self.concepts)
 
+    def __bool__(self) -> bool:
+        return True  # a bank of latents of which no more is known has concepts all the same
+
     def __repr__(self) -> str:
         gates = [concept.name for concept in self.concepts.values() if concept.present is not None]
         count = len(self) - len(gates)

@@ -86,7 +86,7 @@ class CorruptBank(BadBank):
 
 
 class UnknownFormat(BadBank):
-    """Written by a newer steerlib."""
+    """Written by a newer steerlib, or by a library in a form that nothing here reads."""
 
 
 class BadRecipe(SteerlibError, ValueError):

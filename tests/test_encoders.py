@@ -130,7 +130,7 @@ def test_centring_and_normalising_follow_their_formulas(x):
     z = (flat / level @ t["encoder"].T + t["bias"]).clamp(min=0)
     encoder = ReLU(**t, norm="layer")
     torch.testing.assert_close(encoder.encode(x), z)
-    expected = (z @ t["decoder"] + t["decoder_bias"]) * level + x.mean(-1, keepdim=True)
+    expected = (z @ t["decoder"] + t["decoder_bias"]) * x.std(-1, keepdim=True) + x.mean(-1, keepdim=True)
     torch.testing.assert_close(encoder.reconstruct(x), expected)
     length = x.norm(dim=-1, keepdim=True) / D**0.5
     z = ((x / length - t["decoder_bias"]) @ t["encoder"].T + t["bias"]).clamp(min=0)
@@ -159,6 +159,20 @@ def test_the_calibrated_threshold_keeps_k_on_average_and_counts_where_it_differs
     ranked = found.encode(reference) > 0
     assert found.disagreement == pytest.approx(float((ranked != alone).sum() / (ranked | alone).sum()), abs=1e-6)
     assert 0 < found.disagreement < 1 and torch.equal(found.encode(x), encoder.encode(x))
+
+
+def test_rescaled_latents_compete_by_what_they_write(x):
+    """The same as an encoder whose decoder rows have length 1 and whose potentials are as many times longer."""
+    t = tensors()
+    by = t["decoder"].norm(dim=-1)
+    encoder = TopK(**t, k=3, rescaled=True)
+    unit = {"encoder": t["encoder"] * by[:, None], "bias": t["bias"] * by, "decoder": t["decoder"] / by[:, None]}
+    flat = TopK(**(t | unit), k=3)
+    torch.testing.assert_close(encoder.encode(x), flat.encode(x))
+    torch.testing.assert_close(encoder.reconstruct(x), flat.reconstruct(x))
+    for ours, theirs in zip(encoder.rows([2, 7])[:4], flat.rows([2, 7])[:4], strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert TopK.from_tensors(encoder.to_tensors(), encoder.settings).rescaled
 
 
 def test_the_first_groups_of_a_matryoshka_are_an_encoder():

@@ -16,13 +16,19 @@ RANKS = {
     "sites": 0, "schedules": 0, "concepts": 0,
     "hub": 1, "encoders": 1, "graph": 1, "interventions": 1, "hosts": 1,
     "edits": 2, "bank": 2, "hooks.attach": 2, "hooks.modules": 2, "hooks.families": 2, "hooks": 2, "hooks.transformers": 3,
-    "reports": 2, "plans": 3, "recording": 3, "steering": 4, "evaluation": 5, "training": 6,
+    "readers": 3, "reports": 2, "plans": 3, "recording": 3, "steering": 4, "evaluation": 5, "training": 6,
     "steerlib": 7, "cli": 8, "__main__": 9,
 }  # fmt: skip
 STAGES = {
-    "evaluation": ("text", "comparison", "report"),
+    "readers": (
+        "files", "hookpoints", "foreign", "saelens", "sparsify", "repeng", "gemma_scope", "gemma_scope_2",
+        "dictionary_learning", "llama_scope", "sdxl_unbox", "saeuron", "svec", "lm_eval",
+    ),
+    "evaluation": ("text", "comparison", "representation", "synthetic", "report"),
     "training": (
-        "recipe", "activations", "levers", "objectives", "methods", "studio", "calibrate", "card", "measure", "pipeline",
+        "encoder_recipe", "recipe", "documents", "activations", "shards", "harvest", "inputs", "sparse_step", "dense_step",
+        "learner", "fit", "levers", "objectives", "methods", "studio", "calibrate", "card", "measure", "label", "latents",
+        "pipeline",
     ),
 }  # fmt: skip
 
@@ -62,7 +68,7 @@ def is_upward(importer, imported):
     if package == other and inner and inner_other and package in STAGES:
         first, second = (STAGES[package].index(names[0]) for names in (inner, inner_other))
         return first <= second and not inner[0] == inner_other[0] == "methods"
-    if importer.startswith("encoders") and imported.startswith("encoders"):
+    if importer.startswith("encoders") and imported.startswith("encoders") or package == other == "readers":
         return False
     return rank_of(imported) >= rank_of(importer)
 

@@ -50,10 +50,14 @@ def fired(p: Float[Tensor, "*batch K"], threshold: Float[Tensor, "*#batch #K"]) 
     return torch.where(p > threshold, p, 0)
 
 
+EPSILON = 1e-5
+"""Added to a token's standard deviation before it is divided by it, as SAELens does; it is not multiplied back."""
+
+
 def scale(x: Float[Tensor, "*batch D"], norm: Norm) -> Float[Tensor, "*batch 1"]:
     """What tokens are divided by."""
     if norm == "layer":
-        return x.float().std(dim=-1, keepdim=True) + 1e-5
+        return x.float().std(dim=-1, keepdim=True) + EPSILON
     return x.float().norm(dim=-1, keepdim=True) / x.shape[-1] ** 0.5
 
 

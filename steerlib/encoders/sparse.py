@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..errors import CorruptBank
-from .base import Encoder, Norm, Rows, scale
+from .base import EPSILON, Encoder, Norm, Rows, scale
 
 STATISTICS = ("unit", "frequency", "high")
 """Of each latent, on reference data: the median of its positive readings, the share of tokens it fires on, and the value above
@@ -98,9 +98,9 @@ class Sparse(Encoder):
     def reconstruct(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch D2"]:
         """What the code keeps of activations."""
         y = self.decode(self.encode(x))
-        if self.norm:
-            y = y * scale(x, self.norm)
-        return y + x.float().mean(dim=-1, keepdim=True) if self.norm == "layer" else y
+        if self.norm == "layer":
+            return y * (scale(x, "layer") - EPSILON) + x.float().mean(dim=-1, keepdim=True)
+        return y * scale(x, self.norm) if self.norm else y
 
     def rows(self, indices: Sequence[int]) -> Rows:
         chosen = list(indices)

@@ -1,6 +1,6 @@
 """TopK: the k largest potentials of each token are kept (Gao et al. 2024, 2406.04093)."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..errors import CorruptBank
-from .base import fired
+from .base import Rows, fired
 from .sparse import Sparse
 
 
@@ -21,8 +21,18 @@ class TopK(Sparse):
 
     kind: ClassVar[str] = "topk"
 
-    def __init__(self, *, k: int, threshold: float | None = None, disagreement: float | None = None, **others: Any):
-        self.k, self.threshold, self.disagreement = k, threshold, disagreement
+    def __init__(
+        self,
+        *,
+        k: int,
+        threshold: float | None = None,
+        disagreement: float | None = None,
+        rescaled: bool = False,
+        **others: Any,
+    ):
+        """`rescaled`: whether latents compete, and count, by what they write: potentials are multiplied by the lengths of the
+        decoder's rows, and what those write is divided by them."""
+        self.k, self.threshold, self.disagreement, self.rescaled = k, threshold, disagreement, rescaled
         super().__init__(**others)
         if type(k) is not int or not 0 < k <= len(self.encoder):
             raise CorruptBank(f"expected 0 < k <= {len(self.encoder)} latents, got k={k!r}")
@@ -37,8 +47,27 @@ class TopK(Sparse):
 
     @property
     def settings(self) -> dict[str, Any]:
-        known = {"threshold": self.threshold, "disagreement": self.disagreement}
+        known = {"threshold": self.threshold, "disagreement": self.disagreement, "rescaled": self.rescaled or None}
         return {**super().settings, "k": self.k, **{name: value for name, value in known.items() if value is not None}}
+
+    @property
+    def lengths(self) -> Float[Tensor, " n"]:
+        """Of the decoder's rows."""
+        return self.decoder.float().norm(dim=-1)
+
+    def potential(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch n"]:
+        p = super().potential(x)
+        return p * self.lengths.to(p) if self.rescaled else p
+
+    def decode(self, z: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch D"]:
+        return super().decode(z / self.lengths.to(z) if self.rescaled else z)
+
+    def rows(self, indices: Sequence[int]) -> Rows:
+        found = super().rows(indices)
+        if not self.rescaled:
+            return found
+        by = found.write.norm(dim=-1)
+        return found._replace(read=found.read * by[:, None], bias=found.bias * by, write=found.write / by[:, None])
 
     def select(self, p: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
         return top(p, self.k)

@@ -1,0 +1,30 @@
+"""SAeUron (Cywinski and Deja 2025, 2501.18052): sparsify's files with settings of their own, untested on releases.
+
+Trained to keep k latents of a token on average or of an image, read by the k largest of each token; `input_unit_norm` is a
+layer norm. Folders have the paths of modules, from the pipeline.
+"""
+
+from pathlib import Path
+
+from ..encoders import TopK
+from . import files, sparsify
+from .foreign import Foreign, Found
+
+FILES = sparsify.FILES
+
+
+def units(path: Path) -> list[Path]:
+    """Folders of one encoder each."""
+    return [folder for folder in files.units(path, *FILES) if sparsify.SAEURON & files.settings(folder / FILES[0]).keys()]
+
+
+def read(path: Path, title: str) -> Foreign:  # noqa: ARG001
+    """Every encoder in a folder."""
+    return Foreign(found=[_found(folder) for folder in units(path)])
+
+
+def _found(folder: Path) -> Found:
+    cfg = files.settings(folder / FILES[0])
+    norm = "layer" if cfg.get("input_unit_norm") else ""
+    encoder = TopK(**sparsify.weights(folder), k=files.whole(cfg, "k"), centred=True, norm=norm)
+    return Found(encoder=encoder, hook=folder.resolve().name)
