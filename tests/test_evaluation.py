@@ -381,7 +381,6 @@ RECORDS = [
         {
             "unsteered": [0.0, 0.0], "prompted": [0.5, 0.5], "steered": [0.25, 0.5], "pca": [0.5, 0.5],
             "difference-of-means": [0.0, 0.25], "random-1": [0.0, 0.1], "random-2": [0.1, 0.0],
-            "other prompt 1": [0.25, 0.0], "other prompt 2": [0.25, 0.5],
         },
         {"steered": 0.2, "random-1": 0.1, "random-2": 0.3},
     ),
@@ -406,7 +405,6 @@ def test_the_summary_is_over_all_cells_of_all_concepts():
     assert "kl" not in found["unsteered"] and found["prompted"]["specificity"] == 0.75
     # what was tried on one concept is compared on that one
     assert [found[name]["concepts"] for name in ("steered", "pca")] == [2, 1] and found["pca"]["ratio"] == pytest.approx(1)
-    assert found["other prompts"]["ratio"] == pytest.approx(0.25 / 0.5) and found["other prompts"]["concepts"] == 1
     assert [found[name]["baseline"] for name in ("steered", "pca")] == pytest.approx([0.75 / 3.0, 0.25 / 1.0])
 
 
@@ -418,11 +416,11 @@ def test_tables_say_what_the_records_say():
     assert len(lines) == 4 and len({line.count("|") for line in lines}) == 1
     lines = report.summary_table(RECORDS).splitlines()
     assert [line.split("|")[1].strip() for line in lines[2:]] == [
-        "unsteered", "prompted", "random direction", "other prompts", "difference-of-means", "pca", "**chosen per concept**",
+        "unsteered", "prompted", "random direction", "difference-of-means", "pca", "**chosen per concept**",
     ]  # fmt: skip
     assert len({line.count("|") for line in lines}) == 1
     assert " ".join(re.findall(r"[\d.]+", lines[3])) == "2 1.00 0.25 0.75"
-    assert " ".join(re.findall(r"[\d.]+", lines[8]))[:6] == "2 0.75" and " to " in lines[8]
+    assert " ".join(re.findall(r"[\d.]+", lines[7]))[:6] == "2 0.75" and " to " in lines[7]
 
 
 def test_every_bar_that_is_missed_is_named():

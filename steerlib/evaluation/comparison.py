@@ -38,7 +38,7 @@ from .text import Completions, Judge, chat, complete, distinct, nll, progress, r
 ROWS = 128
 """Answers written at once."""
 TEMPERATURE = 0.7
-RANDOM_DIRECTIONS = 5
+RANDOM_DIRECTIONS = 3
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -98,22 +98,23 @@ def answer(
 ) -> Scores:
     """Answer every request under every condition and seed, and score the answers.
 
-    Many conditions share a batch, each acting on rows of its own.
+    Many conditions share a batch, each acting on rows of its own; those that ask in more words share others, which are longer.
     """
     plain = [chat(tokenizer, prompt) for prompt in prompts]
     at_once = max(1, ROWS // len(prompts))
-    groups = [conditions[i : i + at_once] for i in range(0, len(conditions), at_once)]
+    asking = [[k for k, c in enumerate(conditions) if bool(c.instruction) is with_words] for with_words in (False, True)]
+    groups = [kind[i : i + at_once] for kind in asking for i in range(0, len(kind), at_once)]
     texts: list[list[list[str]]] = [[[] for _ in seeds] for _ in conditions]
     likelihood = np.zeros((len(conditions), len(seeds), len(prompts)))
     for g, s in progress([(g, s) for g in range(len(groups)) for s in range(len(seeds))], what):
-        some = groups[g]
+        some = [conditions[k] for k in groups[g]]
         asked = [chat(tokenizer, prompt, c.instruction) for c in some for prompt in prompts]
         with together(model, some, len(prompts)):
             done = complete(model, tokenizer, asked, new_tokens=new_tokens, temperature=temperature, seed=seeds[s])
         found = nll_behind(model, tokenizer, done, plain).reshape(len(some), len(prompts))
-        for k in range(len(some)):
-            texts[g * at_once + k][s] = done.texts[k * len(prompts) : (k + 1) * len(prompts)]
-            likelihood[g * at_once + k, s] = found[k]
+        for i, k in enumerate(groups[g]):
+            texts[k][s] = done.texts[i * len(prompts) : (i + 1) * len(prompts)]
+            likelihood[k, s] = found[i]
     flat = [text for by_seed in texts for by_prompt in by_seed for text in by_prompt]
     shape = likelihood.shape
     return Scores(

@@ -11,11 +11,8 @@ from .comparison import ratios
 
 Record = Mapping[str, Any]
 UNSTEERED, PROMPTED, BASELINE, RANDOM = "unsteered", "prompted", "difference-of-means", "random direction"
-OTHERS = "other prompts"
-POOLED = {"random-": RANDOM, "other prompt ": OTHERS}
-"""Conditions that count together as one, by how their names begin."""
 SHOWN = {"steered": "chosen per concept", "steered, gated": "chosen, acting in answers only"}
-CONTROLS = ("no-op", "shuffled labels", "wrong concept", RANDOM, OTHERS)
+CONTROLS = ("no-op", "shuffled labels", "wrong concept", RANDOM)
 
 
 def table(records: Sequence[Record]) -> str:
@@ -46,8 +43,7 @@ def _concept_line(r: Record) -> str:
 def summary(records: Sequence[Record]) -> dict[str, dict[str, float]]:
     """By condition, over the concepts that have it: ratio to prompting with its interval, and mean side effects.
 
-    The random directions of a concept count together as one condition, and so do prompts that were not chosen. `baseline` is
-    difference of means on the same concepts.
+    The random directions of a concept count together as one condition. `baseline` is difference of means on the same concepts.
     """
     names = dict.fromkeys(name for record in records for name in _joint(record))
     return {name: _over([record for record in records if name in _joint(record)], name) for name in names}
@@ -67,7 +63,7 @@ def _over(records: Sequence[Record], name: str) -> dict[str, float]:
 
 
 def _joint(record: Record) -> dict[str, np.ndarray]:
-    """Joint scores by condition, pooled."""
+    """Joint scores by condition, the random directions as one."""
     groups: dict[str, list[Any]] = {}
     for name, values in record["joint"].items():
         groups.setdefault(_pooled(name), []).append(values)
@@ -76,7 +72,7 @@ def _joint(record: Record) -> dict[str, np.ndarray]:
 
 def _pooled(name: str) -> str:
     """What a condition counts as."""
-    return next((whole for start, whole in POOLED.items() if name.startswith(start)), name)
+    return RANDOM if name.startswith("random-") else name
 
 
 def _line(record: Record, name: str) -> Mapping[str, float]:

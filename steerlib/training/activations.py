@@ -1,16 +1,65 @@
-"""Activations of texts at several sites, from one pass over each batch."""
+"""Activations of texts at several sites, from one pass over each batch that ends at the deepest of them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..errors import SiteNotReached
 from ..evaluation.text import chat, progress
-from ..recording import record
+from ..recording import observing
+from ..schedules import StepState
 
 BATCH = 8
+Read = Callable[[Tensor, Tensor | None], dict[str, Tensor]]
+"""`ids[B, N]` and `mask[B, N]`, or None without pads, to activations `x[B, N, D]` by site."""
+
+
+class _Enough(Exception):
+    """Every site was seen; nobody needs the rest of the pass."""
+
+
+@contextmanager
+def reading(model: Any, sites: Sequence[str], dtype: torch.dtype | None = None) -> Iterator[Read]:
+    """Inside the block, passes over token ids that end where the last of the sites is reached, without logits.
+
+    With `dtype` they compute in it, on a copy of the weights; the model keeps its own.
+    """
+    seen: dict[str, Tensor] = {}
+
+    def keeper(site: str) -> Callable[[Tensor, StepState], None]:
+        def observe(x: Tensor, state: StepState) -> None:  # noqa: ARG001
+            seen.setdefault(site, x.detach().clone())
+            if len(seen) == len(sites):
+                raise _Enough
+
+        return observe
+
+    run = _computing_in(model.base_model, dtype)
+
+    @torch.no_grad()
+    def read(ids: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
+        seen.clear()
+        try:
+            run(input_ids=ids, attention_mask=mask, use_cache=False)
+        except _Enough:
+            return dict(seen)
+        missed = ", ".join(repr(site) for site in sites if site not in seen)
+        raise SiteNotReached(f"the model ran and did not reach {missed}; name sites that a plain forward passes")
+
+    with observing(model, {site: keeper(site) for site in sites}):
+        yield read
+
+
+def _computing_in(model: Any, dtype: torch.dtype | None) -> Callable[..., Any]:
+    weights = {name: p for name, p in model.named_parameters() if p.is_floating_point() and dtype not in (None, p.dtype)}
+    if not weights:
+        return model
+    cast = {name: p.detach().to(dtype) for name, p in weights.items()}
+    return lambda **kwargs: torch.func.functional_call(model, cast, kwargs=kwargs)
 
 
 @torch.no_grad()
@@ -58,6 +107,6 @@ def _passes(
             add_special_tokens=add_special_tokens,
         )
         ids, mask = (batch[name].to(model.device) for name in ("input_ids", "attention_mask"))
-        with record(model, sites) as tape:
-            model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
-        yield i, mask.bool(), {site: passes[0][1] for site, passes in tape.items()}
+        with reading(model, sites) as read:
+            values = read(ids, mask)
+        yield i, mask.bool(), values

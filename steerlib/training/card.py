@@ -10,7 +10,7 @@ from .recipe import Recipe
 
 CONTROLS = """*Ratio to prompting* is a joint score of concept, relevance and fluency, 0 for the unsteered model and 1
 for the one of the recipe's prompts that has the best joint score on other requests (`steerlib/evaluation/comparison.py` has the
-formula); *other prompts* are those not chosen. *Best random* is the best of five random
+formula). *Best random* is the best of three random
 directions as long as the concept's own, at the same sites. Nats per token are the text's negative log-likelihood under the
 unsteered model that was asked the plain request. KL is what steering does to next-token distributions of text that has nothing
 to do with it; *gated* the same with `gate=sl.Gate("answering")`. Every method was given the best of its strengths that changes

@@ -22,10 +22,10 @@ class EncoderRecipe:
     k: int = 32
     """Latents that fire on a token; for `batchtopk` and `matryoshka` on average over the batch. Other kinds ignore it."""
     groups: tuple[int, ...] = ()
-    """Sizes of the groups of a `matryoshka`, the most general first; default: a sixteenth, an eighth, a quarter and the rest."""
+    """Sizes of the groups of a `matryoshka`, the most general first; default: a 16th, an 8th, a quarter and the rest."""
     sparsity: float = 0.0
-    """What `relu` and `gated` pay for each token's sum of readings, in root variances, and `jumprelu` for each latent that fires:
-    the share of the variance that it has to explain."""
+    """What `relu` and `gated` pay for each token's sum of readings, in root variances, and `jumprelu` for each latent that
+    fires: the share of the variance that it has to explain."""
     sparsity_warmup: float = 0.1
     """Share of the steps over which that price rises from 0."""
     rate: float | None = None

@@ -40,7 +40,6 @@ def measure(bank: ConceptBank, concept: ConceptRecipe, judge: Judge, studio: Stu
     conditions = [
         Condition(name="unsteered"),
         Condition(name="prompted", instruction=concept.asked[which]),
-        *_other_prompts(concept, which),
         *_steered_and_controls(bank, fact, studio, concept, choice),
         *_gated(bank, fact),
         *methods,
@@ -79,12 +78,6 @@ def measure(bank: ConceptBank, concept: ConceptRecipe, judge: Judge, studio: Stu
         "tried": [[*trial.setting, trial.joint] for trial in choice.trials] if choice else [],
     }
     return _rounded({**record, "passes": _passes(record), "also": _also(record)})
-
-
-def _other_prompts(concept: ConceptRecipe, best: int) -> list[Condition]:
-    """The prompts that the development prompts did not choose."""
-    others = [words for i, words in enumerate(concept.asked) if i != best]
-    return [Condition(name=f"other prompt {i + 1}", instruction=words) for i, words in enumerate(others)]
 
 
 def _steered_and_controls(
