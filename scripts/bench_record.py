@@ -2,7 +2,7 @@
 
     python scripts/bench_record.py [--layer 15] [--rounds 7] [--out bench.json]
 
-One thread, the same token ids and precision for all. `pass` is the pass that ends at the layer; `recorded` is `harvest` from
+One thread, processor time, the same token ids and precision for all. `pass` is the pass that ends at the layer; `recorded` is `harvest` from
 text to shards on disk; `hidden states` is the usual way, with all layers and logits. Figures are tokens/s over those of the
 truncated model, formed within a round; `truncated again` is the noise floor.
 """
@@ -72,16 +72,16 @@ def ways(model: Any, tokenizer: Any, layer: int, tokens: int, folder: Path) -> d
 
 
 def interleaved(chosen: dict[str, Callable[[], Any]], rounds: int, what: str) -> dict[str, list[float]]:
-    """Seconds of each way, every round in another order."""
+    """Processor seconds of each way, every round in another order."""
     names, seconds = list(chosen), {name: [] for name in chosen}
     for name in names:
         chosen[name]()
     for r in progress(range(rounds), what):
         for name in names[r % len(names) :] + names[: r % len(names)]:
             gc.collect()
-            start = time.perf_counter()
+            start = time.process_time()
             chosen[name]()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(time.process_time() - start)
     return seconds
 
 
