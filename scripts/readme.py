@@ -25,10 +25,10 @@ def output(bank: sl.ConceptBank, source: str) -> str:
     """The answers to one prompt, unsteered and steered."""
     model, tokenizer = sl.load(source)
     lines = []
-    for edits in ({}, *({name: round(bank[name].useful or 1.0, 1)} for name in SHOWN)):
+    for edits in ({}, *({name: round(bank[name].useful or 1.0, 2)} for name in SHOWN)):
         with sl.steer(model, bank, edits):
             text = complete(model, tokenizer, [chat(tokenizer, PROMPT)], new_tokens=40).texts[0]
-        name = ", ".join(f"`{name} {amount:+.1f}`" for name, amount in edits.items()) or "unsteered"
+        name = ", ".join(f"`{name} {amount:+.2f}`" for name, amount in edits.items()) or "unsteered"
         lines.append(f"| {name} | {' '.join(text.split())} … |")
     return "\n".join(["| | answer |", "|---|---|", *lines])
 

@@ -184,9 +184,9 @@ class ConceptBank:
         for concept in self.concepts.values():
             if concept.present is not None:
                 continue
-            useful = "" if concept.useful is None else f"useful {concept.useful:+.1f}"
-            safe = "" if concept.range is None else f"safe {concept.range[0]:+.1f} to {concept.range[1]:+.1f}"
-            lines.append(f"  {concept.name:<16} {concept.encoder:<12} {useful:<13} {safe:<20} {concept.label}".rstrip())
+            useful = "" if concept.useful is None else f"useful {concept.useful:+.2f}"
+            safe = "" if concept.range is None else f"safe {concept.range[0]:+.2f} to {concept.range[1]:+.2f}"
+            lines.append(f"  {concept.name:<16} {concept.encoder:<12} {useful:<14} {safe:<22} {concept.label}".rstrip())
         if gates:
             lines.append(f"  gates: {', '.join(gates)}")
         return "\n".join(lines)

@@ -92,12 +92,12 @@ def demo(
         table.add_row("unsteered", "", plain[i])
         for (name, amount), (texts, _) in done.items():
             before, after = judge([plain[i], texts[i]])[:, column[name]]
-            table.add_row(f"{name} {amount:+.1f}", f"{before:.2f} → {after:.2f}", texts[i])
+            table.add_row(f"{name} {amount:+.2f}", f"{before:.2f} → {after:.2f}", texts[i])
         console.print(table)
     summary = Table("concept", "amount", "mean score, unsteered → steered", title="Measured", title_justify="left")
     for (name, amount), (texts, _) in done.items():
         before, after = (judge(some)[:, column[name]].mean() for some in (plain, texts))
-        summary.add_row(name, f"{amount:+.1f}", f"{before:.2f} → {after:.2f}")
+        summary.add_row(name, f"{amount:+.2f}", f"{before:.2f} → {after:.2f}")
     console.print(summary)
     times: dict[str, list[float]] = {"plain": [seconds], "steered": []}
     for _ in range(2):  # in turns, so that a busy machine troubles both alike
@@ -160,8 +160,8 @@ def concepts(bank: BankName, words: Annotated[str, typer.Argument(help="search n
     opened = ConceptBank.from_pretrained(bank)
     table = Table("concept", "meaning", "site", "useful", "safe range")
     for concept in opened.find(words, limit=20) if words else opened.concepts.values():
-        safe = "" if concept.range is None else f"{concept.range[0]:+.1f} to {concept.range[1]:+.1f}"
-        useful = "" if concept.useful is None else f"{concept.useful:+.1f}"
+        safe = "" if concept.range is None else f"{concept.range[0]:+.2f} to {concept.range[1]:+.2f}"
+        useful = "" if concept.useful is None else f"{concept.useful:+.2f}"
         useful = "a gate" if concept.present is not None else useful
         table.add_row(concept.name, concept.label, opened.site_of(concept), useful, safe)
     console.print(table)
