@@ -2,9 +2,9 @@
 
     python scripts/bench_record.py [--layer 15] [--rounds 7] [--out bench.json]
 
-One thread, processor time, the same token ids and precision for all. `pass` is the pass that ends at the layer; `recorded` is `harvest` from
-text to shards on disk; `hidden states` is the usual way, with all layers and logits. Figures are tokens/s over those of the
-truncated model, formed within a round; `truncated again` is the noise floor.
+One thread, processor time, the same token ids and precision for all. `pass` is the pass that ends at the layer; `recorded`
+is `harvest` from text to shards on disk; `hidden states` is the usual way, with all layers and logits. Figures are tokens/s
+over those of the truncated model (`plain`), formed within a round; `truncated again` is the noise floor.
 """
 
 import gc

@@ -8,8 +8,9 @@
     python scripts/bench_sae_train.py --peers .venv-peers/bin/python [--rounds 7] [--out bench.json]
 
 One process each, one thread, one at a time; every round runs all of them, in another order; ratios are formed within a round.
-"steerlib again" is the noise floor. Memory is the height of one late step above what was there before it. What is left
-unexplained is measured on activations that nobody trains on, after as many tokens for each.
+"steerlib again" is the noise floor; where other work shares the machine, ratios of processor time are the steadier. Memory is
+the height of one late step above what was there before it. What is left unexplained is measured on activations that nobody
+trains on, after as many tokens for each.
 """
 
 import json
@@ -69,12 +70,12 @@ def measured(setting: tuple[int, ...], names: dict[str, str], rounds: int, curve
         workers = {name: Worker(name, python, setting, stack) for name, python in names.items()}
         for worker in progress(list(workers.values()), f"{what}: warming up"):
             worker.ask(steps=2)
-        seconds: dict[str, list[float]] = {name: [] for name in names}
+        figures: dict[str, list[dict[str, float]]] = {name: [] for name in names}
         order = list(names)
         for r in progress(range(rounds), f"{what}: rounds"):
             for name in order[r % len(order) :] + order[: r % len(order)]:
-                seconds[name].append(workers[name].ask(steps=1)["seconds"])
-        found = {name: {"seconds": seconds[name], "peak": worker.ask(peak=1)["peak"]} for name, worker in workers.items()}
+                figures[name].append(workers[name].ask(steps=1))
+        found: dict[str, Any] = {name: {"rounds": figures[name], **workers[name].ask(peak=1)} for name in names}
         for name, worker in progress(list(workers.items()), f"{what}: loss"):
             if name not in ("encode product", "steerlib again"):
                 found[name]["unexplained"] = {steps: round(after(worker, steps), 5) for steps in curve}
@@ -92,22 +93,15 @@ def after(worker: Worker, steps: int) -> float:
 
 
 def summary(found: dict[str, Any], batch: int) -> dict[str, Any]:
-    """Median, least and most tokens per second; time over steerlib's; speed over the fastest peer's, round by round."""
-    peers = [name for name in found if name in PEERS]
+    """Median, least and most of tokens per second, and of steerlib's speed over each round's others."""
     result = {}
     for name, figures in found.items():
-        times, own = figures["seconds"], found["steerlib"]["seconds"]
-        fastest = [min(found[peer]["seconds"][r] for peer in peers) for r in range(len(times))] if peers else []
-        columns = {
-            "tokens/s": [batch / t for t in times],
-            "time over steerlib": [a / b for a, b in zip(times, own, strict=True)],
+        ratios = {
+            what: [other[key] / own[key] for other, own in zip(figures["rounds"], found["steerlib"]["rounds"], strict=True)]
+            for what, key in (("time over steerlib's", "seconds"), ("processor time over", "busy"))
         }
-        if fastest:
-            columns["speed over fastest peer"] = [a / b for a, b in zip(fastest, times, strict=True)]
-        spread = {
-            column: [round(f(values), 0 if column == "tokens/s" else 3) for f in (statistics.median, min, max)]
-            for column, values in columns.items()
-        }
+        columns = {"tokens/s": [round(batch / each["seconds"]) for each in figures["rounds"]], **ratios}
+        spread = {what: [round(f(values), 3) for f in (statistics.median, min, max)] for what, values in columns.items()}
         result[name] = {**spread, "peak MiB": round(figures["peak"]), "unexplained": figures.get("unexplained", {})}
     return result
 
@@ -130,11 +124,13 @@ def main(
     out: Annotated[Path | None, typer.Option(help="write the figures here as JSON")] = None,
     setting: Annotated[list[str], typer.Option(help="4608 or 18432; may be repeated (default: both)")] = [],  # noqa: B006
     low: Annotated[bool, typer.Option(help="measure bfloat16 too; slow where the processor has no instructions for it")] = True,
+    only: Annotated[list[str], typer.Option(help="measure these beside steerlib; may be repeated (default: all)")] = [],  # noqa: B006
     curve: Annotated[str, typer.Option(help="steps after which to measure what is left unexplained")] = "20,40,60",
 ) -> None:
     """Print how fast autoencoders are trained."""
     names = dict.fromkeys(OWN, sys.executable) | (dict.fromkeys((*PEERS, "sparsify autocast"), peers) if peers else {})
     names = {name: python for name, python in names.items() if low or not name.endswith(("bf16", "autocast"))}
+    names = {name: python for name, python in names.items() if not only or name in ("steerlib", *only)}
     figures = {}
     for chosen in setting or SETTINGS:
         latents, batch, width, k = SETTINGS[chosen]

@@ -49,9 +49,9 @@ def run(folder: Path) -> None:
     from accelerate import Accelerator
 
     torch.set_num_threads(1)
-    accelerator = Accelerator(cpu=True)
+    accelerator, tokens = Accelerator(cpu=True), source()
     print("begun", accelerator.num_processes, flush=True)
-    fit(RECIPES, source(), steps=STEPS, folder=folder, save_every=10, accelerator=accelerator)
+    fit(RECIPES, tokens, steps=STEPS, folder=folder, save_every=10, accelerator=accelerator)
 
 
 @app.command()
@@ -64,8 +64,8 @@ def kill(
     with tempfile.TemporaryDirectory() as name:
         killed, alone = Path(name) / "killed", Path(name) / "alone"
         whole = left_alone(alone)
-        for _ in range(times):
-            killed_after(moments.uniform(0, 1.5 * whole / times), killed)
+        for turn in range(times):
+            killed_after(moments.uniform(0, 1.5 * whole / times), killed, early=turn % 3 == 0)
         left_alone(killed)
         same = (killed / CHECKPOINT).read_bytes() == (alone / CHECKPOINT).read_bytes()
     print(f"killed {times} times: the last bytes {'are the same' if same else 'DIFFER'}")
@@ -83,18 +83,21 @@ def left_alone(folder: Path) -> float:
         return time.perf_counter() - start
 
 
-def killed_after(seconds: float, folder: Path) -> None:
-    """Start a run and kill it so long after it began."""
+def killed_after(seconds: float, folder: Path, *, early: bool) -> None:
+    """Start a run and kill it so long after it began, or unless `early` after it wrote its first checkpoint."""
+    file = folder / CHECKPOINT
+    before = file.stat().st_mtime_ns if file.exists() else 0
     with subprocess.Popen([sys.executable, __file__, "run", str(folder)], stdout=subprocess.PIPE, env=QUIET) as process:
         assert process.stdout is not None
         process.stdout.readline()
+        while not early and process.poll() is None and (file.stat().st_mtime_ns if file.exists() else 0) == before:
+            time.sleep(0.005)
         time.sleep(seconds)
         process.send_signal(signal.SIGKILL)
         ended = process.wait() != -signal.SIGKILL
-    written = (folder / CHECKPOINT).exists()
-    state = safe_open(folder / CHECKPOINT, "pt").metadata()["state"] if written else '{"step": 0}'
-    what = "it had ended" if ended else "killed"
-    print(f"{what} {seconds:.2f} s after it began; checkpoint of step {json.loads(state)['step']}", flush=True)
+    state = safe_open(file, "pt").metadata()["state"] if file.exists() else '{"step": 0}'
+    what, since = "it had ended" if ended else "killed", "it began" if early else "its first checkpoint"
+    print(f"{what} {seconds:.2f} s after {since}; the last was of step {json.loads(state)['step']}", flush=True)
 
 
 @app.command()
