@@ -12,6 +12,7 @@ from transformers import TextIteratorStreamer
 
 import steerlib as sl
 from steerlib.cli import recipe_of
+from steerlib.evaluation.comparison import RANDOM_DIRECTIONS
 from steerlib.evaluation.report import summary, table
 from steerlib.evaluation.text import chat
 from steerlib.training.measure import ANSWERING
@@ -172,11 +173,11 @@ def test_what_is_stored_follows_from_the_scores_of_every_answer(shipped):
         randoms = [means[name] for name in means if name.startswith("random-")]
         worse = lines["steered"]["nll"] - lines["prompted"]["nll"]
         cleared = concept.effects["moved"] >= 0.8 and means["steered"] > max(randoms) and worse <= 0.5 and ratio >= 0.5
-        assert len(randoms) == 5 and bool(cleared) == all(concept.effects["passes"].values())
+        assert len(randoms) == RANDOM_DIRECTIONS and bool(cleared) == all(concept.effects["passes"].values())
 
 
 def test_useful_amounts_are_carried_out_whole(real, shipped, batch):
-    """They were measured without a limit on length, so that nothing may be capped: a notice would be an error here."""
+    """Nothing of what was measured was cut short: a notice would be an error here."""
     model, _ = real
     for concept in levers(shipped):
         with torch.no_grad(), sl.steer(model, shipped, {concept.name: concept.useful}):
