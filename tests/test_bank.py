@@ -434,6 +434,6 @@ def test_edits_that_make_no_sense_are_refused_before_anything_happens():
 
 def test_one_sees_what_a_bank_holds():
     text = repr(make())
-    assert "2 concepts for org/model, 1 edges" in text and "concept 2" in text and "safe -3.0 to +4.0" in text
+    assert "2 concepts for org/model, 1 edges" in text and "concept 2" in text and "safe -3.00 to +4.00" in text
     assert text.endswith("gates: concept 0")
     assert os.linesep not in make()["concept 0"].label
