@@ -190,7 +190,8 @@ def test_the_real_model_compiled_after_attaching_equals_eager_without_recompilin
     shipped = sl.ConceptBank.from_pretrained("smollm2-135m-instruct")
     batch = tokenizer(["How are you today?", "Hello"], return_tensors="pt", padding=True, padding_side="left")
     steering = sl.attach(model, shipped)
-    settings = [{"cooking": 3.0}, {"fantasy": sl.Set(1.0), "cooking": -1.0}, {}]
+    useful = shipped["cooking"].useful or 0.0
+    settings = [{"cooking": useful}, {"music": sl.Set(1.0), "cooking": -0.5 * useful}, {}]
 
     def logits():
         with torch.no_grad():
