@@ -26,7 +26,7 @@ from steerlib.encoders import Encoder, JumpReLU, ReLU, TopK
 SITE, MILLION, K = "layers.15", 1_000_000, 32
 
 
-def weights(n: int, width: int, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+def weights(n: int, width: int, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
     """Random rows of length 1, small enough to change no text much."""
     g = torch.Generator().manual_seed(0)
     rows = {name: torch.randn(n, width, generator=g) / width**0.5 for name in ("encoder", "decoder")}
@@ -111,7 +111,7 @@ def main(
     """Print what steering a latent costs."""
     torch.set_num_threads(1)
     figures = {f"one of {MILLION} latents of width {width}": opening(rounds, width)}
-    model = sl.load(source)[0]
+    model: Any = sl.load(source)[0]
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
     with torch.no_grad():
         figures["decoding, one latent set / unsteered: median (least–most)"] = decoding(model, rounds, latents)

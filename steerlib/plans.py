@@ -299,7 +299,9 @@ def _readings(bank: ConceptBank, made: Sequence[Edit], options: Options) -> dict
     """What gates and edits have to know, by the site at which it is read."""
     found: dict[str, list[Reading]] = {}
     for edit in made:
-        asked = [(("gate", edit.key, gate), bank[gate.concept], bank[gate.concept].unit) for gate in edit.gates]
+        asked: list[tuple[Key, Concept, float]] = [
+            (("gate", edit.key, gate), bank[gate.concept], bank[gate.concept].unit) for gate in edit.gates
+        ]
         if edit.heard is not None:
             asked.append((edit.heard, edit.concept, 1.0))
         for key, concept, unit in asked:

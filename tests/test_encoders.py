@@ -18,7 +18,7 @@ from steerlib.encoders import KINDS, BatchTopK, Gated, JumpReLU, Matryoshka, ReL
 N, D = 12, 32
 
 
-def tensors(seed: int = 0, width: int = D, n: int = N) -> dict[str, Tensor]:
+def tensors(seed: int = 0, width: int = D, n: int = N) -> dict[str, Any]:
     g = torch.Generator().manual_seed(seed)
     return {
         "encoder": torch.randn(n, width, generator=g) / width**0.5,
@@ -140,7 +140,7 @@ def test_centring_and_normalising_follow_their_formulas(x):
 
 
 def test_a_potential_at_its_threshold_does_not_fire():
-    one = {"encoder": torch.eye(2), "bias": torch.zeros(2), "decoder": torch.eye(2)}
+    one: dict[str, Any] = {"encoder": torch.eye(2), "bias": torch.zeros(2), "decoder": torch.eye(2)}
     x, expected = torch.tensor([[0.5, 0.5]]), torch.tensor([[0.0, 0.5]])
     encoder = JumpReLU(**one, threshold=torch.tensor([0.5, 0.25]))
     assert torch.equal(encoder.encode(x), expected) and torch.equal(encoder.rows([0, 1]).reading(x), expected)
@@ -359,7 +359,8 @@ def test_banks_give_back_the_same_encoder_whole_or_one_row_at_a_time(model, kind
     bank.save_pretrained(tmp_path / "a")
     lazy, whole = (sl.ConceptBank.from_pretrained(tmp_path / "a") for _ in range(2))
     whole.verify()
-    assert torch.equal(whole.encoder("layers.1.mlp").reconstruct(x), encoder.reconstruct(x))
+    rebuilt: Any = whole.encoder("layers.1.mlp")
+    assert torch.equal(rebuilt.reconstruct(x), encoder.reconstruct(x))
     for i in (0, N - 1):
         concept = lazy[f"layers.1.mlp/{i}"]
         assert concept.unit == pytest.approx(float(encoder.statistics["unit"][i]))
@@ -385,7 +386,9 @@ def test_thresholds_of_directions_let_everything_pass():
 def test_one_of_a_million_latents_is_read_without_the_others(tmp_path):
     n, width = 1_000_000, 8
     g = torch.Generator().manual_seed(0)
-    rows = {name: torch.randn(n, width, generator=g, dtype=torch.float32).half() for name in ("encoder", "decoder")}
+    rows: dict[str, Any] = {
+        name: torch.randn(n, width, generator=g, dtype=torch.float32).half() for name in ("encoder", "decoder")
+    }
     encoder = JumpReLU(**rows, bias=torch.zeros(n).half(), threshold=torch.ones(n).half())
     site = {"layers.0": SiteFacts(width=width)}
     sl.ConceptBank("million", [], {"layers.0": encoder}, base=sl.BaseModel(), sites=site).save_pretrained(tmp_path / "bank")

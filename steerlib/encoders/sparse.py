@@ -42,7 +42,8 @@ class Sparse(Encoder):
         `decoder_bias` is taken off before encoding. `norm` scales each token before and back after.
         """
         self.encoder, self.bias, self.decoder, self.decoder_bias = encoder, bias, decoder, decoder_bias
-        self.centred, self.norm, self.statistics = centred, norm, dict(statistics or {})
+        self.norm: Norm = norm
+        self.centred, self.statistics = centred, dict(statistics or {})
         n, shapes = len(encoder), {name: tuple(tensor.shape) for name, tensor in self.to_tensors().items()}
         rows = all(shapes[name][0] == n for name in (*self.tensors, *self.statistics))
         fits = decoder_bias is None or decoder_bias.shape == decoder.shape[1:]

@@ -67,7 +67,7 @@ def finished(encoder: Sparse, seen: Sightings, x: Tensor) -> Sparse:
 def described(id: str, encoder: Sparse, seen: Sightings, texts: Texts, promotes: Sequence[Sequence[str]]) -> list[Concept]:
     """A concept for every latent that fired: label, contexts, histogram, what it makes the model say."""
     concepts = []
-    for i in (seen.frequency > 0).nonzero()[:, 0].tolist():
+    for i in map(int, (seen.frequency > 0).nonzero()[:, 0]):
         rows = [int(row) for row, value in zip(seen.rows[i], seen.highest[i], strict=True) if value > 0]
         filled = seen.histogram[i].nonzero()[:, 0]
         effects = {
@@ -82,7 +82,7 @@ def described(id: str, encoder: Sparse, seen: Sightings, texts: Texts, promotes:
                 index=i,
                 unit=float(encoder.statistics["unit"][i]),
                 natural=(0.0, float(encoder.statistics["high"][i])),
-                label=label([texts.token(row) for row in rows], promotes[i]),
+                label=label([texts.token(row) for row in rows], list(promotes[i])),
                 source="tokens of its highest activations, and the model's own head",
                 examples=tuple(dict.fromkeys(texts.around(row) for row in rows[: 2 * SHOWN]))[:SHOWN],
                 effects=effects,
