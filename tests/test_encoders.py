@@ -158,7 +158,7 @@ def test_the_calibrated_threshold_keeps_k_on_average_and_counts_where_it_differs
     assert alone.float().sum(-1).mean() == pytest.approx(3, abs=0.02)
     ranked = found.encode(reference) > 0
     assert found.disagreement == pytest.approx(float((ranked != alone).sum() / (ranked | alone).sum()), abs=1e-6)
-    assert 0 < found.disagreement < 1 and torch.equal(found.encode(x), encoder.encode(x))
+    assert found.disagreement is not None and 0 < found.disagreement < 1 and torch.equal(found.encode(x), encoder.encode(x))
 
 
 def test_rescaled_latents_compete_by_what_they_write(x):
