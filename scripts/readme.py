@@ -1,7 +1,7 @@
-"""Write the README's measured parts from what was measured: `python scripts/readme.py [--bench FILE] [--coverage FILE]`.
+"""Write the README's measured parts from what was measured: `python scripts/readme.py [--bench FILE] [--latents FILE] [--coverage FILE]`.
 
 Runs the README's first example for the output; takes tables and picture of effects from the shipped bank, the cost from
-`bench_steering.py --out`, and the coverage from `coverage_table.py`.
+`bench_steering.py --out` and `bench_latents.py --out`, and the coverage from `coverage_table.py`.
 """
 
 import json
@@ -61,6 +61,7 @@ def put(text: str, section: str, content: str) -> str:
 
 def main(
     bench: Annotated[Path | None, typer.Option(help="figures of bench_steering.py")] = None,
+    latents: Annotated[Path | None, typer.Option(help="figures of bench_latents.py")] = None,
     coverage: Annotated[Path | None, typer.Option(help="output of coverage.py")] = None,
 ) -> None:
     """Write the measured parts of the README."""
@@ -73,6 +74,8 @@ def main(
     picture(measured, README.parent / ".assets" / "effects.png")
     if bench is not None:
         text = put(text, "cost", cost(json.loads(bench.read_text())))
+    if latents is not None:
+        text = put(text, "latents", cost(json.loads(latents.read_text())))
     if coverage is not None:
         text = put(text, "coverage", coverage.read_text(encoding="utf-8").strip())
     README.write_text(text, encoding="utf-8")
