@@ -1,4 +1,4 @@
-"""Write the README's measured parts from what was measured: `python scripts/readme.py [--bench FILE] [--latents FILE] [--coverage FILE]`.
+"""Write the README's measured parts: `python scripts/readme.py [--bench FILE] [--latents FILE] [--coverage FILE]`.
 
 Runs the README's first example for the output; takes tables and picture of effects from the shipped bank, the cost from
 `bench_steering.py --out` and `bench_latents.py --out`, and the coverage from `coverage_table.py`.
