@@ -14,12 +14,12 @@ from steerlib.evaluation.text import chat
 from steerlib.recording import record
 from steerlib.training import objectives
 from steerlib.training.activations import answers, tokens
-from steerlib.training.levers import SHARES, Lever, Task, bank_of
+from steerlib.training.levers import Lever, Task, bank_of
 from steerlib.training.methods import METHODS, difference_of_means, gated, norm_matched, orthogonal
 from steerlib.training.recipe import Pair
 
 SITES = ["layers.0", "layers.1"]
-LEARNED = sorted(name for name, method in METHODS.items() if method.STRENGTHS != SHARES)
+LEARNED = sorted(name for name, method in METHODS.items() if hasattr(method, "RATE"))
 PAIRS = [
     Pair("the sun", "red tea rises now", "yes stone bird"),
     Pair("why", "red cup . tea sings", "old house here . door"),
@@ -95,8 +95,6 @@ def test_a_method_gives_the_same_finite_lever_each_time_and_leaves_the_model_alo
     assert set(lever.moves) <= set(SITES) and all(v.shape == (32,) and v.isfinite().all() for v in lever.moves.values())
     assert not any(t.requires_grad for t in first.values())
     assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
-    strengths = METHODS[name].STRENGTHS
-    assert len(strengths) >= 2 and min(strengths) > 0 and list(strengths) == sorted(set(strengths))
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -159,10 +157,6 @@ def test_learning_lowers_the_loss_it_is_for(name, task, monkeypatch):
     for rate in ("RATE", "GATE_RATE"):
         monkeypatch.setattr(METHODS[name], rate, 0.0, raising=rate == "RATE")
     assert learned < 0.95 * own_loss(name, task)
-
-
-def test_the_learned_methods_are_those_with_a_rate():
-    assert {name for name, method in METHODS.items() if hasattr(method, "RATE")} == set(LEARNED) != set()
 
 
 # -- what is learned from ------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from tiny_models import WORDS, tiny, toy_tokenizer
 import steerlib as sl
 from steerlib import errors
 from steerlib.evaluation import report
+from steerlib.evaluation.comparison import Unrelated
 from steerlib.training import calibrate, pipeline
 from steerlib.training.activations import answers
 from steerlib.training.levers import Lever
@@ -65,7 +66,7 @@ source = "nowhere"
 license = "apache-2.0"
 layers = [0, 1]
 methods = ["difference-of-means", "several-layers"]
-budget = 34
+budget = 32
 train_prompts = 4
 dev_prompts = 2
 evaluation_prompts = 4
@@ -145,14 +146,39 @@ def test_a_concept_at_its_useful_amount_is_the_lever_at_the_strength_that_was_ch
 
 
 def test_the_search_stays_within_its_budget_and_chooses_a_finalist(uninterrupted):
-    """The budget of 34 is less than all settings would take, with 2 prompts each: 2 anchors twice, 4 settings by site, 4 more
-    by method, of which 2 are left out, then 3 finalists, and 4 doses."""
+    """The budget of 32 is less than all settings would take, with 2 prompts each: 2 anchors twice, 2 settings by site, 4 by
+    method, of which 1 is left out, then 3 finalists, and 4 doses."""
     for name in ("asking", "tea"):
         choice = chosen(uninterrupted[0], name)
-        assert choice.answers == 34 and len(choice.trials) == 6
+        assert choice.answers == 32 and len(choice.trials) == 5
         assert calibrate.Choice.from_dict(choice.to_dict()) == choice
         best = sorted(choice.trials, key=lambda trial: -trial.joint)[: calibrate.FINALISTS]
         assert (choice.method, choice.site, choice.strength) in [trial.setting for trial in best]
+
+
+def test_strengths_are_shares_of_the_strongest_that_leaves_ordinary_text_nearly_as_it_is(uninterrupted):
+    """Or of the longest that the cap on lengths lets through; each lever's change of ordinary text is measured anew."""
+    folder, bank, _ = uninterrupted
+    recipe, model = Recipe.from_file(folder / "recipe" / "recipe.toml"), toy()
+    studio = Studio(model, toy_tokenizer(), recipe, ["layers.0", "layers.1"])
+    ordinary = Unrelated(model, toy_tokenizer(), recipe.read_texts(recipe.reference)[-calibrate.ORDINARY :])
+    for concept in recipe.concepts:
+        choice, strongest = chosen(folder, concept.name), {}
+        for trial in choice.trials:
+            made = studio.bank(concept, concept.asked[choice.prompt], trial.method, trial.site)
+            kl = ordinary.side_effects(calibrate.condition(trial.setting, lambda *_, made=made: made)).kl
+            moves = {
+                made.site_of(place): trial.strength * float(made.rows(place).write.norm()) for place in made["lever"].places
+            }
+            length = max(moved / studio.norms[site] for site, moved in moves.items())
+            assert kl <= calibrate.DISTURBANCE and length <= 0.35 + 1e-4
+            strongest[trial.method, trial.site] = max(
+                strongest.get((trial.method, trial.site), (0, 0, 0)), (trial.strength, kl, length)
+            )
+        for (method, site), (strength, kl, length) in strongest.items():
+            assert kl > 0.4 * calibrate.DISTURBANCE or length > 0.29  # at 0.85 of the strongest, or at it
+            others = {trial.strength / strength for trial in choice.trials if (trial.method, trial.site) == (method, site)}
+            assert all(min(abs(share - s) for s in (0.7, 0.85, 1.0, 0.7 / 0.85)) < 2e-3 for share in others)
 
 
 def test_measurements_agree_with_what_they_were_made_from(uninterrupted):
@@ -314,7 +340,7 @@ def replaced(name, old, new):
     (lambda r: (r.parent / "reference.jsonl").write_text('{"words": "the sun"}'), "reference.jsonl: expected lines with text"),
     (lambda r: (r.parent / "unrelated.jsonl").write_text("the sun"), "unrelated.jsonl is not JSON lines"),
     (replaced("recipe.toml", "evaluation_prompts = 4", "evaluation_prompts = 5"), "4 evaluation prompts, expected 5"),
-    (replaced("recipe.toml", "budget = 34", "budget = 0"), "positive budget"),
+    (replaced("recipe.toml", "budget = 32", "budget = 0"), "positive budget"),
     (replaced("recipe.toml", '["difference-of-means", "several-layers"]', "[]"), "a method or more"),
     (replaced("recipe.toml", "seeds = 2", "seeds = 0"), "positive numbers"),
     (replaced("recipe.toml", "seeds = 2", "ship = 'some'"), "'all' or 'clearing'"),

@@ -1,9 +1,9 @@
 """Site, method and strength from measured effect; units from reference text; the range within which text stays sound."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cached_property
-from math import inf, isclose
+from math import isclose, sqrt
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +14,7 @@ from ..bank import ConceptBank
 from ..errors import BadRecipe
 from ..evaluation.comparison import Condition, Scores, Unrelated, answer, best_prompt, joint, stacked
 from ..evaluation.text import Judge
-from .methods import METHODS
+from ..plans import SHARE
 from .recipe import ConceptRecipe, Recipe
 
 DOSES = (-1.5, -0.75, 1.5, 2.0)
@@ -28,6 +28,11 @@ DISTURBANCE = 0.3
 """Nats per token by which a setting may change the model's predictions on ordinary text."""
 ORDINARY = 20
 """Texts on which that is seen; from the end of the reference, whose beginning gates learn to leave alone."""
+LOOKS = 4
+"""Strengths at which it is seen, at most, to find the strongest."""
+QUICK = 0.85
+SHARES = (0.7, 1.0)
+"""Of the strongest: where sites are compared, and what is tried of every method."""
 
 
 Banks = Callable[[str, str], ConceptBank]
@@ -70,13 +75,6 @@ class Trial:
     relevance: float
     fluency: float
     nll: float
-    kl: float | None = None
-    """What it does to ordinary text, in nats per token, where the search had to know."""
-
-    @property
-    def is_gentle(self) -> bool:
-        """Whether it is known to leave ordinary text nearly as it is."""
-        return self.kl is not None and self.kl <= DISTURBANCE
 
     @property
     def setting(self) -> Setting:
@@ -105,9 +103,8 @@ class Choice:
     trials: tuple[Trial, ...]
 
     def best_of(self, method: str) -> Trial:
-        """The best gentle setting of one method; its gentlest where there is none."""
-        own = [trial for trial in self.trials if trial.method == method]
-        return max(own, key=lambda trial: (trial.is_gentle, trial.joint if trial.is_gentle else -(trial.kl or inf)))
+        """The best setting of one method."""
+        return max((trial for trial in self.trials if trial.method == method), key=lambda trial: trial.joint)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values."""
@@ -121,9 +118,10 @@ class Choice:
 class Search:
     """Choose a method, a site and a strength for one concept by what they do to answers to development prompts.
 
-    First the best prompt; then the site, by difference of means; then every method there, at its strengths; then the best few
-    once more on other answers; then the range of the best. Best is the highest joint score among settings that leave ordinary
-    text nearly as it is. Of the recipe's budget, enough is kept for the last two; when the rest is used up, no more is tried.
+    First the best prompt; then the site, by difference of means; then every method there; then the best few once more on other
+    answers; then the range of the best. Best is the highest joint score. Strengths are shares of the strongest that leaves
+    ordinary text nearly as it is, so sites and methods are compared where they disturb it alike. Of the recipe's budget,
+    enough is kept for the last two; when the rest is used up, no more is tried.
     """
 
     def __init__(self, model: Any, tokenizer: Any, concept: ConceptRecipe, judge: Judge, recipe: Recipe):
@@ -131,6 +129,8 @@ class Search:
         self.prompts, self.column = recipe.read_prompts("dev"), judge.names.index(concept.name)
         self.answers = 0
         self.trials: dict[Setting, Trial] = {}
+        self.strongest: dict[tuple[str, str], float] = {}
+        """By method and site."""
         words = [Condition(name="prompted", instruction=instruction) for instruction in concept.asked]
         plain = self._answers([Condition(name="unsteered"), *words], DEV_SEEDS)
         best = best_prompt(plain, self.column)
@@ -146,13 +146,9 @@ class Search:
     def run(self, sites: Sequence[str], bank: Banks) -> Choice:
         """`bank(method, site)` fits what is to be tried, as a bank whose one concept is `lever`."""
         methods = self.concept.methods or self.recipe.methods
-        first = methods[0]
-        quick = METHODS[first].STRENGTHS[1:]
-        found = self._try([Setting(first, site, strength) for site in sites for strength in quick], bank)
-        site = self._gentle(found, bank)[0].site
-        found = self._try([Setting(m, site, strength) for m in methods for strength in METHODS[m].STRENGTHS], bank)
-        for method in dict.fromkeys(trial.method for trial in found):
-            self._gentle([trial for trial in found if trial.method == method], bank)
+        found = self._try([(methods[0], site, QUICK) for site in sites], bank)
+        site = max(found, key=lambda trial: trial.joint).site
+        self._try([(method, site, share) for method in methods for share in SHARES], bank)
         best = self._final(bank)
         low, high, beyond = self._sound_range(best.setting, bank)
         scores = joint(self.anchors[0], self.column).total.mean((1, 2))
@@ -175,15 +171,37 @@ class Search:
             self.model, self.tokenizer, conditions, self.prompts, self.judge, seeds=seeds, new_tokens=new, what="answers"
         )
 
-    def _try(self, settings: Sequence[Setting], bank: Banks) -> list[Trial]:
-        new = [setting for setting in settings if setting not in self.trials]
+    def _try(self, shares: Sequence[tuple[str, str, float]], bank: Banks) -> list[Trial]:
+        """Trials of methods at sites, at shares of their strongest strength, as far as the budget goes."""
         later = FINALISTS + len(DOSES)
         room = max(0 if self.trials else 1, (self.recipe.budget - self.answers) // len(self.prompts) - later)
-        if new[:room]:
-            scores = self._answers([condition(s, bank) for s in new[:room]], DEV_SEEDS[:1])
-            for setting, trial in zip(new[:room], self._trials(new[:room], scores, self.anchors[0]), strict=True):
-                self.trials[setting] = trial
-        return [self.trials[setting] for setting in settings if setting in self.trials]
+        tried = ((method, site, share * self._strongest(method, site, bank)) for method, site, share in shares[:room])
+        settings = [Setting(method, site, round(strength, 4)) for method, site, strength in tried]
+        if not settings:
+            return []
+        scores = self._answers([condition(setting, bank) for setting in settings], DEV_SEEDS[:1])
+        found = self._trials(settings, scores, self.anchors[0])
+        self.trials |= {trial.setting: trial for trial in found}
+        return found
+
+    def _strongest(self, method: str, site: str, bank: Banks) -> float:
+        """The strength at which ordinary text changes by as much as it may, or at which the cap on lengths begins.
+
+        The change grows about with the square of the strength, so a few looks find it.
+        """
+        key = method, site
+        if key not in self.strongest:
+            longest = _longest(bank(method, site))
+            strength, best = longest / 2, 0.0
+            for _ in range(LOOKS):
+                kl = self.ordinary.side_effects(condition(Setting(method, site, strength), bank)).kl
+                best = max(best, strength) if kl <= DISTURBANCE else best
+                closer = min(longest, strength * sqrt(0.95 * DISTURBANCE / max(kl, 1e-6)))  # a little less, to be within it
+                if best and closer < 1.05 * best:
+                    break
+                strength = closer
+            self.strongest[key] = best or strength
+        return self.strongest[key]
 
     def _trials(self, settings: Sequence[Setting], scores: Scores, anchors: Scores) -> list[Trial]:
         j = joint(stacked(anchors, scores), self.column)
@@ -201,22 +219,10 @@ class Search:
 
     def _final(self, bank: Banks) -> Trial:
         """The best of the first round's best, by both rounds together."""
-        best = self._gentle(list(self.trials.values()), bank, count=FINALISTS)
+        best = sorted(self.trials.values(), key=lambda trial: -trial.joint)[:FINALISTS]
         scores = self._answers([condition(trial.setting, bank) for trial in best], DEV_SEEDS[1:])
         second = self._trials([trial.setting for trial in best], scores, self.anchors[1])
         return max(zip(best, second, strict=True), key=lambda both: both[0].joint + both[1].joint)[0]
-
-    def _gentle(self, trials: Sequence[Trial], bank: Banks, *, count: int = 1) -> list[Trial]:
-        """The best trials that leave ordinary text nearly as it is, looking at no more than needed; else the gentlest."""
-        looked: list[Trial] = []
-        for trial in sorted(trials, key=lambda trial: -trial.joint):
-            if trial.kl is None:
-                trial = replace(trial, kl=self.ordinary.side_effects(condition(trial.setting, bank)).kl)
-                self.trials[trial.setting] = trial
-            looked.append(trial)
-            if sum(trial.is_gentle for trial in looked) == count:
-                break
-        return [trial for trial in looked if trial.is_gentle] or [min(looked, key=lambda trial: trial.kl or 0.0)]
 
     def _sound_range(self, chosen: Setting, bank: Banks) -> tuple[float, float, str]:
         """The strengths around 0 within which text stays likely, and what was seen just beyond."""
@@ -236,6 +242,12 @@ class Search:
         if isclose(ends[0], ends[1]):
             raise BadRecipe(f"no strength of {chosen.method} at {chosen.site} leaves the text sound; try other layers or pairs")
         return ends[0], ends[1], "; ".join(seen)
+
+
+def _longest(bank: ConceptBank) -> float:
+    """The strength at which the first of a lever's moves reaches the cap on lengths."""
+    moves = ((bank.sites[bank.site_of(place)].norm, bank.rows(place).write.norm()) for place in bank["lever"].places)
+    return min(SHARE * norm / float(length) for norm, length in moves if norm is not None)
 
 
 def condition(setting: Setting, bank: Banks) -> Condition:

@@ -13,11 +13,6 @@ from ..concepts import Concept, Gate, Part
 from ..encoders import Directions
 from .recipe import Pair
 
-SHARES = (0.12, 0.18, 0.25)
-"""Strengths of a lever as long as the site's activations."""
-TRAINED = (0.75, 1.0, 1.3)
-"""Strengths of a lever whose length was learned."""
-
 
 class TokenGate(NamedTuple):
     """How much of a change each token gets: `clamp(x @ read + bias, 0, 1)` at an earlier site, or the same."""

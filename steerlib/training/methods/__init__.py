@@ -1,4 +1,4 @@
-"""Ways to find a lever, one a file: `fit(task) -> Lever`, and the `STRENGTHS` to try it at.
+"""Ways to find a lever, one a file: `fit(task) -> Lever`.
 
 A new method is one file and its line here.
 """

@@ -3,9 +3,7 @@
 from jaxtyping import Float
 from torch import Tensor
 
-from ..levers import SHARES, Lever, Task
-
-STRENGTHS = SHARES
+from ..levers import Lever, Task
 
 
 def direction(task: Task, site: str) -> Float[Tensor, " D"]:

@@ -8,11 +8,10 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ..levers import TRAINED, Lever, Task
+from ..levers import Lever, Task
 from ..objectives import optimise, told
 from .difference_of_means import direction
 
-STRENGTHS = TRAINED
 STEPS = 24
 RATE = 0.3
 

@@ -15,8 +15,6 @@ from ..objectives import optimise, told, untouched
 from .difference_of_means import direction
 from .orthogonal import metric
 
-STRENGTHS = (1.0, 1.4, 1.9)
-"""Further than where all tokens move: ordinary text is left alone anyway."""
 STEPS = 24
 RATE = 0.3
 GATE_RATE = 0.02

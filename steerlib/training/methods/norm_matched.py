@@ -1,9 +1,7 @@
 """Difference of means, added in proportion to each token's own length."""
 
-from ..levers import SHARES, Lever, Task
+from ..levers import Lever, Task
 from .difference_of_means import direction
-
-STRENGTHS = SHARES
 
 
 def fit(task: Task) -> Lever:

@@ -12,10 +12,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..levers import SHARES, Lever, Task
+from ..levers import Lever, Task
 from .difference_of_means import direction
 
-STRENGTHS = SHARES
 SHRINKAGE = 0.1
 """Share of the mean variance put on the diagonal: there are few tokens for so many coordinates."""
 

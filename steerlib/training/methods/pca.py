@@ -2,9 +2,7 @@
 
 import torch
 
-from ..levers import SHARES, Lever, Task
-
-STRENGTHS = SHARES
+from ..levers import Lever, Task
 
 
 def fit(task: Task) -> Lever:

@@ -9,9 +9,7 @@ from typing import Any
 import torch
 
 from ...errors import MissingExtra
-from ..levers import SHARES, Lever, Task
-
-STRENGTHS = SHARES
+from ..levers import Lever, Task
 
 
 def fit(task: Task) -> Lever:

@@ -8,11 +8,10 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ..levers import TRAINED, Lever, Task, TokenGate
+from ..levers import Lever, Task, TokenGate
 from ..objectives import optimise, shown
 from .difference_of_means import direction
 
-STRENGTHS = TRAINED
 STEPS = 24
 RATE = 0.3
 GATE_RATE = 0.02

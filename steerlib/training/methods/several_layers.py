@@ -1,10 +1,9 @@
 """A vector at every site that is tried, all trained together on the prompted model's next-token distribution."""
 
-from ..levers import TRAINED, Lever, Task
+from ..levers import Lever, Task
 from ..objectives import optimise, told
 from .difference_of_means import direction
 
-STRENGTHS = TRAINED
 STEPS = 24
 RATE = 0.3
 
