@@ -21,6 +21,8 @@ from steerlib.hosts import Host
 from steerlib.schedules import StepState
 from steerlib.sites import Site
 
+from .families import arguments
+
 Edit = Callable[[Tensor, StepState], Tensor]
 Observer = Callable[[Tensor, StepState], None]
 TracedEdit = Callable[[Tensor, StepState], Tensor]
@@ -64,6 +66,8 @@ class Clock:
         state = self.host.state(self.path, args, kwargs) if asked else None
         for moment in asked:
             moment.state = state
+        if state is not None and state.progress is not None:  # blocks may be compiled where what calls them is not
+            self.traced = state.told(self.traced)
         for moment in self.moments:
             moment.teller = self.path
 
@@ -97,32 +101,41 @@ class Socket:
         compiling = torch.compiler.is_compiling()  # asked first: compiled code must not depend on what is edited
         if not compiling and self.edit is None and not self.observers:
             return None
-        whole = self.site.read(output)
-        x = whole - self.site.read(args[0] if args else next(v for v in kwargs.values() if isinstance(v, Tensor)))
+        whole, at = self.site.read(output), self._given(module, args, kwargs)
+        x = whole - self.site.read(args[at] if isinstance(at, int) else kwargs[at])
         y = self._traced(x) if compiling else self._run(self.edit, x)
         return None if y is x else self.site.write(output, whole + (y - x))
 
-    def on_input(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:  # noqa: ARG002
-        """A forward pre-hook: the tensor is the first positional argument, or the first keyword that holds one."""
+    def _given(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> int | str:
+        """Where the input is: by its name; else the first positional argument, or the first keyword that holds a tensor."""
+        name = self.site.argument
+        if name in kwargs:
+            return name
+        if name is not None:
+            return arguments(module).index(name) - 1
+        return 0 if args else next(name for name, value in kwargs.items() if isinstance(value, Tensor))
+
+    def on_input(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """A forward pre-hook on one argument."""
         compiling = torch.compiler.is_compiling()
         if not compiling and self.edit is None and not self.observers:
             return None
-        name = None if args else next(name for name, value in kwargs.items() if isinstance(value, Tensor))
-        value = args[0] if name is None else kwargs[name]
+        at = self._given(module, args, kwargs)
+        value = args[at] if isinstance(at, int) else kwargs[at]
         if compiling:
             y = self._compiled(value)
         else:
             x = self.site.read(value)
             changed = self._run(self.edit, x)
             y = value if changed is x else self.site.write(value, changed)
-        return ((y, *args[1:]), kwargs) if name is None else (args, {**kwargs, name: y})
+        return ((*args[:at], y, *args[at + 1 :]), kwargs) if isinstance(at, int) else (args, {**kwargs, at: y})
 
     def _run(self, edit: Edit | None, x: Tensor) -> Tensor:
         state = self.moment.state
-        if state is None or state.length < x.shape[1]:  # called by hand, outside the model's own forward
+        if state is None:  # called by hand, outside the model's own forward
             state = StepState(x.shape[1], like=x)
-        elif state.length > x.shape[1]:
-            state = state.last(x.shape[1])
+        elif state.length != x.shape[1]:
+            state = state.at(x.shape[1])
         y = x if edit is None else edit(x, state)
         if self.observers and not ASIDE.running:
             for observe in self.observers:
@@ -139,7 +152,7 @@ class Socket:
                 f"site {self.site.name!r} is being compiled with a passing steer(); call "
                 "steering = sl.attach(model, bank) first, then compile, then steering.set(...)"
             )
-        return self.traced(x, state)
+        return self.traced(x, state.at_traced(x))
 
 
 class Dispatch:
@@ -228,15 +241,17 @@ class Attachment:
                 clock.moments.append(moment)
         socket = Socket(self.model, site, clocks, moment)
         self.sockets[site.name] = socket
-        self._undo[f"site {site.name}"] = _hook(module, socket)
+        self._undo[f"site {site.name}"] = _hook(host, module, socket)
         for other in self.sockets.values():  # an output includes what was done to the update
             if site.side == "output" and other.site.side == "update" and other.site.module == site.module:
                 self._undo[f"site {other.site.name}"]()
-                self._undo[f"site {other.site.name}"] = _hook(module, other)
+                self._undo[f"site {other.site.name}"] = _hook(host, module, other)
 
 
-def _hook(module: nn.Module, socket: Socket) -> Callable[[], None]:
+def _hook(host: Host, module: nn.Module, socket: Socket) -> Callable[[], None]:
     """Register a socket, first among the hooks, so that every observer sees what flows on; gives back what removes it."""
+    if (undo := host.plug(module, socket)) is not None:
+        return undo
     if socket.site.side == "input":
         return module.register_forward_pre_hook(socket.on_input, with_kwargs=True).remove
     if socket.site.side == "update":

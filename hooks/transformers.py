@@ -145,7 +145,8 @@ class TransformersHost(Host):
             prompt = call.prompt = start + length if call.prompt is None else call.prompt
             if mask is None and call.mask is not None:
                 mask = call.mask.repeat_interleave(len(tokens) // len(call.mask), dim=0)
-        return StepState(length, start=start, prompt=prompt, mask=mask, prompts=call.prompts, branch=branch, like=tokens)
+        halves = () if branch is None else (branch,)
+        return StepState(length, start=start, prompt=prompt, mask=mask, prompts=call.prompts, branches=halves, like=tokens)
 
     def _start(self, call: Generation, branch: Branch | None, clock: str, length: int, kwargs: dict[str, Any]) -> int:
         """The column of the first token of a pass that was given no mask."""
@@ -228,7 +229,7 @@ class TransformersHost(Host):
         call = _RUNNING.call
         return "" if call is None else call.refuse_twin
 
-    def run_twin(self, args: tuple, kwargs: dict[str, Any], caches: WeakKeyDictionary[Any, Any]) -> None:
+    def run_twin(self, path: str, args: tuple, kwargs: dict[str, Any], caches: WeakKeyDictionary[Any, Any]) -> None:  # noqa: ARG002
         if any(kwargs.get(name) is not None for name in ("cache_params", "state")):
             raise Unanswerable("do='hold' cannot copy the state of a model without attention; pass use_cache=False")
         cache = kwargs.get("past_key_values")

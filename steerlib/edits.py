@@ -13,7 +13,6 @@ code: x moves by `(z' - z) w`, where z', after all additions to the latent toget
 describe stays. Their targets are met before those of directions, which see what they did.
 """
 
-import threading
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from math import inf
@@ -25,15 +24,13 @@ from torch import Tensor
 
 from .concepts import Concept, Gate
 from .encoders import Encoder, Rows
-from .encoders.base import fired, scale
-from .errors import ConflictingEdits, RowMismatch, Unanswerable, WrongWidth
-from .interventions import Intervention, Patch, Rule, patched
+from .encoders.base import fired
+from .errors import RowMismatch, Unanswerable
+from .interventions import Intervention, Rule
 from .schedules import Branch, StepState, gain
 
 Key = Hashable
 """One concept of one bank: what notes between sites are filed under."""
-SAMPLE_EVERY = 256
-"""Passes between two looks at how far off its natural range a concept is; the first two passes are looked at."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -59,6 +56,12 @@ class Edit:
     """Add these multiples of the changes noted for other concepts (raw per raw)."""
     held: bool = False
     """Keep the reading of an unsteered twin."""
+    keeps_norm: bool = False
+    """Tokens that it moves keep their length."""
+    replays: str = ""
+    """What it takes from a tape: the recorded readings of its concept, by its name, or the activations of its site."""
+    swaps: bool = False
+    """Whether the tape gives whole activations."""
     scope: object = None
     """The session whose later sites are told how far this concept was moved; None: nobody is told."""
 
@@ -87,6 +90,8 @@ class Edit:
                 or self.forecast
                 or self.scope is not None
                 or isinstance(i.tokens, slice)
+                or self.swaps
+                or self.keeps_norm
             )
             and self.norm is None
             and self.rule.scale == 1
@@ -129,6 +134,8 @@ class Table:
     high: Float[Tensor, "R K"]
     target: Float[Tensor, " K"]
     schedule: Float[Tensor, "K 5"]
+    paced: Float[Tensor, " K"]
+    """1 where progress opens the schedule, 0 where steps do."""
     span: Float[Tensor, "K 2"]
     """Positions from and up to which an edit acts."""
     sections: Float[Tensor, "2 K"]
@@ -154,6 +161,7 @@ class Table:
             high=new((rows, edits), inf),
             target=new((edits,), 0),
             schedule=torch.tensor([0, inf, 1, 1, 0.0], device=device).repeat(edits, 1),
+            paced=new((edits,), 0),
             span=torch.tensor([0, inf], device=device).repeat(edits, 1),
             sections=new((2, edits), 1),
             cap=new((), inf),
@@ -177,6 +185,7 @@ class Table:
             table.target[k] = edit.is_target
             if (when := edit.intervention.when) is not None:
                 table.schedule[k] = torch.tensor(when.numbers())
+                table.paced[k] = when.clock == "progress"
             tokens = edit.intervention.tokens
             if isinstance(tokens, slice):
                 table.span[k] = torch.tensor([tokens.start or 0, inf if tokens.stop is None else tokens.stop])
@@ -225,7 +234,7 @@ class Table:
         `extra` scales each edit (gates, masks), `forecast` adds to its shift, `wanted` replaces targets that are not NaN, and
         `known` readings that are not; `lengths` is what encoders that normalise divide tokens by.
         """
-        row = (torch.arange(len(x), device=x.device) * self.prompts.long()) // len(x)
+        row = state.row(self.prompts.long(), len(x)).to(x.device)
         x = x.float()
         z = x @ self.read.T if lengths is None else x @ self.read.T / lengths
         z = z + self.bias
@@ -233,7 +242,7 @@ class Table:
             z = fired(z, self.threshold)
         if known is not None:
             z = torch.where(known.isnan(), z, known)
-        g = self._gains(state, z) if extra is None else self._gains(state, z) * extra
+        g = self.gains(state, z) if extra is None else self.gains(state, z) * extra
         shift = self.shift[row, None] if forecast is None else self.shift[row, None] + forecast
         moved = g * ((self.scale[row, None] - 1) * z + shift)
         written = self.write if lengths is None else lengths[..., None] * self.write
@@ -265,12 +274,15 @@ class Table:
             aim = torch.where(wanted.isnan(), aim, wanted)
         return share * (aim - z)
 
-    def _gains(self, state: StepState, z: Tensor) -> Tensor:
+    def gains(self, state: StepState, z: Tensor) -> Tensor:
         """Share of each edit at each token."""
         positions, steps = state.positions, state.steps
         inside = (positions[..., None] >= self.span[:, 0]) & (positions[..., None] < self.span[:, 1])
         section = torch.where(steps[..., None] > 0, self.sections[1], self.sections[0])
-        g = gain(steps, self.schedule) * section * inside
+        moment = steps[..., None]
+        if state.progress is not None:
+            moment = torch.where(self.paced > 0, state.progress, moment)
+        g = gain(moment, self.schedule) * section * inside
         return (g if state.real is None else g * state.real[..., None]).expand_as(z)
 
     def _least_change(self, miss: Tensor, active: Tensor) -> Tensor:
@@ -286,264 +298,3 @@ class Table:
 def _sum(moved: Float[Tensor, "B N K"], written: Tensor) -> Float[Tensor, "B N D"]:
     """What movements write, `[K, D]`, or of each token its own, `[B, N, K, D]`."""
     return moved @ written if written.ndim == 2 else torch.einsum("bnk,bnkd->bnd", moved, written)
-
-
-@dataclass(eq=False)
-class Tally:
-    """What a program did, for the report; tensors are read only when somebody asks."""
-
-    passes: int = 0
-    acts: int = 0
-    """Passes that the constant change was added to."""
-    tokens: int | Tensor = 0
-    """Positions at which an edit acted, per row."""
-    section: str = ""
-    """Part of the text that the last pass read."""
-    changed: float | Tensor = 0.0
-    """Sum over looked-at tokens of the change's length."""
-    capped: int | Tensor = 0
-    looked: int | Tensor = 0
-    """Tokens looked at."""
-    off: Tensor | None = None
-    """Of these, how many read outside the natural range, by concept."""
-    largest: Tensor | None = None
-
-
-def _for_rows(table: Tensor, rows: int, what: str) -> Tensor:
-    """A table of prompts for the rows of a batch, which beams repeat."""
-    if rows % len(table):
-        raise RowMismatch(f"{what} has {len(table)} rows, the batch {rows}")
-    return table.repeat_interleave(rows // len(table), dim=0)
-
-
-class Twin(threading.local):
-    """What held concepts read in the unsteered twin of this thread's pass."""
-
-    def __init__(self) -> None:
-        self.readings: dict[Key, Tensor] = {}
-
-
-class Program:
-    """All edits at one site, and the readings other sites need from it."""
-
-    def __init__(self, edits: Sequence[Edit], readings: Sequence[Reading] = (), cap: float = inf):
-        self.edits, self.readings, self.cap = tuple(edits), tuple(readings), cap
-        self.tally = Tally()
-        self.twin = Twin()
-        self.merged: tuple[Program, int] | None = None
-        """The program that runs in place of this one where several sessions edit a site, and where its edits begin there."""
-        self.table = Table.of(edits, cap) if edits else None
-        targets = [edit.rows.read[0] for edit in edits if edit.is_target and not edit.rows.is_sparse]
-        self.has_targets = any(edit.is_target for edit in edits)
-        self.has_latents = any(edit.rows.is_sparse for edit in edits)
-        if len(targets) > 1 and int(torch.linalg.matrix_rank(torch.stack(targets))) < len(targets):
-            names = ", ".join(repr(edit.concept.name) for edit in edits if edit.is_target)
-            raise ConflictingEdits(f"{names} cannot all be given a value: their directions depend on each other; set fewer")
-        parts: list[Any] = list(dict.fromkeys(edit.intervention.tokens for edit in edits if edit.is_constant))
-        constant = len(parts) == 1 and all(edit.is_constant for edit in edits) and not readings
-        self.part: str | None = parts[0] if constant else None
-        self.delta = self._constant() if self.part is not None else None
-        self.rows = 1 if self.table is None else len(self.table.scale)
-        self._patches = {
-            k: patched(edit.intervention.tape[edit.concept.name])
-            for k, edit in enumerate(edits)
-            if isinstance(edit.intervention, Patch)
-        }
-
-    def _constant(self) -> Tensor:
-        """The change of every token, `[D]` or `[R, 1, D]`, capped."""
-        assert self.table is not None
-        delta = self.table.shift @ self.table.write
-        length = delta.norm(dim=-1, keepdim=True)
-        delta = delta * (self.cap / length.clamp(min=1e-30)).clamp(max=1)
-        return delta[0] if len(delta) == 1 else delta[:, None]
-
-    def anew(self) -> "Program":
-        """The same edits with an empty tally."""
-        other = Program.__new__(Program)
-        other.__dict__.update(self.__dict__, tally=Tally(), twin=Twin(), merged=None)
-        return other
-
-    def listen(self, x: Tensor) -> None:
-        """Keep what held concepts read here, in a pass without edits."""
-        for edit in self.edits:
-            if edit.held:
-                self.twin.readings[edit.key] = Reading(edit.key, edit.rows, 1.0, edit.crowd, edit.concept.index).of(x)
-
-    def __call__(self, x: Tensor, state: StepState) -> Tensor:
-        """The steered x."""
-        tally = self.tally
-        passes = tally.passes = tally.passes + 1
-        delta = self.delta
-        if delta is None or not state.is_plain:
-            if passes == 1:
-                self._check_width(x)
-            return self._general(x, state)
-        if self.part != "all" and self.part != state.section:
-            return x
-        tally.tokens += state.length
-        if delta.dtype is not x.dtype or delta.device != x.device or tally.acts == 0:
-            self._check_width(x)
-            delta = self.delta = self._constant().to(x.device, x.dtype)
-        acts = tally.acts = tally.acts + 1
-        if self.rows > 1:
-            delta = self._repeated(delta, x, state)
-        y = x + delta
-        if acts < 3 or not acts % SAMPLE_EVERY:
-            self._look(y, state, delta.norm(dim=-1).expand(y.shape[:2]))
-        return y
-
-    def _check_width(self, x: Tensor) -> None:
-        if self.table is not None and x.shape[-1] != self.table.write.shape[-1]:
-            names = ", ".join(repr(edit.concept.name) for edit in self.edits)
-            raise WrongWidth(f"{names} expects activations of width {self.table.write.shape[-1]}, the site has {x.shape[-1]}")
-
-    def _repeated(self, delta: Tensor, x: Tensor, state: StepState) -> Tensor:
-        """The constant change of each row of the batch: rows are prompts, which beams repeat."""
-        self._check_rows(len(delta), len(x), state)
-        return delta if len(delta) == len(x) else delta.repeat_interleave(len(x) // len(delta), dim=0)
-
-    def _check_rows(self, amounts: int, rows: int, state: StepState) -> None:
-        expected = state.prompts or rows
-        if amounts not in (1, expected) or rows % amounts:
-            raise RowMismatch(f"expected one amount for each of {expected} rows, got {amounts}; give one number or {expected}")
-
-    def _general(self, x: Tensor, state: StepState) -> Tensor:
-        for reading in self.readings:
-            state.notes[reading.key] = reading.of(x)
-        if self.table is None:
-            return x
-        if self.table.read.device != x.device:
-            self.table = self.table.to(x.device)
-        self._check_rows(len(self.table.scale), len(x), state)
-        delta, moved, length, acting = self.table.change(
-            x,
-            state,
-            extra=self._extra(x, state),
-            forecast=self._forecast(x, state),
-            wanted=self._wanted(x, state),
-            known=self._known(x, state),
-            lengths=self._lengths(x),
-            has_targets=self.has_targets,
-            has_latents=self.has_latents,
-        )
-        for k, edit in enumerate(self.edits):
-            if edit.scope is not None:
-                note = (edit.scope, edit.key)
-                state.notes[note] = state.notes.get(note, 0) + moved[..., k]
-        y = x + delta.to(x.dtype)
-        tally = self.tally
-        tally.tokens = tally.tokens + acting.sum() / len(x)
-        if self.cap < inf:
-            tally.capped = tally.capped + ((length > self.cap * 1.0001) & (state.positions > 0)).sum()
-        if not tally.passes % SAMPLE_EVERY or tally.section != state.section:
-            self._look(y, state, length)
-        tally.section = state.section
-        return y
-
-    def _known(self, x: Tensor, state: StepState) -> Tensor | None:
-        """Readings that one row of the encoder cannot give, NaN elsewhere, `[B, N, K]`: of latents that compete, and of those
-        read at an earlier site."""
-        if not any(edit.crowd is not None or edit.heard is not None for edit in self.edits):
-            return None
-        known = x.new_full((*x.shape[:2], len(self.edits)), torch.nan, dtype=torch.float32)
-        codes: dict[int, Tensor] = {}
-        for k, edit in enumerate(self.edits):
-            if edit.heard is not None:
-                if edit.heard not in state.notes:
-                    raise Unanswerable(f"{edit.concept.name!r} is read at an earlier site, which this pass did not go through")
-                known[..., k] = state.notes[edit.heard]
-            elif edit.crowd is not None:
-                if id(edit.crowd) not in codes:
-                    codes[id(edit.crowd)] = edit.crowd.encode(x)
-                known[..., k] = codes[id(edit.crowd)][..., edit.concept.index]
-        return known
-
-    def _lengths(self, x: Tensor) -> Tensor | None:
-        """What each edit's encoder divides tokens by, `[B, N, K]`."""
-        if not any(edit.rows.norm for edit in self.edits):
-            return None
-        one = x.new_ones((*x.shape[:2], 1), dtype=torch.float32)
-        return torch.cat([scale(x, edit.rows.norm) if edit.rows.norm else one for edit in self.edits], dim=-1)
-
-    def _extra(self, x: Tensor, state: StepState) -> Tensor | None:
-        """What gates, masks and branches leave of each edit, `[B, N, K]`."""
-        shares = [self._share(edit, x, state) for edit in self.edits]
-        if all(share is None for share in shares):
-            return None
-        whole = x.new_ones((), dtype=torch.float32)
-        return torch.stack([(whole if s is None else s).expand(x.shape[:2]) for s in shares], dim=-1)
-
-    def _share(self, edit: Edit, x: Tensor, state: StepState) -> Tensor | None:
-        share: Tensor | None = None
-        if edit.branch is not None and edit.branch != (state.branch or "cond"):  # without guidance all is conditional
-            return x.new_zeros((), dtype=torch.float32)
-        for gate in edit.gates:
-            noted = state.notes.get(("gate", edit.key, gate))
-            if noted is None:
-                raise Unanswerable(
-                    f"the gate on {gate.concept!r} is read after {edit.concept.name!r} is edited; "
-                    "gate with a concept of an earlier site, or of the same one"
-                )
-            if gate.full is not None:
-                passed = ((noted - gate.above) / (gate.full - gate.above)).clamp(0, 1)
-            else:
-                passed = ((noted > gate.above) & (noted < gate.below)).float()
-            share = passed if share is None else share * passed
-        if edit.norm is not None:
-            length = x.float().norm(dim=-1) / edit.norm
-            share = length if share is None else share * length
-        if edit.intervention.mask is not None:
-            mask = edit.intervention.mask.to(x.device, torch.float32)
-            table = _for_rows(mask if mask.ndim == 2 else mask[None], len(x), f"the mask of {edit.concept.name!r}")
-            position = state.positions.expand(len(x), -1).clamp(min=0)
-            within = table.gather(1, position.clamp(max=table.shape[1] - 1)) * (position < table.shape[1])
-            share = within if share is None else share * within
-        return share
-
-    def _forecast(self, x: Tensor, state: StepState) -> Tensor | None:
-        """What the graph adds to each edit's amount, `[B, N, K]`."""
-        if not any(edit.forecast for edit in self.edits):
-            return None
-        none = x.new_zeros(x.shape[:2], dtype=torch.float32)
-        return torch.stack([sum((w * state.notes.get(k, none) for k, w in e.forecast.items()), none) for e in self.edits], -1)
-
-    def _wanted(self, x: Tensor, state: StepState) -> Tensor | None:
-        """Targets that differ from token to token, NaN where there is none, `[B, N, K]`."""
-        kept = [k for k, edit in enumerate(self.edits) if edit.held]
-        held = {k: self.twin.readings.pop(self.edits[k].key) for k in kept if self.edits[k].key in self.twin.readings}
-        if len(held) < len(kept):
-            raise Unanswerable("do='hold' needs the whole model to be called, not a part of it: its twin did not run")
-        if not held and not self._patches:
-            return None
-        wanted = x.new_full((*x.shape[:2], len(self.edits)), torch.nan, dtype=torch.float32)
-        for k, values in held.items():
-            wanted[..., k] = values
-        for k, table in self._patches.items():
-            table = _for_rows(table.to(x.device), len(x), f"the tape of {self.edits[k].concept.name!r}")
-            position = state.positions.expand(len(x), -1).clamp(min=0)
-            value = table.gather(1, position.clamp(max=table.shape[1] - 1))
-            own = self.edits[k].reading(x, state)
-            wanted[..., k] = torch.where((position < table.shape[1]) & ~value.isnan(), value, own)
-        return wanted
-
-    def _look(self, y: Tensor, state: StepState, length: Tensor) -> None:
-        """Note how large the change is and how far the concepts are off their natural range (first tokens excluded)."""
-        assert self.table is not None
-        with torch.no_grad():
-            table = self.table if self.table.read.device == y.device else self.table.to(y.device)
-            z = fired(y.float() @ table.read.T + table.bias, table.threshold)
-            seen = (state.positions > 0).expand(y.shape[:2])
-            if state.real is not None:
-                seen = seen & state.real
-            alone = [edit.crowd is None and edit.heard is None and not edit.rows.norm for edit in self.edits]
-            ends = [(edit.concept.natural if own else None) or (-inf, inf) for edit, own in zip(self.edits, alone, strict=True)]
-            low, high = (torch.tensor(side, device=y.device) for side in zip(*ends, strict=True))
-            units = torch.tensor([edit.concept.unit for edit in self.edits], device=y.device)
-            off = (((z < low) | (z > high)) & seen[..., None]).sum((0, 1))
-            largest = (z.abs() / units * seen[..., None]).amax((0, 1))
-            tally = self.tally
-            tally.looked = tally.looked + seen.sum()
-            tally.changed = tally.changed + (length.clamp(max=self.cap) * seen).sum()
-            tally.off = off if tally.off is None else tally.off + off
-            tally.largest = largest if tally.largest is None else tally.largest.maximum(largest)

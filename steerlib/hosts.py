@@ -12,6 +12,8 @@ from .schedules import StepState
 from .sites import Site
 
 HOSTS = {
+    "diffusers.DiffusionPipeline": "steerlib.hooks.diffusers:PipelineHost",
+    "diffusers.ModularPipeline": "steerlib.hooks.diffusers:PipelineHost",
     "peft.PeftModel": "steerlib.hooks.transformers:TransformersHost",
     "transformers.PreTrainedModel": "steerlib.hooks.transformers:TransformersHost",
     "torch.Module": "steerlib.hooks.modules:ModuleHost",
@@ -67,11 +69,19 @@ class Host(ABC):
         """Follow what lies outside a forward pass (`generate()`), and give back what undoes it."""
         return lambda: None
 
+    def plug(self, module: nn.Module, socket: Any) -> Callable[[], None] | None:  # noqa: ARG002
+        """Hook a socket to its module in the library's own way, and give back what undoes it; None: as torch does it."""
+        return None
+
+    def passes(self) -> tuple[str, ...]:
+        """Paths of the modules whose call is one pass of the model: what an unsteered twin repeats."""
+        return ("",)
+
     def refuse_twin(self) -> str:
         """Why an unsteered twin cannot run beside the present call; empty if it can."""
         return "this host has no unsteered twin"
 
-    def run_twin(self, args: tuple, kwargs: dict[str, Any], caches: Any) -> None:  # noqa: ARG002
+    def run_twin(self, path: str, args: tuple, kwargs: dict[str, Any], caches: Any) -> None:  # noqa: ARG002
         """Run the model on the same tokens without edits, with a cache of its own."""
         raise UnsupportedTarget(self.refuse_twin())
 
@@ -89,7 +99,8 @@ def host_for(target: object) -> Host:
             module, _, host = HOSTS[name].partition(":")
             return getattr(import_module(module), host)(target)
     raise UnsupportedTarget(
-        f"expected a transformers model or any torch.nn.Module, got {type(target).__name__}; hosts: {', '.join(HOSTS)}"
+        f"expected a transformers model, a diffusers pipeline or any torch.nn.Module, got {type(target).__name__}; "
+        f"hosts: {', '.join(HOSTS)}"
     )
 
 

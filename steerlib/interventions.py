@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from math import inf, isfinite
 from typing import Any, Literal, NamedTuple
 
-import torch
 from torch import Tensor
 
+from . import masks
 from .concepts import Gate
 from .errors import BadEdit
 from .schedules import Branch, Schedule
@@ -49,8 +49,9 @@ class Intervention(ABC):
     """Which half of guidance; None: what `steer` says."""
     gate: Gate | Literal["open"] | None = field(default=None, kw_only=True)
     """Where another concept reads high, beside the gate stored with the concept, if any; "open" lifts the stored one."""
-    mask: Tensor | None = field(default=None, kw_only=True, compare=False)
-    """Share of the edit at each position, `[L]` or `[rows, L]`; positions beyond `L` get none."""
+    mask: Tensor | masks.Box | None = field(default=None, kw_only=True, compare=False)
+    """Where. Text: the share of the edit at each position, `[L]` or `[rows, L]`; positions beyond `L` get none. Images: a box
+    `(left, top, right, bottom)` in parts of the image, or shares `[height, width]` or `[rows, height, width]` of any size."""
 
     def __post_init__(self) -> None:
         if isinstance(self.tokens, slice):
@@ -67,6 +68,7 @@ class Intervention(ABC):
             raise BadEdit(f"expected gate to be a Gate or 'open', got {self.gate!r}")
         if self.when is not None and not isinstance(self.when, Schedule):
             raise BadEdit(f"expected when to be Steps, Window or Ramp, got {self.when!r}")
+        object.__setattr__(self, "mask", masks.check(self.mask))
 
     @abstractmethod
     def rule(self, unit: float) -> Rule:
@@ -98,6 +100,8 @@ class Add(Intervention):
     amount: Amount
     match_norm: bool = field(default=False, kw_only=True)
     """Grow and shrink with each token's own length, relative to the site's median."""
+    keep_norm: bool = field(default=False, kw_only=True)
+    """Give every token that is moved its old length again: turn it, and no more."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -168,25 +172,14 @@ class Clamp(Intervention):
 
 @dataclass(frozen=True, eq=False)
 class Patch(Intervention):
-    """Make the concept read what `sl.record` saw, position by position; positions not recorded are left alone."""
+    """Make the concept read what `sl.record` saw: in text by position, in images at the nearest noise level.
+
+    A tape of the concept's *site* gives whole activations instead: with `gate=` on the concept, tokens where it shows are
+    replaced by those of the other run (detect and replace). What was not recorded is left alone.
+    """
 
     tape: Any
-    """The tape of `sl.record`, which must hold this concept."""
+    """The tape of `sl.record`, which must hold this concept or its site."""
 
     def rule(self, unit: float) -> Rule:  # noqa: ARG002 - readings are raw
         return Rule(low=0.0, high=0.0)
-
-
-def patched(recording: Sequence[tuple[Any, Tensor]]) -> Tensor:
-    """Readings by position, `[rows, L]`, NaN where nothing was recorded, from the passes of a tape."""
-    passes = [(state.positions.cpu(), state.real, z.detach().float().cpu()) for state, z in recording]
-    if not passes:
-        raise BadEdit("expected a tape with a recorded pass, got an empty one; run the model inside sl.record first")
-    rows = passes[0][2].shape[0]
-    length = 1 + max(int(positions.max()) for positions, _, _ in passes)
-    table = torch.full((rows, length), torch.nan)
-    for positions, real, z in passes:
-        kept = torch.ones_like(z, dtype=torch.bool) if real is None else real.cpu()
-        row, column = kept.nonzero(as_tuple=True)
-        table[row, positions.expand(rows, -1)[row, column]] = z[row, column]
-    return table

@@ -13,11 +13,12 @@ from torch import nn
 
 from .bank import ConceptBank
 from .concepts import Concept, Gate
-from .edits import Edit, Key, Program, Reading, Table
+from .edits import Edit, Key, Reading, Table
 from .encoders import Encoder
 from .errors import BadEdit, ConflictingEdits, OtherWeights, OutOfRange, Unanswerable
 from .hosts import Host
 from .interventions import Ablate, Add, Clamp, Intervention, Patch, Rule, Set
+from .programs import Program
 from .schedules import Branch
 from .sites import Site
 
@@ -126,20 +127,34 @@ def _edit(
             f"{concept.name!r}: text has no progress to open a {type(when).__name__} on, because nobody knows how long "
             "it will get; use Steps, which counts new tokens"
         )
-    if isinstance(intervention, Patch) and concept.name not in intervention.tape:
-        raise BadEdit(f"the tape does not hold {concept.name!r}; record it with sl.record(model, bank, [{concept.name!r}])")
-    if isinstance(intervention, Patch) and concept.parts:
+    replays = _replays(bank, concept, intervention) if isinstance(intervention, Patch) else ""
+    swaps = bool(replays) and replays != concept.name
+    if replays and not swaps and concept.parts:
         raise Unanswerable(f"a tape holds one reading of {concept.name!r}, which moves at {len(concept.places)} sites; use Set")
     branch: Any = intervention.branch or options.branch
     return Edit(
         **_read(bank, concept, options),
         concept=concept,
-        rule=_natural(bank, concept, intervention, options),
+        rule=Rule() if swaps else _natural(bank, concept, intervention, options),
         intervention=intervention,
         branch=None if branch == "both" else branch,
         gates=_gates(bank, concept, intervention),
         norm=_matched_norm(bank, concept, intervention),
         scope=scope if options.do == "graph" else None,
+        keeps_norm=isinstance(intervention, Add) and intervention.keep_norm,
+        replays=replays,
+        swaps=swaps,
+    )
+
+
+def _replays(bank: ConceptBank, concept: Concept, patch: Patch) -> str:
+    """Under which name the tape holds what is to be replayed."""
+    site = bank.site_of(concept)
+    if found := next((name for name in (concept.name, site) if name in patch.tape), ""):
+        return found
+    raise BadEdit(
+        f"the tape does not hold {concept.name!r}; record it with sl.record(model, bank, [{concept.name!r}]), or its site with "
+        f"sl.record(model, [{site!r}]) to replace whole activations"
     )
 
 

@@ -5,10 +5,11 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Hashable
+from copy import copy
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import inf
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Int
@@ -18,13 +19,42 @@ Section = Literal["prompt", "generated", "mixed"]
 Branch = Literal["cond", "uncond"]
 
 
+class Grid(NamedTuple):
+    """Sizes of a latent image or video: one frame for an image."""
+
+    frames: int
+    height: int
+    width: int
+
+    def of(self, count: int) -> "Grid | None":
+        """The same where patches or halved resolutions leave `count` tokens; None where no patch size does."""
+        for across in range(1, max(self.height, self.width) + 1):
+            for along in (1, 2, 4):
+                found = Grid(*(-(-n // by) for n, by in zip(self, (along, across, across), strict=True)))
+                if found.frames * found.height * found.width == count:
+                    return found
+        return None
+
+
 class StepState:
     """Where one forward pass stands, in words that hold for every generation library.
 
-    *Columns* count tokens as they lie in the batch, pads included; *positions* count from each row's first real
+    Text: *columns* count tokens as they lie in the batch, pads included; *positions* count from each row's first real
     token. A *step* is the number of new tokens there are once the model has read a position: 0 in the prompt, 1 at the
-    first new token; so the pass at step k makes new token k.
+    first new token; so the pass at step k makes new token k. Images: *progress* is 0 at pure noise and 1 at the finished
+    image, a *step* is one of the scheduler's, and positions count the tokens of a site.
     """
+
+    progress: "float | Tensor | None" = None
+    """Of a denoiser; None for text."""
+    step: int = 0
+    """Of a denoiser."""
+    images: int | None = None
+    """How many images are made at once."""
+    grid: Grid | None = None
+    """Of the latent."""
+    copies: "int | Tensor" = 1
+    """How often the rows lie in the batch: twice where guidance stacks its two halves."""
 
     def __init__(
         self,
@@ -34,15 +64,15 @@ class StepState:
         prompt: int | None = None,
         mask: Tensor | None = None,
         prompts: int | None = None,
-        branch: Branch | None = None,
+        branches: "tuple[Branch, ...] | None" = (),
         like: Tensor | None = None,
     ):
         """`length` tokens from column `start`; the first `prompt` columns are the prompt (None: all are);
-        `mask[B, T]` is 1 on real tokens; `prompts` rows were asked for, which beams may repeat; `like` is a tensor on
-        the device of this pass."""
+        `mask[B, T]` is 1 on real tokens; `prompts` rows were asked for, which beams may repeat; `branches` are the halves of
+        guidance that this pass computes, one for each copy of the rows (none: no guidance; None: nobody knows); `like` is a
+        tensor on the device of this pass."""
         self.length, self.start, self.prompt = length, start, prompt
-        self.mask, self.prompts, self.like = mask, prompts, like
-        self.branch: Branch | None = branch
+        self.mask, self.prompts, self.like, self.branches = mask, prompts, like, branches
         self.section: Section = (
             "prompt" if prompt is None or start + length <= prompt else ("generated" if start >= prompt else "mixed")
         )
@@ -57,12 +87,65 @@ class StepState:
         state.__dict__.update(positions=positions, steps=steps, real=real)
         return state
 
-    def last(self, count: int) -> "StepState":
-        """The same pass where only its last tokens are left (`logits_to_keep`)."""
+    @classmethod
+    def denoising(
+        cls,
+        progress: float,
+        *,
+        step: int = 0,
+        prompts: int | None = None,
+        images: int | None = None,
+        branches: "tuple[Branch, ...] | None" = (),
+        grid: Grid | None = None,
+        like: Tensor | None = None,
+    ) -> "StepState":
+        """A pass of a denoiser, seen `at` each site by its number of tokens. `images` are made for `prompts`; each lies in the
+        batch once for each of the `branches`."""
+        state = cls(0, prompts=prompts, branches=branches, like=like)
+        steps = torch.full((1, 1), step, device=None if like is None else like.device)
+        state.__dict__.update(progress=progress, step=step, images=images, grid=grid, steps=steps, _sizes={}, notes={})
+        state.copies = len(branches or ()) or 1
+        return state
+
+    def at(self, count: int) -> "StepState":
+        """This pass at a site with `count` tokens: the last ones of a text (`logits_to_keep`), or another resolution."""
+        if count == self.length:
+            return self
+        if self.progress is not None:
+            if count not in self._sizes:
+                self._sizes[count] = copy(self)
+                self._sizes[count].length = count
+            return self._sizes[count]
+        if count > self.length:  # called by hand, outside the model's own forward
+            return StepState(count, like=self.like)
         start = self.start + self.length - count
         return StepState(
-            count, start=start, prompt=self.prompt, mask=self.mask, prompts=self.prompts, branch=self.branch, like=self.like
+            count, start=start, prompt=self.prompt, mask=self.mask, prompts=self.prompts, branches=self.branches, like=self.like
         )
+
+    def told(self, before: "StepState | None") -> "StepState":
+        """This pass of a denoiser in tensors for compiled blocks: those of an earlier pass, changed in place."""
+        if before is None or before.steps.device != self.steps.device:
+            before = StepState.traced(self.steps, self.steps.clone(), None)
+            device = self.steps.device
+            before.progress, before.copies = torch.zeros((), device=device), torch.ones((), dtype=torch.long, device=device)
+        for tensor, value in ((before.steps, self.step), (before.progress, self.progress), (before.copies, self.copies)):
+            tensor.fill_(value)  # type: ignore[union-attr]
+        return before
+
+    def at_traced(self, x: Tensor) -> "StepState":
+        """A state in tensors at a site that has the tokens of `x[B, N, D]`."""
+        if self.progress is None:
+            return self
+        state = StepState.traced(torch.arange(x.shape[1], device=x.device)[None], self.steps, None)
+        state.progress, state.copies = self.progress, self.copies
+        return state
+
+    def row(self, amounts: "int | Tensor", rows: int) -> Int[Tensor, " rows"]:
+        """For each row of the batch the one of `amounts` that is meant for it."""
+        each = rows // self.copies  # prompts, which beams and images per prompt repeat, one copy after the other
+        device = None if self.like is None else self.like.device
+        return (torch.arange(rows, device=device) % each * amounts) // each
 
     @cached_property
     def notes(self) -> dict[Hashable, Any]:
@@ -98,7 +181,9 @@ class StepState:
 
     def __repr__(self) -> str:
         where = f"columns {self.start}–{self.start + self.length}, {self.section}"
-        return f"StepState({where}{', ' + self.branch if self.branch else ''})"
+        if self.progress is not None:
+            where = f"step {self.step}, progress {float(self.progress):.3f}"
+        return f"StepState({where}{''.join(', ' + branch for branch in self.branches or ())})"
 
 
 class Schedule(ABC):
@@ -166,9 +251,9 @@ class Ramp(Schedule):
 
 
 def gain(moment: Tensor, numbers: Tensor) -> Tensor:
-    """Share of each of `K` edits at each moment: `moment[...]`, `numbers[K, 5]` -> `[..., K]`."""
+    """Share of each of `K` edits: `moment[..., K]` or `[..., 1]`, `numbers[K, 5]` -> `[..., K]`."""
     start, stop, first, last, ramp = numbers.unbind(-1)
-    moment = moment.unsqueeze(-1).to(numbers.dtype)
+    moment = moment.to(numbers.dtype)
     inside = ((moment >= start) & (moment < stop)).to(numbers.dtype)
     way = ((moment - start) / (stop - start)).clamp(0, 1)
     return torch.where(ramp > 0, first + (last - first) * way, inside)

@@ -9,11 +9,24 @@ from torch import Tensor
 
 from .errors import WrongWidth
 
-Layout = Literal["BND", "NBD"]
+Layout = Literal["BND", "NBD", "BD..."]
 Swap = Callable[[Tensor], Tensor]
 
-LAYOUTS: dict[Layout, Swap | None] = {"BND": None, "NBD": lambda x: x.transpose(0, 1)}
-"""Axis orders a module may use, and the change to `[B, N, D]`, its own inverse (None: nothing to do)."""
+
+def _last(x: Tensor) -> Tensor:
+    """Images and videos `[B, D, ...]` as tokens; one vector a row `[B, D]` as one token."""
+    return x[:, None] if x.ndim == 2 else x if x.ndim == 3 else x.flatten(2).transpose(1, 2)
+
+
+LAYOUTS: dict[Layout, Swap | None] = {"BND": None, "NBD": lambda x: x.transpose(0, 1), "BD...": _last}
+"""Axis orders a module may use, and the change to `[B, N, D]` (None: nothing to do)."""
+
+
+def _back(x: Tensor, layout: Layout, shape: torch.Size) -> Tensor:
+    """`x[B, N, D]` in a module's own axis order and shape."""
+    if layout == "NBD":
+        return x.transpose(0, 1)
+    return (x.transpose(1, 2) if len(shape) > 3 else x).reshape(shape) if layout == "BD..." else x
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +44,8 @@ class Site:
     layout: Layout = "BND"
     columns: tuple[int, int] | None = None
     """A part of the last axis: one head."""
+    argument: str | None = None
+    """What a module calls its input, where that is not the first it is given."""
 
     @property
     def is_plain(self) -> bool:
@@ -40,7 +55,8 @@ class Site:
     def read(self, value: Any) -> Tensor:
         """The tensor `x[B, N, D]` inside a module's output or positional input."""
         x = value if isinstance(value, Tensor) else value[self.element]
-        if not isinstance(x, Tensor) or x.ndim != 3:
+        fits = isinstance(x, Tensor) and (1 < x.ndim < 6 if self.layout == "BD..." else x.ndim == 3)
+        if not fits:
             got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
             raise WrongWidth(
                 f"site {self.name!r} (module {self.module!r}) gives {got}, expected a tensor of three axes "
@@ -58,8 +74,7 @@ class Site:
             first, last = self.columns
             full = whole if swap is None else swap(whole)
             x = torch.cat((full[..., :first], x, full[..., last:]), dim=-1)
-        if swap is not None:
-            x = swap(x)
+        x = _back(x, self.layout, whole.shape)
         if isinstance(value, Tensor):
             return x
         if isinstance(value, (tuple, list)):

@@ -4,6 +4,8 @@ import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
 from math import inf
 from types import TracebackType
 from typing import Any, Literal
@@ -13,12 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from .bank import ConceptBank
-from .edits import Program, Table
+from .edits import Table
 from .errors import BadEdit, ConflictingEdits, ModelBusy, OutOfRange, SiteNotReached, Unanswerable
 from .hooks.attach import ASIDE, LOCK, Attachment, Dispatch, Socket, attachment, before_forward, is_compiled, modules_on
 from .hosts import host_for
 from .interventions import Patch
 from .plans import Do, Edits, Options, plan_for
+from .programs import Program
 from .reports import Line, Report
 from .schedules import Branch, StepState
 from .sites import Site
@@ -52,7 +55,7 @@ class Steering:
         self._passes: dict[str, Counter[int]] = {}
         self._place: Attachment | None = None
         self._ran = self._entered = False
-        self._undo_twin: Callable[[], None] | None = None
+        self._undo_twin = ExitStack()
         self._caches: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 
     # -- life ------------------------------------------------------------------------------------------------
@@ -133,7 +136,9 @@ class Steering:
                 if self._plan.edits:
                     place.sessions.append(self)
                     if self._plan.holds:
-                        self._undo_twin = before_forward(self.host.model, self._run_twin)
+                        for path in self.host.passes():
+                            module = self.host.model.get_submodule(path)
+                            self._undo_twin.callback(before_forward(module, partial(self._run_twin, path)))
                 _rewire(place)
             except BaseException:
                 self._leave()
@@ -145,9 +150,7 @@ class Steering:
             return
         self._ran, self._entered = self._ran or self._has_run(), False
         with LOCK:
-            if self._undo_twin is not None:
-                self._undo_twin()
-                self._undo_twin = None
+            self._undo_twin.close()
             if self in place.sessions:
                 place.sessions.remove(self)
             held, self._held = self._held, ()
@@ -162,7 +165,7 @@ class Steering:
                 if edit.is_target and edit.key in fixed:
                     raise ConflictingEdits(f"{edit.concept.name!r} is set by an outer steer() already; set it once")
 
-    def _run_twin(self, args: tuple, kwargs: dict[str, Any]) -> None:
+    def _run_twin(self, path: str, args: tuple, kwargs: dict[str, Any]) -> None:
         """Before each pass: the same pass without edits, to know what held concepts would have read."""
         place = self._attachment
         elsewhere = threading.get_ident() != self._thread
@@ -172,7 +175,7 @@ class Steering:
             raise Unanswerable(reason)
         ASIDE.running = True
         try:
-            self.host.run_twin(args, kwargs, self._caches)
+            self.host.run_twin(path, args, kwargs, self._caches)
         finally:
             ASIDE.running = False
 
@@ -315,10 +318,11 @@ def _fill(socket: Socket, programs: Sequence[Program]) -> None:
                 or edit.held
                 or edit.forecast
                 or isinstance(i, Patch)
+                or edit.keeps_norm
             ):
                 raise Unanswerable(
-                    f"{edit.concept.name!r}: gates, match_norm, masks, branches, patches and do='hold' or 'graph' need Python "
-                    "at every pass, which a compiled model leaves out; use them on a model that is not compiled"
+                    f"{edit.concept.name!r}: gates, match_norm, keep_norm, masks, branches, patches, do='hold' and 'graph' need "
+                    "Python at every pass, which a compiled model leaves out; use them on a model that is not compiled"
                 )
             if not edit.is_constant and (edit.crowd is not None or edit.heard is not None or edit.rows.norm):
                 raise Unanswerable(

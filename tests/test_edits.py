@@ -8,8 +8,9 @@ import torch
 
 import steerlib as sl
 from steerlib.concepts import Concept
-from steerlib.edits import Edit, Program, Table
+from steerlib.edits import Edit, Table
 from steerlib.errors import BadEdit, ConflictingEdits
+from steerlib.programs import Program
 from steerlib.schedules import StepState, gain
 
 D = 12
@@ -133,9 +134,9 @@ def test_gain_of_every_schedule():
         [sl.Steps(1, 3).numbers(), sl.Ramp(sl.Steps(1, 3)).numbers(), sl.Ramp(sl.Steps(0, 4), 1, 0).numbers()]
     )
     expected = [[0, 1, 1, 0, 0, 0], [0, 0, 0.5, 1, 1, 1], [1, 0.75, 0.5, 0.25, 0, 0]]
-    torch.testing.assert_close(gain(moments, numbers).T, torch.tensor(expected))
+    torch.testing.assert_close(gain(moments[:, None], numbers).T, torch.tensor(expected))
     whole = torch.tensor([sl.Window(0.5, 1.0).numbers(), sl.Window(0.0, 0.5).numbers()])
-    torch.testing.assert_close(gain(torch.tensor([0.0, 0.5, 1.0]), whole).T, torch.tensor([[0.0, 1, 1], [1, 0, 0]]))
+    torch.testing.assert_close(gain(torch.tensor([[0.0], [0.5], [1.0]]), whole).T, torch.tensor([[0.0, 1, 1], [1, 0, 0]]))
 
 
 @pytest.mark.parametrize("make", [

@@ -1,0 +1,323 @@
+"""diffusers pipelines: denoisers under every guidance layout, text encoders, autoencoders."""
+
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from steerlib.errors import CompiledModel, UnsupportedTarget
+from steerlib.hosts import Host
+from steerlib.schedules import Branch, Grid, StepState
+from steerlib.sites import Site
+
+from .attach import ASIDE
+from .families import arguments
+from .modules import digest
+from .pipelines import PipelineSites, noise_level
+from .registry import plug
+
+TIMESTEP = ("timestep", "timesteps", "t")
+"""What denoisers call the time they are asked about."""
+SAMPLE = ("sample", "hidden_states", "x")
+"""What they call the noisy image."""
+IDENTITY = ("in_channels", "out_channels", "num_layers", "num_single_layers", "num_attention_heads", "attention_head_dim")
+IDENTITY += ("cross_attention_dim", "block_out_channels", "layers_per_block", "patch_size", "joint_attention_dim")
+"""Fields of a denoiser's configuration that a bank must agree with."""
+
+
+@dataclass
+class Call:
+    """The call of a pipeline that is running, as its own frame has it."""
+
+    frame: int
+    names: Mapping[str, Any]
+
+    @property
+    def images(self) -> int | None:
+        """How many images are made at once."""
+        latents = next((self.names[name] for name in ("latents", "image") if _sized(self.names.get(name))), None)
+        block = self.names.get("block_state")  # of modular pipelines
+        latents = getattr(block, "latents", None) if latents is None else latents
+        return None if latents is None else len(latents)
+
+    @property
+    def prompts(self) -> int | None:
+        """How many prompts they are made for."""
+        images, each = self.images, self.names.get("num_images_per_prompt", self.names.get("num_videos_per_prompt")) or 1
+        return images // each if images is not None and images % each == 0 else images
+
+
+@dataclass
+class Turn:
+    """One turn of the denoising loop: calls of each denoiser so far."""
+
+    key: Any = None
+    calls: dict[str, int] = field(default_factory=dict)
+
+
+_TURNS: WeakKeyDictionary[Any, Turn] = WeakKeyDictionary()
+_HOLDERS: WeakKeyDictionary[Any, nn.Module] = WeakKeyDictionary()
+_TIMES: WeakKeyDictionary[Any, tuple[Tensor, list[float]]] = WeakKeyDictionary()
+
+
+class PipelineHost(Host):
+    """A `DiffusionPipeline` or `ModularPipeline`: paths begin with the name of a component."""
+
+    has_progress = True
+
+    def __init__(self, target: Any):
+        self.pipe = target
+        self.model = _holder(target)
+        for name, module in self.model.named_children():
+            if hasattr(module, "_orig_mod"):
+                raise CompiledModel(
+                    f"{name} is a wrapper made by torch.compile; attach to the plain pipeline first, then call "
+                    f"pipe.{name}.compile() or pipe.{name}.compile_repeated_blocks()"
+                )
+        parts = ", ".join(dict(self.model.named_children()))
+        if not self.denoisers:
+            raise UnsupportedTarget(
+                f"expected a pipeline with a denoiser, {type(target).__name__} has {parts or 'no modules'}; "
+                "load its components first, or steer the module itself: sl.steer(module, bank, ...)"
+            )
+
+    @cached_property
+    def denoisers(self) -> tuple[str, ...]:
+        """Components that are asked about a time; control networks among them."""
+        return tuple(name for name, m in self.model.named_children() if {*TIMESTEP} & {*arguments(m)})
+
+    @cached_property
+    def _sites(self) -> PipelineSites:
+        return PipelineSites(self.model, self.denoisers)
+
+    def sites(self) -> Mapping[str, Site]:
+        return self._sites.named
+
+    def site(self, name: str) -> Site:
+        return self._sites.find(name)
+
+    def clocks(self, site: Site) -> tuple[str, ...]:
+        component, _, rest = site.module.partition(".")
+        part = rest.partition(".")[0]
+        if (
+            part in ("encoder", "decoder")
+            and component not in self.denoisers
+            and hasattr(self.model.get_submodule(component), part)
+        ):
+            return (f"{component}.{part}",)  # decode() calls the decoder, nobody the autoencoder itself
+        if rest and hasattr(self.model.get_submodule(component), "decode"):
+            return (site.module,)
+        return (component,)
+
+    def order(self, site: Site) -> tuple[int, ...]:
+        return self._sites.order(site)
+
+    def passes(self) -> tuple[str, ...]:
+        return self.denoisers
+
+    def plug(self, module: nn.Module, socket: Any) -> Callable[[], None] | None:
+        component, _, inside = socket.site.module.partition(".")
+        # accelerate takes the hooks of a whole component away between two calls, and text encoders are transformers models
+        ours = inside and type(self.model.get_submodule(component)).__module__.partition(".")[0] == "diffusers"
+        return plug(module, socket) if ours else None
+
+    # -- where a pass stands ---------------------------------------------------------------------------------
+
+    def state(self, clock: str, args: tuple, kwargs: dict[str, Any]) -> StepState:
+        module = self.model.get_submodule(clock)
+        given = {**dict(zip(arguments(module)[1:], args, strict=False)), **kwargs}
+        if clock in self.denoisers:
+            return self._denoising(clock, module, given)
+        first = next((value for value in given.values() if isinstance(value, Tensor)), None)
+        if clock.partition(".")[2]:  # inside an autoencoder: the finished image
+            return StepState.denoising(1.0, grid=_grid(first, given), like=first)
+        mask = given.get("attention_mask")
+        mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+        length = 0 if first is None else first.shape[-1 if first.ndim < 3 else 1]
+        return StepState(length, mask=mask, branches=self._asking(), like=first)
+
+    def traced_state(self, clock: str, args: tuple, kwargs: dict[str, Any]) -> StepState:
+        module = self.model.get_submodule(clock)
+        given = {**dict(zip(arguments(module)[1:], args, strict=False)), **kwargs}
+        sample = _sample(given)
+        noise = noise_level(module, _time(given), self._train_steps)
+        steps = torch.zeros((1, 1), dtype=torch.long, device=sample.device)
+        state = StepState.traced(steps, steps, None)
+        state.progress = 1 - torch.as_tensor(noise, dtype=torch.float32, device=sample.device).reshape(-1)[0]
+        return state
+
+    def _denoising(self, clock: str, module: nn.Module, given: dict[str, Any]) -> StepState:
+        sample, call = _sample(given), self._call()
+        noise, step = self._moment(call, module, given)
+        rows, images = len(sample), call.images if call else None
+        if call is None or images is None or rows % images:
+            branches: tuple[Branch, ...] | None = None
+        else:
+            branches = self._branches(clock, call, rows // images, step)
+        return StepState.denoising(
+            1 - noise,
+            step=step,
+            prompts=call.prompts if call and branches is not None else None,
+            images=images,
+            branches=branches,
+            grid=_grid(sample[0] if isinstance(sample, (list, tuple)) else sample, given),
+            like=sample[0] if isinstance(sample, (list, tuple)) else sample,
+        )
+
+    @property
+    def _train_steps(self) -> int:
+        return int(getattr(self.pipe.scheduler.config, "num_train_timesteps", 1000))
+
+    def _moment(self, call: Call | None, module: nn.Module, given: dict[str, Any]) -> tuple[float, int]:
+        """Noise level from 1 to 0, and which of the scheduler's noise levels that is."""
+        times = call.names.get("timesteps") if call else None
+        times = self._times(times if isinstance(times, Tensor) else self.pipe.scheduler.timesteps)
+        index = call.names.get("i") if call else None
+        t = call.names.get("t") if call else None
+        if isinstance(index, int) and isinstance(t, Tensor) and index < len(times):
+            noise = times[index] / self._train_steps  # the list is on the CPU, t may not be
+        elif isinstance(t, (Tensor, int, float)):
+            noise = float(t) / self._train_steps
+        else:
+            noise = float(torch.as_tensor(noise_level(module, _time(given), self._train_steps)).reshape(-1)[0])
+        levels = list(dict.fromkeys(times))
+        step = min(range(len(levels)), key=lambda k: abs(levels[k] - noise * self._train_steps)) if levels else 0
+        return noise, step
+
+    def _times(self, times: Tensor) -> list[float]:
+        """The timesteps of a run as numbers, read from their device once."""
+        known = _TIMES.get(self.pipe)
+        if known is None or known[0] is not times:
+            known = _TIMES[self.pipe] = times, [float(t) for t in times.tolist()]
+        return known[1]
+
+    def _branches(self, clock: str, call: Call, copies: int, step: int) -> tuple[Branch, ...]:
+        """The halves of guidance in this call, one for each copy of the rows."""
+        turn, key = _TURNS.setdefault(self.pipe, Turn()), (call.frame, call.names.get("i", step), step)
+        if turn.key != key:
+            turn.key, turn.calls = key, {}
+        before = turn.calls.get(clock, 0)
+        if not ASIDE.running:
+            turn.calls[clock] = before + (1 if copies == 1 else 100)
+        guider = getattr(self.pipe, "guider", None)
+        if guider is not None and hasattr(guider, "is_conditional"):
+            return ("cond" if guider.is_conditional else "uncond",) * copies
+        if copies == 1:  # by turns: first with the prompt; what follows a stacked call repeats the prompt
+            return ("uncond",) if before == 1 else ("cond",)
+        layout = LAYOUTS.get(type(self.pipe).__name__, LAYOUTS["*"])
+        if getattr(self.pipe, "do_perturbed_attention_guidance", False):
+            layout = {2: ("cond", "cond"), 3: ("uncond", "cond", "cond")}
+        return layout.get(copies, ("cond",) * copies)
+
+    def _call(self) -> Call | None:
+        """The running call of this pipeline; diffusers tells nobody, so the call stack has to."""
+        frame = sys._getframe(1)
+        while frame is not None:
+            if frame.f_code.co_name == "__call__":
+                names = frame.f_locals
+                if names.get("self") is self.pipe or names.get("components") is self.pipe:
+                    return Call(id(frame), names)
+            frame = frame.f_back  # type: ignore[assignment]
+        return None
+
+    def _asking(self) -> tuple[Branch, ...] | None:
+        """Which prompt a text encoder reads: the one that is wanted, or the negative one."""
+        frame, inner = sys._getframe(1), []
+        while frame is not None:
+            names = frame.f_locals if frame.f_code.co_varnames[:1] == ("self",) else {}
+            if names.get("self") is self.pipe:
+                if {"uncond_tokens", "uncond_input"} & {*names}:
+                    return ("uncond",)
+                if (prompt := names.get("prompt")) is not None:
+                    inner.append(_texts(prompt))
+                unwanted = [
+                    _texts(v) for k, v in names.items() if k.startswith("negative_prompt") and isinstance(v, (str, list))
+                ]
+                if inner and inner[0] in unwanted:
+                    return ("uncond",)
+            frame = frame.f_back  # type: ignore[assignment]
+        return ("cond",) if inner else None
+
+    # -- the unsteered twin ----------------------------------------------------------------------------------
+
+    def refuse_twin(self) -> str:
+        cached = [name for name in self.denoisers if getattr(self.model.get_submodule(name), "is_cache_enabled", False)]
+        return f"do='hold' needs {cached[0]} without its cache; call pipe.{cached[0]}.disable_cache()" if cached else ""
+
+    def run_twin(self, path: str, args: tuple, kwargs: dict[str, Any], caches: Any) -> None:  # noqa: ARG002
+        with torch.no_grad():
+            self.model.get_submodule(path)(*args, **kwargs)
+
+    # -- identity --------------------------------------------------------------------------------------------
+
+    def fingerprint(self) -> dict[str, Any]:
+        found = {}
+        for name in self.denoisers:
+            module = self.model.get_submodule(name)
+            config = getattr(module, "config", {})
+            sizes = {key: config[key] for key in IDENTITY if config.get(key) is not None}
+            found[name] = {"class": type(module).__name__}
+            found[name] |= {key: list(value) if isinstance(value, tuple) else value for key, value in sizes.items()}
+        return found
+
+    def weights_digest(self) -> str | None:
+        return digest(self.model.get_submodule(self.denoisers[0]))
+
+
+LAYOUTS: dict[str, dict[int, tuple[Branch, ...]]] = {
+    "*": {2: ("uncond", "cond"), 3: ("cond", "uncond", "uncond")},
+    "DiTPipeline": {2: ("cond", "uncond")},
+    "LuminaPipeline": {2: ("cond", "uncond")},
+    "StableCascadePriorPipeline": {2: ("cond", "uncond")},
+    "StableCascadeDecoderPipeline": {2: ("cond", "uncond")},
+    "WuerstchenPriorPipeline": {2: ("cond", "uncond")},
+    "WuerstchenDecoderPipeline": {2: ("cond", "uncond")},
+}
+"""Pipelines that stack the halves of guidance in another order than most, by the number of copies; three: InstructPix2Pix."""
+
+
+def _holder(pipe: Any) -> nn.Module:
+    """The pipeline's modules as the children of one, the same for every session."""
+    holder = _HOLDERS.get(pipe)
+    if holder is None:
+        holder = _HOLDERS[pipe] = nn.Module()
+    holder._modules.clear()
+    holder._modules.update({name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)})
+    return holder
+
+
+def _sized(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.ndim > 0
+
+
+def _sample(given: Mapping[str, Any]) -> Any:
+    return next(given[name] for name in SAMPLE if given.get(name) is not None)
+
+
+def _time(given: Mapping[str, Any]) -> Any:
+    return next(given[name] for name in TIMESTEP if given.get(name) is not None)
+
+
+def _texts(prompt: Any) -> list[str]:
+    return [prompt] if isinstance(prompt, str) else list(prompt)
+
+
+def _grid(sample: Any, given: Mapping[str, Any]) -> Grid | None:
+    """Frames, height and width of the latent: of an image `[B, C, H, W]`, a video `[B, C, F, H, W]`, or told beside tokens."""
+    ids = given.get("img_ids")
+    if isinstance(ids, Tensor):
+        ids = ids[0] if ids.ndim == 3 else ids
+        return Grid(1, *(int(n) + 1 for n in ids[:, -2:].amax(0).tolist())) if ids.shape[-1] == 3 else None
+    if isinstance(shapes := given.get("img_shapes"), list):
+        frames, height, width = shapes[0] if isinstance(shapes[0], (tuple, list)) and len(shapes[0]) == 3 else shapes[0][0]
+        return Grid(frames, height, width)
+    if {"num_frames", "height", "width"} <= {*given}:
+        return Grid(given["num_frames"], given["height"], given["width"])
+    if not isinstance(sample, Tensor) or sample.ndim not in (4, 5):
+        return None
+    return Grid(*(1, *sample.shape[-2:]) if sample.ndim == 4 else sample.shape[-3:])
