@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
@@ -34,16 +34,18 @@ IDENTITY += ("cross_attention_dim", "block_out_channels", "layers_per_block", "p
 class Call:
     """The call of a pipeline that is running, as its own frame has it."""
 
-    frame: int
     names: Mapping[str, Any]
+
+    @cached_property
+    def latents(self) -> Tensor | None:
+        """What the denoiser is asked about in this turn of the loop, each image once."""
+        block = getattr(self.names.get("block_state"), "latents", None)  # of modular pipelines
+        return next((x for x in (self.names.get("latents"), self.names.get("image"), block) if isinstance(x, Tensor)), None)
 
     @property
     def images(self) -> int | None:
         """How many images are made at once."""
-        latents = next((self.names[name] for name in ("latents", "image") if _sized(self.names.get(name))), None)
-        block = self.names.get("block_state")  # of modular pipelines
-        latents = getattr(block, "latents", None) if latents is None else latents
-        return None if latents is None else len(latents)
+        return None if self.latents is None else len(self.latents)
 
     @property
     def prompts(self) -> int | None:
@@ -54,10 +56,12 @@ class Call:
 
 @dataclass
 class Turn:
-    """One turn of the denoising loop: calls of each denoiser so far."""
+    """One turn of the denoising loop."""
 
-    key: Any = None
+    latents: Callable[[], Tensor | None] = lambda: None
+    """A weak reference to what the turn began with."""
     calls: dict[str, int] = field(default_factory=dict)
+    """Calls of each denoiser so far."""
 
 
 _TURNS: WeakKeyDictionary[Any, Turn] = WeakKeyDictionary()
@@ -158,7 +162,7 @@ class PipelineHost(Host):
         if call is None or images is None or rows % images:
             branches: tuple[Branch, ...] | None = None
         else:
-            branches = self._branches(clock, call, rows // images, step)
+            branches = self._branches(clock, call, rows // images)
         return StepState.denoising(
             1 - noise,
             step=step,
@@ -175,11 +179,10 @@ class PipelineHost(Host):
 
     def _moment(self, call: Call | None, module: nn.Module, given: dict[str, Any]) -> tuple[float, int]:
         """Noise level from 1 to 0, and which of the scheduler's noise levels that is."""
-        times = call.names.get("timesteps") if call else None
-        times = self._times(times if isinstance(times, Tensor) else self.pipe.scheduler.timesteps)
-        index = call.names.get("i") if call else None
-        t = call.names.get("t") if call else None
-        if isinstance(index, int) and isinstance(t, Tensor) and index < len(times):
+        times, index, t = (call.names.get(name) if call else None for name in ("timesteps", "i", "t"))
+        counted = isinstance(times, Tensor) and isinstance(index, int) and index < len(times)
+        times = self._times(times if counted else self.pipe.scheduler.timesteps)
+        if counted and isinstance(t, Tensor):
             noise = times[index] / self._train_steps  # the list is on the CPU, t may not be
         elif isinstance(t, (Tensor, int, float)):
             noise = float(t) / self._train_steps
@@ -196,11 +199,11 @@ class PipelineHost(Host):
             known = _TIMES[self.pipe] = times, [float(t) for t in times.tolist()]
         return known[1]
 
-    def _branches(self, clock: str, call: Call, copies: int, step: int) -> tuple[Branch, ...]:
+    def _branches(self, clock: str, call: Call, copies: int) -> tuple[Branch, ...]:
         """The halves of guidance in this call, one for each copy of the rows."""
-        turn, key = _TURNS.setdefault(self.pipe, Turn()), (call.frame, call.names.get("i", step), step)
-        if turn.key != key:
-            turn.key, turn.calls = key, {}
+        turn = _TURNS.setdefault(self.pipe, Turn())
+        if turn.latents() is not call.latents:
+            turn.latents, turn.calls = ref(call.latents), {}
         before = turn.calls.get(clock, 0)
         if not ASIDE.running:
             turn.calls[clock] = before + (1 if copies == 1 else 100)
@@ -221,7 +224,7 @@ class PipelineHost(Host):
             if frame.f_code.co_name == "__call__":
                 names = frame.f_locals
                 if names.get("self") is self.pipe or names.get("components") is self.pipe:
-                    return Call(id(frame), names)
+                    return Call(names)
             frame = frame.f_back  # type: ignore[assignment]
         return None
 
@@ -291,10 +294,6 @@ def _holder(pipe: Any) -> nn.Module:
     return holder
 
 
-def _sized(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.ndim > 0
-
-
 def _sample(given: Mapping[str, Any]) -> Any:
     return next(given[name] for name in SAMPLE if given.get(name) is not None)
 
@@ -311,8 +310,7 @@ def _grid(sample: Any, given: Mapping[str, Any]) -> Grid | None:
     """Frames, height and width of the latent: of an image `[B, C, H, W]`, a video `[B, C, F, H, W]`, or told beside tokens."""
     ids = given.get("img_ids")
     if isinstance(ids, Tensor):
-        ids = ids[0] if ids.ndim == 3 else ids
-        return Grid(1, *(int(n) + 1 for n in ids[:, -2:].amax(0).tolist())) if ids.shape[-1] == 3 else None
+        return Grid(1, *(int(n) + 1 for n in ids.reshape(-1, ids.shape[-1])[:, 1:3].amax(0).tolist()))
     if isinstance(shapes := given.get("img_shapes"), list):
         frames, height, width = shapes[0] if isinstance(shapes[0], (tuple, list)) and len(shapes[0]) == 3 else shapes[0][0]
         return Grid(frames, height, width)

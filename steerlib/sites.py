@@ -22,11 +22,12 @@ LAYOUTS: dict[Layout, Swap | None] = {"BND": None, "NBD": lambda x: x.transpose(
 """Axis orders a module may use, and the change to `[B, N, D]` (None: nothing to do)."""
 
 
-def _back(x: Tensor, layout: Layout, shape: torch.Size) -> Tensor:
-    """`x[B, N, D]` in a module's own axis order and shape."""
-    if layout == "NBD":
-        return x.transpose(0, 1)
-    return (x.transpose(1, 2) if len(shape) > 3 else x).reshape(shape) if layout == "BD..." else x
+def _back(x: Tensor, layout: Layout, like: Tensor) -> Tensor:
+    """`x[B, N, D]` in a module's own axis order, shape and, since kernels are chosen by them, strides."""
+    if layout != "BD...":
+        return x.transpose(0, 1) if layout == "NBD" else x
+    x = (x.transpose(1, 2) if like.ndim > 3 else x).reshape(like.shape)
+    return x if x.stride() == like.stride() else torch.empty_like(like).copy_(x)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +75,7 @@ class Site:
             first, last = self.columns
             full = whole if swap is None else swap(whole)
             x = torch.cat((full[..., :first], x, full[..., last:]), dim=-1)
-        x = _back(x, self.layout, whole.shape)
+        x = _back(x, self.layout, whole)
         if isinstance(value, Tensor):
             return x
         if isinstance(value, (tuple, list)):

@@ -321,8 +321,8 @@ def _fill(socket: Socket, programs: Sequence[Program]) -> None:
                 or edit.keeps_norm
             ):
                 raise Unanswerable(
-                    f"{edit.concept.name!r}: gates, match_norm, keep_norm, masks, branches, patches, do='hold' and 'graph' need "
-                    "Python at every pass, which a compiled model leaves out; use them on a model that is not compiled"
+                    f"{edit.concept.name!r}: gates, match_norm, keep_norm, masks, branches, patches, do='hold' and 'graph' "
+                    "need Python at every pass, which a compiled model leaves out; use them on one that is not compiled"
                 )
             if not edit.is_constant and (edit.crowd is not None or edit.heard is not None or edit.rows.norm):
                 raise Unanswerable(
