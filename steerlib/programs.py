@@ -103,13 +103,12 @@ class Program:
     def __call__(self, x: Tensor, state: StepState) -> Tensor:
         """The steered x."""
         tally = self.tally
-        passes = tally.passes = tally.passes + 1
+        tally.passes += 1
         delta = self.delta
         if self.waits and not self._is_open(state):
             return x
         if delta is None or not state.is_plain:
-            if passes == 1:
-                self._check_width(x)
+            self._check_width(x)
             return self._general(x, state)
         if self.part != "all" and self.part != state.section:
             return x

@@ -1,0 +1,335 @@
+"""Steering beside what diffusers can do with a pipeline: schedulers, caches, offloading, compiling, adapters."""
+
+import diffusers
+import pytest
+import torch
+from diffusers import FirstBlockCacheConfig
+from diffusers.hooks import HookRegistry, apply_group_offloading
+from test_pipelines import PIPELINES, pipe_of, plain, seen, site_of, traces
+from tiny_pipelines import WITH_TEXT, run
+
+import steerlib as sl
+
+
+def bank_for(pipe, site, width, names="ab"):
+    """Random directions at a site."""
+    drawn = torch.randn(len(names), width, generator=torch.Generator().manual_seed(1))
+    return sl.ConceptBank.from_directions(dict(zip(names, drawn, strict=True)), site=site, base=pipe)
+
+
+def steered(pipe, bank, edits, **options):
+    with sl.steer(pipe, bank, edits):
+        return run(pipe, **options)
+
+
+# -- schedulers ------------------------------------------------------------------------------------------------
+
+FLOW = ["FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"]
+NOISE = ["DDIMScheduler", "DDPMScheduler", "EulerDiscreteScheduler", "HeunDiscreteScheduler", "DPMSolverMultistepScheduler"]
+NOISE += ["UniPCMultistepScheduler", "PNDMScheduler", "LCMScheduler"]
+
+
+@pytest.mark.parametrize("steps", [10, 20, 50])
+@pytest.mark.parametrize("name", NOISE + FLOW)
+def test_a_window_opens_on_the_noise_level_under_every_scheduler(name, steps):
+    """The same span of noise, however many steps fall into it, also where a level is asked about twice (Heun)."""
+    pipe = PIPELINES["sd1" if name in NOISE else "sd3"].build()
+    if name in NOISE:
+        pipe.scheduler = getattr(diffusers, name)(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+    else:
+        pipe.scheduler = getattr(diffusers, name)()
+    site, width = site_of("sd1" if name in NOISE else "sd3"), 16
+    bank, acted = bank_for(pipe, site, width), []
+    with sl.record(pipe, [site]) as tape:
+        before = run(pipe, steps=steps, height=16, width=16)
+    with sl.steer(pipe, bank, {"a": sl.Add(2.0, when=sl.Window(0.4, 0.7))}), sl.record(pipe, [site]) as steered_tape:
+        after = run(pipe, steps=steps, height=16, width=16)
+    levels = {round(float(t), 4) for t in pipe.scheduler.timesteps}
+    for (state, x), (_, y) in zip(tape[site], steered_tape[site], strict=True):
+        assert min(abs(1000 * (1 - state.progress) - t) for t in levels) < 1e-2
+        if 0.4 <= state.progress < 0.7:
+            acted.append(state.progress)
+            assert not torch.equal(x, y)
+        elif not acted:
+            assert torch.equal(x, y)
+    assert acted and not torch.equal(before, after)
+    assert {state.step for state, _ in tape[site]} <= set(range(len(levels)))
+
+
+# -- caches ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("first", ["cache", "hook"])
+def test_first_block_cache_at_threshold_0_changes_nothing_and_stays_when_steering_ends(first):
+    pipe = PIPELINES["flux"].build()
+    bank = bank_for(pipe, "transformer.transformer_blocks.1:image", 16)
+    expected = steered(pipe, bank, {"a": 2.0})
+    if first == "cache":
+        pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.0))
+        found = steered(pipe, bank, {"a": 2.0})
+    else:
+        with sl.steer(pipe, bank, {"a": 2.0}):
+            pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.0))
+            found = run(pipe)
+    assert torch.equal(found, expected)
+    calls, block = [], pipe.transformer.transformer_blocks[1]
+    count = block.norm1.register_forward_hook(lambda *_: calls.append(1))
+    pipe.transformer.disable_cache()
+    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=1e9))
+    run(pipe, steps=6)
+    skipping = len(calls)
+    with sl.steer(pipe, bank, {"a": 2.0}) as session:
+        run(pipe, steps=6)
+    assert len(calls) == 2 * skipping < 2 * 12  # steered or not, the cache skips as often
+    assert session.report().lines[0].passes == skipping  # and a socket inside it is skipped with its block
+    run(pipe, steps=6)
+    assert len(calls) == 3 * skipping
+    count.remove()
+    pipe.transformer.disable_cache()
+    assert torch.equal(run(pipe), plain("flux"))
+
+
+@pytest.mark.parametrize("config", ["PyramidAttentionBroadcastConfig", "MagCacheConfig", "TaylorSeerCacheConfig"])
+def test_other_caches_go_on_beside_an_edit_of_nothing(config):
+    pipe = PIPELINES["flux"].build()
+    bank, made = bank_for(pipe, "transformer.transformer_blocks.1:image", 16), getattr(diffusers, config)
+    options = {
+        "PyramidAttentionBroadcastConfig": {"spatial_attention_block_skip_range": 2, "current_timestep_callback": lambda: 500},
+        "MagCacheConfig": {"mag_ratios": [1.0] * 6, "num_inference_steps": 6},
+        "TaylorSeerCacheConfig": {"cache_interval": 2, "disable_cache_before_step": 1},
+    }[config]
+    pipe.transformer.enable_cache(made(**options))
+    expected = run(pipe, steps=6)
+    assert torch.equal(steered(pipe, bank, {"a": 0.0}, steps=6), expected)
+    moved = steered(pipe, bank, {"a": 3.0}, steps=6)
+    assert not torch.equal(moved, expected) and torch.equal(steered(pipe, bank, {"a": 3.0}, steps=6), moved)
+    assert torch.equal(run(pipe, steps=6), expected)
+
+
+# -- memory ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("first", ["offload", "hook"])
+@pytest.mark.parametrize("level", ["block_level", "leaf_level"])
+@pytest.mark.parametrize("family", ["sd1", "flux"])
+def test_group_offloading_changes_nothing(family, level, first):
+    pipe, site = PIPELINES[family].build(), site_of(family)
+    bank, device = bank_for(pipe, site, 16), torch.device("cpu")
+    expected = steered(pipe, bank, {"a": 2.0})
+    denoiser = pipe.unet if family == "sd1" else pipe.transformer
+
+    def offload():
+        more = {"num_blocks_per_group": 1} if level == "block_level" else {}
+        apply_group_offloading(denoiser, onload_device=device, offload_device=device, offload_type=level, **more)
+
+    if first == "offload":
+        offload()
+        assert torch.equal(steered(pipe, bank, {"a": 2.0}), expected)
+    else:
+        with sl.steer(pipe, bank, {"a": 2.0}):
+            offload()
+            assert torch.equal(run(pipe), expected) and torch.equal(run(pipe), expected)
+    assert torch.equal(run(pipe), plain(family)) and torch.equal(steered(pipe, bank, {"a": 2.0}), expected)
+
+
+def test_layerwise_casting_changes_nothing_but_the_weights():
+    pipe = PIPELINES["sd1"].build()
+    bank = bank_for(pipe, site_of("sd1"), 16)
+    pipe.unet.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    cast = run(pipe)
+    assert torch.equal(steered(pipe, bank, {"a": 0.0}), cast) and not torch.equal(steered(pipe, bank, {"a": 2.0}), cast)
+
+
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_hooks_of_accelerate_that_come_and_go_between_calls_leave_steering_in_place(order):
+    """Model offloading takes its hooks off every component after each call and puts them on again."""
+    from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+
+    pipe = PIPELINES["sd1"].build()
+    site = site_of("sd1")
+    bank, expected = bank_for(pipe, site, 16), None
+    expected = steered(pipe, bank, {"a": 2.0})
+    if order == "before":
+        add_hook_to_module(pipe.unet, ModelHook())
+    with sl.steer(pipe, bank, {"a": 2.0}):
+        for _ in range(2):
+            if order == "after":
+                add_hook_to_module(pipe.unet, ModelHook())
+            assert torch.equal(run(pipe), expected)
+            remove_hook_from_module(pipe.unet)
+            add_hook_to_module(pipe.unet, ModelHook())
+    remove_hook_from_module(pipe.unet)
+    assert torch.equal(run(pipe), plain("sd1"))
+
+
+def test_a_hook_of_accelerate_on_the_very_block_survives():
+    """Sequential offloading puts hooks on blocks with weights of their own, such as those of Wan."""
+    from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+
+    class Counting(ModelHook):
+        calls = 0
+
+        def pre_forward(self, module, *args, **kwargs):
+            self.calls += 1
+            return args, kwargs
+
+    pipe, hook = PIPELINES["wan"].build(), Counting()
+    bank = bank_for(pipe, "transformer.blocks.0", 16)
+    expected, block = steered(pipe, bank, {"a": 2.0}), pipe.transformer.blocks[0]
+    with sl.steer(pipe, bank, {"a": 2.0}):
+        add_hook_to_module(block, hook)
+        assert torch.equal(run(pipe), expected)
+    assert hook.calls == 2 and torch.equal(run(pipe), plain("wan")) and hook.calls == 4
+    assert torch.equal(steered(pipe, bank, {"a": 2.0}), expected) and hook.calls == 6
+    remove_hook_from_module(block)
+    assert torch.equal(run(pipe), plain("wan")) and hook.calls == 6
+
+
+# -- other hooks of diffusers ----------------------------------------------------------------------------------
+
+
+def test_a_socket_leaves_from_under_another_hook_without_disturbing_it():
+    from diffusers.hooks import ModelHook
+
+    class Doubling(ModelHook):
+        def post_forward(self, module, output):
+            return (output[0], 2 * output[1])
+
+    pipe = PIPELINES["flux"].build()
+    block = pipe.transformer.transformer_blocks[0]
+    before = traces(pipe)
+    registry = HookRegistry.check_if_exists_or_initialize(block)
+    with sl.steer(pipe, bank_for(pipe, "transformer.transformer_blocks.0:image", 16), {"a": 2.0}):
+        registry = HookRegistry.check_if_exists_or_initialize(block)
+        registry.register_hook(Doubling(), "doubling")
+        both = run(pipe)
+    alone = run(pipe)
+    assert not torch.equal(both, alone) and not torch.equal(alone, plain("flux"))
+    registry.remove_hook("doubling")
+    assert torch.equal(run(pipe), plain("flux")) and before[2] == traces(pipe)[2]
+
+
+# -- adapters and other ways to use a denoiser -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("first", ["lora", "hook"])
+def test_a_lora_may_be_loaded_before_or_after(first):
+    from peft import LoraConfig
+
+    pipe = PIPELINES["sd1"].build()
+    bank, config = bank_for(pipe, site_of("sd1"), 16), LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False)
+    torch.manual_seed(0)
+    if first == "lora":
+        pipe.unet.add_adapter(config)
+        adapted = run(pipe)
+        found = steered(pipe, bank, {"a": 2.0})
+    else:
+        with sl.steer(pipe, bank, {"a": 2.0}):
+            pipe.unet.add_adapter(config)
+            found = run(pipe)
+        adapted = run(pipe)
+    again = steered(pipe, bank, {"a": 2.0})
+    assert torch.equal(found, again) and not torch.equal(found, adapted) and not torch.equal(adapted, plain("sd1"))
+
+
+@pytest.mark.parametrize("name", WITH_TEXT)
+def test_image_to_image_inpainting_and_control_networks_keep_the_laws(name):
+    pipe = WITH_TEXT[name].build()
+    site = next(iter(WITH_TEXT[name].sites))
+    bank, before, traced = bank_for(pipe, site, 16), run(pipe, batch=2), traces(pipe)
+    assert torch.equal(steered(pipe, bank, {"a": 0.0}, batch=2), before)
+    with sl.steer(pipe, bank, {"a": [2.0, 0.0]}), sl.record(pipe, [site]) as tape:
+        found = run(pipe, batch=2)
+    assert torch.equal(found[1], before[1]) and not torch.equal(found[0], before[0])
+    times = list(dict.fromkeys(pipe.scheduler.timesteps.tolist()))
+    for state, _ in tape[site]:
+        assert state.branches == ("uncond", "cond") and min(abs(1000 * (1 - state.progress) - t) for t in times) < 1e-3
+    assert tape[site][0][0].step == 0 and traces(pipe) == traced
+
+
+def test_several_images_of_a_prompt_take_the_prompts_amount_or_each_its_own():
+    pipe = WITH_TEXT["sd_with_text"].build()
+    bank = bank_for(pipe, site_of("sd1"), 16)
+
+    def make(edits):
+        seeds = [torch.Generator().manual_seed(k) for k in range(4)]
+        with sl.steer(pipe, bank, edits):
+            return pipe(
+                ["red cup", "old boat"], num_images_per_prompt=2, num_inference_steps=2, height=16, width=16, generator=seeds,
+                output_type="latent",
+            ).images  # fmt: skip
+
+    nothing, by_prompt, by_image = make({}), make({"a": [0.0, 2.0]}), make({"a": [0.0, 2.0, 0.0, 0.0]})
+    same = [torch.equal(a, b) for a, b in zip(nothing, by_prompt, strict=True)]
+    assert same == [True, True, False, False]
+    assert [torch.equal(a, b) for a, b in zip(nothing, by_image, strict=True)] == [True, False, True, True]
+    with pytest.raises(sl.errors.RowMismatch, match="3"):
+        make({"a": [0.0, 1.0, 2.0]})
+
+
+# -- composition -----------------------------------------------------------------------------------------------
+
+
+def test_nested_sessions_equal_one():
+    pipe = pipe_of("flux")
+    bank = bank_for(pipe, site_of("flux"), 16)
+    one = steered(pipe, bank, {"a": 1.0, "b": sl.Set(0.5)})
+    with sl.steer(pipe, bank, {"a": 1.0}):
+        two = steered(pipe, bank, {"b": sl.Set(0.5)})
+    torch.testing.assert_close(one, two)
+
+
+def test_the_users_callback_stays_the_users():
+    pipe, seen_steps = pipe_of("sd1"), []
+    bank = bank_for(pipe, site_of("sd1"), 16)
+    given = PIPELINES["sd1"].call(pipe) | {"callback_on_step_end": lambda p, i, t, k: seen_steps.append(i) or k}
+    with sl.steer(pipe, bank, {"a": 1.0}):
+        pipe(**given)
+    assert seen_steps == [0, 1, 2]
+
+
+def test_a_held_concept_keeps_what_an_unsteered_twin_reads_on_the_same_latent():
+    """At a later site of the same pass: the twin is the denoiser without edits on the very input of the steered pass."""
+    pipe, later = pipe_of("sd1"), "unet.up_blocks.1"
+    first = site_of("sd1")
+    a = bank_for(pipe, first, 16)
+    with sl.record(pipe, [later]) as tape:
+        run(pipe, steps=1)
+    width = tape[later][0][1].shape[-1]
+    d = torch.randn(1, width, generator=torch.Generator().manual_seed(3))
+    bank = sl.ConceptBank(
+        "two",
+        [*a.concepts.values(), sl.Concept(name="late", encoder=later, index=0)],
+        {first: a.encoder(first), later: sl.Directions(d)},
+        base=a.base,
+        sites={first: a.sites[first], later: sl.bank.SiteFacts(width=width)},
+    )
+    plain_reading, moved, held = [], [], []
+    for edits, options, into in (
+        ({}, {}, plain_reading),
+        ({"a": 3.0}, {}, moved),
+        ({"a": 3.0}, {"do": "hold", "hold": ["late"]}, held),
+    ):
+        with sl.steer(pipe, bank, edits, **options), sl.record(pipe, bank, ["late"]) as tape:
+            run(pipe, steps=3)
+        into += [z for _, z in tape["late"]]
+    torch.testing.assert_close(held[0], plain_reading[0], rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(moved[0], plain_reading[0], atol=1e-2)
+
+
+def test_gates_read_where_the_concept_shows_in_the_image():
+    pipe = pipe_of("sd1")
+    site = site_of("sd1")
+    bank = bank_for(pipe, site, 16)
+    with sl.record(pipe, bank, ["b"]) as tape:
+        run(pipe)
+    _, z = tape["b"][0]
+    middle = float(z.median())
+    (state, x), *_ = seen("sd1")[0]
+    with (
+        sl.steer(pipe, bank, {"a": sl.Add(1.0, gate=sl.Gate("b", above=middle))}),
+        sl.record(pipe, [site]) as after,
+    ):
+        run(pipe)
+    changed = (after[site][0][1] != x).any(-1)
+    assert torch.equal(changed, z > middle) and changed.any() and not changed.all()
