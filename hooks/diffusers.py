@@ -72,7 +72,7 @@ _TIMES: WeakKeyDictionary[Any, tuple[Tensor, list[float]]] = WeakKeyDictionary()
 class PipelineHost(Host):
     """A `DiffusionPipeline` or `ModularPipeline`: paths begin with the name of a component."""
 
-    has_progress = True
+    has_progress, counts_compiled = True, False
 
     def __init__(self, target: Any):
         self.pipe = target
@@ -152,13 +152,14 @@ class PipelineHost(Host):
         noise = noise_level(module, _time(given), self._train_steps)
         steps = torch.zeros((1, 1), dtype=torch.long, device=sample.device)
         state = StepState.traced(steps, steps, None)
+        state.copies = 0  # nobody can be asked how often the rows lie in the batch
         state.progress = 1 - torch.as_tensor(noise, dtype=torch.float32, device=sample.device).reshape(-1)[0]
         return state
 
     def _denoising(self, clock: str, module: nn.Module, given: dict[str, Any]) -> StepState:
         sample, call = _sample(given), self._call()
         noise, step = self._moment(call, module, given)
-        rows, images = len(sample), call.images if call else None
+        rows, images, first = len(sample), call.images if call else None, sample if isinstance(sample, Tensor) else sample[0]
         if call is None or images is None or rows % images:
             branches: tuple[Branch, ...] | None = None
         else:
@@ -169,8 +170,9 @@ class PipelineHost(Host):
             prompts=call.prompts if call and branches is not None else None,
             images=images,
             branches=branches,
-            grid=_grid(sample[0] if isinstance(sample, (list, tuple)) else sample, given),
-            like=sample[0] if isinstance(sample, (list, tuple)) else sample,
+            grid=_grid(first, given),
+            texts=text.shape[1] if isinstance(text := given.get("encoder_hidden_states"), Tensor) and text.ndim == 3 else 0,
+            like=first,
         )
 
     @property
@@ -276,6 +278,7 @@ LAYOUTS: dict[str, dict[int, tuple[Branch, ...]]] = {
     "*": {2: ("uncond", "cond"), 3: ("cond", "uncond", "uncond")},
     "DiTPipeline": {2: ("cond", "uncond")},
     "LuminaPipeline": {2: ("cond", "uncond")},
+    "ZImagePipeline": {2: ("cond", "uncond")},
     "StableCascadePriorPipeline": {2: ("cond", "uncond")},
     "StableCascadeDecoderPipeline": {2: ("cond", "uncond")},
     "WuerstchenPriorPipeline": {2: ("cond", "uncond")},

@@ -32,7 +32,6 @@ class Streams(NamedTuple):
 TEXT_FIRST, IMAGE_FIRST = Streams(1, 0), Streams(0, 1)
 STREAMS = {
     "AuraFlowJointTransformerBlock": TEXT_FIRST,
-    "ChromaSingleTransformerBlock": TEXT_FIRST,
     "ChromaTransformerBlock": TEXT_FIRST,
 }
 """Blocks that diffusers' own table does not know."""
@@ -95,7 +94,7 @@ class PipelineSites:
         stream: Literal["image", "text"] = match["stream"] or "image"  # type: ignore[assignment]
         if ".heads" in name:
             return self._heads(name, path, stream, match["head"])
-        streams, side = _streams(self.modules[path]), match["side"] or "output"
+        streams, side = self._streams(path), match["side"] or "output"
         return Site(
             name=name,
             module=path,
@@ -104,6 +103,11 @@ class PipelineSites:
             layout="BD...",
             argument=_argument(self.modules[path], stream),
         )
+
+    def _streams(self, path: str) -> Streams | None:
+        """Where a tuple holds image and text; the attention of a block on both gives the image first in any case."""
+        block, _, part = path.rpartition(".")
+        return IMAGE_FIRST if part == "attn" and _streams(self.modules[block]) else _streams(self.modules[path])
 
     def _heads(self, name: str, path: str, stream: str, head: str | None) -> Site:
         """What one head, or all, hand to the projection of the output."""
@@ -127,7 +131,7 @@ class PipelineSites:
     def _endings(self, path: str) -> list[str]:
         """What can follow a block's path."""
         module = self.modules[path]
-        whole = [""] if _streams(module) is None else [":image", ":text"]
+        whole = [""] if self._streams(path) is None else [":image", ":text"]
         found = [f"{stream}{side}" for stream in whole for side in ("", ".update")]
         for name in ATTENTION:
             attention = getattr(module, name, None)

@@ -28,6 +28,8 @@ class Host(ABC):
     """The module that is hooked; all paths start here."""
     has_progress: bool
     """Whether `Window` can be answered."""
+    counts_compiled: bool = True
+    """Whether `Steps` can be answered where the module that tells the time is itself compiled."""
 
     @abstractmethod
     def sites(self) -> Mapping[str, Site]:

@@ -31,19 +31,22 @@ def share(mask: Tensor | Box, state: StepState, x: Float[Tensor, "B N D"], name:
     """How much of an edit of the concept `name` each token gets."""
     if state.progress is None:
         return _by_position(mask, state, x, name)
-    if state.grid is None or (grid := state.grid.of(x.shape[1])) is None:
+    front, grid = 0, state.grid and state.grid.of(x.shape[1])
+    if grid is None and state.grid is not None and 0 < state.texts < x.shape[1]:
+        front, grid = state.texts, state.grid.of(x.shape[1] - state.texts)
+    if grid is None:
         latent = "unknown" if state.grid is None else f"{state.grid.height} × {state.grid.width}"
         raise Unanswerable(
             f"the mask of {name!r} cannot be laid over the {x.shape[1]} tokens of this site, because they are not those of the "
             f"image (latent: {latent}); mask at a site of image tokens"
         )
     if isinstance(mask, tuple):
-        return _box(mask, grid, x.device).expand(len(x), -1)
+        return F.pad(_box(mask, grid, x.device), (front, 0)).expand(len(x), -1)
     layers = mask.to(x.device, torch.float32)[(None,) * (3 + (grid.frames > 1) - mask.ndim)]
     if layers.ndim != 3 + (grid.frames > 1):
         raise BadEdit(f"expected the mask of {name!r} as [height, width] or [rows, height, width], got {list(mask.shape)}")
     sized = F.interpolate(layers[:, None], size=tuple(grid) if grid.frames > 1 else grid[1:], mode="area").flatten(1)
-    return sized[_rows(len(sized), len(x), state, name).to(x.device)]
+    return F.pad(sized, (front, 0))[_rows(len(sized), len(x), state, name).to(x.device)]
 
 
 def _by_position(mask: Tensor | Box, state: StepState, x: Tensor, name: str) -> Tensor:

@@ -53,8 +53,10 @@ class StepState:
     """How many images are made at once."""
     grid: Grid | None = None
     """Of the latent."""
+    texts: int = 0
+    """Tokens of text, which some blocks keep in front of those of the image."""
     copies: "int | Tensor" = 1
-    """How often the rows lie in the batch: twice where guidance stacks its two halves."""
+    """How often the rows lie in the batch: twice where guidance stacks its two halves; 0: as often as amounts fit into it."""
 
     def __init__(
         self,
@@ -97,13 +99,16 @@ class StepState:
         images: int | None = None,
         branches: "tuple[Branch, ...] | None" = (),
         grid: Grid | None = None,
+        texts: int = 0,
         like: Tensor | None = None,
     ) -> "StepState":
         """A pass of a denoiser, seen `at` each site by its number of tokens. `images` are made for `prompts`; each lies in the
         batch once for each of the `branches`."""
         state = cls(0, prompts=prompts, branches=branches, like=like)
         steps = torch.full((1, 1), step, device=None if like is None else like.device)
-        state.__dict__.update(progress=progress, step=step, images=images, grid=grid, steps=steps, _sizes={}, notes={})
+        state.__dict__.update(
+            progress=progress, step=step, images=images, grid=grid, texts=texts, steps=steps, _sizes={}, notes={}
+        )
         state.copies = len(branches or ()) or 1
         return state
 
@@ -143,8 +148,10 @@ class StepState:
 
     def row(self, amounts: "int | Tensor", rows: int) -> Int[Tensor, " rows"]:
         """For each row of the batch the one of `amounts` that is meant for it."""
-        each = rows // self.copies  # prompts, which beams and images per prompt repeat, one copy after the other
         device = None if self.like is None else self.like.device
+        if isinstance(self.copies, int) and not self.copies:
+            return torch.arange(rows, device=device) % amounts
+        each = rows // self.copies  # prompts, which beams and images per prompt repeat, one copy after the other
         return (torch.arange(rows, device=device) % each * amounts) // each
 
     @cached_property

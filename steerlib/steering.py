@@ -253,7 +253,8 @@ def _rewire(place: Attachment) -> None:
         else:
             socket.edit = Dispatch({t: _merged([s for s in place.sessions if s._thread == t], name) for t in threads})
         if isinstance(socket.traced, Contents):
-            _fill(socket, [program for s in place.sessions if (program := s.programs.get(name)) is not None])
+            blind = not place.sessions[0].host.counts_compiled if place.sessions else False
+            _fill(socket, [program for s in place.sessions if (program := s.programs.get(name)) is not None], blind)
 
 
 def _merged(sessions: Sequence[Steering], name: str) -> Callable[[Tensor, StepState], Tensor] | None:
@@ -303,9 +304,13 @@ class _Listening:
         return self.edit(x, state)
 
 
-def _fill(socket: Socket, programs: Sequence[Program]) -> None:
-    """Put the edits into the tensors that compiled code reads, and refuse what only Python can do once it is compiled."""
+def _fill(socket: Socket, programs: Sequence[Program], blind: bool) -> None:
+    """Put the edits into the tensors that compiled code reads, and refuse what only Python can do once it is compiled.
+
+    `blind`: a clock that is compiled cannot count steps.
+    """
     assert isinstance(socket.traced, Contents)
+    blind = blind and any(is_compiled([socket.model.get_submodule(clock.path)]) for clock in socket.clocks)
     edits = [edit for program in programs for edit in program.edits]
     try:
         for edit in edits:
@@ -323,6 +328,11 @@ def _fill(socket: Socket, programs: Sequence[Program]) -> None:
                 raise Unanswerable(
                     f"{edit.concept.name!r}: gates, match_norm, keep_norm, masks, branches, patches, do='hold' and 'graph' "
                     "need Python at every pass, which a compiled model leaves out; use them on one that is not compiled"
+                )
+            if blind and i.when is not None and i.when.clock == "steps":
+                raise Unanswerable(
+                    f"{edit.concept.name!r}: steps cannot be counted where the whole denoiser is compiled; use a Window, or "
+                    "compile_repeated_blocks() in place of compile()"
                 )
             if not edit.is_constant and (edit.crowd is not None or edit.heard is not None or edit.rows.norm):
                 raise Unanswerable(

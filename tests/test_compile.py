@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import two_directions
 from tiny_models import tiny
+from tiny_pipelines import PIPELINES, run
 
 import steerlib as sl
 from steerlib import errors
@@ -209,3 +210,63 @@ def test_the_real_model_compiled_after_attaching_equals_eager_without_recompilin
     finally:
         model._compiled_call_impl = None
         steering.detach()
+
+
+# -- pipelines -------------------------------------------------------------------------------------------------
+
+IMAGE_SETTINGS = [
+    {"a": 1.0}, {"a": sl.Add([1.0, -1.0], when=sl.Window(0.0, 0.5))}, {"a": sl.Add(2.0, when=sl.Ramp(sl.Steps(0, 2)))},
+    {"b": sl.Set(1.0), "a": sl.Ablate()}, {"a": sl.Scale(2.0)}, {},
+]  # fmt: skip
+BLOCKS = {
+    "flux": "transformer.transformer_blocks.1:image",
+    "sd1": "unet.mid_block.attentions.0.transformer_blocks.0",
+    "wan": "transformer.blocks.1",
+    "qwenimage": "transformer.transformer_blocks.0:image",
+}
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["repeated blocks", "whole denoiser"])
+@pytest.mark.parametrize("family", BLOCKS)
+def test_a_compiled_denoiser_equals_eager_and_recompiles_nothing(family, whole):
+    if whole and family != "sd1":
+        pytest.skip("the denoiser has a cache context of its own, which is no part of one graph")
+    pipe = PIPELINES[family].build()
+    a, b = torch.randn(2, 16, generator=torch.Generator().manual_seed(1))
+    bank = sl.ConceptBank.from_directions({"a": a, "b": b}, site=BLOCKS[family], base=pipe)
+    expected = []
+    for edits in IMAGE_SETTINGS:
+        with sl.steer(pipe, bank, edits):
+            expected.append(run(pipe, batch=2))
+    steering = sl.attach(pipe, bank)
+    denoiser = pipe.unet if family == "sd1" else pipe.transformer
+    if whole:
+        denoiser.compile(backend=BACKEND)
+    else:
+        denoiser.compile_repeated_blocks(fullgraph=True, backend=BACKEND)
+    run(pipe, batch=2)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for edits, eager in zip(IMAGE_SETTINGS, expected, strict=True):
+            if whole and "Steps" in str(edits):
+                with pytest.raises(errors.Unanswerable, match="Window"):
+                    steering.set(edits)
+                continue
+            steering.set(edits)
+            torch.testing.assert_close(run(pipe, batch=2), eager, atol=1e-4, rtol=1e-4)
+    steering.set({"a": 1.0})
+    with pytest.raises(errors.Unanswerable, match="need Python"):
+        steering.set({"a": sl.Add(1.0, branch="cond")})
+    assert not torch.allclose(expected[0], expected[-1], atol=1e-3)
+
+
+def test_a_denoiser_compiled_already_is_refused():
+    pipe = PIPELINES["sd1"].build()
+    bank = sl.ConceptBank.from_directions({"a": torch.randn(16)}, site=BLOCKS["sd1"], base=pipe)
+    pipe.unet.compile_repeated_blocks(fullgraph=True, backend=BACKEND)
+    with pytest.raises(errors.CompiledModel, match="attach"), sl.steer(pipe, bank, {"a": 1.0}):
+        pass
+    other = PIPELINES["sd1"].build()
+    bank = sl.ConceptBank.from_directions({"a": torch.randn(16)}, site=BLOCKS["sd1"], base=other)
+    other.unet = torch.compile(other.unet, backend=BACKEND)
+    with pytest.raises(errors.CompiledModel, match="attach"):
+        sl.steer(other, bank, {"a": 1.0})
