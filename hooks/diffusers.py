@@ -107,16 +107,10 @@ class PipelineHost(Host):
 
     def clocks(self, site: Site) -> tuple[str, ...]:
         component, _, rest = site.module.partition(".")
-        part = rest.partition(".")[0]
-        if (
-            part in ("encoder", "decoder")
-            and component not in self.denoisers
-            and hasattr(self.model.get_submodule(component), part)
-        ):
-            return (f"{component}.{part}",)  # decode() calls the decoder, nobody the autoencoder itself
-        if rest and hasattr(self.model.get_submodule(component), "decode"):
-            return (site.module,)
-        return (component,)
+        if not rest or not hasattr(self.model.get_submodule(component), "decode"):
+            return (component,)
+        part = rest.partition(".")[0]  # decode() calls the parts of an autoencoder, and nobody the autoencoder itself
+        return (f"{component}.{part}",) if part in ("encoder", "decoder") else (site.module,)
 
     def order(self, site: Site) -> tuple[int, ...]:
         return self._sites.order(site)
@@ -138,8 +132,10 @@ class PipelineHost(Host):
         if clock in self.denoisers:
             return self._denoising(clock, module, given)
         first = next((value for value in given.values() if isinstance(value, Tensor)), None)
-        if clock.partition(".")[2]:  # inside an autoencoder: the finished image
-            return StepState.denoising(1.0, grid=_grid(first, given), like=first)
+        component, _, rest = clock.partition(".")
+        if rest:  # inside an autoencoder: the finished image, or one tile of it
+            tiled = getattr(self.model.get_submodule(component), "use_tiling", False)
+            return StepState.denoising(1.0, grid=None if tiled else _grid(first, given), like=first)
         mask = given.get("attention_mask")
         mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
         length = 0 if first is None else first.shape[-1 if first.ndim < 3 else 1]

@@ -1,6 +1,7 @@
 """Any `torch.nn.Module`: the user names the sites by module path, and every pass is a prompt."""
 
 import hashlib
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -16,7 +17,7 @@ SIDES: dict[str, Literal["input", "update", "output"]] = {".in": "input", ".upda
 
 
 class ModuleHost(Host):
-    """A module whose outputs at the named paths are `[B, N, D]`."""
+    """A module whose outputs at the named paths are tokens `[B, N, D]`, or images `[B, D, ...]`."""
 
     has_progress = False
 
@@ -27,7 +28,7 @@ class ModuleHost(Host):
         return {}
 
     def site(self, name: str) -> Site:
-        return module_site(self.model, name)
+        return replace(module_site(self.model, name), layout="BD...")
 
     def clocks(self, site: Site) -> tuple[str, ...]:  # noqa: ARG002 - one clock for all
         return ("",)
