@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary, ref
 import torch
 from torch import Tensor, nn
 
-from steerlib.errors import CompiledModel, UnsupportedTarget
+from steerlib.errors import BadEdit, CompiledModel, Unanswerable, UnsupportedTarget
 from steerlib.hosts import Host
 from steerlib.schedules import Branch, Grid, StepState
 from steerlib.sites import Site
@@ -52,6 +52,35 @@ class Call:
         """How many prompts they are made for."""
         images, each = self.images, self.names.get("num_images_per_prompt", self.names.get("num_videos_per_prompt")) or 1
         return images // each if images is not None and images % each == 0 else images
+
+
+@dataclass
+class Words:
+    """Where the words of a call's prompts are."""
+
+    pipe: Any
+    model: nn.Module
+    prompt: Any
+
+    def heads(self, attention: str) -> int:
+        """Of an attention, by its site."""
+        return int(self.model.get_submodule(attention).heads)  # type: ignore[arg-type]
+
+    def columns(self, word: str, row: int, rows: int) -> list[int]:
+        """Tokens of a word in the prompt of one of so many images."""
+        if self.prompt is None or getattr(self.pipe, "tokenizer", None) is None:
+            raise Unanswerable(
+                f"the pipeline was given no words to find {word!r} in; pass prompt=, or give the mask as a tensor"
+            )
+        prompts = _texts(self.prompt)
+        prompt = prompts[row * len(prompts) // rows]
+        ids = list(self.pipe.tokenizer(prompt).input_ids)
+        wanted = list(self.pipe.tokenizer(word, add_special_tokens=False).input_ids)
+        wanted = [i for i in wanted if i not in self.pipe.tokenizer.all_special_ids]
+        found = [at for at in range(len(ids)) if wanted and ids[at : at + len(wanted)] == wanted]
+        if not found:
+            raise BadEdit(f"expected the prompt to hold {word!r}, got {prompt!r}")
+        return [at + k for at in found for k in range(len(wanted))]
 
 
 @dataclass
@@ -167,6 +196,7 @@ class PipelineHost(Host):
             images=images,
             branches=branches,
             grid=_grid(first, given),
+            words=Words(self.pipe, self.model, call.names.get("prompt")) if call else None,
             texts=text.shape[1] if isinstance(text := given.get("encoder_hidden_states"), Tensor) and text.ndim == 3 else 0,
             like=first,
         )

@@ -18,6 +18,7 @@ from .interventions import Intervention as Intervention
 from .interventions import Patch as Patch
 from .interventions import Scale as Scale
 from .interventions import Set as Set
+from .masks import Word as Word
 from .readers import read_bank as read_bank
 from .recording import record as record
 from .schedules import Ramp as Ramp
@@ -35,5 +36,5 @@ from .training.recipe import Recipe as Recipe
 __all__ = [
     "Ablate", "Add", "BaseModel", "CausalGraph", "Clamp", "Concept", "ConceptBank", "Directions", "Edge", "Encoder",
     "Gate", "Host", "Intervention", "Part", "Patch", "Ramp", "Recipe", "Scale", "Schedule", "Set", "Site", "Steering",
-    "StepState", "Steps", "Window", "attach", "load", "read_bank", "record", "steer", "train",
+    "StepState", "Steps", "Window", "Word", "attach", "load", "read_bank", "record", "steer", "train",
 ]  # fmt: skip

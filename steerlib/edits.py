@@ -98,6 +98,16 @@ class Edit:
         )
 
 
+class Kept(NamedTuple):
+    """Activations that other edits ask for."""
+
+    key: Key
+
+    def of(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
+        """As they are."""
+        return x
+
+
 class Reading(NamedTuple):
     """A concept whose reading, in its units, other edits ask for."""
 

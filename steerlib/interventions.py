@@ -10,8 +10,6 @@ from dataclasses import dataclass, field
 from math import inf, isfinite
 from typing import Any, Literal, NamedTuple
 
-from torch import Tensor
-
 from . import masks
 from .concepts import Gate
 from .errors import BadEdit
@@ -49,9 +47,10 @@ class Intervention(ABC):
     """Which half of guidance; None: what `steer` says."""
     gate: Gate | Literal["open"] | None = field(default=None, kw_only=True)
     """Where another concept reads high, beside the gate stored with the concept, if any; "open" lifts the stored one."""
-    mask: Tensor | masks.Box | None = field(default=None, kw_only=True, compare=False)
+    mask: masks.Mask | None = field(default=None, kw_only=True, compare=False)
     """Where. Text: the share of the edit at each position, `[L]` or `[rows, L]`; positions beyond `L` get none. Images: a box
-    `(left, top, right, bottom)` in parts of the image, or shares `[height, width]` or `[rows, height, width]` of any size."""
+    `(left, top, right, bottom)` in parts of the image, or shares `[height, width]` or `[rows, height, width]` of any size, or a
+    `Word` of the prompt."""
 
     def __post_init__(self) -> None:
         if isinstance(self.tokens, slice):

@@ -13,11 +13,12 @@ from torch import nn
 
 from .bank import ConceptBank
 from .concepts import Concept, Gate
-from .edits import Edit, Key, Reading, Table
+from .edits import Edit, Kept, Key, Reading, Table
 from .encoders import Encoder
 from .errors import BadEdit, ConflictingEdits, OtherWeights, OutOfRange, Unanswerable
 from .hosts import Host
 from .interventions import Ablate, Add, Clamp, Intervention, Patch, Rule, Set
+from .masks import Word
 from .programs import Program
 from .schedules import Branch
 from .sites import Site
@@ -45,7 +46,7 @@ class Plan:
 
     sites: tuple[Site, ...]
     edits: dict[str, tuple[Edit, ...]]
-    readings: dict[str, tuple[Reading, ...]]
+    readings: dict[str, tuple[Reading | Kept, ...]]
     caps: dict[str, float]
     programs: dict[str, Program]
     holds: bool
@@ -242,7 +243,7 @@ def _beyond(edit: Edit, options: Options) -> Iterator[str]:
 
 
 def _cap(bank: ConceptBank, site: str, options: Options) -> float:
-    norm = bank.sites[site].norm
+    norm = bank.sites[site].norm if site in bank.sites else None  # masks ask sites of their own
     return inf if options.allow_ood or norm is None else SHARE * norm
 
 
@@ -310,9 +311,12 @@ def _forecasts(bank: ConceptBank, host: Host, made: Sequence[Edit], options: Opt
     return new
 
 
-def _readings(bank: ConceptBank, made: Sequence[Edit], options: Options) -> dict[str, list[Reading]]:
-    """What gates and edits have to know, by the site at which it is read."""
-    found: dict[str, list[Reading]] = {}
+def _readings(bank: ConceptBank, made: Sequence[Edit], options: Options) -> dict[str, list[Reading | Kept]]:
+    """What gates, masks and edits have to know, by the site at which it is read."""
+    found: dict[str, list[Reading | Kept]] = {}
+    words = dict.fromkeys(edit.intervention.mask for edit in made if isinstance(edit.intervention.mask, Word))
+    for site in dict.fromkeys(site for word in words for site in word.asked):
+        found[site] = [Kept(("kept", site))]
     for edit in made:
         asked: list[tuple[Key, Concept, float]] = [
             (("gate", edit.key, gate), bank[gate.concept], bank[gate.concept].unit) for gate in edit.gates
@@ -332,6 +336,13 @@ def _check_order(bank: ConceptBank, host: Host, made: Sequence[Edit]) -> None:
             raise Unanswerable(
                 f"{edit.concept.name!r} is read at {read.name!r}, which is not before {moved.name!r}, where it acts"
             )
+        if isinstance(word := edit.intervention.mask, Word):
+            asked = host.site(word.asked[1])
+            if host.order(asked) >= host.order(moved) or host.clocks(asked) != host.clocks(moved):
+                raise Unanswerable(
+                    f"the mask of {edit.concept.name!r} asks {word.at!r}, which is not before {moved.name!r}; name "
+                    "an attention of an earlier block"
+                )
         for gate in edit.gates:
             read = host.site(bank.read_at(bank[gate.concept]))
             if host.order(read) > host.order(moved) or host.clocks(read) != host.clocks(moved):

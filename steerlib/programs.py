@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from . import masks
-from .edits import Edit, Key, Reading, Table
+from .edits import Edit, Kept, Key, Reading, Table
 from .encoders.base import fired, scale
 from .errors import ConflictingEdits, RowMismatch, Unanswerable, WrongWidth
 from .replay import Replay
@@ -19,6 +19,8 @@ from .schedules import StepState, gain
 
 SAMPLE_EVERY = 256
 """Passes between two looks at how far off its natural range a concept is; the first two passes are looked at."""
+STEPS_EVERY = 4
+"""The same for passes of a denoiser, which are few and differ."""
 
 
 @dataclass(eq=False)
@@ -28,8 +30,16 @@ class Tally:
     passes: int = 0
     acts: int = 0
     """Passes that the constant change was added to."""
+    acted: int | Tensor = 0
+    """Other passes in which an edit acted."""
+    seen: int = 0
+    """Positions that went by, per row."""
     tokens: int | Tensor = 0
-    """Positions at which an edit acted, per row."""
+    """Of these, where an edit acted."""
+    progress: tuple[float, float] | None = None
+    """Least and most, of the passes of a denoiser."""
+    halves: frozenset[str] = frozenset()
+    """Which halves of guidance went by."""
     section: str = ""
     """Part of the text that the last pass read."""
     changed: float | Tensor = 0.0
@@ -52,7 +62,7 @@ class Twin(threading.local):
 class Program:
     """All edits at one site, and the readings other sites need from it."""
 
-    def __init__(self, edits: Sequence[Edit], readings: Sequence[Reading] = (), cap: float = inf):
+    def __init__(self, edits: Sequence[Edit], readings: Sequence[Reading | Kept] = (), cap: float = inf):
         self.edits, self.readings, self.cap = tuple(edits), tuple(readings), cap
         self.tally = Tally()
         self.twin = Twin()
@@ -104,7 +114,10 @@ class Program:
         """The steered x."""
         tally = self.tally
         tally.passes += 1
+        tally.seen += x.shape[1]
         delta = self.delta
+        if state.progress is not None:
+            self._note(state)
         if self.waits and not self._is_open(state):
             return x
         if delta is None or not state.is_plain:
@@ -120,9 +133,19 @@ class Program:
         if self.rows > 1:
             delta = self._repeated(delta, x, state)
         y = x + delta
-        if acts < 3 or not acts % SAMPLE_EVERY:
+        if acts < 3 or self._looks(state, acts):
             self._look(y, state, delta.norm(dim=-1).expand(y.shape[:2]))
         return y
+
+    def _note(self, state: StepState) -> None:
+        """Remember which passes of a denoiser there were."""
+        tally, now = self.tally, float(state.progress or 0.0)
+        low, high = tally.progress or (now, now)
+        tally.progress, tally.halves = (min(low, now), max(high, now)), tally.halves | {*(state.branches or ())}
+
+    def _looks(self, state: StepState, passes: int) -> bool:
+        """Whether this is a pass to look at."""
+        return not passes % (SAMPLE_EVERY if state.progress is None else STEPS_EVERY)
 
     def _is_open(self, state: StepState) -> bool:
         """Whether any edit acts in this pass of a denoiser; a pass over text is looked at token by token."""
@@ -178,9 +201,10 @@ class Program:
             y, acting = self._swapped(y, acting, state)
         tally = self.tally
         tally.tokens = tally.tokens + acting.sum() / len(x)
+        tally.acted = tally.acted + acting.any()
         if self.cap < inf:
             tally.capped = tally.capped + ((length > self.cap * 1.0001) & (state.positions > 0)).sum()
-        if not tally.passes % SAMPLE_EVERY or tally.section != state.section:
+        if self._looks(state, tally.passes) or tally.section != state.section:
             self._look(y, state, length)
         tally.section = state.section
         return y
@@ -313,3 +337,18 @@ class Program:
             tally.changed = tally.changed + (length.clamp(max=self.cap) * seen).sum()
             tally.off = off if tally.off is None else tally.off + off
             tally.largest = largest if tally.largest is None else tally.largest.maximum(largest)
+
+
+def why_not(edit: Edit, tally: Tally) -> str:
+    """What kept an edit from acting, as far as the passes tell; empty where they do not."""
+    when = edit.intervention.when
+    if not tally.passes:
+        return "no pass of the model went through its site"
+    if tally.progress is not None and when is not None and when.clock == "progress":
+        low, high = tally.progress
+        return f"it waits for {when}, and the run went from progress {low:.2f} to {high:.2f}"
+    if tally.progress is not None and edit.branch is not None and edit.branch not in (tally.halves or {"cond"}):
+        return f"it acts on branch={edit.branch!r}, and no pass was of that half of guidance: is guidance on?"
+    if edit.gates:
+        return f"its gate on {', '.join(repr(gate.concept) for gate in edit.gates)} never opened"
+    return f"it waits for {when}" if when is not None else ""

@@ -55,6 +55,8 @@ class StepState:
     """Of the latent."""
     texts: int = 0
     """Tokens of text, which some blocks keep in front of those of the image."""
+    words: Any = None
+    """Answers where the words of the prompt are: `columns(word, row, rows)`, and how many `heads(site)` look at them."""
     copies: "int | Tensor" = 1
     """How often the rows lie in the batch: twice where guidance stacks its two halves; 0: as often as amounts fit into it."""
 
@@ -100,6 +102,7 @@ class StepState:
         branches: "tuple[Branch, ...] | None" = (),
         grid: Grid | None = None,
         texts: int = 0,
+        words: Any = None,
         like: Tensor | None = None,
     ) -> "StepState":
         """A pass of a denoiser, seen `at` each site by its number of tokens. `images` are made for `prompts`; each lies in the
@@ -107,7 +110,7 @@ class StepState:
         state = cls(0, prompts=prompts, branches=branches, like=like)
         steps = torch.full((1, 1), step, device=None if like is None else like.device)
         state.__dict__.update(
-            progress=progress, step=step, images=images, grid=grid, texts=texts, steps=steps, _sizes={}, notes={}
+            progress=progress, step=step, images=images, grid=grid, texts=texts, words=words, steps=steps, _sizes={}, notes={}
         )
         state.copies = len(branches or ()) or 1
         return state

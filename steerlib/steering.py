@@ -21,7 +21,7 @@ from .hooks.attach import ASIDE, LOCK, Attachment, Dispatch, Socket, attachment,
 from .hosts import host_for
 from .interventions import Patch
 from .plans import Do, Edits, Options, plan_for
-from .programs import Program
+from .programs import Program, why_not
 from .reports import Line, Report
 from .schedules import Branch, StepState
 from .sites import Site
@@ -214,6 +214,8 @@ class Steering:
         """What was edited where, how much, and how far off the natural range; and why nothing happened, if so."""
         lines = []
         for name, program in self.programs.items():
+            if not program.edits:
+                continue
             whole, at = program.merged or (program, 0)
             tally, norm, looked = whole.tally, self.bank.sites[name].norm, int(whole.tally.looked)
             for k, edit in enumerate(program.edits, start=at):
@@ -222,11 +224,14 @@ class Steering:
                         concept=edit.concept.name,
                         site=name,
                         passes=program.tally.passes,
+                        acted=tally.acts + int(tally.acted),
                         tokens=round(float(tally.tokens)),
+                        seen=tally.seen,
                         change=float(tally.changed) / looked / norm if norm and looked else None,
                         off_range=float(tally.off[k]) / looked if edit.concept.natural and tally.off is not None else None,
                         largest=None if tally.largest is None else float(tally.largest[k]),
                         capped=float(tally.capped) / max(1.0, float(tally.tokens)),
+                        why="" if float(tally.tokens) else why_not(edit, tally),
                     )
                 )
         return Report(tuple(lines), self._ran or self._has_run())

@@ -260,6 +260,31 @@ def _bank(family):
     return bank_of(family)
 
 
+def test_a_mask_is_where_the_image_attends_to_a_word(texts):
+    """Attention weights computed anew from the queries and keys of a pass; the negative prompt's half is left alone."""
+    pipe, at, site = texts[0], "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2", "unet.mid_block.attentions.0"
+    bank, word = bank_for(pipe, site, 16), sl.Word("cup", at=at, above=0.9999)
+    with sl.record(pipe, [f"{at}.to_q", f"{at}.to_k", site]) as tape:
+        words(pipe)
+    with sl.steer(pipe, bank, {"a": sl.Add(1.0, mask=word)}), sl.record(pipe, [site]) as after:
+        words(pipe)
+    q, k, x = (tape[name][0][1][1] for name in (f"{at}.to_q", f"{at}.to_k", site))  # the second row reads the prompt
+    ids = pipe.tokenizer("red cup").input_ids
+    (column,) = [i for i, token in enumerate(ids) if token == pipe.tokenizer("cup", add_special_tokens=False).input_ids[-1]]
+    heads = [torch.softmax(a @ b.T / a.shape[-1] ** 0.5, dim=-1) for a, b in zip(q.split(2, -1), k.split(2, -1), strict=True)]
+    attention = torch.stack(heads).mean(0)[:, column]
+    share = (attention >= 0.9999 * attention.max()).float().view(1, 1, 8, 16)
+    share = torch.nn.functional.interpolate(share, size=(4, 8), mode="area").flatten()
+    moved = (after[site][0][1] - tape[site][0][1]) / bank.rows(bank["a"]).write[0]
+    assert torch.equal(after[site][0][1][0], tape[site][0][1][0]) and 0 < share.sum() < len(share)
+    torch.testing.assert_close(moved[1].mean(-1), share, atol=1e-3, rtol=1e-3)
+    with pytest.raises(errors.BadEdit, match="to hold 'boat'"):
+        words(pipe, {"a": sl.Add(1.0, mask=sl.Word("boat", at=at))}, bank)
+    with pytest.raises(errors.Unanswerable, match="not before"):
+        sl.steer(pipe, bank, {"a": sl.Add(1.0, mask=sl.Word("cup", at=at.replace("down_blocks.0", "up_blocks.1")))})
+    assert x.shape[-1] == 16
+
+
 def test_masks_that_cannot_be_laid_over_the_image_are_refused():
     pipe = pipe_of("flux")
     for wrong in ((0.5, 0.0, 0.5, 1.0), (0.0, 0.0, 2.0, 1.0), (0.0, 1.0), "left", 3.0):
@@ -326,3 +351,61 @@ def test_a_wrong_name_is_answered_with_the_nearest():
         sl.ConceptBank.from_directions({"a": torch.randn(16)}, site="transformer.transformer_block.1:image", base=pipe)
     with pytest.raises(errors.UnknownSite, match="has no heads"):
         sl.record(PIPELINES["sd1"].build(), ["unet.mid_block.heads.1"]).__enter__()
+
+
+# -- reports ---------------------------------------------------------------------------------------------------
+
+
+def test_a_report_says_how_often_and_on_how_many_tokens_an_edit_acted_and_why_it_did_not():
+    pipe, site = pipe_of("sd1"), site_of("sd1")
+    bank = bank_for(pipe, site, 16)
+    box = (0.0, 0.0, 0.5, 1.0)
+    with sl.steer(pipe, bank, {"a": sl.Add(1.0, mask=box, when=sl.Steps(1)), "b": sl.Add(1.0, when=sl.Steps(1))}) as session:
+        run(pipe)
+    line = session.report().lines[0]
+    assert (line.passes, line.acted, line.seen) == (3, 2, 3 * 128) and line.tokens == 2 * 128
+    with sl.steer(pipe, bank, {"a": sl.Add(1.0, when=sl.Window(0.9995, 1.0))}) as late:
+        run(pipe)
+    assert "waits for Window(start=0.9995, stop=1.0), and the run went from progress 0.33 to 1.00" in str(late)
+    with sl.steer(pipe, bank, {"a": sl.Add(1.0, branch="uncond")}) as unguided:
+        run(pipe, guidance=False)
+    assert "is guidance on?" in str(unguided)
+    with sl.steer(pipe, bank, {"a": sl.Add(1.0, gate=sl.Gate("b", above=1e9))}) as shut:
+        run(pipe)
+    assert "gate on 'b' never opened" in str(shut)
+
+
+# -- guiders ---------------------------------------------------------------------------------------------------
+
+
+def test_a_modular_pipelines_guider_tells_which_half_it_asks_for():
+    from diffusers.modular_pipelines import StableDiffusionXLAutoBlocks
+
+    parts, blocks = PIPELINES["sdxl"].build(), StableDiffusionXLAutoBlocks()
+    for unused in ("text_encoder", "ip_adapter"):
+        blocks.sub_blocks.pop(unused, None)
+    pipe = blocks.init_pipeline()
+    pipe.update_components(unet=parts.unet, vae=parts.vae, scheduler=parts.scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+    shapes = ((1, 7, 16), (1, 7, 16), (1, 8), (1, 8))
+    drawn = [torch.randn(shape, generator=torch.Generator().manual_seed(k)) for k, shape in enumerate(shapes)]
+
+    def make():
+        given = dict(zip(names, drawn, strict=True)) | {"num_inference_steps": 3, "height": 32, "width": 64}
+        return pipe(**given, output_type="latent", generator=torch.Generator().manual_seed(0), output="images")
+
+    site = site_of("sdxl")
+    bank, before = bank_for(pipe, site, 16), traces(pipe)
+    with sl.record(pipe, [site]) as tape:
+        plain = make()
+    assert [state.branches for state, _ in tape[site]] == [("cond",), ("uncond",)] * 3
+    assert [state.step for state, _ in tape[site]] == [0, 0, 1, 1, 2, 2]
+    for half in (0, 1):
+        with sl.steer(pipe, bank, {"a": 1.0}, branch=("cond", "uncond")[half]), sl.record(pipe, [site]) as after:
+            made = make()
+        moved = [not torch.equal(x, y) for (_, x), (_, y) in zip(tape[site], after[site], strict=True)]
+        assert moved[half] and not moved[1 - half] and not torch.equal(made, plain)
+    with sl.steer(pipe, bank, {"a": sl.Add(1.0, when=sl.Window(0.9, 1.0), mask=(0.0, 0.0, 0.5, 1.0))}):
+        make()
+    assert traces(pipe) == before and torch.equal(make(), plain)
