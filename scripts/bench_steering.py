@@ -222,10 +222,11 @@ def entering(model: Any, rounds: int, peers: bool) -> dict[str, Any]:
 def print_table(title: str, rows: dict[str, Any]) -> None:
     """One row a setting, one column a condition."""
     names = list(next(iter(rows.values())))
-    print(f"\n{title}\n{'':<24}" + "".join(f"{name:>24}" for name in names))
+    first, wide = max(24, *(len(what) + 2 for what in rows)), max(24, *(len(name) + 2 for name in names))
+    print(f"\n{title}\n{'':<{first}}" + "".join(f"{name:>{wide}}" for name in names))
     for what, values in rows.items():
         cells = [f"{v[0]:.3f} ({v[1]:.2f}–{v[2]:.2f})" if isinstance(v, list) else f"{v:.1f}" for v in values.values()]
-        print(f"{what:<24}" + "".join(f"{cell:>24}" for cell in cells))
+        print(f"{what:<{first}}" + "".join(f"{cell:>{wide}}" for cell in cells))
 
 
 def machine() -> str:

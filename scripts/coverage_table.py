@@ -1,25 +1,41 @@
-"""The coverage table of the README: `python scripts/coverage_table.py > coverage.md`.
+"""The coverage tables of the README: `python scripts/coverage_table.py text|images > coverage.md`.
 
-Builds every causal-LM architecture of transformers at toy size, as `tests/test_families.py` does, and prints how many sites
-of each kind were found; the test proves that each of them moves as it should.
+Text: builds every causal-LM architecture of transformers at toy size, as `tests/test_families.py` does, and prints how many
+sites of each kind were found; the test proves that each of them moves as it should. Images: runs the contract of
+`tests/test_pipelines.py` over every family and prints what held.
 """
 
+import subprocess
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from xml.etree import ElementTree
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-
-import transformers
-from test_families import TYPES, attempt, is_covered
-
-from steerlib.hosts import host_for
+TESTS = Path(__file__).parent.parent / "tests"
+sys.path.insert(0, str(TESTS))
 
 PARTS = {"layers.1": "block output", "layers.1.in": "block input", "layers.1.attn": "attention", "layers.1.mlp": "feed-forward",
          "layers.1.attn.heads.0": "heads", "embed": "embeddings", "norm": "final norm"}  # fmt: skip
+CLAIMS = {
+    "an_edit_of_nothing": "amount 0: same bits",
+    "the_site_moves": "moves by the vector",
+    "progress_is": "noise level",
+    "outside_its_window": "windows, steps",
+    "one_half_of_guidance": "one half of guidance",
+    "a_batch_of_different": "an amount an image",
+    "a_box_moves": "box in a non-square image",
+    "nothing_is_left": "nothing left behind",
+}
+"""What each test of the contract shows, by the beginning of its name."""
 
 
-def main() -> None:
-    """Print the table and what is missing from it."""
+def text() -> None:
+    """Print the table of language models and what is missing from it."""
+    import transformers
+    from test_families import TYPES, attempt, is_covered
+
+    from steerlib.hosts import host_for
+
     models = {name: attempt(name) for name in TYPES}
     built = {name: model for name, model in models.items() if not isinstance(model, str)}
     covered = [name for name, model in built.items() if is_covered(model)]
@@ -33,5 +49,33 @@ def main() -> None:
     print(f"Not built: {', '.join(name for name in TYPES if name not in built)}; `pytest tests/test_families.py -rs` says why.")
 
 
+def outcomes() -> dict[tuple[str, str], bool]:
+    """Whether each claim held for each family."""
+    with TemporaryDirectory() as place:
+        report = Path(place) / "report.xml"
+        command = [sys.executable, "-m", "pytest", "-q", "tests/test_pipelines.py", f"--junitxml={report}"]
+        subprocess.run(command, cwd=TESTS.parent, stdout=subprocess.DEVNULL, check=False)
+        cases = list(ElementTree.parse(report).iter("testcase"))
+    held: dict[tuple[str, str], bool] = {}
+    for case in cases:
+        name, _, given = case.attrib["name"].removeprefix("test_").partition("[")
+        claim = next((label for start, label in CLAIMS.items() if name.startswith(start)), "")
+        key = claim, given.rstrip("]").rpartition("-")[2]
+        held[key] = held.get(key, True) and not [*case]
+    return held
+
+
+def images() -> None:
+    """Print the table of pipelines."""
+    import diffusers
+    from tiny_pipelines import PIPELINES
+
+    held = outcomes()
+    print(f"| diffusers {diffusers.__version__} | {' | '.join(CLAIMS.values())} |\n|{'---|' * (len(CLAIMS) + 1)}")
+    for family in PIPELINES:
+        marks = [{True: "✓", False: "✗", None: "–"}[held.get((claim, family))] for claim in CLAIMS.values()]
+        print(f"| {family} | {' | '.join(marks)} |")
+
+
 if __name__ == "__main__":
-    main()
+    {"text": text, "images": images}[sys.argv[1]]()
