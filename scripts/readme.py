@@ -1,7 +1,7 @@
-"""Write the README's measured parts: `python scripts/readme.py [--bench FILE] [--latents FILE] [--coverage FILE]`.
+"""Write the README's measured parts: `python scripts/readme.py`, with the files of whatever was measured anew.
 
 Runs the README's first example for the output; takes tables and picture of effects from the shipped bank, the cost from
-`bench_steering.py --out` and `bench_latents.py --out`, and the coverage from `coverage_table.py`.
+`--out` of `bench_steering.py`, `bench_latents.py` and `bench_diffusion.py`, and the coverage from `coverage_table.py`.
 """
 
 import json
@@ -62,22 +62,26 @@ def put(text: str, section: str, content: str) -> str:
 def main(
     bench: Annotated[Path | None, typer.Option(help="figures of bench_steering.py")] = None,
     latents: Annotated[Path | None, typer.Option(help="figures of bench_latents.py")] = None,
-    coverage: Annotated[Path | None, typer.Option(help="output of coverage.py")] = None,
+    diffusion: Annotated[Path | None, typer.Option(help="figures of bench_diffusion.py")] = None,
+    coverage: Annotated[Path | None, typer.Option(help="output of coverage_table.py text")] = None,
+    pipelines: Annotated[Path | None, typer.Option(help="output of coverage_table.py images")] = None,
+    effects: Annotated[bool, typer.Option(help="run the model for the first example, and write the tables of effects")] = True,
 ) -> None:
     """Write the measured parts of the README."""
-    bank = sl.ConceptBank.from_pretrained("smollm2-135m-instruct")
     from steerlib.cli import recipe_of
 
-    text = put(README.read_text(encoding="utf-8"), "output", output(bank, recipe_of(bank, None).source))
-    measured = records(bank)
-    text = put(put(text, "effects", table(measured)), "methods", summary_table(measured))
-    picture(measured, README.parent / ".assets" / "effects.png")
-    if bench is not None:
-        text = put(text, "cost", cost(json.loads(bench.read_text())))
-    if latents is not None:
-        text = put(text, "latents", cost(json.loads(latents.read_text())))
-    if coverage is not None:
-        text = put(text, "coverage", coverage.read_text(encoding="utf-8").strip())
+    text = README.read_text(encoding="utf-8")
+    if effects:
+        bank = sl.ConceptBank.from_pretrained("smollm2-135m-instruct")
+        text, measured = put(text, "output", output(bank, recipe_of(bank, None).source)), records(bank)
+        text = put(put(text, "effects", table(measured)), "methods", summary_table(measured))
+        picture(measured, README.parent / ".assets" / "effects.png")
+    for section, path in (("cost", bench), ("latents", latents), ("diffusion", diffusion)):
+        if path is not None:
+            text = put(text, section, cost(json.loads(path.read_text(encoding="utf-8"))))
+    for section, path in (("coverage", coverage), ("pipelines", pipelines)):
+        if path is not None:
+            text = put(text, section, path.read_text(encoding="utf-8").strip())
     README.write_text(text, encoding="utf-8")
 
 

@@ -21,6 +21,7 @@ from .interventions import Set as Set
 from .masks import Word as Word
 from .readers import read_bank as read_bank
 from .recording import record as record
+from .schedules import PerStep as PerStep
 from .schedules import Ramp as Ramp
 from .schedules import Schedule as Schedule
 from .schedules import Steps as Steps
@@ -35,6 +36,6 @@ from .training.recipe import Recipe as Recipe
 
 __all__ = [
     "Ablate", "Add", "BaseModel", "CausalGraph", "Clamp", "Concept", "ConceptBank", "Directions", "Edge", "Encoder",
-    "Gate", "Host", "Intervention", "Part", "Patch", "Ramp", "Recipe", "Scale", "Schedule", "Set", "Site", "Steering",
-    "StepState", "Steps", "Window", "Word", "attach", "load", "read_bank", "record", "steer", "train",
+    "Gate", "Host", "Intervention", "Part", "Patch", "PerStep", "Ramp", "Recipe", "Scale", "Schedule", "Set", "Site",
+    "Steering", "StepState", "Steps", "Window", "Word", "attach", "load", "read_bank", "record", "steer", "train",
 ]  # fmt: skip

@@ -66,7 +66,7 @@ class Intervention(ABC):
         if self.gate is not None and self.gate != "open" and not isinstance(self.gate, Gate):
             raise BadEdit(f"expected gate to be a Gate or 'open', got {self.gate!r}")
         if self.when is not None and not isinstance(self.when, Schedule):
-            raise BadEdit(f"expected when to be Steps, Window or Ramp, got {self.when!r}")
+            raise BadEdit(f"expected when to be Steps, PerStep, Window or Ramp, got {self.when!r}")
         object.__setattr__(self, "mask", masks.check(self.mask))
 
     @abstractmethod

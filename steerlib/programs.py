@@ -273,6 +273,9 @@ class Program:
                 return x.new_zeros((), dtype=torch.float32)
             if not all(halves):
                 share = x.new_tensor(halves, dtype=torch.float32).repeat_interleave(len(x) // len(halves))[:, None]
+        if edit.intervention.when is not None and (weights := edit.intervention.when.weigh(state)) is not None:
+            weights = weights.to(x.device)
+            share = weights if share is None else share * weights
         for gate in edit.gates:
             noted = state.notes.get(("gate", edit.key, gate))
             if noted is None:

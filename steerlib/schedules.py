@@ -8,11 +8,11 @@ from collections.abc import Hashable
 from copy import copy
 from dataclasses import dataclass, field
 from functools import cached_property
-from math import inf
+from math import inf, isfinite
 from typing import Any, Literal, NamedTuple
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 Section = Literal["prompt", "generated", "mixed"]
@@ -206,6 +206,10 @@ class Schedule(ABC):
     def numbers(self) -> tuple[float, float, float, float, float]:
         """`(start, stop, first, last, ramp)`: the form in which `gain` takes every schedule."""
 
+    def weigh(self, state: StepState) -> "Float[Tensor, 'rows N'] | None":  # noqa: ARG002
+        """What multiplies that, where five numbers do not say all; None where they do."""
+        return None
+
 
 @dataclass(frozen=True)
 class Window(Schedule):
@@ -238,6 +242,26 @@ class Steps(Schedule):
 
     def numbers(self) -> tuple[float, float, float, float, float]:
         return self.start, inf if self.stop is None else self.stop, 1.0, 1.0, 0.0
+
+
+@dataclass(frozen=True)
+class PerStep(Schedule):
+    """A strength for each step, as `Steps` counts them; the last holds from then on."""
+
+    strengths: tuple[float, ...]
+    clock: str = field(default="steps", init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "strengths", tuple(map(float, self.strengths)))
+        if not self.strengths or not all(map(isfinite, self.strengths)):
+            raise ValueError(f"expected a finite strength for each step, got {self.strengths}")
+
+    def numbers(self) -> tuple[float, float, float, float, float]:
+        return 0.0, inf, 1.0, 1.0, 0.0
+
+    def weigh(self, state: StepState) -> Float[Tensor, "rows N"]:
+        table = torch.tensor(self.strengths, device=state.steps.device)
+        return table[state.steps.clamp(max=len(table) - 1)]
 
 
 @dataclass(frozen=True)

@@ -89,12 +89,16 @@ def test_first_block_cache_at_threshold_0_changes_nothing_and_stays_when_steerin
     assert torch.equal(run(pipe), plain("flux"))
 
 
-@pytest.mark.parametrize("config", ["PyramidAttentionBroadcastConfig", "MagCacheConfig", "TaylorSeerCacheConfig"])
+@pytest.mark.parametrize(
+    "config",
+    ["PyramidAttentionBroadcastConfig", "MagCacheConfig", "TaylorSeerCacheConfig", "SeaCacheConfig"],
+)
 def test_other_caches_go_on_beside_an_edit_of_nothing(config):
     pipe = PIPELINES["flux"].build()
     bank, made = bank_for(pipe, "transformer.transformer_blocks.1:image", 16), getattr(diffusers, config)
     options = {
         "PyramidAttentionBroadcastConfig": {"spatial_attention_block_skip_range": 2, "current_timestep_callback": lambda: 500},
+        "SeaCacheConfig": {"threshold": 0.25},
         "MagCacheConfig": {"mag_ratios": [1.0] * 6, "num_inference_steps": 6},
         "TaylorSeerCacheConfig": {"cache_interval": 2, "disable_cache_before_step": 1},
     }[config]
@@ -267,7 +271,88 @@ def test_several_images_of_a_prompt_take_the_prompts_amount_or_each_its_own():
         make({"a": [0.0, 1.0, 2.0]})
 
 
+def test_image_prompts_and_other_attention_leave_the_laws_as_they_are():
+    """An IP-Adapter brings processors of its own; an attention backend other kernels."""
+    pipe, g = PIPELINES["sd1"].build(), torch.Generator().manual_seed(0)
+    bank = bank_for(pipe, site_of("sd1"), 16)
+    with diffusers.models.attention_dispatch.attention_backend("native"):
+        assert torch.equal(steered(pipe, bank, {"a": 0.0}), run(pipe))
+    proj = {"proj.weight": torch.randn(64, 8, generator=g), "proj.bias": torch.zeros(64), "norm.weight": torch.ones(16)}
+    names = [name for name in pipe.unet.attn_processors if "attn2" in name]
+    modules = [pipe.unet.get_submodule(name.removesuffix(".processor")) for name in names]
+    ip = {
+        f"{2 * i + 1}.to_{part}_ip.weight": torch.randn(m.to_k.out_features, 16, generator=g)
+        for i, m in enumerate(modules)
+        for part in "kv"
+    }
+    pipe.unet._load_ip_adapter_weights([{"image_proj": proj | {"norm.bias": torch.zeros(16)}, "ip_adapter": ip}], False)
+    given = PIPELINES["sd1"].call(pipe) | {"ip_adapter_image_embeds": [torch.randn(2, 1, 8, generator=g)]}
+
+    def make(edits):
+        given["generator"] = torch.Generator().manual_seed(0)
+        with sl.steer(pipe, bank, edits):
+            return pipe(**given).images
+
+    nothing = make({})
+    assert torch.equal(make({"a": 0.0}), nothing) and not torch.equal(make({"a": 2.0}), nothing)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch says that these modules will be replaced
+def test_quantised_weights_are_steered():
+    pipe = PIPELINES["sd1"].build()
+    bank = bank_for(pipe, site_of("sd1"), 16)
+    pipe.unet = torch.ao.quantization.quantize_dynamic(pipe.unet, {torch.nn.Linear}, dtype=torch.qint8)
+    nothing, site = run(pipe), site_of("sd1")
+    assert torch.equal(steered(pipe, bank, {"a": 0.0}), nothing) and not torch.equal(nothing, plain("sd1"))
+    with sl.record(pipe, [site]) as before:
+        run(pipe, steps=1)
+    with sl.steer(pipe, bank, {"a": 2.0}), sl.record(pipe, [site]) as after:
+        run(pipe, steps=1)
+    expected = before[site][0][1] + 2.0 * bank.rows(bank["a"]).write[0]
+    torch.testing.assert_close(after[site][0][1], expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.skipif(not torch.accelerator.is_available(), reason="offloading by accelerate needs an accelerator")
+@pytest.mark.parametrize("how", ["enable_model_cpu_offload", "enable_sequential_cpu_offload"])
+@pytest.mark.parametrize("first", ["offload", "hook"])
+def test_offloading_by_accelerate_changes_nothing(how, first):
+    pipe = PIPELINES["sd1"].build()
+    bank = bank_for(pipe, site_of("sd1"), 16)
+    if first == "offload":
+        getattr(pipe, how)()
+    steering = sl.attach(pipe, bank)
+    if first == "hook":
+        getattr(pipe, how)()
+    nothing = run(pipe)
+    steering.set({"a": 2.0})
+    once, twice = run(pipe), run(pipe)
+    assert torch.equal(once, twice) and not torch.equal(once, nothing)
+    steering.detach()
+    assert torch.equal(run(pipe), nothing)
+
+
+def test_half_precision_pipelines_are_steered_in_their_own_dtype():
+    pipe = PIPELINES["sd1"].build().to(dtype=torch.bfloat16)
+    bank, site = bank_for(pipe, site_of("sd1"), 16), site_of("sd1")
+    given = {k: v.to(torch.bfloat16) if isinstance(v, torch.Tensor) else v for k, v in PIPELINES["sd1"].call(pipe).items()}
+    with sl.steer(pipe, bank, {"a": 2.0, "b": sl.Set(0.0)}), sl.record(pipe, [site]) as tape:
+        made = pipe(**given).images
+    assert made.dtype == tape[site][0][1].dtype == torch.bfloat16
+
+
 # -- composition -----------------------------------------------------------------------------------------------
+
+
+def test_each_step_may_have_a_strength_of_its_own():
+    pipe, site = pipe_of("sd1"), site_of("sd1")
+    bank = bank_for(pipe, site, 16)
+    (_, first), *_ = seen("sd1", {"a": 1.0})[0]
+    edits = {"a": sl.Add(2.0, when=sl.PerStep((0.5, 0.0)))}
+    with sl.steer(pipe, bank, edits) as session, sl.record(pipe, [site]) as tape:
+        made = run(pipe)
+    once = steered(pipe, bank, {"a": sl.Add(1.0, when=sl.Steps(0, 1))})
+    torch.testing.assert_close(made, once)
+    assert session.report().lines[0].acted == 1 and len(tape[site]) == 3 and len(first) == 2
 
 
 def test_nested_sessions_equal_one():
