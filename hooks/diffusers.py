@@ -95,7 +95,8 @@ class Turn:
 
 _TURNS: WeakKeyDictionary[Any, Turn] = WeakKeyDictionary()
 _HOLDERS: WeakKeyDictionary[Any, nn.Module] = WeakKeyDictionary()
-_TIMES: WeakKeyDictionary[Any, tuple[Tensor, list[float]]] = WeakKeyDictionary()
+_SITES: WeakKeyDictionary[nn.Module, PipelineSites] = WeakKeyDictionary()
+_NUMBERS: WeakKeyDictionary[Any, dict[str, tuple[Tensor, Any]]] = WeakKeyDictionary()
 
 
 class PipelineHost(Host):
@@ -112,11 +113,11 @@ class PipelineHost(Host):
                     f"{name} is a wrapper made by torch.compile; attach to the plain pipeline first, then call "
                     f"pipe.{name}.compile() or pipe.{name}.compile_repeated_blocks()"
                 )
-        parts = ", ".join(dict(self.model.named_children()))
-        if not self.denoisers:
+        if not self.denoisers or not hasattr(target, "scheduler"):
+            parts = ", ".join(dict(self.model.named_children()))
             raise UnsupportedTarget(
-                f"expected a pipeline with a denoiser, {type(target).__name__} has {parts or 'no modules'}; "
-                "load its components first, or steer the module itself: sl.steer(module, bank, ...)"
+                f"expected a pipeline with a denoiser and a scheduler, {type(target).__name__} has {parts or 'no modules'}; "
+                "load its components first, steer the pipelines it is made of, or the module: sl.steer(module, bank, ...)"
             )
 
     @cached_property
@@ -126,7 +127,10 @@ class PipelineHost(Host):
 
     @cached_property
     def _sites(self) -> PipelineSites:
-        return PipelineSites(self.model, self.denoisers)
+        known = _SITES.get(self.model)
+        if known is None or known.parts != [*self.model.children()]:
+            known = _SITES[self.model] = PipelineSites(self.model, self.denoisers)
+        return known
 
     def sites(self) -> Mapping[str, Site]:
         return self._sites.named
@@ -164,7 +168,7 @@ class PipelineHost(Host):
         component, _, rest = clock.partition(".")
         if rest:  # inside an autoencoder: the finished image, or one tile of it
             tiled = getattr(self.model.get_submodule(component), "use_tiling", False)
-            return StepState.denoising(1.0, grid=None if tiled else _grid(first, given), like=first)
+            return StepState.denoising(1.0, grid=None if tiled else self._grid(first, given), like=first)
         mask = given.get("attention_mask")
         mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
         length = 0 if first is None else first.shape[-1 if first.ndim < 3 else 1]
@@ -195,7 +199,7 @@ class PipelineHost(Host):
             prompts=call.prompts if call and branches is not None else None,
             images=images,
             branches=branches,
-            grid=_grid(first, given),
+            grid=self._grid(first, given),
             words=Words(self.pipe, self.model, call.names.get("prompt")) if call else None,
             texts=text.shape[1] if isinstance(text := given.get("encoder_hidden_states"), Tensor) and text.ndim == 3 else 0,
             like=first,
@@ -203,29 +207,46 @@ class PipelineHost(Host):
 
     @property
     def _train_steps(self) -> int:
-        return int(getattr(self.pipe.scheduler.config, "num_train_timesteps", 1000))
+        return int(getattr(getattr(self.pipe.scheduler, "config", None), "num_train_timesteps", 1000))
 
     def _moment(self, call: Call | None, module: nn.Module, given: dict[str, Any]) -> tuple[float, int]:
         """Noise level from 1 to 0, and which of the scheduler's noise levels that is."""
-        times, index, t = (call.names.get(name) if call else None for name in ("timesteps", "i", "t"))
-        counted = isinstance(times, Tensor) and isinstance(index, int) and index < len(times)
-        times = self._times(times if counted else self.pipe.scheduler.timesteps)
+        run, index, t = (call.names.get(name) if call else None for name in ("timesteps", "i", "t"))
+        counted = isinstance(run, Tensor) and isinstance(index, int) and index < len(run)
+        times = self._once("times", run if counted else self.pipe.scheduler.timesteps, lambda x: [float(t) for t in x.tolist()])
         if counted and isinstance(t, Tensor):
-            noise = times[index] / self._train_steps  # the list is on the CPU, t may not be
+            time = times[index]  # the list is on the CPU, t may not be
         elif isinstance(t, (Tensor, int, float)):
-            noise = float(t) / self._train_steps
+            time = float(t)
         else:
-            noise = float(torch.as_tensor(noise_level(module, _time(given), self._train_steps)).reshape(-1)[0])
+            noise = torch.as_tensor(noise_level(module, _time(given), self._train_steps))
+            time = float(noise.reshape(-1)[0]) * self._train_steps
         levels = list(dict.fromkeys(times))
-        step = min(range(len(levels)), key=lambda k: abs(levels[k] - noise * self._train_steps)) if levels else 0
-        return noise, step
+        step = min(range(len(levels)), key=lambda k: abs(levels[k] - time))
+        if min(levels) < 0 or max(levels) > self._train_steps:  # schedulers of EDM count otherwise: by steps, then
+            return 1 - step / len(levels), step
+        return time / self._train_steps, step
 
-    def _times(self, times: Tensor) -> list[float]:
-        """The timesteps of a run as numbers, read from their device once."""
-        known = _TIMES.get(self.pipe)
-        if known is None or known[0] is not times:
-            known = _TIMES[self.pipe] = times, [float(t) for t in times.tolist()]
-        return known[1]
+    def _once(self, what: str, tensor: Tensor, numbers: Callable[[Tensor], Any]) -> Any:
+        """Numbers of a tensor that stays the same during a run, read from its device once."""
+        known = _NUMBERS.setdefault(self.pipe, {})
+        if what not in known or known[what][0] is not tensor:
+            known[what] = tensor, numbers(tensor)
+        return known[what][1]
+
+    def _grid(self, sample: Any, given: Mapping[str, Any]) -> Grid | None:
+        """Sizes of the latent: an image `[B, C, H, W]`, a video `[B, C, F, H, W]`, or tokens and what is told beside them."""
+        if isinstance(ids := given.get("img_ids"), Tensor):
+            return self._once(
+                "grid", ids, lambda ids: Grid(1, *(int(n) + 1 for n in ids.reshape(-1, ids.shape[-1])[:, 1:3].amax(0)))
+            )
+        if isinstance(shapes := given.get("img_shapes"), list):
+            return Grid(*(shapes[0] if len(shapes[0]) == 3 else shapes[0][0]))
+        if {"num_frames", "height", "width"} <= {*given}:
+            return Grid(given["num_frames"], given["height"], given["width"])
+        if not isinstance(sample, Tensor) or sample.ndim not in (4, 5):
+            return None
+        return Grid(*(1, *sample.shape[-2:]) if sample.ndim == 4 else sample.shape[-3:])
 
     def _branches(self, clock: str, call: Call, copies: int) -> tuple[Branch, ...]:
         """The halves of guidance in this call, one for each copy of the rows."""
@@ -333,18 +354,3 @@ def _time(given: Mapping[str, Any]) -> Any:
 
 def _texts(prompt: Any) -> list[str]:
     return [prompt] if isinstance(prompt, str) else list(prompt)
-
-
-def _grid(sample: Any, given: Mapping[str, Any]) -> Grid | None:
-    """Frames, height and width of the latent: of an image `[B, C, H, W]`, a video `[B, C, F, H, W]`, or told beside tokens."""
-    ids = given.get("img_ids")
-    if isinstance(ids, Tensor):
-        return Grid(1, *(int(n) + 1 for n in ids.reshape(-1, ids.shape[-1])[:, 1:3].amax(0).tolist()))
-    if isinstance(shapes := given.get("img_shapes"), list):
-        frames, height, width = shapes[0] if isinstance(shapes[0], (tuple, list)) and len(shapes[0]) == 3 else shapes[0][0]
-        return Grid(frames, height, width)
-    if {"num_frames", "height", "width"} <= {*given}:
-        return Grid(given["num_frames"], given["height"], given["width"])
-    if not isinstance(sample, Tensor) or sample.ndim not in (4, 5):
-        return None
-    return Grid(*(1, *sample.shape[-2:]) if sample.ndim == 4 else sample.shape[-3:])

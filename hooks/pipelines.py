@@ -53,8 +53,14 @@ class PipelineSites:
     """The sites of a pipeline, by name: what blocks give, take and add; their attention and its heads; text encoders."""
 
     def __init__(self, model: nn.Module, denoisers: tuple[str, ...]):
-        self.model, self.denoisers = model, denoisers
-        self.modules = dict(model.named_modules())
+        self.model, self.denoisers, self.parts = model, denoisers, [*model.children()]
+
+    def _has(self, path: str) -> bool:
+        """Whether a path leads to a module."""
+        inside: nn.Module | None = self.model
+        for name in path.split("."):
+            inside = None if inside is None else inside._modules.get(name)
+        return inside is not None
 
     @cached_property
     def named(self) -> dict[str, Site]:
@@ -84,12 +90,12 @@ class PipelineSites:
             return self._texts[name]
         match = PARTS.fullmatch(name)
         path = match["path"] if match else name
-        if path not in self.modules:
-            path = next((p for p in (OLD.sub(r"\1.", path), OLD.sub(r"\1.text_model.", path)) if p in self.modules), path)
-        if match is None or not path or path not in self.modules:
+        if not self._has(path):
+            path = next((p for p in (OLD.sub(r"\1.", path), OLD.sub(r"\1.text_model.", path)) if self._has(p)), path)
+        if match is None or not path or not self._has(path):
             raise UnknownSite(
                 f"the pipeline has no site {name!r}; name one, or any module path whose output is an image [rows, channels, …] "
-                f"or tokens [rows, tokens, width]: {nearest(name, self.named, filter(None, self.modules))}"
+                f"or tokens [rows, tokens, width]: {nearest(name, self.named, filter(None, dict(self.model.named_modules())))}"
             )
         stream: Literal["image", "text"] = match["stream"] or "image"  # type: ignore[assignment]
         if ".heads" in name:
@@ -101,23 +107,25 @@ class PipelineSites:
             side={"in": "input"}.get(side, side),  # type: ignore[arg-type]
             element=getattr(streams, stream) if streams else 0,
             layout="BD...",
-            argument=_argument(self.modules[path], stream),
+            argument=_argument(self.model.get_submodule(path), stream),
         )
 
     def _streams(self, path: str) -> Streams | None:
         """Where a tuple holds image and text; the attention of a block on both gives the image first in any case."""
         block, _, part = path.rpartition(".")
-        return IMAGE_FIRST if part == "attn" and _streams(self.modules[block]) else _streams(self.modules[path])
+        if part == "attn" and _streams(self.model.get_submodule(block)):
+            return IMAGE_FIRST
+        return _streams(self.model.get_submodule(path))
 
     def _heads(self, name: str, path: str, stream: str, head: str | None) -> Site:
         """What one head, or all, hand to the projection of the output."""
         where = f"{path}.to_add_out" if stream == "text" else f"{path}.to_out.0"
-        attention = self.modules[path]
-        if where not in self.modules or not hasattr(attention, "heads"):
+        attention: Any = self.model.get_submodule(path)
+        if not self._has(where) or not hasattr(attention, "heads"):
             raise UnknownSite(f"{path!r} has no heads that {where.rpartition('.')[2]!r} joins; name its parts by module path")
-        width = self.modules[where].in_features // attention.heads  # type: ignore[union-attr, operator]
+        width = self.model.get_submodule(where).in_features // attention.heads  # type: ignore[operator]
         columns = None if head is None else (int(head) * width, (int(head) + 1) * width)
-        return Site(name=name, module=where, side="input", columns=columns)  # type: ignore[arg-type]
+        return Site(name=name, module=where, side="input", columns=columns)
 
     def _blocks(self, component: str) -> list[str]:
         """Paths of a denoiser's blocks, inside it, in the order of a pass."""
@@ -130,14 +138,14 @@ class PipelineSites:
 
     def _endings(self, path: str) -> list[str]:
         """What can follow a block's path."""
-        module = self.modules[path]
+        module = self.model.get_submodule(path)
         whole = [""] if self._streams(path) is None else [":image", ":text"]
         found = [f"{stream}{side}" for stream in whole for side in ("", ".update")]
         for name in ATTENTION:
             attention = getattr(module, name, None)
             if attention is not None:
                 found.append(f".{name}")
-                if hasattr(attention, "heads") and f"{path}.{name}.to_out.0" in self.modules:
+                if hasattr(attention, "heads") and self._has(f"{path}.{name}.to_out.0"):
                     found += [f".{name}.heads", *(f".{name}.heads.{h}" for h in range(attention.heads))]
         return found
 

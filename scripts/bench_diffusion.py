@@ -19,6 +19,7 @@ import steerlib as sl
 from steerlib.bank import SiteFacts
 from steerlib.encoders import JumpReLU
 
+d: Any = diffusers  # whose annotations do not know that parts of a pipeline can be absent
 UNET = {"block_out_channels": (64, 128, 192), "layers_per_block": 1, "cross_attention_dim": 128, "attention_head_dim": 32}
 UNET_SITES = ("unet.down_blocks.1.attentions.0", "unet.mid_block.attentions.0", "unet.up_blocks.1.attentions.0")
 DIT = {"num_layers": 8, "num_attention_heads": 8, "attention_head_dim": 32, "cross_attention_dim": 256, "caption_channels": 128}
@@ -30,24 +31,24 @@ def unet() -> Any:
     """A small Stable Diffusion of the first generation."""
     parts: dict[str, Any] = {"text_encoder": None, "tokenizer": None, "safety_checker": None, "feature_extractor": None}
     down, up = ("DownBlock2D", *["CrossAttnDownBlock2D"] * 2), (*["CrossAttnUpBlock2D"] * 2, "UpBlock2D")
-    denoiser = diffusers.UNet2DConditionModel(sample_size=32, down_block_types=down, up_block_types=up, **UNET)
-    scheduler = diffusers.DDIMScheduler(steps_offset=1, clip_sample=False)
-    return diffusers.StableDiffusionPipeline(
+    denoiser = d.UNet2DConditionModel(sample_size=32, down_block_types=down, up_block_types=up, **UNET)
+    scheduler = d.DDIMScheduler(steps_offset=1, clip_sample=False)
+    return d.StableDiffusionPipeline(
         vae=autoencoder(), unet=denoiser, scheduler=scheduler, requires_safety_checker=False, **parts
     )
 
 
 def transformer() -> Any:
     """A small PixArt."""
-    denoiser = diffusers.PixArtTransformer2DModel(sample_size=32, use_additional_conditions=False, **DIT)
-    scheduler = diffusers.DDIMScheduler(steps_offset=1, clip_sample=False)
-    return diffusers.PixArtSigmaPipeline(None, None, autoencoder(), denoiser, scheduler)  # type: ignore[arg-type]
+    denoiser = d.PixArtTransformer2DModel(sample_size=32, use_additional_conditions=False, **DIT)
+    scheduler = d.DDIMScheduler(steps_offset=1, clip_sample=False)
+    return d.PixArtSigmaPipeline(None, None, autoencoder(), denoiser, scheduler)
 
 
 def autoencoder() -> Any:
     """Asked for nothing: latents are not decoded."""
     stages = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
-    return diffusers.AutoencoderKL(block_out_channels=(8, 8), norm_num_groups=4, **stages)
+    return d.AutoencoderKL(block_out_channels=(8, 8), norm_num_groups=4, **stages)
 
 
 def given(pipe: Any, batch: int) -> dict[str, Any]:

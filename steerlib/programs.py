@@ -14,6 +14,7 @@ from . import masks
 from .edits import Edit, Kept, Key, Reading, Table
 from .encoders.base import fired, scale
 from .errors import ConflictingEdits, RowMismatch, Unanswerable, WrongWidth
+from .interventions import Patch
 from .replay import Replay
 from .schedules import StepState, gain
 
@@ -85,7 +86,9 @@ class Program:
         """Whether there are times at which nothing is to be done here."""
         self._times = (self.table.schedule, self.table.paced) if self.waits and self.table is not None else None
         self._replays = {
-            k: Replay(edit.intervention.tape[edit.replays], edit.concept.name) for k, edit in enumerate(edits) if edit.replays
+            k: Replay(edit.intervention.tape[edit.replays], edit.concept.name)
+            for k, edit in enumerate(edits)
+            if isinstance(edit.intervention, Patch)
         }
         self._is_swap = [edit.swaps for edit in edits]
         self._keeps = [k for k, edit in enumerate(edits) if edit.keeps_norm]
@@ -165,7 +168,7 @@ class Program:
         return delta if len(delta) == len(x) else delta[state.row(len(delta), len(x)).to(delta.device)]
 
     def _check_rows(self, amounts: int, rows: int, state: StepState) -> None:
-        rows //= state.copies
+        rows = rows // state.copies
         expected = state.prompts or rows
         if amounts not in (1, expected, state.images) or rows % amounts:
             raise RowMismatch(f"expected one amount for each of {expected} rows, got {amounts}; give one number or {expected}")

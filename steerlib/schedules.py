@@ -45,7 +45,9 @@ class StepState:
     image, a *step* is one of the scheduler's, and positions count the tokens of a site.
     """
 
-    progress: "float | Tensor | None" = None
+    _sizes: "dict[int, StepState]"
+    """This pass at sites with other numbers of tokens."""
+    progress: Any = None
     """Of a denoiser; None for text."""
     step: int = 0
     """Of a denoiser."""
@@ -57,7 +59,7 @@ class StepState:
     """Tokens of text, which some blocks keep in front of those of the image."""
     words: Any = None
     """Answers where the words of the prompt are: `columns(word, row, rows)`, and how many `heads(site)` look at them."""
-    copies: "int | Tensor" = 1
+    copies: Any = 1
     """How often the rows lie in the batch: twice where guidance stacks its two halves; 0: as often as amounts fit into it."""
 
     def __init__(
@@ -109,9 +111,8 @@ class StepState:
         batch once for each of the `branches`."""
         state = cls(0, prompts=prompts, branches=branches, like=like)
         steps = torch.full((1, 1), step, device=None if like is None else like.device)
-        state.__dict__.update(
-            progress=progress, step=step, images=images, grid=grid, texts=texts, words=words, steps=steps, _sizes={}, notes={}
-        )
+        state.progress, state.step, state.images, state.grid = progress, step, images, grid
+        state.texts, state.words, state.steps, state.notes, state._sizes = texts, words, steps, {}, {}
         state.copies = len(branches or ()) or 1
         return state
 
@@ -138,7 +139,7 @@ class StepState:
             device = self.steps.device
             before.progress, before.copies = torch.zeros((), device=device), torch.ones((), dtype=torch.long, device=device)
         for tensor, value in ((before.steps, self.step), (before.progress, self.progress), (before.copies, self.copies)):
-            tensor.fill_(value)  # type: ignore[union-attr]
+            tensor.fill_(value)
         return before
 
     def at_traced(self, x: Tensor) -> "StepState":

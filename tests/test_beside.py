@@ -1,14 +1,18 @@
 """Steering beside what diffusers can do with a pipeline: schedulers, caches, offloading, compiling, adapters."""
 
+from typing import Any
+
 import diffusers
 import pytest
 import torch
-from diffusers import FirstBlockCacheConfig
-from diffusers.hooks import HookRegistry, apply_group_offloading
+from diffusers.hooks.first_block_cache import FirstBlockCacheConfig
+from diffusers.hooks.group_offloading import apply_group_offloading
+from diffusers.hooks.hooks import HookRegistry, ModelHook
 from test_pipelines import PIPELINES, pipe_of, plain, seen, site_of, traces
 from tiny_pipelines import WITH_TEXT, run
 
 import steerlib as sl
+from steerlib import errors
 
 
 def bank_for(pipe, site, width, names="ab"):
@@ -123,7 +127,7 @@ def test_group_offloading_changes_nothing(family, level, first):
     denoiser = pipe.unet if family == "sd1" else pipe.transformer
 
     def offload():
-        more = {"num_blocks_per_group": 1} if level == "block_level" else {}
+        more: Any = {"num_blocks_per_group": 1} if level == "block_level" else {}
         apply_group_offloading(denoiser, onload_device=device, offload_device=device, offload_type=level, **more)
 
     if first == "offload":
@@ -147,30 +151,32 @@ def test_layerwise_casting_changes_nothing_but_the_weights():
 @pytest.mark.parametrize("order", ["before", "after"])
 def test_hooks_of_accelerate_that_come_and_go_between_calls_leave_steering_in_place(order):
     """Model offloading takes its hooks off every component after each call and puts them on again."""
-    from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+    from accelerate.hooks import ModelHook as Offload
+    from accelerate.hooks import add_hook_to_module, remove_hook_from_module
 
     pipe = PIPELINES["sd1"].build()
     site = site_of("sd1")
     bank, expected = bank_for(pipe, site, 16), None
     expected = steered(pipe, bank, {"a": 2.0})
     if order == "before":
-        add_hook_to_module(pipe.unet, ModelHook())
+        add_hook_to_module(pipe.unet, Offload())
     with sl.steer(pipe, bank, {"a": 2.0}):
         for _ in range(2):
             if order == "after":
-                add_hook_to_module(pipe.unet, ModelHook())
+                add_hook_to_module(pipe.unet, Offload())
             assert torch.equal(run(pipe), expected)
             remove_hook_from_module(pipe.unet)
-            add_hook_to_module(pipe.unet, ModelHook())
+            add_hook_to_module(pipe.unet, Offload())
     remove_hook_from_module(pipe.unet)
     assert torch.equal(run(pipe), plain("sd1"))
 
 
 def test_a_hook_of_accelerate_on_the_very_block_survives():
     """Sequential offloading puts hooks on blocks with weights of their own, such as those of Wan."""
-    from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+    from accelerate.hooks import ModelHook as Offload
+    from accelerate.hooks import add_hook_to_module, remove_hook_from_module
 
-    class Counting(ModelHook):
+    class Counting(Offload):
         calls = 0
 
         def pre_forward(self, module, *args, **kwargs):
@@ -193,8 +199,6 @@ def test_a_hook_of_accelerate_on_the_very_block_survives():
 
 
 def test_a_socket_leaves_from_under_another_hook_without_disturbing_it():
-    from diffusers.hooks import ModelHook
-
     class Doubling(ModelHook):
         def post_forward(self, module, output):
             return (output[0], 2 * output[1])
@@ -267,7 +271,7 @@ def test_several_images_of_a_prompt_take_the_prompts_amount_or_each_its_own():
     same = [torch.equal(a, b) for a, b in zip(nothing, by_prompt, strict=True)]
     assert same == [True, True, False, False]
     assert [torch.equal(a, b) for a, b in zip(nothing, by_image, strict=True)] == [True, False, True, True]
-    with pytest.raises(sl.errors.RowMismatch, match="3"):
+    with pytest.raises(errors.RowMismatch, match="3"):
         make({"a": [0.0, 1.0, 2.0]})
 
 

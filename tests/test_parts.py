@@ -1,5 +1,8 @@
 """Text encoders and autoencoders of pipelines, replays of recorded runs, and guiders."""
 
+from importlib import import_module
+from typing import Any
+
 import pytest
 import torch
 from test_beside import bank_for, steered
@@ -10,7 +13,7 @@ import steerlib as sl
 from steerlib import errors, masks
 
 
-def words(pipe, edits=None, bank=None, **options):
+def words(pipe, edits: Any = None, bank=None, **options) -> Any:
     """An image of a prompt in words; with `edits`, steered."""
     given = {"prompt": "red cup", "negative_prompt": "old table", "num_inference_steps": 2, "height": 16, "width": 32}
     given |= {"output_type": "latent", "generator": torch.Generator().manual_seed(0)} | options
@@ -379,12 +382,11 @@ def test_a_report_says_how_often_and_on_how_many_tokens_an_edit_acted_and_why_it
 
 
 def test_a_modular_pipelines_guider_tells_which_half_it_asks_for():
-    from diffusers.modular_pipelines import StableDiffusionXLAutoBlocks
-
-    parts, blocks = PIPELINES["sdxl"].build(), StableDiffusionXLAutoBlocks()
+    parts, modular = PIPELINES["sdxl"].build(), import_module("diffusers.modular_pipelines")
+    blocks = modular.StableDiffusionXLAutoBlocks()
     for unused in ("text_encoder", "ip_adapter"):
         blocks.sub_blocks.pop(unused, None)
-    pipe = blocks.init_pipeline()
+    pipe: Any = blocks.init_pipeline()
     pipe.update_components(unet=parts.unet, vae=parts.vae, scheduler=parts.scheduler)
     pipe.set_progress_bar_config(disable=True)
     names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")

@@ -1,6 +1,7 @@
 """Every family of pipelines keeps the same laws; diffusers' own classes at toy size."""
 
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ STEPS = 3
 
 
 @cache
-def pipe_of(family):
+def pipe_of(family) -> Any:
     return PIPELINES[family].build()
 
 
@@ -41,7 +42,7 @@ def bank_of(family):
     return sl.ConceptBank.from_directions({"a": a, "b": b}, site=site, base=pipe_of(family))
 
 
-def seen(family, edits=None, site=None, pipe=None, *, branch="both", **options):
+def seen(family, edits=None, site=None, pipe=None, *, branch: Any = "both", **options) -> Any:
     """What passes at a site, and what comes out."""
     pipe, site = pipe or pipe_of(family), site or site_of(family)
     with sl.steer(pipe, bank_of(family), edits or {}, branch=branch), sl.record(pipe, [site]) as tape:
@@ -85,7 +86,8 @@ def test_the_site_moves_by_exactly_the_vector_and_every_run_is_the_same(family):
 @pytest.mark.parametrize("family", PIPELINES)
 def test_progress_is_the_schedulers_noise_level_however_the_denoiser_is_asked(family):
     pipe = pipe_of(family)
-    host, told = host_for(pipe), []
+    host: Any = host_for(pipe)
+    told: list[float] = []
     asked = [
         pipe.components[name].register_forward_pre_hook(
             lambda m, args, kwargs, name=name: told.append(
