@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from steerlib.errors import CompiledModel, NoSession
+from steerlib.errors import CompiledModel, NoSession, WrongWidth
 from steerlib.hosts import Host
 from steerlib.schedules import StepState
 from steerlib.sites import Site
@@ -48,6 +48,10 @@ ASIDE = Aside()
 class Clock:
     """A pre-hook that reads where the pass stands."""
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Clock:  # noqa: ARG002
+        """A copied model is nobody's: its clock tells no one."""
+        return Clock(self.host, self.path)
+
     def __init__(self, host: Host, path: str):
         self.path, self.host = path, host
         self.moments: list[Moment] = []
@@ -74,6 +78,10 @@ class Clock:
 
 class Socket:
     """A hook at one site whose contents can be swapped while it stays."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Socket:  # noqa: ARG002
+        """A copied model is nobody's: its sockets do nothing."""
+        return Socket(self.model, self.site, self.clocks, self.moment)
 
     def __init__(self, model: nn.Module, site: Site, clocks: tuple[Clock, ...], moment: Moment):
         self.model, self.site, self.clocks, self.moment = model, site, clocks, moment
@@ -102,7 +110,13 @@ class Socket:
         if not compiling and self.edit is None and not self.observers:
             return None
         whole, at = self.site.read(output), self._given(module, args, kwargs)
-        x = whole - self.site.read(args[at] if isinstance(at, int) else kwargs[at])
+        before = self.site.read(args[at] if isinstance(at, int) else kwargs[at])
+        if before.shape != whole.shape:
+            raise WrongWidth(
+                f"site {self.site.name!r}: {self.site.module!r} is given {tuple(before.shape)} and gives {tuple(whole.shape)}; "
+                "it does not add to its input, so steer its output"
+            )
+        x = whole - before
         y = self._traced(x) if compiling else self._run(self.edit, x)
         return None if y is x else self.site.write(output, whole + (y - x))
 

@@ -18,6 +18,8 @@ LISTS += ("temporal_transformer_blocks", "joint_transformer_blocks", "noise_refi
 UNET = re.compile(r"(down_blocks\.\d+|up_blocks\.\d+|mid_block)(\.(attentions|resnets)\.\d+)?(\.transformer_blocks\.\d+)?")
 PARTS = re.compile(r"(?P<path>.+?)(:(?P<stream>image|text))?(\.heads(\.(?P<head>\d+))?)?(\.(?P<side>in|update))?")
 ATTENTION = ("attn", "attn1", "attn2")
+TEXTUAL = re.compile(r"\.attn2\.to_[kv]$|\.add_[qkv]_proj$|\.to_add_out$|context_refiner")
+"""Modules whose tokens are those of the prompt."""
 OLD = re.compile(r"^(text_encoder(?:_\d)?)\.text_model\.")
 """Paths of CLIP text encoders before transformers 5."""
 
@@ -38,15 +40,34 @@ STREAMS = {
 
 TIMES: dict[str, Callable[[Any, int], Any]] = {}
 """How denoisers are told the noise level, where it is not the scheduler's timestep."""
-for _name in ("Flux", "Flux2", "QwenImage", "Chroma", "Bria", "HunyuanImage"):
+for _name in ("AuraFlow", "Bria", "Chroma", "Flux", "Flux2", "HunyuanImage", "Krea2", "LongCatImage", "OvisImage", "QwenImage"):
     TIMES[f"{_name}Transformer2DModel"] = lambda t, _: t
-for _name in ("ZImage", "Lumina2"):
-    TIMES[f"{_name}Transformer2DModel"] = lambda t, _: 1 - t
+for _name in ("Lumina2Transformer2DModel", "LuminaNextDiT2DModel", "ZImageTransformer2DModel"):
+    TIMES[_name] = lambda t, _: 1 - t
+TIMES["MochiTransformer3DModel"] = lambda t, n: 1 - t / n
+VIDEO_AXES = {
+    "CogVideoXTransformer3DModel": (1, 3, 4),
+    "Kandinsky5Transformer3DModel": (1, 2, 3),
+    "UNetSpatioTemporalConditionModel": (1, 3, 4),
+}
+"""Axes of frames, height and width of the video that a denoiser is given, where that is not `[B, C, F, H, W]`."""
+DROPS_PADS = ("Lumina2Transformer2DModel",)
+"""Denoisers that put each prompt's own tokens, without pads, in front of the image's."""
 
 
 def noise_level(denoiser: nn.Module, time: Any, train_steps: int) -> Any:
     """From 1, pure noise, to 0, by what a denoiser was asked about."""
     return TIMES.get(type(denoiser).__name__, lambda t, n: t / n)(time, train_steps)
+
+
+def video_axes(denoiser: nn.Module) -> tuple[int, int, int]:
+    """Where frames, height and width of its video lie."""
+    return VIDEO_AXES.get(type(denoiser).__name__, (2, 3, 4))
+
+
+def drops_pads(denoiser: nn.Module) -> bool:
+    """Whether rows keep only the real tokens of their prompts in front of the image."""
+    return type(denoiser).__name__ in DROPS_PADS
 
 
 class PipelineSites:
@@ -101,6 +122,8 @@ class PipelineSites:
         if ".heads" in name:
             return self._heads(name, path, stream, match["head"])
         streams, side = self._streams(path), match["side"] or "output"
+        if match["stream"] and streams is None:
+            raise UnknownSite(f"{path!r} gives one stream, not image and text apart; leave out ':{stream}'")
         return Site(
             name=name,
             module=path,
@@ -108,6 +131,7 @@ class PipelineSites:
             element=getattr(streams, stream) if streams else 0,
             layout="BD...",
             argument=_argument(self.model.get_submodule(path), stream),
+            reads_text=stream == "text" or TEXTUAL.search(path) is not None,
         )
 
     def _streams(self, path: str) -> Streams | None:
@@ -124,8 +148,10 @@ class PipelineSites:
         if not self._has(where) or not hasattr(attention, "heads"):
             raise UnknownSite(f"{path!r} has no heads that {where.rpartition('.')[2]!r} joins; name its parts by module path")
         width = self.model.get_submodule(where).in_features // attention.heads  # type: ignore[operator]
+        if head is not None and int(head) >= attention.heads:
+            raise UnknownSite(f"{path!r} has {attention.heads} heads, counted from 0, got {head}")
         columns = None if head is None else (int(head) * width, (int(head) + 1) * width)
-        return Site(name=name, module=where, side="input", columns=columns)
+        return Site(name=name, module=where, side="input", columns=columns, reads_text=stream == "text")
 
     def _blocks(self, component: str) -> list[str]:
         """Paths of a denoiser's blocks, inside it, in the order of a pass."""
@@ -140,7 +166,8 @@ class PipelineSites:
         """What can follow a block's path."""
         module = self.model.get_submodule(path)
         whole = [""] if self._streams(path) is None else [":image", ":text"]
-        found = [f"{stream}{side}" for stream in whole for side in ("", ".update")]
+        ways = ("", ".update") if _keeps_shape(path, module) else ("",)
+        found = [f"{stream}{side}" for stream in whole for side in ways]
         for name in ATTENTION:
             attention = getattr(module, name, None)
             if attention is not None:
@@ -171,6 +198,13 @@ class PipelineSites:
 
 PLACES = {"resnets": 1, "attentions": 1, "attn": 1, "attn1": 1, "attn2": 2, "ff": 3}
 """Parts of a block in the order in which it runs them."""
+
+
+def _keeps_shape(path: str, module: Any) -> bool:
+    """Whether what a block gives can be compared with what it is given."""
+    if re.search(r"(down|up)_blocks\.\d+$", path):
+        return False
+    return getattr(module, "in_channels", None) == getattr(module, "out_channels", None) or ".resnets." not in path
 
 
 def _streams(module: nn.Module) -> Streams | None:

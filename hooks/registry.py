@@ -39,7 +39,7 @@ class SocketHook(ModelHook):
 
 def plug(module: nn.Module, socket: Socket) -> Callable[[], None]:
     """Hook a socket to a module, inside all other hooks; gives back what removes it."""
-    registry, name = HookRegistry.check_if_exists_or_initialize(module), f"steerlib/{socket.site.name}"
+    registry, name = HookRegistry.check_if_exists_or_initialize(module), f"steerlib/{socket.site.name}/{id(socket)}"
     outer = module.forward
     registry.register_hook(SocketHook(socket), name)
     own = module.forward

@@ -310,9 +310,18 @@ class ConceptBank:
 
     @classmethod
     def from_directions(
-        cls, directions: Mapping[str, Tensor], *, site: str, base: object, name: str = "directions"
+        cls,
+        directions: Mapping[str, Tensor],
+        *,
+        site: str,
+        base: object,
+        name: str = "directions",
+        norm: float | None = None,
     ) -> "ConceptBank":
-        """One's own vectors at one site of a model; the unit is the vector itself."""
+        """One's own vectors at one site of a model; the unit is the vector itself.
+
+        With `norm`, the median length of an activation there, changes are capped to a share of it and can be matched to it.
+        """
         if not directions:
             raise BadBank("expected at least one direction, got none")
         vectors = {key: vector.detach().float().cpu() for key, vector in directions.items()}
@@ -320,7 +329,7 @@ class ConceptBank:
             if vector.ndim != 1 or vector.shape != next(iter(vectors.values())).shape:
                 raise WrongWidth(f"expected vectors of one axis and equal width, got {tuple(vector.shape)} for {key!r}")
         concepts = [Concept(name=key, encoder=site, index=i) for i, key in enumerate(vectors)]
-        return cls._around(Directions(torch.stack(list(vectors.values()))), concepts, site, base, name)
+        return cls._around(Directions(torch.stack(list(vectors.values()))), concepts, site, base, name, norm)
 
     @classmethod
     def from_encoder(cls, encoder: Encoder, *, site: str, base: object, name: str = "encoder") -> "ConceptBank":
@@ -328,14 +337,16 @@ class ConceptBank:
         return cls._around(encoder, [], site, base, name)
 
     @classmethod
-    def _around(cls, encoder: Encoder, concepts: list[Concept], site: str, base: object, name: str) -> "ConceptBank":
+    def _around(
+        cls, encoder: Encoder, concepts: list[Concept], site: str, base: object, name: str, norm: float | None = None
+    ) -> "ConceptBank":
         host = host_for(base)
         found, width = host.site(site), encoder.rows([0]).write.shape[-1]
         expected = host.width(found)
         if expected is not None and expected != width:
             raise WrongWidth(f"site {site!r} has width {expected}, got vectors of width {width}")
-        identity = BaseModel(fingerprint=host.fingerprint())
-        return cls(name, concepts, {site: encoder}, base=identity, sites={site: SiteFacts(width=width)}, where={site: site})
+        identity, facts = BaseModel(fingerprint=host.fingerprint()), SiteFacts(width=width, norm=norm)
+        return cls(name, concepts, {site: encoder}, base=identity, sites={site: facts}, where={site: site})
 
     # -- files -----------------------------------------------------------------------------------------------
 

@@ -49,8 +49,8 @@ class Intervention(ABC):
     """Where another concept reads high, beside the gate stored with the concept, if any; "open" lifts the stored one."""
     mask: masks.Mask | None = field(default=None, kw_only=True, compare=False)
     """Where. Text: the share of the edit at each position, `[L]` or `[rows, L]`; positions beyond `L` get none. Images: a box
-    `(left, top, right, bottom)` in parts of the image, or shares `[height, width]` or `[rows, height, width]` of any size, or a
-    `Word` of the prompt."""
+    `(left, top, right, bottom)` in parts of the image, shares `[height, width]` or `[rows, height, width]` of any size, for
+    videos with frames before the height, or a `Word` of the prompt."""
 
     def __post_init__(self) -> None:
         if isinstance(self.tokens, slice):

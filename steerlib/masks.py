@@ -55,7 +55,7 @@ def share(mask: Mask, state: StepState, x: Float[Tensor, "B N D"], name: str) ->
     """How much of an edit of the concept `name` each token gets."""
     if state.progress is None:
         return _by_position(mask, state, x, name)
-    front, grid = 0, state.grid and state.grid.of(x.shape[1])
+    front, grid = 0, _grid(state, len(x), x.shape[1])
     if grid is None and state.grid is not None and 0 < state.texts < x.shape[1]:
         front, grid = state.texts, state.grid.of(x.shape[1] - state.texts)
     if grid is None:
@@ -76,6 +76,16 @@ def share(mask: Mask, state: StepState, x: Float[Tensor, "B N D"], name: str) ->
     return F.pad(sized, (front, 0))[_rows(len(sized), len(x), state, name).to(x.device)]
 
 
+def _grid(state: StepState, rows: int, count: int) -> Grid | None:
+    """How the tokens of a site lie in the image; a video may be looked at frame by frame, as rows."""
+    if state.grid is None:
+        return None
+    images = (state.images or 0) * state.copies
+    if state.grid.frames == 1 or rows in (0, images) or not images:
+        return state.grid.of(count)
+    return state.grid._replace(frames=1).of(count) if rows == images * state.grid.frames else None
+
+
 def _laid(layers: Float[Tensor, "rows 1 ..."], grid: Grid) -> Float[Tensor, "rows N"]:
     """Shares of any size as shares of tokens."""
     return F.interpolate(layers, size=tuple(grid) if grid.frames > 1 else grid[1:], mode="area").flatten(1)
@@ -88,7 +98,7 @@ def _attended(word: Word, state: StepState, name: str) -> Float[Tensor, "B ..."]
     """
     q, k = (state.notes.get(("kept", site)) for site in word.asked)
     grid = None if q is None or state.grid is None else state.grid.of(q.shape[1])
-    if q is None or k is None or grid is None or state.words is None:
+    if q is None or k is None or grid is None or state.words is None or k.shape[1] != state.texts:
         raise Unanswerable(
             f"the mask of {name!r} asks {word.at!r} for the attention to {word.text!r}, which this pass did not go through "
             "before the edit, or which does not look at text; name a cross-attention (attn2) of an earlier block"

@@ -53,6 +53,7 @@ class Plan:
     warnings: tuple[tuple[str, type[Warning]], ...]
 
 
+@torch.inference_mode(False)  # plans are kept, and may be used with gradients later
 def resolve(bank: ConceptBank, host: Host, edits: Edits, options: Options) -> Plan:
     """Everything that can be known, and refused, before the first pass."""
     _check_options(bank, options)
@@ -335,6 +336,11 @@ def _check_order(bank: ConceptBank, host: Host, made: Sequence[Edit]) -> None:
         if edit.heard is not None and (host.order(read) >= host.order(moved) or host.clocks(read) != host.clocks(moved)):
             raise Unanswerable(
                 f"{edit.concept.name!r} is read at {read.name!r}, which is not before {moved.name!r}, where it acts"
+            )
+        if edit.intervention.mask is not None and moved.reads_text:
+            raise Unanswerable(
+                f"the mask of {edit.concept.name!r} is a part of an image, and the tokens of {moved.name!r} are the prompt's; "
+                "mask at a site of image tokens"
             )
         if isinstance(word := edit.intervention.mask, Word):
             asked = host.site(word.asked[1])

@@ -71,10 +71,10 @@ def _reader(bank: ConceptBank, concept: Concept, out: list[tuple[StepState, Tens
     reading = Reading(concept.id, bank.rows(concept), 1.0, crowd, concept.index)
 
     def observe(x: Tensor, state: StepState) -> None:
-        out.append((state, reading.of(x)))
+        out.append((state.kept(), reading.of(x)))
 
     return observe
 
 
 def _keeper(out: list[tuple[StepState, Tensor]]) -> Callable[[Tensor, StepState], None]:
-    return lambda x, state: out.append((state, x.detach().clone()))
+    return lambda x, state: out.append((state.kept(), x.detach().clone()))

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import BadEdit, RowMismatch
+from .errors import BadEdit, RowMismatch, Unanswerable
 from .schedules import StepState
 
 
@@ -45,18 +45,25 @@ class Replay:
 
     def _nearest(self, state: StepState, x: Tensor) -> Tensor:
         """Of the pass at the nearest noise level, of the same half of guidance."""
-        halves = state.branches or ("cond",)
+        halves, seen = state.branches, {half for then, _ in self.passes for half in then.branches or ("cond",)}
+        if halves is None and len(seen) > 1:
+            raise Unanswerable(
+                f"the tape of {self.name!r} holds both halves of guidance, and nobody knows which one this pass computes; "
+                "call the pipeline, or record each half apart"
+            )
+        halves = halves or ("cond",)
         kept = [(then, z) for then, z in self.passes if {*halves} <= {*(then.branches or ("cond",))}]
         if not kept:
             raise BadEdit(f"the tape of {self.name!r} holds no pass of {' and '.join(halves)}; record with the same guidance")
         progress: Any = state.progress
-        then, z = min(kept, key=lambda kept: abs(float(kept[0].progress or 0) - float(progress)))
+        then, z = min(kept, key=lambda kept: (abs(float(kept[0].progress) - float(progress)), kept[0].visit != state.visit))
         if z.shape[1] != x.shape[1]:
             raise BadEdit(
                 f"the tape of {self.name!r} has {z.shape[1]} tokens, this image {x.shape[1]}; record at the same size"
             )
-        parts = z.to(x.device).chunk(len(then.branches or ("cond",)))
-        each = [parts[(then.branches or ("cond",)).index(half)] for half in halves]
+        names = then.branches or ("cond",)
+        parts = z.to(x.device).chunk(len(names))
+        each = parts if names == halves else [parts[names.index(half)] for half in halves]
         rows = len(x) // len(halves)
         if rows % len(each[0]):
             raise RowMismatch(f"the tape of {self.name!r} has {len(each[0])} rows, the batch {rows}")

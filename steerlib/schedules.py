@@ -28,8 +28,8 @@ class Grid(NamedTuple):
 
     def of(self, count: int) -> "Grid | None":
         """The same where patches or halved resolutions leave `count` tokens; None where no patch size does."""
-        for across in range(1, max(self.height, self.width) + 1):
-            for along in (1, 2, 4):
+        for along in (1, 2, 4):
+            for across in range(1, max(self.height, self.width) + 1):
                 found = Grid(*(-(-n // by) for n, by in zip(self, (along, across, across), strict=True)))
                 if found.frames * found.height * found.width == count:
                     return found
@@ -51,6 +51,8 @@ class StepState:
     """Of a denoiser; None for text."""
     step: int = 0
     """Of a denoiser."""
+    visit: int = 0
+    """Earlier steps that asked a denoiser about this very noise level, as schedulers of higher order do."""
     images: int | None = None
     """How many images are made at once."""
     grid: Grid | None = None
@@ -99,6 +101,7 @@ class StepState:
         progress: float,
         *,
         step: int = 0,
+        visit: int = 0,
         prompts: int | None = None,
         images: int | None = None,
         branches: "tuple[Branch, ...] | None" = (),
@@ -111,9 +114,17 @@ class StepState:
         batch once for each of the `branches`."""
         state = cls(0, prompts=prompts, branches=branches, like=like)
         steps = torch.full((1, 1), step, device=None if like is None else like.device)
-        state.progress, state.step, state.images, state.grid = progress, step, images, grid
+        state.progress, state.step, state.visit, state.images, state.grid = progress, step, visit, images, grid
         state.texts, state.words, state.steps, state.notes, state._sizes = texts, words, steps, {}, {}
         state.copies = len(branches or ()) or 1
+        return state
+
+    def kept(self) -> "StepState":
+        """The same for a tape, which is not to keep a pipeline or its activations alive."""
+        if self.progress is None:
+            return self
+        state = copy(self)
+        state.words, state.like, state.notes, state._sizes = None, None, {}, {}
         return state
 
     def at(self, count: int) -> "StepState":
@@ -135,9 +146,10 @@ class StepState:
     def told(self, before: "StepState | None") -> "StepState":
         """This pass of a denoiser in tensors for compiled blocks: those of an earlier pass, changed in place."""
         if before is None or before.steps.device != self.steps.device:
-            before = StepState.traced(self.steps, self.steps.clone(), None)
-            device = self.steps.device
-            before.progress, before.copies = torch.zeros((), device=device), torch.ones((), dtype=torch.long, device=device)
+            with torch.inference_mode(False):  # they outlive this pass, whatever mode it runs in
+                new = torch.zeros(0, device=self.steps.device).new_zeros
+                before = StepState.traced(new((1, 1), dtype=torch.long), new((1, 1), dtype=torch.long), None)
+                before.progress, before.copies = new(()), new((), dtype=torch.long)
         for tensor, value in ((before.steps, self.step), (before.progress, self.progress), (before.copies, self.copies)):
             tensor.fill_(value)
         return before

@@ -45,6 +45,8 @@ class Site:
     layout: Layout = "BND"
     columns: tuple[int, int] | None = None
     """A part of the last axis: one head."""
+    reads_text: bool = False
+    """Whether the tokens here are those of an image's prompt."""
     argument: str | None = None
     """What a module calls its input, where that is not the first it is given."""
 

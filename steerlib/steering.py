@@ -62,6 +62,10 @@ class Steering:
 
     def attach(self) -> "Steering":
         """Put permanent sockets at every site of the bank, so that the model can be compiled."""
+        with torch.inference_mode(False):  # their contents are changed in place later, in whatever mode
+            return self._attach()
+
+    def _attach(self) -> "Steering":
         sites = tuple(self.host.site(name) for name in self.bank.sites)
         with LOCK:
             place = attachment(self.host)

@@ -281,7 +281,7 @@ def test_a_mask_is_where_the_image_attends_to_a_word(texts):
     moved = (after[site][0][1] - tape[site][0][1]) / bank.rows(bank["a"]).write[0]
     assert torch.equal(after[site][0][1][0], tape[site][0][1][0]) and 0 < share.sum() < len(share)
     torch.testing.assert_close(moved[1].mean(-1), share, atol=1e-3, rtol=1e-3)
-    with pytest.raises(errors.BadEdit, match="to hold 'boat'"):
+    with pytest.raises(errors.BadEdit, match="expected .boat. among the 4 tokens"):
         words(pipe, {"a": sl.Add(1.0, mask=sl.Word("boat", at=at))}, bank)
     with pytest.raises(errors.Unanswerable, match="not before"):
         sl.steer(pipe, bank, {"a": sl.Add(1.0, mask=sl.Word("cup", at=at.replace("down_blocks.0", "up_blocks.1")))})
