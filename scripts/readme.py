@@ -1,12 +1,13 @@
 """Write the README's measured parts: `python scripts/readme.py`, with the files of whatever was measured anew.
 
-Runs the README's first example for the output; takes tables and picture of effects from the shipped bank, the cost from
+Runs the README's first example for the output; takes tables and picture of effects from the shipped bank, those of new
+concepts from what `unseen.py` wrote, the cost from
 `--out` of `bench_steering.py`, `bench_latents.py` and `bench_diffusion.py`, and the coverage from `coverage_table.py`.
 """
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,8 +16,10 @@ import typer
 import steerlib as sl
 from steerlib.evaluation.report import picture, summary_table, table
 from steerlib.evaluation.text import chat, complete
+from steerlib.training.measure import GATED
 
 README = Path(__file__).parent.parent / "README.md"
+RECIPES = README.parent / "concept_banks" / "recipes"
 PROMPT = "Tell me about the place where you live."
 SHOWN = ("cooking", "french", "fantasy")
 
@@ -52,6 +55,25 @@ def cost(figures: Mapping[str, Any]) -> str:
     return "\n\n".join(parts) + f"\n\nMachine: {figures['machine']}; torch {figures['torch']}; {figures['rounds']} rounds."
 
 
+def unseen(records: Sequence[Mapping[str, Any]]) -> str:
+    """Concepts that no code was made with, and their mean."""
+    names = ("steered", GATED, "random", "shuffled labels")
+    lines = [
+        "| concept | made by | ratio to prompting | in answers only | best random | shuffled labels | KL, gated | specificity |"
+    ]
+    lines, ratios = [*lines, "|---|---|---|---|---|---|---|---|"], []
+    for record in records:
+        found = record["conditions"]
+        random = max(line["ratio"] for name, line in found.items() if name.startswith("random-"))
+        ratios.append([random if name == "random" else found[name]["ratio"] for name in names])
+        cells = " | ".join(f"{ratio:.2f}" for ratio in ratios[-1])
+        kl = f"{found['steered']['kl']:.2f}, {found[GATED]['kl']:.2f}"
+        method = f"{record['method']} at {record['site']}"
+        lines.append(f"| {record['concept']} | {method} | {cells} | {kl} | {found['steered']['specificity']:.2f} |")
+    means = " | ".join(f"**{sum(column) / len(column):.2f}**" for column in zip(*ratios, strict=True))
+    return "\n".join([*lines, f"| mean | | {means} | | |"])
+
+
 def put(text: str, section: str, content: str) -> str:
     """The text with what stands between a section's marks replaced."""
     marks = rf"(<!-- begin: {section} -->\n).*?(<!-- end: {section} -->)"
@@ -76,6 +98,8 @@ def main(
         text, measured = put(text, "output", output(bank, recipe_of(bank, None).source)), records(bank)
         text = put(put(text, "effects", table(measured)), "methods", summary_table(measured))
         picture(measured, README.parent / ".assets" / "effects.png")
+        measured = json.loads((RECIPES / "unseen" / "measured.json").read_text(encoding="utf-8"))
+        text = put(text, "unseen", unseen(measured))
     for section, path in (("cost", bench), ("latents", latents), ("diffusion", diffusion)):
         if path is not None:
             text = put(text, section, cost(json.loads(path.read_text(encoding="utf-8"))))
