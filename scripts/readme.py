@@ -1,8 +1,8 @@
 """Write the README's measured parts: `python scripts/readme.py`, with the files of whatever was measured anew.
 
 Runs the README's first example for the output; takes tables and picture of effects from the shipped bank, those of new
-concepts from what `unseen.py` wrote, the cost from
-`--out` of `bench_steering.py`, `bench_latents.py` and `bench_diffusion.py`, and the coverage from `coverage_table.py`.
+concepts from what `unseen.py` wrote, the cost from `--out` of `bench_steering.py`, `bench_latents.py` and
+`bench_diffusion.py`, and the coverage from `coverage_table.py`.
 """
 
 import json

@@ -1,7 +1,7 @@
 """Concepts that no code was made with: `python scripts/unseen.py [--work FOLDER] [--out measured.json]`.
 
-Trains each concept of `concept_banks/recipes/unseen` from its ten and ten sentences, with every default, in a bank of its own, and
-measures it with the scorer and prompts of the recipe in `test/`, which training never sees. About ten minutes a concept.
+Trains each concept of `concept_banks/recipes/unseen` from its ten and ten sentences, with every default, in a bank of its own,
+and measures it with the scorer and prompts of the recipe in `test/`, which training never sees. About ten minutes a concept.
 """
 
 import json
