@@ -54,7 +54,7 @@ def latents_card(recipe: Recipe, encoders: Mapping[str, Any], quality: Mapping[s
         f"---\nlibrary_name: steerlib\nbase_model: {recipe.base}\nlicense: {recipe.license}\ntags: [steering, sae]\n---",
         f"# {recipe.name}\n\n{recipe.description.strip()}",
         f'```python\nimport steerlib as sl\n\nbank = sl.ConceptBank.from_pretrained("{recipe.name}")\n'
-        f'bank.find("music")  # latents by label\nwith sl.steer(model, bank, {{"{first}/17": sl.Set(3.0)}}):\n'
+        f'bank.find("music")  # latents by label and meaning\nwith sl.steer(model, bank, {{"{first}/17": sl.Set(3.0)}}):\n'
         "    model.generate(**inputs, max_new_tokens=60)\n```",
         "## What was measured\n\n" + "\n".join(lines) + "\n\n" + LATENTS,
     ]
