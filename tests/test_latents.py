@@ -2,6 +2,7 @@
 
 import random
 
+import numpy as np
 import pytest
 import torch
 from tiny_models import WORDS, tiny, toy_tokenizer
@@ -11,6 +12,7 @@ from steerlib import errors
 from steerlib.encoders import ReLU
 from steerlib.evaluation import representation
 from steerlib.training import label as labels
+from steerlib.training.attributes import select
 from steerlib.training.recipe import Recipe
 from steerlib.training.shards import Shards
 
@@ -185,6 +187,30 @@ def test_an_encoder_that_keeps_everything_loses_nothing():
     found = representation.quality(toy(), toy_tokenizer(), encoder, "layers.0", x, ["the sun rises slowly", "why"])
     assert found.explained == pytest.approx(1) and found.recovered == pytest.approx(1, abs=1e-4)
     assert found.kl == pytest.approx(0, abs=1e-5) and found.dead == 0 and found.dense == 1
+
+
+WITH_TEA = [f"the {word} tea sings {other}" for word in ("red", "old", "warm", "cold") for other in ("slowly", "why", "sun")]
+WITHOUT = [text.replace("tea", "stone") for text in WITH_TEA]
+
+
+def test_latents_are_selected_by_their_correlation_with_labelled_texts(made):
+    """Beside a table of readings made by hand, all encoders together."""
+    _, _, bank, _ = made
+    model, tokenizer = toy(), toy_tokenizer()
+    found = select(model, tokenizer, bank, WITH_TEA, WITHOUT, count=8)
+    readings = {}
+    for id in IDS:
+        rows = []
+        for text in WITH_TEA + WITHOUT:
+            with sl.record(model, [site := id.partition("#")[0]]) as tape:
+                model(tokenizer(text, return_tensors="pt")["input_ids"])
+            rows.append(bank.encoder(id).encode(tape[site][0][1][0, 1:]).mean(0))
+        readings |= {f"{id}/{i}": column for i, column in enumerate(torch.stack(rows).T.numpy())}
+    label = [1.0] * len(WITH_TEA) + [0.0] * len(WITHOUT)
+    score = {name: np.corrcoef(z, label)[0, 1] if z.std() else 0.0 for name, z in readings.items()}
+    best = sorted(score.values(), reverse=True)[:8]
+    np.testing.assert_allclose([value for _, value in found], best, atol=1e-4)
+    assert best[0] > 0.6 and all(score[concept.id] == pytest.approx(value, abs=1e-4) for concept, value in found)
 
 
 REFUSED = {
