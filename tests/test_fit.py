@@ -13,7 +13,7 @@ import torch
 from torch.nn.functional import normalize
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from steerlib.encoders import Matryoshka, Transcoder
+from steerlib.encoders import Matryoshka, ReLU, Transcoder
 from steerlib.errors import BadRecipe
 from steerlib.evaluation.representation import (
     code_match,
@@ -23,6 +23,7 @@ from steerlib.evaluation.representation import (
     explained_variance,
     l0,
     random_dictionary,
+    stability,
     uniqueness,
 )
 from steerlib.evaluation.synthetic import superposed
@@ -287,6 +288,24 @@ def test_training_finds_superposed_features(truth):
     assert code_match(z, code).mcc > 0.8 and uniqueness(truth.dictionary, encoder.decoder) > 0.9
     assert explained_variance(x, encoder.reconstruct(x)) > 0.85 and l0(code) <= 4 and dead_share(code) < 0.05
     assert dense_share(code) < 0.02
+
+
+def test_two_seeds_find_much_the_same_where_there_is_something_to_find():
+    """And a copy with its latents dealt anew, some of their signs turned and dead ones beside, is found whole."""
+    s = superposed(20_000, features=64, width=32, seed=5)
+    r = EncoderRecipe(kind="topk", latents=64, k=4, batch=512, rate=3e-3, dead_after=20_000)
+    both = fit({"a": r, "b": replace(r, seed=1)}, Tokens(s.x), steps=400)
+    found = stability(both["a"], both["b"], s.x[:4000])
+    assert found.mcc > 0.75 > found.control + 0.25
+    w, order = both["a"].to_tensors(), torch.randperm(64, generator=torch.Generator().manual_seed(0))
+    dealt = {name: t[order] if name != "decoder_bias" else t for name, t in w.items()}
+    dealt["decoder"] = dealt["decoder"] * torch.where(torch.arange(64) % 2 == 0, 1.0, -1.0)[:, None]
+    copy = ReLU(**dealt, centred=True)
+    plain = ReLU(**w, centred=True)
+    torch.testing.assert_close(stability(plain, copy, s.x[:4000]).mcc, 1.0, rtol=0, atol=1e-6)
+    dead = {"encoder": torch.zeros(9, 32), "bias": -torch.ones(9), "decoder": torch.randn(9, 32)}
+    more = ReLU(**{name: torch.cat((w[name], dead[name])) for name in dead}, decoder_bias=w["decoder_bias"], centred=True)
+    torch.testing.assert_close(stability(more, copy, s.x[:4000]).mcc, 1.0, rtol=0, atol=1e-6)
 
 
 def test_dead_latents_are_revived(truth):

@@ -27,8 +27,8 @@ STAGES = {
     ),
     "evaluation": ("text", "comparison", "representation", "probing", "synthetic", "report"),
     "training": (
-        "encoder_recipe", "recipe", "documents", "activations", "attributes", "shards", "harvest", "inputs", "sparse_step", "dense_step",
-        "learner", "fit", "levers", "objectives", "methods", "studio", "calibrate", "card", "measure", "label", "latents",
+        "encoder_recipe", "recipe", "documents", "activations", "attributes", "shards", "harvest", "inputs", "sparse_step",
+        "dense_step", "learner", "fit", "levers", "objectives", "methods", "studio", "calibrate", "card", "measure", "label", "latents",
         "pipeline",
     ),
 }  # fmt: skip

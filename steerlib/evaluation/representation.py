@@ -84,6 +84,22 @@ def random_dictionary(n: int, width: int, seed: int = 0) -> Float[Tensor, "n D"]
     return normalize(torch.randn(n, width, generator=torch.Generator().manual_seed(seed + 7_919)), dim=-1)
 
 
+class Stability(NamedTuple):
+    """How much of one encoder another found that was trained from another seed."""
+
+    mcc: float
+    control: float
+    """The same for random directions, as many as the other has."""
+
+
+def stability(first: Sparse, second: Sparse, x: Float[Tensor, "N D"], *, seed: int = 0) -> Stability:
+    """`dictionary_match` of the decoder rows of latents that fire on x (Paulo & Belrose 2025, 2501.16615; Song et al. 2025,
+    2505.20254); dead ones would count as what no seed finds."""
+    own, other = (encoder.decoder[(encoder.encode(x) > 0).any(0)].float() for encoder in (first, second))
+    control = random_dictionary(len(other), own.shape[1], seed)
+    return Stability(dictionary_match(own, other).mcc, dictionary_match(own, control).mcc)
+
+
 # -- quality of an encoder -----------------------------------------------------------------------------------
 
 
