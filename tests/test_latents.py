@@ -1,6 +1,11 @@
 """From a recipe with encoders to a bank of labelled latents, on toy models; every figure by a second way."""
 
+import json
 import random
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,8 +16,12 @@ import steerlib as sl
 from steerlib import errors
 from steerlib.encoders import ReLU
 from steerlib.evaluation import representation
+from steerlib.evaluation.report import latents_table
 from steerlib.training import label as labels
+from steerlib.training.activations import tokens
 from steerlib.training.attributes import select
+from steerlib.training.fit import fit
+from steerlib.training.quality import evaluate_encoders
 from steerlib.training.recipe import Recipe
 from steerlib.training.shards import Shards
 
@@ -24,9 +33,12 @@ corpus = ["corpus.txt"]
 tokens = 1200
 epochs = 4
 unrelated = "unrelated.jsonl"
+reference = "unrelated.jsonl"
+attributes = ["tea.jsonl"]
 
 [[encoders]]
 site = "layers.0"
+seeds = 2
 kind = "topk"
 latents = 48
 k = 4
@@ -51,6 +63,13 @@ batch = 128
 rate = 0.01
 """
 IDS = ["layers.0", "layers.1", "layers.1#wide"]
+WITH_TEA = [f"the {word} tea sings {other}" for word in ("red", "old", "warm", "cold") for other in ("slowly", "why", "sun")]
+WITHOUT = [text.replace("tea", "stone") for text in WITH_TEA]
+
+
+def write_tea(folder):
+    lines = [{"text": text, "label": int(text in WITH_TEA)} for text in WITH_TEA + WITHOUT]
+    (folder / "tea.jsonl").write_text("\n".join(map(json.dumps, lines)))
 
 
 def toy():
@@ -65,6 +84,7 @@ def made(tmp_path_factory):
     (folder / "corpus.txt").write_text("\n\n".join(texts))
     (folder / "unrelated.jsonl").write_text("\n".join(f'{{"text": "{text}"}}' for text in texts[:6]))
     (folder / "recipe.toml").write_text(RECIPE)
+    write_tea(folder)
     recipe = Recipe.from_file(folder / "recipe.toml")
     bank = sl.train(toy(), recipe, tokenizer=toy_tokenizer(), work=folder / "work")
     (activations,) = (folder / "work").glob("*/activations")
@@ -189,10 +209,6 @@ def test_an_encoder_that_keeps_everything_loses_nothing():
     assert found.kl == pytest.approx(0, abs=1e-5) and found.dead == 0 and found.dense == 1
 
 
-WITH_TEA = [f"the {word} tea sings {other}" for word in ("red", "old", "warm", "cold") for other in ("slowly", "why", "sun")]
-WITHOUT = [text.replace("tea", "stone") for text in WITH_TEA]
-
-
 def test_latents_are_selected_by_their_correlation_with_labelled_texts(made):
     """Beside a table of readings made by hand, all encoders together."""
     _, _, bank, _ = made
@@ -213,12 +229,65 @@ def test_latents_are_selected_by_their_correlation_with_labelled_texts(made):
     assert best[0] > 0.6 and all(score[concept.id] == pytest.approx(value, abs=1e-4) for concept, value in found)
 
 
+def test_what_was_measured_is_in_the_bank_and_its_card(made):
+    _, recipe, bank, shards = made
+    found = bank.provenance["quality"]
+    assert list(found) == IDS and bank.card.count(latents_table(found)) == 1
+    x = torch.cat(list(shards.in_order("layers.0", 500, shards.training))).float()
+    own, twin = (
+        fit({"a": run}, shards.source("layers.0", seed=0), steps=4 * shards.training // 128)["a"]
+        for run in recipe.encoders[0].runs.values()
+    )
+    assert not torch.equal(own.encoder, twin.encoder)
+    expected = representation.stability(own, twin, x)
+    assert found["layers.0"]["stability"] == pytest.approx(expected.mcc, abs=1e-6)
+    assert found["layers.0"]["stability_control"] == pytest.approx(expected.control, abs=1e-6)
+    assert "stability" not in found["layers.1"] and list(bank.encoders) == IDS
+    probes = found["layers.1#wide"]["probes"]["tea"]
+    selected = select(toy(), toy_tokenizer(), bank, WITH_TEA, WITHOUT, count=100)
+    best = [score for concept, score in selected if concept.encoder == "layers.1#wide"][:5]
+    assert [score for _, score in probes["best"]] == pytest.approx(best, abs=1e-3) and len(best) == 5
+    assert probes["latents"].keys() == probes["control"].keys() == {"1", "5", "20"}
+
+
+def test_a_bank_of_latents_is_measured_again_on_ordinary_text(made, tmp_path):
+    """Beside a bank of the same encoders, of which it finds everything."""
+    _, recipe, bank, _ = made
+    model, tokenizer = toy(), toy_tokenizer()
+    reread = sl.ConceptBank.from_pretrained(bank.save_pretrained(tmp_path / "bank"))
+    found = evaluate_encoders(model, tokenizer, reread, recipe, against=bank)
+    texts = recipe.read_texts(recipe.unrelated)
+    x = tokens(model, tokenizer, texts, ["layers.1"], what="")["layers.1"]
+    encoder = bank.encoder("layers.1#wide")
+    expected = representation.quality(model, tokenizer, encoder, "layers.1", x, texts)
+    line = found["layers.1#wide"]
+    assert {key: line[key] for key in asdict(expected)} == asdict(expected) and line["tokens"] == len(x)
+    assert (
+        line["stability"] == pytest.approx(1, abs=1e-6)
+        and line["probes"] == bank.provenance["quality"]["layers.1#wide"]["probes"]
+    )
+    table = latents_table(found)
+    assert all(said in table for said in ("layers.1#wide", "found by another seed", "tea", "a random dictionary"))
+
+
+def test_the_command_line_shows_what_the_maker_measured(made, tmp_path):
+    _, _, bank, _ = made
+    folder = bank.save_pretrained(tmp_path / "bank")
+    command = [sys.executable, "-m", "steerlib", "eval", str(folder), "--stored", "--out", str(tmp_path / "figures.json")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    assert done.returncode == 0 and latents_table(bank.provenance["quality"]) in done.stdout, done.stderr
+    assert json.loads((tmp_path / "figures.json").read_text()) == bank.provenance["quality"]
+
+
 REFUSED = {
     "a corpus for encoders": ('corpus = ["corpus.txt"]', ""),
     "unknown fields": ('kind = "topk"', 'kinds = "topk"'),
     "positive numbers of tokens": ("tokens = 1200", "tokens = 0"),
     "found none": ('corpus = ["corpus.txt"]', 'corpus = ["other.txt"]'),
     "each name once": ('name = "wide"', ""),
+    "one seed or more": ("seeds = 2", "seeds = 0"),
+    "expected tea.json beside": ('"tea.jsonl"', '"tea.json"'),
+    "4 texts or more of each": ('"tea.jsonl"', '"few.jsonl"'),
 }
 """What is said, and the change of the recipe."""
 
@@ -227,6 +296,8 @@ REFUSED = {
 def test_what_cannot_work_is_refused_before_a_model_is_loaded(tmp_path, said):
     (tmp_path / "corpus.txt").write_text("the sun")
     (tmp_path / "unrelated.jsonl").write_text('{"text": "the sun"}')
+    write_tea(tmp_path)
+    (tmp_path / "few.jsonl").write_text('{"text": "tea", "label": 1}\n{"text": "sun", "label": 0}')
     (tmp_path / "recipe.toml").write_text(RECIPE.replace(*REFUSED[said], 1))
     with pytest.raises(errors.BadRecipe, match=said):
         Recipe.from_file(tmp_path / "recipe.toml")

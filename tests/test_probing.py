@@ -82,7 +82,7 @@ def test_the_dictionary_that_made_the_texts_tells_by_one_latent_what_a_random_on
 
 def test_too_few_texts_are_refused():
     x = [torch.ones(2, 4)] * 4
-    with pytest.raises(BadRecipe, match="four texts"):
+    with pytest.raises(BadRecipe, match="4 texts"):
         Attribute.of(x, x[:3])
     with pytest.raises(BadRecipe, match="two tokens"):
         Attribute.of(x, [*x, torch.ones(0, 4)])

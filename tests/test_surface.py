@@ -28,8 +28,8 @@ STAGES = {
     "evaluation": ("text", "comparison", "representation", "probing", "synthetic", "report"),
     "training": (
         "encoder_recipe", "recipe", "documents", "activations", "attributes", "shards", "harvest", "inputs", "sparse_step",
-        "dense_step", "learner", "fit", "levers", "objectives", "methods", "studio", "calibrate", "card", "measure", "label", "latents",
-        "pipeline",
+        "dense_step", "learner", "fit", "levers", "objectives", "methods", "studio", "calibrate", "card", "measure", "label",
+        "quality", "latents", "pipeline",
     ),
 }  # fmt: skip
 

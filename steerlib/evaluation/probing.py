@@ -18,6 +18,8 @@ from .representation import l0, random_encoder
 
 SIZES = (1, 5, 20)
 """Latents that a probe may look at."""
+LEAST = 4
+"""Texts of each kind that a probe can learn from and be tested on."""
 
 
 def selection(z: Float[Tensor, "T n"], y: Bool[Tensor, " T"]) -> Float[Tensor, " n"]:
@@ -72,10 +74,10 @@ class Attribute(NamedTuple):
 
     @classmethod
     def of(cls, positive: Sequence[Tensor], negative: Sequence[Tensor]) -> "Attribute":
-        """Texts of both kinds; four of each are the least that a probe can learn from and be tested on."""
-        if min(len(positive), len(negative)) < 4 or not all(map(len, (*positive, *negative))):
+        """Texts of both kinds."""
+        if min(len(positive), len(negative)) < LEAST or not all(map(len, (*positive, *negative))):
             raise BadRecipe(
-                f"expected four texts or more with an attribute and as many without, of two tokens or more each, got "
+                f"expected {LEAST} texts or more with an attribute and as many without, of two tokens or more each, got "
                 f"{len(positive)} and {len(negative)}"
             )
         return cls([*positive, *negative], torch.tensor([True] * len(positive) + [False] * len(negative)))
