@@ -244,7 +244,8 @@ def eval_(
         read = recipe_of(opened, recipe)
         if quick:
             read = replace(read, evaluation_prompts=4, dev_prompts=4, seeds=1, new_tokens=24)
-        records = evaluate(*loaded(model or read.source), opened, read, concepts=concept)
+        language_model, tokenizer = loaded(model or read.source)
+        records = evaluate(language_model, tokenizer, opened, read, concepts=concept)
         if save:
             with_effects(opened, read, records).save_pretrained(bank)
     if not records:
@@ -266,7 +267,8 @@ def _eval_latents(bank: ConceptBank, recipe: Path | None, source: str, against: 
         is_known = recipe is not None or named.is_file()
         read = recipe_of(bank, recipe) if is_known else Recipe(name=bank.name, base=bank.base.id, source=bank.base.id)
         twin = ConceptBank.from_pretrained(against) if against else None
-        found = evaluate_encoders(*loaded(source or read.source), bank, read, against=twin)
+        model, tokenizer = loaded(source or read.source)
+        found = evaluate_encoders(model, tokenizer, bank, read, against=twin)
     if not found:
         raise BadRecipe(f"bank {bank.name!r} stores no measurements; leave out --stored to make them")
     typer.echo(latents_table(found))

@@ -2,10 +2,12 @@
 
 import json
 import random
+import shutil
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ from tiny_models import WORDS, tiny, toy_tokenizer
 
 import steerlib as sl
 from steerlib import errors
-from steerlib.encoders import ReLU
+from steerlib.encoders import ReLU, Transcoder
 from steerlib.evaluation import representation
 from steerlib.evaluation.report import latents_table
 from steerlib.training import label as labels
@@ -270,6 +272,13 @@ def test_a_bank_of_latents_is_measured_again_on_ordinary_text(made, tmp_path):
     assert all(said in table for said in ("layers.1#wide", "found by another seed", "tea", "a random dictionary"))
 
 
+def test_a_recipe_is_read_without_its_corpus_where_nothing_is_trained(made, tmp_path):
+    shutil.copytree(made[0], tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("work", "corpus.txt"))
+    with pytest.raises(errors.BadRecipe, match="corpus.txt"):
+        Recipe.from_file(tmp_path / "recipe.toml")
+    assert Recipe.from_file(tmp_path / "recipe.toml", to_train=False).attributes == ("tea.jsonl",)
+
+
 def test_the_command_line_shows_what_the_maker_measured(made, tmp_path):
     _, _, bank, _ = made
     folder = bank.save_pretrained(tmp_path / "bank")
@@ -278,6 +287,123 @@ def test_the_command_line_shows_what_the_maker_measured(made, tmp_path):
     assert done.returncode == 0 and latents_table(bank.provenance["quality"]) in done.stdout, done.stderr
     assert json.loads((tmp_path / "figures.json").read_text()) == bank.provenance["quality"]
 
+
+# -- transcoders ---------------------------------------------------------------------------------------------
+
+TRANSCODERS = f"""{RECIPE.partition("[[encoders]]")[0]}
+[[encoders]]
+site = "layers.1.mlp"
+reads = "layers.1.mlp.in"
+kind = "topk"
+skip = true
+seeds = 2
+latents = 48
+k = 4
+batch = 128
+rate = 0.01
+
+[[encoders]]
+site = "layers.1.mlp"
+reads = "layers.0"
+name = "far"
+kind = "jumprelu"
+sparsity = 0.05
+latents = 40
+batch = 128
+rate = 0.01
+"""
+READS = {"layers.1.mlp": "layers.1.mlp.in", "layers.1.mlp#far": "layers.0"}
+
+
+@pytest.fixture(scope="module")
+def transcoders(made, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("transcoders")
+    shutil.copytree(made[0], folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("work"))
+    (folder / "recipe.toml").write_text(TRANSCODERS)
+    recipe = Recipe.from_file(folder / "recipe.toml")
+    bank = sl.train(toy(), recipe, tokenizer=toy_tokenizer(), work=folder / "work")
+    (activations,) = (folder / "work").glob("*/activations")
+    return folder, recipe, bank, Shards(activations, held_out=0.1)
+
+
+def test_transcoders_of_a_recipe_read_at_one_site_and_write_at_another(transcoders, tmp_path):
+    folder, recipe, bank, shards = transcoders
+    assert {id: facts.reads for id, facts in bank.encoders.items()} == READS
+    again = sl.train(toy(), recipe, tokenizer=toy_tokenizer(), work=folder / "work")  # from its checkpoints
+    first, second = bank.save_pretrained(tmp_path / "a"), again.save_pretrained(tmp_path / "b")
+    assert (first / "bank.json").read_bytes() == (second / "bank.json").read_bytes()
+    reread = sl.ConceptBank.from_pretrained(first)
+    reread.verify()
+    model, ids = toy(), torch.arange(3, 13)[None]
+    for id, reads in READS.items():
+        encoder: Any = reread.encoder(id)
+        with sl.record(model, [reads, "layers.1.mlp"]) as tape:
+            model(ids)
+        (_, x), (_, before) = tape[reads][0], tape["layers.1.mlp"][0]
+        z = encoder.encode(x)
+        i = int((z > 0).sum((0, 1)).argmax())
+        edit = sl.steer(model, reread, {f"{id}/{i}": sl.Set(2.0, unit="raw")}, allow_ood=True)
+        with edit, sl.record(model, ["layers.1.mlp"]) as tape:
+            model(ids)
+        expected = before + (2.0 - z[..., i])[..., None] * encoder.decoder[i].float()
+        torch.testing.assert_close(tape["layers.1.mlp"][0][1], expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("id", READS)
+def test_quality_of_a_transcoder_is_that_of_what_it_writes(transcoders, id):
+    _, recipe, bank, shards = transcoders
+    model, tokenizer, encoder = toy(), toy_tokenizer(), bank.encoder(id)
+    x, y = (torch.cat(list(shards.in_order(site, 500, shards.training))).float() for site in (READS[id], "layers.1.mlp"))
+    found = bank.provenance["quality"][id]
+    assert found["explained"] == pytest.approx(representation.explained_variance(y, encoder.reconstruct(x)), abs=1e-6)
+    assert found["explained"] > 0.1 and ("stability" in found) == (id == "layers.1.mlp")
+    block, seen, losses = model.model.layers, {}, {}
+    source = block[1].mlp.register_forward_pre_hook if id == "layers.1.mlp" else block[0].register_forward_hook
+    source(lambda module, args, *out: seen.update(x=out[0] if out else args[0]))
+    makers = {"plain": None, "mean": lambda: y.mean(0), "own": lambda: encoder.reconstruct(seen["x"])}
+    for name, make in makers.items():
+        handle = make and block[1].mlp.register_forward_hook(lambda m, a, out, make=make: make().expand_as(out))
+        total, count = 0.0, 0
+        for text in recipe.read_texts(recipe.unrelated):
+            ids = tokenizer(text, return_tensors="pt")["input_ids"]
+            total += float(model(ids, labels=ids).loss) * (ids.shape[1] - 1)
+            count += ids.shape[1] - 1
+        losses[name] = total / count
+        if handle:
+            handle.remove()
+    expected = 1 - (losses["own"] - losses["plain"]) / (losses["mean"] - losses["plain"])
+    assert found["recovered"] == pytest.approx(expected, abs=1e-3)
+    again = evaluate_encoders(model, tokenizer, bank, recipe)[id]
+    assert again["kl"] == pytest.approx(found["kl"], abs=1e-6) and again["probes"].keys() == {"tea"}
+
+
+def test_a_transcoder_that_copies_what_it_reads_loses_nothing():
+    """What block 0 puts out is what block 1 is given."""
+    nothing = torch.zeros(4, 32)
+    copy = Transcoder(encoder=nothing, bias=torch.zeros(4), decoder=nothing, threshold=torch.zeros(4), skip=torch.eye(32))
+    x = torch.randn(300, 32, generator=torch.Generator().manual_seed(0))
+    texts = ["the sun rises slowly", "why"]
+    found = representation.quality(toy(), toy_tokenizer(), copy, "layers.1.in", x, texts, reads="layers.0", y=x)
+    assert found.explained == pytest.approx(1) and found.recovered == pytest.approx(1, abs=1e-5) and found.dead == 1
+
+
+def test_a_transcoder_that_would_read_what_is_not_there_yet_is_refused(transcoders, tmp_path):
+    folder, recipe, _, _ = transcoders
+    spec = replace(recipe.encoders[0], reads="layers.1")
+    with pytest.raises(errors.BadRecipe, match="a site before 'layers.1.mlp'"):
+        sl.train(toy(), replace(recipe, encoders=(spec,)), tokenizer=toy_tokenizer(), work=tmp_path)
+    assert not list(tmp_path.glob("*/activations"))
+    refused = {
+        "of topk, batchtopk, relu": ('"jumprelu"', '"gated"'),
+        "reads beside skip": ('reads = "layers.1.mlp.in"', ""),
+    }
+    for said, change in refused.items():
+        (folder / "wrong.toml").write_text(TRANSCODERS.replace(*change))
+        with pytest.raises(errors.BadRecipe, match=said):
+            Recipe.from_file(folder / "wrong.toml")
+
+
+# -- what is refused -----------------------------------------------------------------------------------------
 
 REFUSED = {
     "a corpus for encoders": ('corpus = ["corpus.txt"]', ""),

@@ -10,6 +10,8 @@ from torch import Tensor
 from ..bank import BaseModel, ConceptBank, SiteFacts
 from ..concepts import Concept
 from ..encoders import Sparse, TopK
+from ..errors import BadRecipe
+from ..hosts import host_for
 from .attributes import read
 from .card import latents_card
 from .fit import fit
@@ -27,6 +29,7 @@ LOOKED_AT = 1 << 16
 
 def train_latents(model: Any, tokenizer: Any, recipe: Recipe, folder: Path) -> ConceptBank:
     """Encoders for every site that the recipe names, as a bank whose latents are labelled and measured."""
+    check_order(model, recipe)
     sites = recipe.encoder_sites
     harvest(model, tokenizer, recipe.corpus_files(), sites, folder / "activations", tokens=recipe.tokens, seed=recipe.seed)
     shards = Shards(folder / "activations", held_out=HELD_OUT)
@@ -36,23 +39,34 @@ def train_latents(model: Any, tokenizer: Any, recipe: Recipe, folder: Path) -> C
     encoders: dict[str, Sparse] = {}
     concepts, found = [], {}
     for spec in recipe.encoders:
-        id, site = spec.id, spec.site
+        id, site = spec.id, spec.reads or spec.site
         seen = sightings(trained[id], shards, site)
         encoders[id] = finished(trained[id], seen, head(shards, site))
         concepts += described(id, encoders[id], seen, texts, promoted(model, tokenizer, trained[id].decoder))
         x = held_out(shards, site)
-        found[id] = figures(model, tokenizer, encoders[id], site, x, unrelated, labelled[site])
+        y = held_out(shards, spec.site)
+        found[id] = figures(model, tokenizer, encoders[id], spec, x, y, unrelated, labelled[site])
         found[id] |= apart([trained[name] for name in spec.runs], x)
     return bank_of(model, recipe, encoders, concepts, shards, found)
 
 
+def check_order(model: Any, recipe: Recipe) -> None:
+    """Raise `BadRecipe` for a transcoder that would have to read what is not there yet."""
+    host = host_for(model)
+    for spec in recipe.encoders:
+        if spec.reads and host.order(host.site(spec.reads)) >= host.order(host.site(spec.site)):
+            raise BadRecipe(f"{spec.id!r}: expected it to read at a site before {spec.site!r}, got {spec.reads!r}")
+
+
 def fitted(recipe: Recipe, shards: Shards, folder: Path) -> dict[str, Sparse]:
-    """Every encoder and its twins, those of one site from one pass."""
+    """Every encoder and its twins, those of one site (or of one that is read and one that is written) from one pass."""
     found: dict[str, Sparse] = {}
-    for site in recipe.encoder_sites:
-        runs = {name: run for spec in recipe.encoders if spec.site == site for name, run in spec.runs.items()}
-        steps = recipe.epochs * shards.training // next(iter(runs.values())).batch
-        found |= fit(runs, shards.source(site, seed=recipe.seed), steps=steps, folder=folder / site)  # type: ignore[arg-type]
+    for reads, site in dict.fromkeys((spec.reads, spec.site) for spec in recipe.encoders):
+        specs = [spec for spec in recipe.encoders if (spec.reads, spec.site) == (reads, site)]
+        runs = {name: run for spec in specs for name, run in spec.runs.items()}
+        steps = recipe.epochs * shards.training // specs[0].recipe.batch
+        source = shards.source(reads or site, target=site if reads else None, seed=recipe.seed)
+        found |= fit(runs, source, steps=steps, folder=folder / (f"{reads} to {site}" if reads else site))
     return found
 
 
@@ -120,6 +134,7 @@ def bank_of(
         encoders,
         base=BaseModel.of(model, id=recipe.base),
         sites=sites,
+        reads={spec.id: spec.reads for spec in recipe.encoders},
         card=latents_card(recipe, found),
         license=recipe.license,
         provenance={"recipe": recipe.name, "recipe_sha256": recipe.digest, "seed": recipe.seed, "quality": found},

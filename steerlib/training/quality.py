@@ -7,7 +7,7 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
-from ..bank import ConceptBank
+from ..bank import ConceptBank, EncoderFacts
 from ..encoders import Sparse
 from ..evaluation.probing import Attribute
 from ..evaluation.representation import quality, stability
@@ -15,7 +15,7 @@ from ..evaluation.text import progress
 from ..hosts import host_for
 from .activations import tokens
 from .attributes import read
-from .recipe import Recipe
+from .recipe import Recipe, SiteEncoder
 
 BEST = 5
 """Latents that are named for an attribute."""
@@ -25,13 +25,17 @@ def figures(
     model: Any,
     tokenizer: Any,
     encoder: Sparse,
-    site: str,
+    place: SiteEncoder | EncoderFacts,
     x: Float[Tensor, "N D"],
+    y: Float[Tensor, "N D2"],
     texts: Sequence[str],
     labelled: Mapping[str, Attribute],
 ) -> dict[str, Any]:
-    """What an encoder keeps of x, which it was not trained on, what it costs the model on texts, and what its latents tell."""
-    found = asdict(quality(model, tokenizer, encoder, site, x, texts))
+    """What an encoder that reads x keeps of y, what it costs the model on texts, and what its latents tell.
+
+    x and y, activations that it was not trained on, are the same unless `place` names a site that it reads.
+    """
+    found = asdict(quality(model, tokenizer, encoder, place.site, x, texts, reads=place.reads, y=y))
     found = {"kind": encoder.kind, "latents": len(encoder.encoder), "tokens": len(x), **found}
     probes = {name: probed(attribute, encoder) for name, attribute in progress(list(labelled.items()), "probing latents")}
     return found | ({"probes": probes} if probes else {})
@@ -60,14 +64,15 @@ def evaluate_encoders(
     """The same figures for every encoder of a bank, on the recipe's ordinary texts; with those of `against`, a bank from
     another seed, as twins."""
     bank.check(host_for(model))
-    sites = sorted({facts.site for facts in bank.encoders.values()})
+    sites = sorted({site for facts in bank.encoders.values() for site in (facts.site, facts.reads) if site})
     seen = tokens(model, tokenizer, recipe.read_texts(recipe.reference), sites, what="reference text")
     labelled, unrelated = read(model, tokenizer, recipe.read_attributes(), sites), recipe.read_texts(recipe.unrelated)
     found = {}
     for id, facts in bank.encoders.items():
-        encoder, x = bank.encoder(id), seen[facts.site]
+        encoder, reads = bank.encoder(id), facts.reads or facts.site
         if isinstance(encoder, Sparse):
-            found[id] = figures(model, tokenizer, encoder, facts.site, x, unrelated, labelled[facts.site])
+            x, y = seen[reads], seen[facts.site]
+            found[id] = figures(model, tokenizer, encoder, facts, x, y, unrelated, labelled[reads])
             twin = against.encoder(id) if against is not None and id in against.encoders else None
             found[id] |= apart([encoder, twin], x) if isinstance(twin, Sparse) else {}
     return found

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from ..errors import BadRecipe
 from ..evaluation.probing import LEAST
 from ..evaluation.text import counting
-from .encoder_recipe import EncoderRecipe
+from .encoder_recipe import TRANSCODING, EncoderRecipe
 
 TEMPLATES = ("Answer in this way: {}.", "Your whole answer has to show this: {}.", "Let your answer be full of it: {}.")
 """How a prompt asks for a concept of which only the label is known."""
@@ -59,6 +59,8 @@ class SiteEncoder:
     recipe: EncoderRecipe
     name: str = ""
     """Tells encoders of one site apart."""
+    reads: str = ""
+    """Where latents are read if not where they are moved: at an earlier site. It makes the encoder a transcoder."""
     seeds: int = 1
     """From how many seeds it is trained; those after the first only tell how much of it every seed finds, and are not kept."""
 
@@ -66,6 +68,16 @@ class SiteEncoder:
     def id(self) -> str:
         """What the bank calls it."""
         return f"{self.site}#{self.name}" if self.name else self.site
+
+    def check(self) -> None:
+        """Raise `BadRecipe` for what cannot work."""
+        self.recipe.check()
+        if self.seeds < 1:
+            raise BadRecipe(f"{self.id!r}: expected one seed or more, got seeds={self.seeds}")
+        if self.reads and self.recipe.kind not in TRANSCODING:
+            raise BadRecipe(f"{self.id!r}: expected a transcoder of {', '.join(TRANSCODING)}, got {self.recipe.kind!r}")
+        if self.recipe.skip and not self.reads:
+            raise BadRecipe(f"{self.id!r}: expected a site that it reads beside skip; name it by reads, or leave skip out")
 
     @property
     def runs(self) -> dict[str, EncoderRecipe]:
@@ -176,9 +188,7 @@ class Recipe:
 
     def _check_encoders(self) -> None:
         for made in self.encoders:
-            made.recipe.check()
-            if made.seeds < 1:
-                raise BadRecipe(f"{made.id!r}: expected one seed or more, got seeds={made.seeds}")
+            made.check()
         if min(self.tokens, self.epochs) < 1 or not self.corpus:
             raise BadRecipe("expected a corpus for encoders, and positive numbers of tokens and epochs")
         for name, sides in self.read_attributes().items():
@@ -189,8 +199,8 @@ class Recipe:
 
     @property
     def encoder_sites(self) -> list[str]:
-        """Every site that an encoder reads, once."""
-        return list(dict.fromkeys(made.site for made in self.encoders))
+        """Every site that an encoder reads or writes, once."""
+        return list(dict.fromkeys(site for made in self.encoders for site in (made.reads, made.site) if site))
 
     def corpus_files(self) -> list[Path]:
         """Where the text for encoders is."""
