@@ -272,6 +272,22 @@ def test_a_bank_of_latents_is_measured_again_on_ordinary_text(made, tmp_path):
     assert all(said in table for said in ("layers.1#wide", "found by another seed", "tea", "a random dictionary"))
 
 
+def test_the_command_line_measures_what_the_library_measures(made, tmp_path):
+    folder, recipe, bank, _ = made
+    toy().save_pretrained(tmp_path / "model")
+    toy_tokenizer().save_pretrained(tmp_path / "model")
+    saved, figures = bank.save_pretrained(tmp_path / "bank"), tmp_path / "figures.json"
+    options = {"--recipe": folder / "recipe.toml", "--model": tmp_path / "model", "--against": saved, "--out": figures}
+    command = [sys.executable, "-m", "steerlib", "eval", saved, *(part for option in options.items() for part in option)]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found, expected = json.loads(figures.read_text()), evaluate_encoders(toy(), toy_tokenizer(), bank, recipe, against=bank)
+    assert found.keys() == expected.keys()
+    for id, line in expected.items():
+        for name in ("explained", "control", "recovered", "kl", "stability"):
+            assert found[id][name] == pytest.approx(line[name], abs=1e-4), (id, name)
+
+
 def test_a_recipe_is_read_without_its_corpus_where_nothing_is_trained(made, tmp_path):
     shutil.copytree(made[0], tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("work", "corpus.txt"))
     with pytest.raises(errors.BadRecipe, match="corpus.txt"):
