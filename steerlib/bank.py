@@ -30,6 +30,7 @@ from .encoders.sparse import STATISTICS
 from .errors import BadBank, CorruptBank, UnknownConcept, UnknownFormat, WrongModel, WrongWidth, nearest
 from .graph import CausalGraph, Edge
 from .hosts import Host, host_for
+from .search import ranked
 
 FORMAT = 1
 MAX_MANIFEST = 4 << 20
@@ -206,16 +207,11 @@ class ConceptBank:
         return KINDS[facts.kind].competes(facts.settings)
 
     def find(self, words: str, limit: int = 5) -> list[Concept]:
-        """Concepts whose name or label share words with these, best first."""
-        wanted = set(words.lower().split())
+        """Concepts that share words with these in name, label or contexts, or mean much the same, best first.
 
-        def score(concept: Concept) -> float:
-            name, label = concept.name.lower(), concept.label.lower()
-            text = set(label.replace(",", " ").split()) | set(name.replace("-", " ").split())
-            return 3 * (words.lower() in name) + 2 * len(wanted & text) + any(w in label or w in name for w in wanted)
-
-        ranked = sorted(self.concepts.values(), key=lambda concept: (-score(concept), concept.name))
-        return [concept for concept in ranked[:limit] if score(concept) > 0]
+        Meaning is compared by sentence embeddings, where the extra `eval` is installed.
+        """
+        return ranked(words, list(self.concepts.values()))[:limit]
 
     def rows(self, concept: Concept) -> Rows:
         """What steering needs of one concept, read from disk when first asked for, and checked."""

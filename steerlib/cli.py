@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from .bank import ConceptBank
+from .encoders import KINDS, Sparse
 from .errors import BadEdit, BadRecipe, MissingExtra, SteerlibError
 from .hosts import load
 from .hub import shipped_banks
@@ -46,7 +47,8 @@ def recipe_of(bank: ConceptBank, recipe: Path | None) -> Any:
     """The recipe given, or the shipped one that the bank was made from."""
     from .training.recipe import Recipe
 
-    return Recipe.from_file(recipe or recipes() / str(bank.provenance.get("recipe", bank.name)) / "recipe.toml")
+    path = recipe or recipes() / str(bank.provenance.get("recipe", bank.name)) / "recipe.toml"
+    return Recipe.from_file(path, to_train=False)
 
 
 def loaded(source: str) -> Any:
@@ -217,12 +219,22 @@ def eval_(
     quick: Annotated[bool, typer.Option(help="four prompts, one seed, 24 tokens: a look, not a measurement")] = False,
     out: Annotated[Path | None, typer.Option(help="write the figures here as JSON, and a picture beside them")] = None,
     save: Annotated[bool, typer.Option(help="write effects and card into the bank, which must be a folder")] = False,
+    model: Annotated[str, typer.Option(help="folder, Hub id or package:<name>/<file>.gguf; default: the bank's own")] = "",
+    against: Annotated[str, typer.Option(help="of latents: a bank of the same encoders trained from another seed")] = "",
 ) -> None:
-    """Measure a bank's concepts on prompts never used before: beside prompting, random directions and other controls."""
+    """Measure a bank's concepts on prompts never used before: beside prompting, random directions and other controls.
+
+    Of a bank of latents: what its encoders keep of ordinary text, and what their latents tell of the recipe's attributes.
+    """
     from .evaluation.report import missed, picture, summary_table, table
     from .training.pipeline import evaluate, with_effects
 
     opened = ConceptBank.from_pretrained(bank)
+    if any(issubclass(KINDS[facts.kind], Sparse) for facts in opened.encoders.values()):
+        if save or concept or quick:
+            raise BadEdit("a bank of latents is measured encoder by encoder; leave out --concept, --quick and --save")
+        _eval_latents(opened, recipe, model, against, stored, out)
+        return
     if save and (concept or quick or stored):
         raise BadEdit("--save writes a card of all concepts, as measured whole; leave out --concept, --quick and --stored")
     if stored:
@@ -232,8 +244,8 @@ def eval_(
         read = recipe_of(opened, recipe)
         if quick:
             read = replace(read, evaluation_prompts=4, dev_prompts=4, seeds=1, new_tokens=24)
-        model, tokenizer = loaded(read.source)
-        records = evaluate(model, tokenizer, opened, read, concepts=concept)
+        language_model, tokenizer = loaded(model or read.source)
+        records = evaluate(language_model, tokenizer, opened, read, concepts=concept)
         if save:
             with_effects(opened, read, records).save_pretrained(bank)
     if not records:
@@ -242,6 +254,26 @@ def eval_(
     if out is not None:
         out.write_text(json.dumps(records, indent=1, sort_keys=True) + "\n", encoding="utf-8")
         picture(records, out.with_suffix(".png"))
+
+
+def _eval_latents(bank: ConceptBank, recipe: Path | None, source: str, against: str, stored: bool, out: Path | None) -> None:
+    from .evaluation.report import latents_table
+    from .training.quality import evaluate_encoders
+    from .training.recipe import Recipe
+
+    found = bank.provenance.get("quality", {})
+    if not stored:
+        named = recipes() / str(bank.provenance.get("recipe", bank.name)) / "recipe.toml"
+        is_known = recipe is not None or named.is_file()
+        read = recipe_of(bank, recipe) if is_known else Recipe(name=bank.name, base=bank.base.id, source=bank.base.id)
+        twin = ConceptBank.from_pretrained(against) if against else None
+        model, tokenizer = loaded(source or read.source)
+        found = evaluate_encoders(model, tokenizer, bank, read, against=twin)
+    if not found:
+        raise BadRecipe(f"bank {bank.name!r} stores no measurements; leave out --stored to make them")
+    typer.echo(latents_table(found))
+    if out is not None:
+        out.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def main() -> None:

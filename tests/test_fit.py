@@ -13,7 +13,7 @@ import torch
 from torch.nn.functional import normalize
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from steerlib.encoders import Matryoshka, Transcoder
+from steerlib.encoders import Matryoshka, ReLU, Transcoder
 from steerlib.errors import BadRecipe
 from steerlib.evaluation.representation import (
     code_match,
@@ -23,11 +23,12 @@ from steerlib.evaluation.representation import (
     explained_variance,
     l0,
     random_dictionary,
+    stability,
     uniqueness,
 )
 from steerlib.evaluation.synthetic import superposed
 from steerlib.training.dense_step import BANDWIDTH, dense_step
-from steerlib.training.encoder_recipe import EncoderRecipe
+from steerlib.training.encoder_recipe import TRANSCODING, EncoderRecipe
 from steerlib.training.fit import CHECKPOINT, ahead, fit
 from steerlib.training.inputs import Tokens, geometric_median, normalising
 from steerlib.training.learner import Learner
@@ -69,6 +70,7 @@ def plain(recipe, weights, x, y, unit, dead):
     """The same loss by whole matrices and autograd."""
     w = {name: tensor.clone().requires_grad_() for name, tensor in weights.items()}
     p = (x - w["decoder_bias"] if y is None else x) @ w["encoder"].T + w["bias"]
+    y = y - x @ w["skip"].T if recipe.skip else y
     if recipe.kind == "topk":
         kept = torch.zeros_like(p).scatter(1, p.topk(recipe.k).indices, 1.0)
     else:
@@ -89,11 +91,13 @@ def plain(recipe, weights, x, y, unit, dead):
 
 
 @pytest.mark.parametrize("with_dead", [False, True])
-@pytest.mark.parametrize("transcodes", [False, True])
+@pytest.mark.parametrize("transcodes", [False, True, "skip"])
 @pytest.mark.parametrize("kind", COMPETING)
 def test_the_sparse_step_has_the_gradient_of_the_plain_formula(kind, transcodes, with_dead):
     written = 17 if transcodes else D
-    r, w, x = recipe(kind), weights(written=written), tokens()
+    r, w, x = recipe(kind, skip=transcodes == "skip"), weights(written=written), tokens()
+    if r.skip:
+        w["skip"] = 0.1 * torch.randn(17, D, generator=torch.Generator().manual_seed(4))
     y = tokens(written, seed=2) if transcodes else None
     dead = torch.tensor([3, 7, 90, 91, 92, 200]) if with_dead else None
     expected, loss, fired = plain(r, w, x, y, 1000.0, dead)
@@ -225,12 +229,12 @@ def test_normalised_activations_are_what_they_should_be(kind):
 @pytest.mark.parametrize("normalise", ["none", "scale", "std", "whiten"])
 @pytest.mark.parametrize(
     ("kind", "transcodes"),
-    [(kind, False) for kind in ALL] + [(kind, True) for kind in ("topk", "batchtopk", "relu", "jumprelu")],
+    [(kind, False) for kind in ALL] + [(kind, how) for kind in TRANSCODING for how in (True, "skip")],
 )
 def test_a_finished_encoder_reads_raw_activations_and_reconstructs_what_was_trained(kind, normalise, transcodes):
     x = tokens() @ torch.randn(D, D, generator=torch.Generator().manual_seed(3)) + 4
     y = x[:, :17] ** 2 if transcodes else None
-    learner = Learner(recipe(kind, normalise=normalise, rate=1e-2), x, y, 4)
+    learner = Learner(recipe(kind, normalise=normalise, rate=1e-2, skip=transcodes == "skip"), x, y, 4)
     for step in range(4):
         learner.learn(learner.outcome(x, y, step), step)
     inner = learner.encoder()
@@ -287,6 +291,41 @@ def test_training_finds_superposed_features(truth):
     assert code_match(z, code).mcc > 0.8 and uniqueness(truth.dictionary, encoder.decoder) > 0.9
     assert explained_variance(x, encoder.reconstruct(x)) > 0.85 and l0(code) <= 4 and dead_share(code) < 0.05
     assert dense_share(code) < 0.02
+
+
+def test_two_seeds_find_much_the_same_where_there_is_something_to_find():
+    """And a copy with its latents dealt anew, some of their signs turned and dead ones beside, is found whole."""
+    s = superposed(20_000, features=64, width=32, seed=5)
+    r = EncoderRecipe(kind="topk", latents=64, k=4, batch=512, rate=3e-3, dead_after=20_000)
+    both = fit({"a": r, "b": replace(r, seed=1)}, Tokens(s.x), steps=400)
+    found = stability(both["a"], both["b"], s.x[:4000])
+    assert found.mcc > 0.75 > found.control + 0.25
+    w: Any = both["a"].to_tensors()
+    order = torch.randperm(64, generator=torch.Generator().manual_seed(0))
+    dealt: Any = {name: t[order] if name != "decoder_bias" else t for name, t in w.items()}
+    dealt["decoder"] = dealt["decoder"] * torch.where(torch.arange(64) % 2 == 0, 1.0, -1.0)[:, None]
+    copy = ReLU(**dealt, centred=True)
+    plain = ReLU(**w, centred=True)
+    torch.testing.assert_close(stability(plain, copy, s.x[:4000]).mcc, 1.0, rtol=0, atol=1e-6)
+    dead = {"encoder": torch.zeros(9, 32), "bias": -torch.ones(9), "decoder": torch.randn(9, 32)}
+    larger: Any = {**w, **{name: torch.cat((w[name], dead[name])) for name in dead}}
+    more = ReLU(**larger, centred=True)
+    torch.testing.assert_close(stability(more, copy, s.x[:4000]).mcc, 1.0, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["topk", "relu"])
+def test_the_linear_part_of_a_transcoder_learns_what_is_linear(kind):
+    """y = A x + c: one latent a token could not write it."""
+    g = torch.Generator().manual_seed(0)
+    x, a, c = torch.randn(4000, 16, generator=g), torch.randn(12, 16, generator=g) / 4, torch.randn(12, generator=g)
+    source = Tokens(x, target=x @ a.T + c)
+    r = recipe(kind, latents=32, k=1, batch=500, rate=2e-2, skip=True, normalise="std", sparsity=0.5 if kind == "relu" else 0.0)
+    both = fit({"skip": r, "plain": replace(r, skip=False)}, source, steps=300)
+    linear, plain = both["skip"], both["plain"]
+    assert isinstance(linear, Transcoder) and linear.skip is not None
+    torch.testing.assert_close(linear.skip, a, atol=0.1, rtol=0)
+    assert explained_variance(x @ a.T + c, linear.reconstruct(x)) > 0.97
+    assert explained_variance(x @ a.T + c, plain.reconstruct(x)) < 0.7
 
 
 def test_dead_latents_are_revived(truth):
@@ -430,6 +469,8 @@ def test_what_cannot_be_trained_together_is_refused(few):
         fit({"a": recipe(), "b": recipe(batch=64)}, few, steps=1)
     with pytest.raises(BadRecipe, match="transcoder"):
         fit({"a": recipe("gated")}, Tokens(few.values, target=few.values), steps=1)
+    with pytest.raises(BadRecipe, match="transcoder only"):
+        fit({"a": recipe(skip=True)}, few, steps=1)
     with pytest.raises(BadRecipe, match="ended after 3"):
         fit({"a": recipe()}, Short(few.values), steps=5)
 

@@ -1,16 +1,29 @@
 """From a recipe with encoders to a bank of labelled latents, on toy models; every figure by a second way."""
 
+import json
 import random
+import shutil
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tiny_models import WORDS, tiny, toy_tokenizer
 
 import steerlib as sl
 from steerlib import errors
-from steerlib.encoders import ReLU
+from steerlib.encoders import ReLU, Transcoder
 from steerlib.evaluation import representation
+from steerlib.evaluation.report import latents_table
 from steerlib.training import label as labels
+from steerlib.training.activations import tokens
+from steerlib.training.attributes import select
+from steerlib.training.fit import fit
+from steerlib.training.quality import evaluate_encoders
 from steerlib.training.recipe import Recipe
 from steerlib.training.shards import Shards
 
@@ -22,9 +35,12 @@ corpus = ["corpus.txt"]
 tokens = 1200
 epochs = 4
 unrelated = "unrelated.jsonl"
+reference = "unrelated.jsonl"
+attributes = ["tea.jsonl"]
 
 [[encoders]]
 site = "layers.0"
+seeds = 2
 kind = "topk"
 latents = 48
 k = 4
@@ -49,6 +65,13 @@ batch = 128
 rate = 0.01
 """
 IDS = ["layers.0", "layers.1", "layers.1#wide"]
+WITH_TEA = [f"the {word} tea sings {other}" for word in ("red", "old", "warm", "cold") for other in ("slowly", "why", "sun")]
+WITHOUT = [text.replace("tea", "stone") for text in WITH_TEA]
+
+
+def write_tea(folder):
+    lines = [{"text": text, "label": int(text in WITH_TEA)} for text in WITH_TEA + WITHOUT]
+    (folder / "tea.jsonl").write_text("\n".join(map(json.dumps, lines)))
 
 
 def toy():
@@ -63,6 +86,7 @@ def made(tmp_path_factory):
     (folder / "corpus.txt").write_text("\n\n".join(texts))
     (folder / "unrelated.jsonl").write_text("\n".join(f'{{"text": "{text}"}}' for text in texts[:6]))
     (folder / "recipe.toml").write_text(RECIPE)
+    write_tea(folder)
     recipe = Recipe.from_file(folder / "recipe.toml")
     bank = sl.train(toy(), recipe, tokenizer=toy_tokenizer(), work=folder / "work")
     (activations,) = (folder / "work").glob("*/activations")
@@ -187,12 +211,225 @@ def test_an_encoder_that_keeps_everything_loses_nothing():
     assert found.kl == pytest.approx(0, abs=1e-5) and found.dead == 0 and found.dense == 1
 
 
+def test_latents_are_selected_by_their_correlation_with_labelled_texts(made):
+    """Beside a table of readings made by hand, all encoders together."""
+    _, _, bank, _ = made
+    model, tokenizer = toy(), toy_tokenizer()
+    found = select(model, tokenizer, bank, WITH_TEA, WITHOUT, count=8)
+    readings = {}
+    for id in IDS:
+        rows = []
+        for text in WITH_TEA + WITHOUT:
+            with sl.record(model, [site := id.partition("#")[0]]) as tape:
+                model(tokenizer(text, return_tensors="pt")["input_ids"])
+            rows.append(bank.encoder(id).encode(tape[site][0][1][0, 1:]).mean(0))
+        readings |= {f"{id}/{i}": column for i, column in enumerate(torch.stack(rows).T.numpy())}
+    label = [1.0] * len(WITH_TEA) + [0.0] * len(WITHOUT)
+    score = {name: np.corrcoef(z, label)[0, 1] if z.std() else 0.0 for name, z in readings.items()}
+    best = sorted(score.values(), reverse=True)[:8]
+    np.testing.assert_allclose([value for _, value in found], best, atol=1e-4)
+    assert best[0] > 0.6 and all(score[concept.id] == pytest.approx(value, abs=1e-4) for concept, value in found)
+
+
+def test_what_was_measured_is_in_the_bank_and_its_card(made):
+    _, recipe, bank, shards = made
+    found = bank.provenance["quality"]
+    assert list(found) == IDS and bank.card.count(latents_table(found)) == 1
+    x = torch.cat(list(shards.in_order("layers.0", 500, shards.training))).float()
+    own, twin = (
+        fit({"a": run}, shards.source("layers.0", seed=0), steps=4 * shards.training // 128)["a"]
+        for run in recipe.encoders[0].runs.values()
+    )
+    assert not torch.equal(own.encoder, twin.encoder)
+    expected = representation.stability(own, twin, x)
+    assert found["layers.0"]["stability"] == pytest.approx(expected.mcc, abs=1e-6)
+    assert found["layers.0"]["stability_control"] == pytest.approx(expected.control, abs=1e-6)
+    assert "stability" not in found["layers.1"] and list(bank.encoders) == IDS
+    probes = found["layers.1#wide"]["probes"]["tea"]
+    selected = select(toy(), toy_tokenizer(), bank, WITH_TEA, WITHOUT, count=100)
+    best = [score for concept, score in selected if concept.encoder == "layers.1#wide"][:5]
+    assert [score for _, score in probes["best"]] == pytest.approx(best, abs=1e-3) and len(best) == 5
+    assert probes["latents"].keys() == probes["control"].keys() == {"1", "5", "20"}
+
+
+def test_a_bank_of_latents_is_measured_again_on_ordinary_text(made, tmp_path):
+    """Beside a bank of the same encoders, of which it finds everything."""
+    _, recipe, bank, _ = made
+    model, tokenizer = toy(), toy_tokenizer()
+    reread = sl.ConceptBank.from_pretrained(bank.save_pretrained(tmp_path / "bank"))
+    found = evaluate_encoders(model, tokenizer, reread, recipe, against=bank)
+    texts = recipe.read_texts(recipe.unrelated)
+    x = tokens(model, tokenizer, texts, ["layers.1"], what="")["layers.1"]
+    encoder = bank.encoder("layers.1#wide")
+    expected = representation.quality(model, tokenizer, encoder, "layers.1", x, texts)
+    line = found["layers.1#wide"]
+    assert {key: line[key] for key in asdict(expected)} == asdict(expected) and line["tokens"] == len(x)
+    assert (
+        line["stability"] == pytest.approx(1, abs=1e-6)
+        and line["probes"] == bank.provenance["quality"]["layers.1#wide"]["probes"]
+    )
+    table = latents_table(found)
+    assert all(said in table for said in ("layers.1#wide", "found by another seed", "tea", "a random dictionary"))
+
+
+def test_the_command_line_measures_what_the_library_measures(made, tmp_path):
+    folder, recipe, bank, _ = made
+    toy().save_pretrained(tmp_path / "model")
+    toy_tokenizer().save_pretrained(tmp_path / "model")
+    saved, figures = bank.save_pretrained(tmp_path / "bank"), tmp_path / "figures.json"
+    options = {"--recipe": folder / "recipe.toml", "--model": tmp_path / "model", "--against": saved, "--out": figures}
+    command = [sys.executable, "-m", "steerlib", "eval", saved, *(part for option in options.items() for part in option)]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found, expected = json.loads(figures.read_text()), evaluate_encoders(toy(), toy_tokenizer(), bank, recipe, against=bank)
+    assert found.keys() == expected.keys()
+    for id, line in expected.items():
+        for name in ("explained", "control", "recovered", "kl", "stability"):
+            assert found[id][name] == pytest.approx(line[name], abs=1e-4), (id, name)
+
+
+def test_a_recipe_is_read_without_its_corpus_where_nothing_is_trained(made, tmp_path):
+    shutil.copytree(made[0], tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("work", "corpus.txt"))
+    with pytest.raises(errors.BadRecipe, match="corpus.txt"):
+        Recipe.from_file(tmp_path / "recipe.toml")
+    assert Recipe.from_file(tmp_path / "recipe.toml", to_train=False).attributes == ("tea.jsonl",)
+
+
+def test_the_command_line_shows_what_the_maker_measured(made, tmp_path):
+    _, _, bank, _ = made
+    folder = bank.save_pretrained(tmp_path / "bank")
+    command = [sys.executable, "-m", "steerlib", "eval", str(folder), "--stored", "--out", str(tmp_path / "figures.json")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    assert done.returncode == 0 and latents_table(bank.provenance["quality"]) in done.stdout, done.stderr
+    assert json.loads((tmp_path / "figures.json").read_text()) == bank.provenance["quality"]
+
+
+# -- transcoders ---------------------------------------------------------------------------------------------
+
+TRANSCODERS = f"""{RECIPE.partition("[[encoders]]")[0]}
+[[encoders]]
+site = "layers.1.mlp"
+reads = "layers.1.mlp.in"
+kind = "topk"
+skip = true
+seeds = 2
+latents = 48
+k = 4
+batch = 128
+rate = 0.01
+
+[[encoders]]
+site = "layers.1.mlp"
+reads = "layers.0"
+name = "far"
+kind = "jumprelu"
+sparsity = 0.05
+latents = 40
+batch = 128
+rate = 0.01
+"""
+READS = {"layers.1.mlp": "layers.1.mlp.in", "layers.1.mlp#far": "layers.0"}
+
+
+@pytest.fixture(scope="module")
+def transcoders(made, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("transcoders")
+    shutil.copytree(made[0], folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("work"))
+    (folder / "recipe.toml").write_text(TRANSCODERS)
+    recipe = Recipe.from_file(folder / "recipe.toml")
+    bank = sl.train(toy(), recipe, tokenizer=toy_tokenizer(), work=folder / "work")
+    (activations,) = (folder / "work").glob("*/activations")
+    return folder, recipe, bank, Shards(activations, held_out=0.1)
+
+
+def test_transcoders_of_a_recipe_read_at_one_site_and_write_at_another(transcoders, tmp_path):
+    folder, recipe, bank, shards = transcoders
+    assert {id: facts.reads for id, facts in bank.encoders.items()} == READS
+    again = sl.train(toy(), recipe, tokenizer=toy_tokenizer(), work=folder / "work")  # from its checkpoints
+    first, second = bank.save_pretrained(tmp_path / "a"), again.save_pretrained(tmp_path / "b")
+    assert (first / "bank.json").read_bytes() == (second / "bank.json").read_bytes()
+    reread = sl.ConceptBank.from_pretrained(first)
+    reread.verify()
+    model, ids = toy(), torch.arange(3, 13)[None]
+    for id, reads in READS.items():
+        encoder: Any = reread.encoder(id)
+        with sl.record(model, [reads, "layers.1.mlp"]) as tape:
+            model(ids)
+        (_, x), (_, before) = tape[reads][0], tape["layers.1.mlp"][0]
+        z = encoder.encode(x)
+        i = int((z > 0).sum((0, 1)).argmax())
+        edit = sl.steer(model, reread, {f"{id}/{i}": sl.Set(2.0, unit="raw")}, allow_ood=True)
+        with edit, sl.record(model, ["layers.1.mlp"]) as tape:
+            model(ids)
+        expected = before + (2.0 - z[..., i])[..., None] * encoder.decoder[i].float()
+        torch.testing.assert_close(tape["layers.1.mlp"][0][1], expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("id", READS)
+def test_quality_of_a_transcoder_is_that_of_what_it_writes(transcoders, id):
+    _, recipe, bank, shards = transcoders
+    model, tokenizer, encoder = toy(), toy_tokenizer(), bank.encoder(id)
+    x, y = (torch.cat(list(shards.in_order(site, 500, shards.training))).float() for site in (READS[id], "layers.1.mlp"))
+    found = bank.provenance["quality"][id]
+    assert found["explained"] == pytest.approx(representation.explained_variance(y, encoder.reconstruct(x)), abs=1e-6)
+    assert found["explained"] > 0.1 and ("stability" in found) == (id == "layers.1.mlp")
+    block, seen, losses = model.model.layers, {}, {}
+    source = block[1].mlp.register_forward_pre_hook if id == "layers.1.mlp" else block[0].register_forward_hook
+    source(lambda module, args, *out: seen.update(x=out[0] if out else args[0]))
+    makers = {"plain": None, "mean": lambda: y.mean(0), "own": lambda: encoder.reconstruct(seen["x"])}
+    for name, make in makers.items():
+        handle = make and block[1].mlp.register_forward_hook(lambda m, a, out, make=make: make().expand_as(out))
+        total, count = 0.0, 0
+        for text in recipe.read_texts(recipe.unrelated):
+            ids = tokenizer(text, return_tensors="pt")["input_ids"]
+            total += float(model(ids, labels=ids).loss) * (ids.shape[1] - 1)
+            count += ids.shape[1] - 1
+        losses[name] = total / count
+        if handle:
+            handle.remove()
+    expected = 1 - (losses["own"] - losses["plain"]) / (losses["mean"] - losses["plain"])
+    assert found["recovered"] == pytest.approx(expected, abs=1e-3)
+    again = evaluate_encoders(model, tokenizer, bank, recipe)[id]
+    assert again["kl"] == pytest.approx(found["kl"], abs=1e-6) and again["probes"].keys() == {"tea"}
+
+
+def test_a_transcoder_that_copies_what_it_reads_loses_nothing():
+    """What block 0 puts out is what block 1 is given."""
+    nothing = torch.zeros(4, 32)
+    copy = Transcoder(encoder=nothing, bias=torch.zeros(4), decoder=nothing, threshold=torch.zeros(4), skip=torch.eye(32))
+    x = torch.randn(300, 32, generator=torch.Generator().manual_seed(0))
+    texts = ["the sun rises slowly", "why"]
+    found = representation.quality(toy(), toy_tokenizer(), copy, "layers.1.in", x, texts, reads="layers.0", y=x)
+    assert found.explained == pytest.approx(1) and found.recovered == pytest.approx(1, abs=1e-5) and found.dead == 1
+
+
+def test_a_transcoder_that_would_read_what_is_not_there_yet_is_refused(transcoders, tmp_path):
+    folder, recipe, _, _ = transcoders
+    spec = replace(recipe.encoders[0], reads="layers.1")
+    with pytest.raises(errors.BadRecipe, match="a site before 'layers.1.mlp'"):
+        sl.train(toy(), replace(recipe, encoders=(spec,)), tokenizer=toy_tokenizer(), work=tmp_path)
+    assert not list(tmp_path.glob("*/activations"))
+    refused = {
+        "of topk, batchtopk, relu": ('"jumprelu"', '"gated"'),
+        "reads beside skip": ('reads = "layers.1.mlp.in"', ""),
+    }
+    for said, change in refused.items():
+        (folder / "wrong.toml").write_text(TRANSCODERS.replace(*change))
+        with pytest.raises(errors.BadRecipe, match=said):
+            Recipe.from_file(folder / "wrong.toml")
+
+
+# -- what is refused -----------------------------------------------------------------------------------------
+
 REFUSED = {
     "a corpus for encoders": ('corpus = ["corpus.txt"]', ""),
     "unknown fields": ('kind = "topk"', 'kinds = "topk"'),
     "positive numbers of tokens": ("tokens = 1200", "tokens = 0"),
     "found none": ('corpus = ["corpus.txt"]', 'corpus = ["other.txt"]'),
     "each name once": ('name = "wide"', ""),
+    "one seed or more": ("seeds = 2", "seeds = 0"),
+    "expected tea.json beside": ('"tea.jsonl"', '"tea.json"'),
+    "4 texts or more of each": ('"tea.jsonl"', '"few.jsonl"'),
 }
 """What is said, and the change of the recipe."""
 
@@ -201,6 +438,8 @@ REFUSED = {
 def test_what_cannot_work_is_refused_before_a_model_is_loaded(tmp_path, said):
     (tmp_path / "corpus.txt").write_text("the sun")
     (tmp_path / "unrelated.jsonl").write_text('{"text": "the sun"}')
+    write_tea(tmp_path)
+    (tmp_path / "few.jsonl").write_text('{"text": "tea", "label": 1}\n{"text": "sun", "label": 0}')
     (tmp_path / "recipe.toml").write_text(RECIPE.replace(*REFUSED[said], 1))
     with pytest.raises(errors.BadRecipe, match=said):
         Recipe.from_file(tmp_path / "recipe.toml")

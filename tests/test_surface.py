@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 RANKS = {
     "errors": -1,
     "sites": 0, "schedules": 0, "concepts": 0,
-    "hub": 1, "encoders": 1, "graph": 1, "masks": 0.5, "replay": 1, "interventions": 1, "hosts": 1,
+    "sentences": 0, "search": 1, "hub": 1, "encoders": 1, "graph": 1, "masks": 0.5, "replay": 1, "interventions": 1, "hosts": 1,
     "edits": 2, "programs": 2.5, "bank": 2, "hooks.families": 2, "hooks.attach": 2.2, "hooks.modules": 2, "hooks": 2,
     "hooks.calls": 2.5, "hooks.pipelines": 2.5, "hooks.registry": 2.5, "hooks.transformers": 3, "hooks.diffusers": 3,
     "readers": 3, "reports": 2, "plans": 3, "recording": 3, "steering": 4, "evaluation": 5, "training": 6,
@@ -25,11 +25,11 @@ STAGES = {
         "files", "hookpoints", "foreign", "saelens", "sparsify", "repeng", "gemma_scope", "gemma_scope_2",
         "dictionary_learning", "llama_scope", "sdxl_unbox", "saeuron", "svec", "lm_eval",
     ),
-    "evaluation": ("text", "comparison", "representation", "synthetic", "report"),
+    "evaluation": ("text", "comparison", "representation", "probing", "synthetic", "report"),
     "training": (
-        "encoder_recipe", "recipe", "documents", "activations", "shards", "harvest", "inputs", "sparse_step", "dense_step",
-        "learner", "fit", "levers", "objectives", "methods", "studio", "calibrate", "card", "measure", "label", "latents",
-        "pipeline",
+        "encoder_recipe", "recipe", "documents", "activations", "attributes", "shards", "harvest", "inputs", "sparse_step",
+        "dense_step", "learner", "fit", "levers", "objectives", "methods", "studio", "calibrate", "card", "measure", "label",
+        "quality", "latents", "pipeline",
     ),
 }  # fmt: skip
 

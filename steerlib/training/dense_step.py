@@ -101,6 +101,8 @@ def dense_step(
     with torch.enable_grad():
         centred = x - leaves["decoder_bias"] if y is None else x
         target = centred if y is None else y - leaves["decoder_bias"]
+        if y is not None and "skip" in leaves:
+            target = target - x @ leaves["skip"].T
         rest, z, paid = LOSSES[recipe.kind](leaves, centred, target, (unit / tokens) ** 0.5, scale)
         error = rest.square().sum() / unit
         loss = error + price * paid / tokens

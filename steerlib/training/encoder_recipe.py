@@ -11,6 +11,8 @@ Normalisation = Literal["none", "scale", "std", "whiten"]
 
 COMPETING = ("topk", "batchtopk", "matryoshka")
 """Kinds that keep a fixed number of latents; the others pay for each."""
+TRANSCODING = ("topk", "batchtopk", "relu", "jumprelu")
+"""Kinds whose latents may be read at one site and written at another."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +23,8 @@ class EncoderRecipe:
     latents: int
     k: int = 32
     """Latents that fire on a token; for `batchtopk` and `matryoshka` on average over the batch. Other kinds ignore it."""
+    skip: bool = False
+    """Whether a transcoder has a linear part beside its latents (Paulo et al. 2025, 2501.18823)."""
     groups: tuple[int, ...] = ()
     """Sizes of the groups of a `matryoshka`, the most general first; default: a 16th, an 8th, a quarter and the rest."""
     sparsity: float = 0.0

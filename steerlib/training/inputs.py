@@ -22,7 +22,10 @@ Batch = Float[Tensor, "tokens D"] | tuple[Float[Tensor, "tokens D"], Float[Tenso
 class Source(Protocol):
     """Activations that can be read again from any batch on, always the same."""
 
-    width: int
+    @property
+    def width(self) -> int:
+        """Length of what is read."""
+        ...
 
     def __len__(self) -> int:
         """Tokens."""

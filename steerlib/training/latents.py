@@ -1,7 +1,6 @@
 """From texts to a bank of latents: record, fit, look, measure; a run that stops goes on from recordings and checkpoints."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +10,14 @@ from torch import Tensor
 from ..bank import BaseModel, ConceptBank, SiteFacts
 from ..concepts import Concept
 from ..encoders import Sparse, TopK
-from ..evaluation.representation import Quality, quality
+from ..errors import BadRecipe
+from ..hosts import host_for
+from .attributes import read
 from .card import latents_card
 from .fit import fit
 from .harvest import harvest
 from .label import SHOWN, Sightings, Texts, label, promoted, sightings
+from .quality import apart, figures
 from .recipe import Recipe
 from .shards import Shards
 
@@ -27,22 +29,45 @@ LOOKED_AT = 1 << 16
 
 def train_latents(model: Any, tokenizer: Any, recipe: Recipe, folder: Path) -> ConceptBank:
     """Encoders for every site that the recipe names, as a bank whose latents are labelled and measured."""
+    check_order(model, recipe)
     sites = recipe.encoder_sites
     harvest(model, tokenizer, recipe.corpus_files(), sites, folder / "activations", tokens=recipe.tokens, seed=recipe.seed)
     shards = Shards(folder / "activations", held_out=HELD_OUT)
+    trained = fitted(recipe, shards, folder / "encoders")
+    labelled = read(model, tokenizer, recipe.read_attributes(), sites)
+    texts, unrelated = Texts(tokenizer, shards), recipe.read_texts(recipe.unrelated)
     encoders: dict[str, Sparse] = {}
-    for site in sites:
-        named = {spec.id: spec.recipe for spec in recipe.encoders if spec.site == site}
-        steps = recipe.epochs * shards.training // next(iter(named.values())).batch
-        encoders |= fit(named, shards.source(site, seed=recipe.seed), steps=steps, folder=folder / "encoders" / site)  # type: ignore[arg-type]
-    texts, concepts, found = Texts(tokenizer, shards), [], {}
-    for id, encoder in encoders.items():
-        site = id.partition("#")[0]
-        seen = sightings(encoder, shards, site)
-        encoders[id] = finished(encoder, seen, head(shards, site))
-        concepts += described(id, encoders[id], seen, texts, promoted(model, tokenizer, encoder.decoder))
-        found[id] = quality(model, tokenizer, encoders[id], site, held_out(shards, site), recipe.read_texts(recipe.unrelated))
+    concepts, found = [], {}
+    for spec in recipe.encoders:
+        id, site = spec.id, spec.reads or spec.site
+        seen = sightings(trained[id], shards, site)
+        encoders[id] = finished(trained[id], seen, head(shards, site))
+        concepts += described(id, encoders[id], seen, texts, promoted(model, tokenizer, trained[id].decoder))
+        x = held_out(shards, site)
+        y = held_out(shards, spec.site)
+        found[id] = figures(model, tokenizer, encoders[id], spec, x, y, unrelated, labelled[site])
+        found[id] |= apart([trained[name] for name in spec.runs], x)
     return bank_of(model, recipe, encoders, concepts, shards, found)
+
+
+def check_order(model: Any, recipe: Recipe) -> None:
+    """Raise `BadRecipe` for a transcoder that would have to read what is not there yet."""
+    host = host_for(model)
+    for spec in recipe.encoders:
+        if spec.reads and host.order(host.site(spec.reads)) >= host.order(host.site(spec.site)):
+            raise BadRecipe(f"{spec.id!r}: expected it to read at a site before {spec.site!r}, got {spec.reads!r}")
+
+
+def fitted(recipe: Recipe, shards: Shards, folder: Path) -> dict[str, Sparse]:
+    """Every encoder and its twins, those of one site (or of one that is read and one that is written) from one pass."""
+    found: dict[str, Sparse] = {}
+    for reads, site in dict.fromkeys((spec.reads, spec.site) for spec in recipe.encoders):
+        specs = [spec for spec in recipe.encoders if (spec.reads, spec.site) == (reads, site)]
+        runs = {name: run for spec in specs for name, run in spec.runs.items()}
+        steps = recipe.epochs * shards.training // specs[0].recipe.batch
+        source = shards.source(reads or site, target=site if reads else None, seed=recipe.seed)
+        found |= fit(runs, source, steps=steps, folder=folder / (f"{reads} to {site}" if reads else site))
+    return found
 
 
 def head(shards: Shards, site: str) -> Tensor:
@@ -97,20 +122,20 @@ def bank_of(
     encoders: Mapping[str, Sparse],
     concepts: Sequence[Concept],
     shards: Shards,
-    found: Mapping[str, Quality],
+    found: Mapping[str, Mapping[str, Any]],
 ) -> ConceptBank:
     """The bank, with a card of what was measured."""
     sites = {
         site: SiteFacts(width=shards.width(site), norm=float(head(shards, site).norm(dim=-1).median())) for site in shards.sites
     }
-    measured = {id: asdict(facts) for id, facts in found.items()}
     return ConceptBank(
         recipe.name,
         concepts,
         encoders,
         base=BaseModel.of(model, id=recipe.base),
         sites=sites,
-        card=latents_card(recipe, encoders, measured),
+        reads={spec.id: spec.reads for spec in recipe.encoders},
+        card=latents_card(recipe, found),
         license=recipe.license,
-        provenance={"recipe": recipe.name, "recipe_sha256": recipe.digest, "seed": recipe.seed, "quality": measured},
+        provenance={"recipe": recipe.name, "recipe_sha256": recipe.digest, "seed": recipe.seed, "quality": found},
     )

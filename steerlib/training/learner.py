@@ -10,7 +10,7 @@ from torch.nn.functional import normalize
 from ..encoders import BatchTopK, Gated, JumpReLU, Matryoshka, ReLU, Sparse, TopK, Transcoder
 from ..errors import BadRecipe
 from .dense_step import BANDWIDTH, dense_step
-from .encoder_recipe import COMPETING, EncoderRecipe
+from .encoder_recipe import COMPETING, TRANSCODING, EncoderRecipe
 from .inputs import Affine, geometric_median, normalising, times
 from .sparse_step import Gather, Outcome, sparse_step
 
@@ -32,8 +32,10 @@ class Learner:
         gather: Gather | None = None,
     ):
         """`x`, and for a transcoder `y`, are a sample from which scale, variance and the decoder bias are taken."""
-        if y is not None and recipe.kind in ("matryoshka", "gated"):
-            raise BadRecipe(f"expected a kind that can be a transcoder (topk, batchtopk, relu, jumprelu), got {recipe.kind!r}")
+        if y is not None and recipe.kind not in TRANSCODING:
+            raise BadRecipe(f"expected a kind that can be a transcoder ({', '.join(TRANSCODING)}), got {recipe.kind!r}")
+        if y is None and recipe.skip:
+            raise BadRecipe("expected skip for a transcoder only; name the site that it reads, or leave it out")
         self.recipe, self.steps, self.transcodes, self.gather = recipe, steps, y is not None, gather
         self.reads = normalising(recipe.normalise, x)
         self.writes = self.reads if y is None else normalising(recipe.normalise, y)
@@ -128,6 +130,9 @@ class Learner:
         if self.reads is not None and self.writes is not None:
             w["encoder"], w["decoder"] = times(w["encoder"], self.reads.forth), times(w["decoder"], self.writes.back)
             w["decoder_bias"] = self.writes.mean + times(w["decoder_bias"][None], self.writes.back)[0]
+            if "skip" in w:
+                w["skip"] = times(times(w["skip"], self.reads.forth).T, self.writes.back).T
+                w["decoder_bias"] = w["decoder_bias"] - w["skip"] @ self.reads.mean
         if self.transcodes and self.reads is not None:
             w["bias"] = w["bias"] - w["encoder"] @ self.reads.mean
         length = w["decoder"].norm(dim=-1)
@@ -167,6 +172,8 @@ def begun(
     weights = {"encoder": encoder, "bias": bias, "decoder": decoder, "decoder_bias": geometric_median(target)}
     if recipe.kind == "jumprelu":
         weights["log_threshold"] = torch.full_like(bias, BANDWIDTH * scale).log()
+    if recipe.skip:
+        weights["skip"] = torch.zeros(target.shape[-1], x.shape[-1]).to(x)
     if recipe.kind == "gated":
         weights |= {"gate_bias": torch.zeros_like(bias), "log_scale": torch.zeros_like(bias)}
     return weights

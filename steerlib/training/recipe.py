@@ -4,15 +4,16 @@ import hashlib
 import json
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import BadRecipe
+from ..evaluation.probing import LEAST
 from ..evaluation.text import counting
-from .encoder_recipe import EncoderRecipe
+from .encoder_recipe import TRANSCODING, EncoderRecipe
 
 TEMPLATES = ("Answer in this way: {}.", "Your whole answer has to show this: {}.", "Let your answer be full of it: {}.")
 """How a prompt asks for a concept of which only the label is known."""
@@ -58,16 +59,36 @@ class SiteEncoder:
     recipe: EncoderRecipe
     name: str = ""
     """Tells encoders of one site apart."""
+    reads: str = ""
+    """Where latents are read if not where they are moved: at an earlier site. It makes the encoder a transcoder."""
+    seeds: int = 1
+    """From how many seeds it is trained; those after the first only tell how much of it every seed finds, and are not kept."""
 
     @property
     def id(self) -> str:
         """What the bank calls it."""
         return f"{self.site}#{self.name}" if self.name else self.site
 
+    def check(self) -> None:
+        """Raise `BadRecipe` for what cannot work."""
+        self.recipe.check()
+        if self.seeds < 1:
+            raise BadRecipe(f"{self.id!r}: expected one seed or more, got seeds={self.seeds}")
+        if self.reads and self.recipe.kind not in TRANSCODING:
+            raise BadRecipe(f"{self.id!r}: expected a transcoder of {', '.join(TRANSCODING)}, got {self.recipe.kind!r}")
+        if self.recipe.skip and not self.reads:
+            raise BadRecipe(f"{self.id!r}: expected a site that it reads beside skip; name it by reads, or leave skip out")
+
+    @property
+    def runs(self) -> dict[str, EncoderRecipe]:
+        """What is trained: itself, and as `id seed 1`, … its twins."""
+        twins = {f"{self.id} seed {n}": replace(self.recipe, seed=self.recipe.seed + n) for n in range(1, self.seeds)}
+        return {self.id: self.recipe, **twins}
+
     @classmethod
     def of(cls, values: Mapping[str, Any], where: str) -> "SiteEncoder":
         """From an entry of a recipe file."""
-        own = {key: values[key] for key in ("site", "name") if key in values}
+        own = {f.name: values[f.name] for f in fields(cls) if f.name != "recipe" and f.name in values}
         rest = {key: value for key, value in values.items() if key not in own}
         return _made(cls, {**own, "recipe": _made(EncoderRecipe, rest, where)}, where)
 
@@ -90,6 +111,8 @@ class Recipe:
     """Tokens of it that are recorded."""
     epochs: int = 1
     """Times that encoders see them."""
+    attributes: tuple[str, ...] = ()
+    """Files of text and label (1: has it), each named as what the texts have, by which latents are selected and probed."""
     folder: Path = field(default=Path(), repr=False)
     description: str = ""
     license: str = ""
@@ -122,8 +145,8 @@ class Recipe:
     """`all` concepts, or only those `clearing` every bar; the card lists the others with what was measured."""
 
     @classmethod
-    def from_file(cls, path: str | Path) -> "Recipe":
-        """Read a recipe, and refuse what it does not know."""
+    def from_file(cls, path: str | Path, *, to_train: bool = True) -> "Recipe":
+        """Read a recipe, and refuse what it does not know. Where nothing is to be trained the corpus may be missing."""
         path = Path(path)
         if not path.is_file():
             raise BadRecipe(f"expected a recipe file, found none at {path.name!r}")
@@ -134,16 +157,18 @@ class Recipe:
         concepts = tuple(_made(ConceptRecipe, entry, f"{path.name}, concepts") for entry in values.pop("concepts", []))
         encoders = tuple(SiteEncoder.of(entry, f"{path.name}, encoders") for entry in values.pop("encoders", []))
         recipe = _made(cls, {**values, "concepts": concepts, "encoders": encoders, "folder": path.parent}, path.name)
-        recipe.check()
+        recipe.check(to_train=to_train)
         return recipe
 
-    def check(self) -> None:
+    def check(self, *, to_train: bool = True) -> None:
         """Raise `BadRecipe` for what cannot work, before any model is loaded."""
         named = [made.name for made in self.concepts] + [made.id for made in self.encoders]
         if bool(self.concepts) == bool(self.encoders) or len({*named}) < len(named):
             raise BadRecipe("expected at least one concept, or instead at least one encoder, each name once")
         if self.encoders:
             self._check_encoders()
+        if self.encoders and to_train:
+            self.corpus_files()
         if min(self.budget, self.train_prompts, self.dev_prompts, self.evaluation_prompts, self.seeds, self.new_tokens) < 1:
             raise BadRecipe("expected a positive budget and positive numbers of prompts, seeds and new tokens")
         if self.ship not in ("all", "clearing"):
@@ -163,15 +188,19 @@ class Recipe:
 
     def _check_encoders(self) -> None:
         for made in self.encoders:
-            made.recipe.check()
+            made.check()
         if min(self.tokens, self.epochs) < 1 or not self.corpus:
             raise BadRecipe("expected a corpus for encoders, and positive numbers of tokens and epochs")
-        self.corpus_files()
+        for name, sides in self.read_attributes().items():
+            if min(map(len, sides)) < LEAST:
+                raise BadRecipe(
+                    f"{name}: expected {LEAST} texts or more of each label, got {len(sides[0])} and {len(sides[1])}"
+                )
 
     @property
     def encoder_sites(self) -> list[str]:
-        """Every site that an encoder reads, once."""
-        return list(dict.fromkeys(made.site for made in self.encoders))
+        """Every site that an encoder reads or writes, once."""
+        return list(dict.fromkeys(site for made in self.encoders for site in (made.reads, made.site) if site))
 
     def corpus_files(self) -> list[Path]:
         """Where the text for encoders is."""
@@ -203,13 +232,20 @@ class Recipe:
         if not self._path(name).is_file():
             pairs = self.read_pairs(concept)
             return [pair.positive for pair in pairs], [pair.negative for pair in pairs], False
+        return *self._labelled(name), True
+
+    def read_attributes(self) -> dict[str, tuple[list[str], list[str]]]:
+        """By attribute, texts that have it and texts that do not."""
+        return {Path(name).stem: self._labelled(name) for name in self.attributes}
+
+    def _labelled(self, name: str) -> tuple[list[str], list[str]]:
         lines = self._lines(name)
         texts = [_fields(line, ("text",), name)[0] for line in lines]
         labels = [int(line.get("label", -1)) for line in lines]
         if set(labels) != {0, 1}:
             raise BadRecipe(f"{name}: expected labels 0 and 1, got {sorted(set(labels))}")
         positive, negative = ([t for t, label in zip(texts, labels, strict=True) if label == side] for side in (1, 0))
-        return positive, negative, True
+        return positive, negative
 
     def read_held_out(self) -> tuple[list[str], list[str]]:
         """Texts that the scorer never sees and their concepts; none where the recipe has no such file."""
@@ -244,10 +280,9 @@ class Recipe:
     @cached_property
     def digest(self) -> str:
         """Changes with anything the result depends on."""
-        sha = hashlib.sha256(
-            repr({f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("folder", "ship", "held_out")}).encode()
-        )
-        names = [self.reference, self.prompts, self.unrelated, *self.corpus]
+        apart = ("folder", "ship", "held_out", "attributes")
+        sha = hashlib.sha256(repr({f.name: getattr(self, f.name) for f in fields(self) if f.name not in apart}).encode())
+        names = [self.reference, self.prompts, self.unrelated, *self.corpus, *self.attributes]
         names += [f"{folder}/{concept.name}.jsonl" for folder in (self.pairs, self.scoring) for concept in self.concepts]
         for name in names:
             path = self._path(name)

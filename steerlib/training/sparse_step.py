@@ -1,7 +1,7 @@
 """Loss and gradient of encoders whose latents compete, where only what fires is computed with.
 
 x  what is read [N, D]           E, b  encoder [n, D], [n]      c  decoder bias, taken off x and y where the encoder is centred
-y  what is to be written [N, D2]    W  decoder, unit rows [n, D2]
+y  what is to be written [N, D2]    W  decoder, unit rows [n, D2]     S  linear part of a transcoder [D2, D], x S^T taken off y
 
 p = x E^T + b, of which each token (or the batch) keeps the largest: M firings (latent, row, value)
 y^_h = sum of value W[latent] over the firings of groups 1..h       (one group, but for Matryoshka)
@@ -71,6 +71,8 @@ def sparse_step(
     """One batch, or a process's part of it. `unit` is N V of the whole batch; without `y` the encoder reconstructs x."""
     centred = x - weights["decoder_bias"] if y is None else x
     target = centred if y is None else y - weights["decoder_bias"]
+    if y is not None and "skip" in weights:
+        target = target - linear(x, weights["skip"])
     kept, spare, least = chosen(recipe, centred, weights["encoder"], weights["bias"], dead, gather)
     groups = len(recipe.sizes)
     if groups > 1:
@@ -88,6 +90,8 @@ def sparse_step(
         rest.copy_(rest.flip(0).cumsum(0).flip(0))  # a group's latents take part in its own reconstruction and all later ones
     gradients, fired = pulled_back(firings, parts.flatten(0, 1), centred, weights, groups)
     gradients["decoder_bias"] = rest[0].sum(0)
+    if "skip" in weights:
+        gradients["skip"] = rest[0].T @ x
     if y is None:
         gradients["decoder_bias"] -= gradients["bias"] @ weights["encoder"]
     return Outcome(gradients, fired, error, loss, least)
