@@ -21,7 +21,7 @@ from steerlib.training.measure import GATED
 README = Path(__file__).parent.parent / "README.md"
 RECIPES = README.parent / "concept_banks" / "recipes"
 PROMPT = "Tell me about the place where you live."
-SHOWN = ("cooking", "french", "fantasy")
+SHOWN = ("science", "finance", "music", "french")
 
 
 def output(bank: sl.ConceptBank, source: str) -> str:
