@@ -87,6 +87,7 @@ def main(
     diffusion: Annotated[Path | None, typer.Option(help="figures of bench_diffusion.py")] = None,
     coverage: Annotated[Path | None, typer.Option(help="output of coverage_table.py text")] = None,
     pipelines: Annotated[Path | None, typer.Option(help="output of coverage_table.py images")] = None,
+    damage: Annotated[Path | None, typer.Option(help="table that harness.py printed")] = None,
     effects: Annotated[bool, typer.Option(help="run the model for the first example, and write the tables of effects")] = True,
 ) -> None:
     """Write the measured parts of the README."""
@@ -103,7 +104,7 @@ def main(
     for section, path in (("cost", bench), ("latents", latents), ("diffusion", diffusion)):
         if path is not None:
             text = put(text, section, cost(json.loads(path.read_text(encoding="utf-8"))))
-    for section, path in (("coverage", coverage), ("pipelines", pipelines)):
+    for section, path in (("coverage", coverage), ("pipelines", pipelines), ("damage", damage)):
         if path is not None:
             text = put(text, section, path.read_text(encoding="utf-8").strip())
     README.write_text(text, encoding="utf-8")
