@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from .scenes import HUES, SIDE, Factors
+from .scenes import HUES, SIDE, Factors, Seed, stream
 
 GREYS = {"white": (240, 240, 240), "grey": (150, 150, 150)}
 VALUES: dict[str, tuple[str, ...]] = {
@@ -34,8 +34,8 @@ PAINTS: dict[str, tuple[str, ...]] = {
 """Regions in which each factor shows. That a face is there shows nowhere but in its parts."""
 INK = (30, 30, 40)
 """Of eyes and mouths."""
-PART = 0.25
-"""How often a part is missing."""
+MISSING = 0.25
+"""How often a part is."""
 
 
 class Faces(NamedTuple):
@@ -47,10 +47,15 @@ class Faces(NamedTuple):
     regions: NDArray[np.uint8]
 
 
-def draw(n: int, *, seed: int | tuple[int, ...] = 0, do: Mapping[str, str] | None = None) -> Faces:
+def draw(n: int, *, seed: Seed = 0, do: Mapping[str, str] | None = None) -> Faces:
     """`n` pictures of parts, and where all of them came together of faces."""
-    rng = np.random.default_rng(seed)
-    return from_noise({name: rng.random((n, 2), np.float32) for name in VALUES}, do)
+    return from_noise(noise(n, seed=seed), do)
+
+
+def noise(n: int, *, seed: Seed = 0) -> dict[str, NDArray[np.float32]]:
+    """The exogenous part: of each factor whether, and which."""
+    rng = stream(3, seed)
+    return {name: rng.random((n, 2), np.float32) for name in VALUES}
 
 
 def redraw(faces: Faces, do: Mapping[str, str]) -> Faces:
@@ -71,7 +76,7 @@ def solve(noise: Mapping[str, NDArray[np.float32]], do: Mapping[str, str]) -> di
         if name in do and name != "face":
             found[name] = np.full(len(noise[name]), values.index(do[name]), np.int8)
         elif name in PARENTS["face"]:
-            there = (noise[name][:, 0] >= PART) | (do.get("face") == "yes")
+            there = (noise[name][:, 0] >= MISSING) | (do.get("face") == "yes")
             found[name] = np.where(there, 1 + np.floor(noise[name][:, 1] * 2), 0).astype(np.int8)
         elif name != "face":
             found[name] = np.floor(noise[name][:, 0] * len(values)).astype(np.int8)
@@ -126,9 +131,9 @@ def _mouth(kind: NDArray[np.int8], x: Grid, y: Grid) -> NDArray[np.bool_]:
 # -- words -----------------------------------------------------------------------------------------------------
 
 
-def captions(factors: Factors, *, seed: int | tuple[int, ...] = 0, drop: float = 0.0) -> list[str]:
+def captions(factors: Factors, *, seed: Seed = 0, drop: float = 0.0) -> list[str]:
     """A sentence for each picture; hues and backgrounds go unsaid with probability `drop`, and so do the parts of a face."""
-    rng = np.random.default_rng(seed)
+    rng = stream(4, seed)
     said = (rng.random((len(factors["face"]), 5)) >= drop).tolist()
     rows = zip(*(factors[name].tolist() for name in VALUES), strict=True)
     named = ({name: values[i] for (name, values), i in zip(VALUES.items(), row, strict=True)} for row in rows)

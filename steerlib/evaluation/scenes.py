@@ -115,10 +115,23 @@ class Scenes(NamedTuple):
     """`[B, 32, 32]`, indices into `REGIONS`."""
 
 
-def draw(n: int, *, seed: int | tuple[int, ...] = 0, do: Mapping[str, str] | None = None) -> Scenes:
+Seed = int | tuple[int, ...]
+
+
+def stream(purpose: int, seed: Seed) -> np.random.Generator:
+    """Random numbers that those of another purpose, or seed, have nothing to do with."""
+    return np.random.default_rng((purpose, *((seed,) if isinstance(seed, int) else seed)))
+
+
+def draw(n: int, *, seed: Seed = 0, do: Mapping[str, str] | None = None) -> Scenes:
     """`n` scenes; those of one seed are always the same."""
-    rng = np.random.default_rng(seed)
-    return from_noise({name: rng.random((n, len(values)), np.float32) for name, values in VALUES.items()}, do)
+    return from_noise(noise(n, seed=seed), do)
+
+
+def noise(n: int, *, seed: Seed = 0) -> dict[str, NDArray[np.float32]]:
+    """The exogenous part of scenes: how each factor scores its values."""
+    rng = stream(1, seed)
+    return {name: rng.random((n, len(values)), np.float32) for name, values in VALUES.items()}
 
 
 def redraw(scenes: Scenes, do: Mapping[str, str]) -> Scenes:
@@ -292,9 +305,9 @@ WORDS: dict[str, dict[str, tuple[str, ...]]] = {
 """How captions say what a factor is."""
 
 
-def captions(factors: Factors, *, seed: int | tuple[int, ...] = 0, drop: float = 0.0) -> list[str]:
+def captions(factors: Factors, *, seed: Seed = 0, drop: float = 0.0) -> list[str]:
     """A sentence for each scene; all but the shapes and the scene's type go unsaid with probability `drop`."""
-    rng = np.random.default_rng(seed)
+    rng = stream(2, seed)
     rows = zip(*(factors[name].tolist() for name in VALUES), rng.random((len(factors["scene"]), 32)).tolist(), strict=True)
     return [_sentence(dict(zip(VALUES, row[:-1], strict=True)), iter(row[-1]), drop) for row in rows]
 
