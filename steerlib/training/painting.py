@@ -118,16 +118,15 @@ class Painter(nn.Module):
     def __init__(self, pipe: Any, gamma: float):
         super().__init__()
         self.text, self.unet = pipe.text_encoder, pipe.unet
-        self.parts, self.odds = (pipe.scheduler, pipe.vae, pipe.tokenizer), levels(pipe.scheduler, gamma)
+        self.scheduler, self.odds = pipe.scheduler, levels(pipe.scheduler, gamma)
 
     def forward(
         self, latents: Float[Tensor, "B C H W"], ids: Int[Tensor, "B N"], weight: Float[Tensor, "B H W"], g: torch.Generator
     ) -> Tensor:
         """Mean squared error of the velocity (Salimans & Ho 2022), at noise levels drawn for each picture."""
-        scheduler = self.parts[0]
         t = torch.multinomial(self.odds, len(latents), replacement=True, generator=g).to(latents.device)
         noise = torch.randn(latents.shape, generator=g).to(latents)
-        noisy, aim = scheduler.add_noise(latents, noise, t), scheduler.get_velocity(latents, noise, t)
+        noisy, aim = self.scheduler.add_noise(latents, noise, t), self.scheduler.get_velocity(latents, noise, t)
         found = self.unet(noisy, t, encoder_hidden_states=self.text(ids)[0]).sample
         return ((found - aim).square().mean(1) * weight).mean()
 
