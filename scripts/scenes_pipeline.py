@@ -18,7 +18,7 @@ LONGEST = 40
 SPREAD = 0.5
 """Standard deviation of pixels between -1 and 1, which a denoiser wants to be 1."""
 SIZES: dict[str, dict[str, Any]] = {
-    "small": {"channels": (32, 64, 96), "text": 96},
+    "small": {"channels": (24, 64, 96), "text": 96},
     "large": {"channels": (64, 128, 192), "text": 128},
     "toy": {"channels": (8, 16, 16), "text": 16},
 }

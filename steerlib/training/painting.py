@@ -44,7 +44,7 @@ class PaintingRecipe:
 
     images: int = 500_000
     """Pictures to learn from, at most."""
-    batch: int = 64
+    batch: int = 32
     """Pictures a step, all processes together."""
     lr: float = 8e-4
     """Of the denoiser; from here it falls to nothing over the last fifth."""
@@ -52,7 +52,7 @@ class PaintingRecipe:
     """Of the text encoder."""
     words: int = 2000
     """Steps of 128 captions for the text encoder, before."""
-    warmup: int = 200
+    warmup: int = 300
     ema: float = 0.999
     """How much of the running mean of weights a step leaves."""
     drop: float = 0.15
@@ -233,7 +233,7 @@ def paint(
     accelerator: Any,
     goal: float = 0.96,
     look_every: int = 20_000,
-    save_every: int = 200,
+    save_every: int = 400,
     look_at: int = 64,
 ) -> dict[str, float]:
     """Train until the least of `ASKED` is drawn right in `goal` of the objects, twice in a row, or for all of `recipe.images`.
