@@ -75,9 +75,9 @@ def tokenizer() -> CLIPTokenizer:
 
 
 def scheduler() -> Any:
-    """Velocity, on a cosine schedule that ends in nothing but noise; pixels stay in their range."""
+    """Velocity, on a cosine schedule that ends in nothing but noise."""
     noise = {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction", "timestep_spacing": "trailing"}
-    return d.DDIMScheduler(**noise, clip_sample=True, clip_sample_range=1 / SPREAD)
+    return d.DDIMScheduler(**noise, clip_sample=False, steps_offset=1)  # the last two as Stable Diffusion insists
 
 
 # -- an autoencoder that changes nothing -----------------------------------------------------------------------

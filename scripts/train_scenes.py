@@ -1,7 +1,7 @@
 """Train the text-to-image model of scenes: `python scripts/train_scenes.py out/scenes`. Run it again to go on.
 
 On processor cores hours, on a GPU minutes; on several with `accelerate launch scripts/train_scenes.py`. Stops when pictures
-show what captions ask for, as the judges of `scripts/train_judges.py` read them. Watch `samples/` and `curve.jsonl`.
+show what captions ask for, as the judges of `scripts/train_judges.py` read them. Watch `samples/` and `curve.png`.
 """
 
 import json
@@ -56,9 +56,9 @@ def main(
     recipe = PaintingRecipe(**{field.name: given[field.name] for field in fields(PaintingRecipe) if field.name in given})
     pipe: Any = pipeline(size, seed=seed)
     judge = judges.load("scenes")
-    paint(pipe, recipe, folder, judge, accelerator=accelerator, goal=goal, look_every=look_every, look_at=look_at)
+    looks: dict[str, Any] = {"look_every": look_every, "look_at": look_at, "looked": plot}
+    paint(pipe, recipe, folder, judge, accelerator=accelerator, goal=goal, **looks)
     if accelerator.is_main_process:
-        plot(folder)
         trained = type(pipe).from_pretrained(folder / "pipeline")
         for name, share in (examine(trained.to(accelerator.device), judge, check) if check else {}).items():
             print(f"{name:11} {share:.2%}")

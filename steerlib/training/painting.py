@@ -13,7 +13,7 @@ its last checkpoint; every batch is a function of seed and step, so it ends as i
 import json
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -235,10 +235,12 @@ def paint(
     look_every: int = 20_000,
     save_every: int = 400,
     look_at: int = 64,
+    looked: Callable[[Path], None] = lambda _: None,
 ) -> dict[str, float]:
     """Train until the least of `ASKED` is drawn right in `goal` of the objects, twice in a row, or for all of `recipe.images`.
 
-    Looks at `look_at` pictures every `look_every`; keeps a checkpoint every `save_every` steps. Gives the last look's figures.
+    Looks at `look_at` pictures every `look_every`, and calls `looked` with the folder; keeps a checkpoint every `save_every`
+    steps. Gives the figures of the last look.
     """
     folder.mkdir(parents=True, exist_ok=True)
     pipe.to(accelerator.device)
@@ -261,6 +263,7 @@ def paint(
                 run.save()
                 if run.first:
                     _keep(run, curve)
+                    looked(folder)
                     bar.write(json.dumps(curve[-1]))
                 losses, since = [], time.perf_counter()
             elif run.step % save_every == 0:
