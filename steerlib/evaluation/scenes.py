@@ -191,7 +191,7 @@ def render(factors: Factors) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
         for k in reversed(range(MOST)):
             own = _sprites(kind)[_which(kind, at, k)] * present(at, k)[:, None, None].astype(np.uint8)
             np.copyto(regions, np.uint8(REGIONS.index(f"{kind}.{k}")), where=own > 0)
-            dark |= own > 1
+            np.copyto(dark, own > 1, where=own > 0)
     chosen = colours(at)[np.arange(n)[:, None, None], regions + len(REGIONS) * dark]
     chosen[:, :HORIZON] *= _haze(regions[:, :HORIZON])
     return (chosen + 0.5).astype(np.uint8), regions
