@@ -66,7 +66,7 @@ def learn_words(pipe: Any, *, steps: int, batch: int = 128, lr: float = 2e-3, se
             rate.step()
             bar.update(batch)
             if step % 20 == 0:
-                bar.set_postfix(loss=f"{float(loss):.3f}")
+                bar.set_postfix(loss=f"{loss.item():.3f}")
     encoder.eval()
     return comprehension(pipe, reader, seed)
 
