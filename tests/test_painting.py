@@ -1,12 +1,14 @@
 """The pipeline for scenes is made of diffusers' own parts, and its training goes on after a crash as if there had been none."""
 
 import json
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from diffusers import DiffusionPipeline, StableDiffusionPipeline
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 from safetensors.torch import load_file
 
 from scripts.scenes_pipeline import autoencoder, pipeline, tokenizer
@@ -38,7 +40,7 @@ def test_every_word_of_a_caption_is_a_token_and_others_are_spelt():
 def test_a_saved_folder_is_an_ordinary_pipeline(tmp_path):
     pipe = pipeline("toy")
     pipe.save_pretrained(tmp_path)
-    again = DiffusionPipeline.from_pretrained(tmp_path)
+    again: Any = DiffusionPipeline.from_pretrained(tmp_path)
     assert type(again) is StableDiffusionPipeline
     pictures = [painting.draw_as_told(p, ["a red square at night"] * 2, steps=2) for p in (pipe, again)]
     assert pictures[0].shape == (2, 32, 32, 3) and (pictures[0] == pictures[1]).all()
@@ -78,7 +80,7 @@ def run(folder, stop_after=None, monkeypatch=None):
     """A short run with an untrained judge; it may be cut off after some steps."""
     torch.manual_seed(1)
     judge = judges.Judge("scenes").eval()
-    if stop_after is not None:
+    if stop_after is not None and monkeypatch is not None:
         learn = painting.Run.learn
 
         def cut_off(self):
@@ -123,7 +125,8 @@ def test_training_lowers_the_loss(tmp_path):
 
 
 def test_a_run_stops_when_two_looks_in_a_row_are_good_enough():
-    good, bad = dict.fromkeys(painting.ASKED, 0.97), dict.fromkeys(painting.ASKED, 0.99) | {"size": 0.9}
+    good = {name: 0.97 for name in painting.ASKED}
+    bad = {**good, "size": 0.9}
     assert painting.good_enough([bad, good, good], 0.96)
     assert not painting.good_enough([good, bad], 0.96) and not painting.good_enough([good], 0.96)
 

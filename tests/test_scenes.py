@@ -94,7 +94,7 @@ def test_a_face_is_there_just_when_all_parts_are():
     assert (faces.redraw(drawn, {"face": "yes"}).factors["face"] == 1).all()
     without = faces.redraw(drawn, {"face": "no"}).factors
     assert not without["face"].any()
-    lost = sum((without[name] != drawn.factors[name]).astype(int) for name in faces.PARENTS["face"])
+    lost = np.sum([without[name] != drawn.factors[name] for name in faces.PARENTS["face"]], 0)
     assert (lost == drawn.factors["face"]).all()  # one part of each face, and nothing else
     for name in faces.PARENTS["face"]:
         alone = faces.redraw(drawn, {"outline": "none", "eyes": "none", "mouth": "none"} | {name: faces.VALUES[name][1]})

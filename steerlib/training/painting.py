@@ -174,7 +174,8 @@ class Run:
         self.adam.zero_grad()
         self.step += 1
         keep = min(recipe.ema, self.step / (10 + self.step))
-        torch._foreach_lerp_(list(self.mean.values()), [w.detach() for w in self.weights.values()], 1 - keep)
+        for name, weight in self.weights.items():
+            self.mean[name].lerp_(weight.detach(), 1 - keep)
         return loss.detach()
 
     @contextmanager

@@ -58,7 +58,7 @@ def learn_words(pipe: Any, *, steps: int, batch: int = 128, lr: float = 2e-3, se
     with tqdm(total=steps * batch, desc="words", unit="caption", leave=False) as bar:
         for step in range(steps):
             given = answers(pipe, reader, (seed, step), batch, 0.15)
-            loss = torch.stack([cross_entropy(*pair, ignore_index=judges.ABSENT) for _, *pair in given]).sum()
+            loss = torch.stack([cross_entropy(read, true, ignore_index=judges.ABSENT) for _, read, true in given]).sum()
             adam.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(weights, 1.0)
