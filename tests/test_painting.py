@@ -45,7 +45,8 @@ def test_a_saved_folder_is_an_ordinary_pipeline(tmp_path):
     pictures = [painting.draw_as_told(p, ["a red square at night"] * 2, steps=2) for p in (pipe, again)]
     assert pictures[0].shape == (2, 32, 32, 3) and (pictures[0] == pictures[1]).all()
     assert (pictures[0][0] != pictures[0][1]).any()
-    assert again("a red square at night", num_inference_steps=1).images[0].size == (32, 32)
+    drawn: Any = again("a red square at night", num_inference_steps=1)
+    assert drawn.images[0].size == (32, 32)
 
 
 def test_sizes_stay_small():
