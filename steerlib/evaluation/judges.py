@@ -103,6 +103,8 @@ def windows(x: Float[Tensor, "B 3 32 32"]) -> Float[Tensor, "B 6 3 14 12"]:
 def truth(kind: str, factors: scenes.Factors) -> Readings:
     """What a judge should read of pictures with these factors."""
     found = {name: torch.from_numpy(factors[name]).long() for name in KINDS[kind].whole}
+    if kind == "faces":
+        found["hue"][found["outline"] == 0] = ABSENT  # it is the outline's
     return found | (_in_cells(factors) if kind == "scenes" else {})
 
 
@@ -120,7 +122,7 @@ def accuracy(read: Readings, true: Readings) -> dict[str, float]:
     """Share read right, by factor: those of objects where there should be one; `cells`: all six rightly filled or empty."""
     found = {}
     for name, value in true.items():
-        counts = (true["shape"] > 0) if value.ndim > 1 else torch.ones_like(value, dtype=torch.bool)
+        counts = (true["shape"] > 0) if value.ndim > 1 else value != ABSENT
         found[name] = float((read[name] == value)[counts].float().mean())
     if "shape" in true:
         found["cells"] = float(((read["shape"] > 0) == (true["shape"] > 0)).all(-1).float().mean())

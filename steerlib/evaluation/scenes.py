@@ -268,7 +268,7 @@ def covers(shape: int, diameter: int, x: NDArray[np.float64], h: NDArray[np.floa
             np.ones_like(within),
             x**2 + middle**2 <= (0.95 * r) ** 2,
             abs(x) <= r * (1 - h / diameter) + 0.25,
-            (abs(x) <= 0.4 * r) | (abs(middle) <= 0.4 * r),
+            abs(abs(x) - abs(middle)) <= r / 4,  # upright, a small one is four pixels away from a circle
         )[shape]
     )
 
@@ -295,7 +295,7 @@ WORDS: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "shape": {
         "square": ("square", "box"), "circle": ("circle", "disc", "ball"), "triangle": ("triangle", "wedge"),
-        "cross": ("cross", "plus"),
+        "cross": ("cross",),
     },
     "hue": {hue: (hue,) for hue in HUES},
     "size": {"small": ("small", "little", "tiny"), "medium": ("medium",), "large": ("large", "big", "huge")},
