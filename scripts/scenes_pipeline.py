@@ -57,8 +57,8 @@ def text_encoder(words: CLIPTokenizer, width: int) -> CLIPTextModel:
     """Two layers that read from left to right."""
     sizes: dict[str, Any] = {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": 2}
     sizes |= {"num_attention_heads": 4, "max_position_embeddings": LONGEST, "vocab_size": len(words)}
-    special: dict[str, Any] = {"bos_token_id": words.bos_token_id, "eos_token_id": words.eos_token_id}
-    return CLIPTextModel(CLIPTextConfig(**sizes, **special, pad_token_id=words.pad_token_id))
+    special: dict[str, Any] = {name: getattr(words, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    return CLIPTextModel(CLIPTextConfig(**sizes, **special))
 
 
 def tokenizer() -> CLIPTokenizer:

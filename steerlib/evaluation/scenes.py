@@ -268,7 +268,7 @@ def covers(shape: int, diameter: int, x: NDArray[np.float64], h: NDArray[np.floa
             np.ones_like(within),
             x**2 + middle**2 <= (0.95 * r) ** 2,
             abs(x) <= r * (1 - h / diameter) + 0.25,
-            abs(abs(x) - abs(middle)) <= r / 3,  # an upright one, when small, is four pixels away from a circle
+            abs(abs(x) - abs(middle)) <= r / 3,  # upright, a small one is four pixels away from a circle
         )[shape]
     )
 
