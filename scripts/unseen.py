@@ -1,7 +1,7 @@
-"""Concepts that no code was made with: `python scripts/unseen.py [--work FOLDER] [--out measured.json]`.
+"""Concepts that no code was made with: `python scripts/unseen.py [FOLDER] [--work FOLDER] [--out measured.json]`.
 
-Trains each concept of `concept_banks/recipes/unseen` from its ten and ten sentences, with every default, in a bank of its own,
-and measures it with the scorer and prompts of the recipe in `test/`, which training never sees. About ten minutes a concept.
+Trains each concept of a recipe in `concept_banks/recipes` from its ten and ten sentences, with every default, in a bank of its
+own, and measures it with the scorer and prompts of the recipe in `test/`, which training never sees. About ten minutes a concept.
 """
 
 import json
@@ -14,17 +14,18 @@ import steerlib as sl
 from steerlib.training.pipeline import assemble, choose, evaluate, judge_for, layers_to_try
 from steerlib.training.studio import Studio
 
-RECIPES = Path(__file__).parent.parent / "concept_banks" / "recipes" / "unseen"
+RECIPES = Path(__file__).parent.parent / "concept_banks" / "recipes"
 KEPT = ("concept", "label", "method", "site", "amount", "moved", "answers", "conditions", "response", "also", "passes")
 """What is kept of each record."""
 
 
 def main(
+    recipes: Annotated[Path, typer.Argument(help="a folder with recipe.toml and test/recipe.toml")] = RECIPES / "fresh",
     work: Annotated[Path, typer.Option(help="where a run that stops goes on")] = Path("out/unseen"),
-    out: Annotated[Path, typer.Option(help="write the figures here")] = RECIPES / "measured.json",
+    out: Annotated[Path | None, typer.Option(help="write the figures here; default: measured.json in the folder")] = None,
 ) -> None:
     """Train and measure."""
-    recipe, test = (sl.Recipe.from_file(RECIPES / name) for name in ("recipe.toml", "test/recipe.toml"))
+    recipe, test = (sl.Recipe.from_file(recipes / name) for name in ("recipe.toml", "test/recipe.toml"))
     model, tokenizer = sl.load(recipe.source)
     folder = work / recipe.digest[:16]
     sites = [f"layers.{layer}" for layer in layers_to_try(model, recipe)]
@@ -33,7 +34,7 @@ def main(
     for concept in recipe.concepts:
         bank = assemble(studio, {concept.name: choose(studio, judge, concept)})
         records += evaluate(model, tokenizer, bank, test, work=folder, concepts=[concept.name])
-    out.write_text(json.dumps([{key: record[key] for key in KEPT} for record in records], indent=1, sort_keys=True) + "\n")
+    (out or recipes / "measured.json").write_text(json.dumps([{key: record[key] for key in KEPT} for record in records], indent=1, sort_keys=True) + "\n")
 
 
 if __name__ == "__main__":
