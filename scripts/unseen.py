@@ -1,7 +1,7 @@
 """Concepts that no code was made with: `python scripts/unseen.py [FOLDER] [--work FOLDER] [--out measured.json]`.
 
-Trains each concept of a recipe in `concept_banks/recipes` from its ten and ten sentences, with every default, in a bank of its
-own, and measures it with the scorer and prompts of the recipe in `test/`, which training never sees. About ten minutes a concept.
+Trains each concept of a recipe from its ten and ten sentences, with every default, in a bank of its own, and measures it with
+the scorer and prompts of the recipe in `test/`, which training never sees. About ten minutes a concept.
 """
 
 import json
@@ -34,7 +34,9 @@ def main(
     for concept in recipe.concepts:
         bank = assemble(studio, {concept.name: choose(studio, judge, concept)})
         records += evaluate(model, tokenizer, bank, test, work=folder, concepts=[concept.name])
-    (out or recipes / "measured.json").write_text(json.dumps([{key: record[key] for key in KEPT} for record in records], indent=1, sort_keys=True) + "\n")
+    (out or recipes / "measured.json").write_text(
+        json.dumps([{key: record[key] for key in KEPT} for record in records], indent=1, sort_keys=True) + "\n"
+    )
 
 
 if __name__ == "__main__":

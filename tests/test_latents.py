@@ -1,10 +1,12 @@
 """From a recipe with encoders to a bank of labelled latents, on toy models; every figure by a second way."""
 
 import json
+import math
 import random
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -16,16 +18,19 @@ from tiny_models import WORDS, tiny, toy_tokenizer
 
 import steerlib as sl
 from steerlib import errors
+from steerlib.bank import SiteFacts
 from steerlib.encoders import ReLU, Transcoder
 from steerlib.evaluation import representation
 from steerlib.evaluation.report import latents_table
 from steerlib.training import label as labels
+from steerlib.training import verify as verification
 from steerlib.training.activations import tokens
 from steerlib.training.attributes import select
 from steerlib.training.fit import fit
 from steerlib.training.quality import evaluate_encoders
 from steerlib.training.recipe import Recipe
 from steerlib.training.shards import Shards
+from steerlib.training.verify import Followers, followers, next_tokens, opened, verify
 
 RECIPE = """
 name = "toy-latents"
@@ -64,9 +69,19 @@ k = 4
 batch = 128
 rate = 0.01
 """
+LOOKED_AT = {"RARE": 4, "OFTEN": 0.5, "LEAST": 1}
+"""How often latents and tokens have to come up among the few that are held out."""
 IDS = ["layers.0", "layers.1", "layers.1#wide"]
 WITH_TEA = [f"the {word} tea sings {other}" for word in ("red", "old", "warm", "cold") for other in ("slowly", "why", "sun")]
 WITHOUT = [text.replace("tea", "stone") for text in WITH_TEA]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_tokens():
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in LOOKED_AT.items():
+            patch.setattr(verification, name, value)
+        yield
 
 
 def write_tea(folder):
@@ -252,6 +267,66 @@ def test_what_was_measured_is_in_the_bank_and_its_card(made):
     assert probes["latents"].keys() == probes["control"].keys() == {"1", "5", "20"}
 
 
+def test_followers_are_the_tokens_that_come_behind_a_latent_in_held_out_documents(made):
+    """Counted again, token by token."""
+    _, _, bank, shards = made
+    encoder = bank.encoder("layers.1#wide")
+    found = followers(encoder, shards, "layers.1")
+    rows = shards.load(len(shards.entries) - 1, ["layers.1", "ids", "documents", "positions"])
+    held = rows["documents"] >= shards.kept_documents
+    x, ids, documents, positions = (rows[name][held] for name in ("layers.1", "ids", "documents", "positions"))
+    z = encoder.encode(x.float())
+    pairs = [r for r in range(len(ids) - 1) if documents[r + 1] == documents[r] and positions[r + 1] == positions[r] + 1]
+    usual = Counter(int(ids[r + 1]) for r in pairs)
+    expected = {}
+    for i in range(z.shape[1]):
+        own = Counter(int(ids[r + 1]) for r in pairs if z[r, i] > 0)
+        fired = own.total()
+        if 4 <= fired <= 0.5 * len(pairs):
+            scores = {t: n / fired * math.log(n / fired * len(pairs) / usual[t]) for t, n in own.items()}
+            best = sorted((t for t in scores if scores[t] > 0), key=lambda t: (-scores[t], t))[:8]
+            if best:
+                expected[i] = best, sum(scores[t] for t in best)
+    assert found.keys() == expected.keys() and len(found) > 3
+    for i, (best, weight) in expected.items():
+        assert list(found[i].tokens) == best and found[i].weight == pytest.approx(weight)
+
+
+def test_a_latent_that_writes_its_tokens_is_verified_and_one_that_writes_others_is_not():
+    """Each latent writes the head's row of one token; half of them are said to be followed by another."""
+    model, tokenizer = toy(), toy_tokenizer()
+    rows = torch.nn.functional.normalize(model.get_output_embeddings().weight[:12].float(), dim=-1)
+    zero = torch.zeros(len(rows))
+    encoder = ReLU(encoder=rows, bias=zero, decoder=rows, decoder_bias=torch.zeros(rows.shape[1]))
+    concepts = [sl.Concept(name=f"layers.1/{i}", encoder="layers.1", index=i, natural=(0.0, 4.0)) for i in range(12)]
+    bank = sl.ConceptBank(
+        "rows", concepts, {"layers.1": encoder}, base=sl.BaseModel.of(model), sites={"layers.1": SiteFacts(width=rows.shape[1])}
+    )
+    said = {f"layers.1/{i}": Followers((i if i % 2 else (i + 5) % 12,), 1.0) for i in range(12)}
+    texts = [" ".join(WORDS[i : i + 6]) for i in range(8)]
+    found = verify(model, tokenizer, bank, said, texts)
+    assert all(found[f"layers.1/{i}"].holds for i in range(1, 12, 2))
+    wrong = [found[f"layers.1/{i}"].holds for i in range(0, 12, 2)]
+    assert sum(wrong) <= 2 and all(sum(getattr(one, by) for one in found.values()) <= 3 for by in ("random", "swapped"))
+    prompts = opened(tokenizer, texts, model.device)
+    with sl.steer(model, bank, {"layers.1/3": sl.Add(4.0, unit="raw")}):
+        moved = next_tokens(model, prompts)
+    gain = float(moved[3] / next_tokens(model, prompts)[3]) - 1
+    assert found["layers.1/3"].gain == pytest.approx(gain, rel=1e-4) and gain > 0.2
+
+
+def test_what_moving_a_latent_did_is_kept_with_it(made):
+    _, _, bank, _ = made
+    quality = bank.provenance["quality"]
+    for id in IDS:
+        own = [c.effects["verified"] for c in bank.concepts.values() if c.encoder == id and "verified" in c.effects]
+        assert quality[id].get("moved", 0) == len(own)
+        assert quality[id].get("verified", 0) == sum(one["holds"] for one in own)
+    assert any("verified" in c.effects for c in bank.concepts.values())
+    for concept in bank.concepts.values():
+        assert concept.label.startswith("before") == concept.effects.get("verified", {}).get("holds", False)
+
+
 def test_a_bank_of_latents_is_measured_again_on_ordinary_text(made, tmp_path):
     """Beside a bank of the same encoders, of which it finds everything."""
     _, recipe, bank, _ = made
@@ -427,7 +502,7 @@ REFUSED = {
     "positive numbers of tokens": ("tokens = 1200", "tokens = 0"),
     "found none": ('corpus = ["corpus.txt"]', 'corpus = ["other.txt"]'),
     "each name once": ('name = "wide"', ""),
-    "one seed or more": ("seeds = 2", "seeds = 0"),
+    "seeds of 1 or more": ("seeds = 2", "seeds = 0"),
     "expected tea.json beside": ('"tea.jsonl"', '"tea.json"'),
     "4 texts or more of each": ('"tea.jsonl"', '"few.jsonl"'),
 }

@@ -29,7 +29,7 @@ STAGES = {
     "training": (
         "encoder_recipe", "recipe", "documents", "activations", "attributes", "shards", "harvest", "inputs", "sparse_step",
         "dense_step", "learner", "fit", "levers", "objectives", "methods", "studio", "calibrate", "card", "measure", "label",
-        "quality", "latents", "pipeline", "wording", "painting",
+        "quality", "verify", "latents", "pipeline", "wording", "painting",
     ),
 }  # fmt: skip
 

@@ -1,6 +1,7 @@
 """From texts to a bank of latents: record, fit, look, measure; a run that stops goes on from recordings and checkpoints."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,11 @@ from .label import SHOWN, Sightings, Texts, label, promoted, sightings
 from .quality import apart, figures
 from .recipe import Recipe
 from .shards import Shards
+from .verify import Followers, Verification, followers, verify
 
 HELD_OUT = 0.1
 """Share of the documents that encoders are not trained on."""
+VERIFIED = "tokens that follow it in text it was not trained on, and that steering it makes likelier"
 LOOKED_AT = 1 << 16
 """Tokens on which thresholds and lengths are measured."""
 
@@ -37,7 +40,7 @@ def train_latents(model: Any, tokenizer: Any, recipe: Recipe, folder: Path) -> C
     labelled = read(model, tokenizer, recipe.read_attributes(), sites)
     texts, unrelated = Texts(tokenizer, shards), recipe.read_texts(recipe.unrelated)
     encoders: dict[str, Sparse] = {}
-    concepts, found = [], {}
+    concepts, found, telling = [], {}, {}
     for spec in recipe.encoders:
         id, site = spec.id, spec.reads or spec.site
         seen = sightings(trained[id], shards, site)
@@ -47,7 +50,9 @@ def train_latents(model: Any, tokenizer: Any, recipe: Recipe, folder: Path) -> C
         y = held_out(shards, spec.site)
         found[id] = figures(model, tokenizer, encoders[id], spec, x, y, unrelated, labelled[site])
         found[id] |= apart([trained[name] for name in spec.runs], x)
-    return bank_of(model, recipe, encoders, concepts, shards, found)
+        telling |= most_telling(followers(encoders[id], shards, site), id, spec.verify)
+    bank = bank_of(model, recipe, encoders, concepts, shards, found)
+    return with_verified(bank, verify(model, tokenizer, bank, telling, unrelated), recipe, tokenizer)
 
 
 def check_order(model: Any, recipe: Recipe) -> None:
@@ -139,3 +144,49 @@ def bank_of(
         license=recipe.license,
         provenance={"recipe": recipe.name, "recipe_sha256": recipe.digest, "seed": recipe.seed, "quality": found},
     )
+
+
+def most_telling(found: Mapping[int, Followers], id: str, count: int) -> dict[str, Followers]:
+    """The latents whose followers tell most, by name."""
+    best = sorted(found, key=lambda i: -found[i].weight)[:count]
+    return {f"{id}/{i}": found[i] for i in best}
+
+
+def with_verified(bank: ConceptBank, found: Mapping[str, Verification], recipe: Recipe, tokenizer: Any) -> ConceptBank:
+    """The bank with what moving latents did, and those that do what their contexts say labelled by it."""
+    quality = {
+        id: {**figures, **share([v for name, v in found.items() if bank[name].encoder == id])}
+        for id, figures in bank.provenance["quality"].items()
+    }
+    concepts = [
+        labelled(concept, found[name], tokenizer) if name in found else concept for name, concept in bank.concepts.items()
+    ]
+    made = bank.with_concepts(concepts, card=latents_card(recipe, quality))
+    made.provenance = {**bank.provenance, "quality": quality}
+    return made
+
+
+def share(found: Sequence[Verification]) -> dict[str, Any]:
+    """How many latents were moved and held, and how many would have by chance."""
+    if not found:
+        return {}
+    sides = {
+        "verified": [v.holds for v in found],
+        "verified_random": [v.random for v in found],
+        "verified_swapped": [v.swapped for v in found],
+    }
+    return {"moved": len(found), **{name: sum(side) for name, side in sides.items()}}
+
+
+def labelled(concept: Concept, found: Verification, tokenizer: Any) -> Concept:
+    """The concept with what moving it did; if that is what its contexts say, labelled by the tokens that follow it."""
+    tokens = [tokenizer.decode([token]) for token in found.tokens]
+    effects = {"tokens": tokens, "holds": found.holds}
+    effects |= {
+        name: round(value, 4) for name, value in (("gain", found.gain), ("others", found.others), ("highest", found.highest))
+    }
+    made = replace(concept, effects={**concept.effects, "verified": effects})
+    if not found.holds:
+        return made
+    said = list(dict.fromkeys(token.strip() or "␣" for token in tokens))[:3]
+    return replace(made, label="before " + ", ".join(f"“{token}”" for token in said), source=VERIFIED)

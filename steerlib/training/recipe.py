@@ -63,6 +63,8 @@ class SiteEncoder:
     """Where latents are read if not where they are moved: at an earlier site. It makes the encoder a transcoder."""
     seeds: int = 1
     """From how many seeds it is trained; those after the first only tell how much of it every seed finds, and are not kept."""
+    verify: int = 100
+    """Latents that are moved to see whether what follows them in text becomes likelier: those of which that tells most."""
 
     @property
     def id(self) -> str:
@@ -72,8 +74,10 @@ class SiteEncoder:
     def check(self) -> None:
         """Raise `BadRecipe` for what cannot work."""
         self.recipe.check()
-        if self.seeds < 1:
-            raise BadRecipe(f"{self.id!r}: expected one seed or more, got seeds={self.seeds}")
+        if self.seeds < 1 or self.verify < 0:
+            raise BadRecipe(
+                f"{self.id!r}: expected seeds of 1 or more and verify of 0 or more, got {self.seeds}, {self.verify}"
+            )
         if self.reads and self.recipe.kind not in TRANSCODING:
             raise BadRecipe(f"{self.id!r}: expected a transcoder of {', '.join(TRANSCODING)}, got {self.recipe.kind!r}")
         if self.recipe.skip and not self.reads:
