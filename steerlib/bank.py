@@ -3,7 +3,7 @@
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from . import hub, layout, signature, trust
-from .concepts import Concept
+from .concepts import Concept, printable
 from .encoders import KINDS, Directions, Encoder, Rows
 from .encoders.sparse import STATISTICS
 from .errors import BadBank, CorruptBank, UnknownConcept, WrongModel, WrongWidth, nearest
@@ -130,7 +130,9 @@ class ConceptBank:
                 continue
             useful = "" if concept.useful is None else f"useful {concept.useful:+.2f}"
             safe = "" if concept.range is None else f"safe {concept.range[0]:+.2f} to {concept.range[1]:+.2f}"
-            lines.append(f"  {concept.name:<16} {concept.encoder:<12} {useful:<14} {safe:<22} {concept.label}".rstrip())
+            lines.append(
+                f"  {concept.name:<16} {concept.encoder:<12} {useful:<14} {safe:<22} {printable(concept.label)}".rstrip()
+            )
         if gates:
             lines.append(f"  gates: {', '.join(gates)}")
         return "\n".join(lines)
@@ -164,12 +166,12 @@ class ConceptBank:
     def rows(self, concept: Concept) -> Rows:
         """What steering needs of one concept, read from disk when first asked for, and checked."""
         if (found := self._rows.get(concept.id)) is None:
+            kind, facts = KINDS[self.encoders[concept.encoder].kind], self.encoders[concept.encoder]
             if concept.encoder in self._encoders:
-                found = self._encoders[concept.encoder].rows([concept.index])
+                found = _made(kind, lambda: self._encoders[concept.encoder].rows([concept.index]))
             else:
-                kind, facts = KINDS[self.encoders[concept.encoder].kind], self.encoders[concept.encoder]
                 one = self._one(concept.encoder, concept.index, (*kind.tensors, *kind.shared))
-                found = kind.from_tensors(one, kind.of_rows(facts.settings, 1)).rows([0])
+                found = _made(kind, lambda: kind.from_tensors(one, kind.of_rows(facts.settings, 1)).rows([0]))
             widths = {self.read_at(concept): found.read, self.site_of(concept): found.write}
             for site, tensor in widths.items():
                 if (width := self.sites[site].width) != tensor.shape[-1]:
@@ -191,7 +193,8 @@ class ConceptBank:
         """A whole encoder."""
         if id not in self._encoders:
             kind, file = KINDS[self.encoders[id].kind], self._file(id)
-            self._encoders[id] = kind.from_tensors({name: file.all(name) for name in file.header}, self.encoders[id].settings)
+            tensors = {name: file.all(name) for name in file.header}
+            self._encoders[id] = _made(kind, lambda: kind.from_tensors(tensors, self.encoders[id].settings))
         return self._encoders[id]
 
     def _file(self, encoder: str) -> trust.Tensors:
@@ -414,6 +417,14 @@ class ConceptBank:
             license=self.license,
             provenance=self.provenance,
         )
+
+
+def _made(kind: type[Encoder], make: Callable[[], Any]) -> Any:
+    """An encoder of a stranger's tensors and settings, or its rows."""
+    try:
+        return make()
+    except (ArithmeticError, AttributeError, LookupError, TypeError, RuntimeError) as error:
+        raise CorruptBank(f"an encoder of kind {kind.kind!r} is not made of this: {error!s:.200}") from None
 
 
 _DIGESTS: WeakKeyDictionary[nn.Module, str | None] = WeakKeyDictionary()

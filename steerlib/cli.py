@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from .bank import ConceptBank
+from .concepts import printable
 from .encoders import KINDS, Sparse
 from .errors import BadEdit, BadRecipe, CorruptBank, MissingExtra, SteerlibError, UnknownFormat
 from .hosts import load
@@ -167,7 +168,7 @@ def _edit(text: str) -> tuple[str, float]:
 
 def said(values: Any, text: str, as_json: bool) -> None:
     """Print for machines or for people."""
-    typer.echo(json.dumps(values, sort_keys=True, ensure_ascii=False) if as_json else text)
+    typer.echo(json.dumps(values, sort_keys=True, ensure_ascii=False) if as_json else printable(text))
 
 
 @app.command()
@@ -188,7 +189,9 @@ def concepts(
         safe = "" if concept.range is None else f"{concept.range[0]:+.2f} to {concept.range[1]:+.2f}"
         useful = "" if concept.useful is None else f"{concept.useful:+.2f}"
         useful = "a gate" if concept.present is not None else useful
-        table.add_row(*map(escape, (concept.name, concept.label, opened.site_of(concept), useful, safe)))
+        table.add_row(
+            *(escape(printable(text)) for text in (concept.name, concept.label, opened.site_of(concept), useful, safe))
+        )
     console.print(table)
 
 

@@ -62,6 +62,13 @@ class EncoderFacts:
         return {key: value for key, value in asdict(self).items() if value not in ("", {})}
 
 
+def _is_plain(value: object) -> bool:
+    """A flag, a finite number, a word, or a list of some."""
+    if isinstance(value, list):
+        return all(map(_is_plain, value))
+    return isinstance(value, str) or isinstance(value, (int, float)) and abs(value) < 1e30
+
+
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
     """The contents of `bank.json`."""
@@ -116,7 +123,12 @@ class Manifest:
         for id, facts in self.encoders.items():
             texts = (id, facts.site, facts.kind, facts.file, facts.reads)
             sound = all(isinstance(text, str) and text.isprintable() for text in texts) and isinstance(facts.settings, dict)
-            sound = sound and facts.kind in KINDS and {facts.site, facts.reads or facts.site} <= self.sites.keys()
+            sound = (
+                sound
+                and all(_is_plain(value) for value in facts.settings.values())
+                and facts.kind in KINDS
+                and {facts.site, facts.reads or facts.site} <= self.sites.keys()
+            )
             if not sound or checked_name(facts.file) not in self.files:
                 raise CorruptBank(f"encoder {id!r:.100} has an unknown kind, site or file: {facts!r:.300}")
 

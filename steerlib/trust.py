@@ -59,17 +59,8 @@ def checked_files(files: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 def strict_json(text: bytes, what: str) -> Any:
     """JSON without NaN, duplicate keys or absurd nesting."""
-
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        if len({key for key, _ in pairs}) != len(pairs):
-            raise ValueError("a key stands twice")
-        return dict(pairs)
-
-    def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} is no number")
-
     try:
-        value = json.loads(text.decode("utf-8"), object_pairs_hook=once, parse_constant=refuse)
+        value = json.loads(text.decode("utf-8"), object_pairs_hook=_once, parse_constant=_refuse)
         if b"\\u" in text:
             json.dumps(value, ensure_ascii=False).encode("utf-8")  # half a pair of surrogates could not be written again
     except (ValueError, RecursionError) as error:
@@ -80,6 +71,16 @@ def strict_json(text: bytes, what: str) -> Any:
     if level:
         raise CorruptBank(f"{what} is nested deeper than {MAX_DEPTH}")
     return value
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len({key for key, _ in pairs}) != len(pairs):
+        raise ValueError("a key stands twice")
+    return dict(pairs)
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no number")
 
 
 def _children(value: Any) -> Iterable[Any]:

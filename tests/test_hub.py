@@ -341,11 +341,13 @@ def mirror(monkeypatch, tmp_path):
         pytest.skip("needs olah, of the extra dev")
     repository = tmp_path / "mirror" / "models" / "org" / "made"
     git = ["git", "-C", str(repository), "-c", "user.name=a", "-c", "user.email=a@b"]
-    for bank in (make(3), make(2)):
+    for bank in (make(600, 128), make(500, 128)):  # this server fails on binary files of 121 to 149 bytes
         bank.save_pretrained(tmp_path / "bank")
         shutil.copytree(tmp_path / "bank", repository, dirs_exist_ok=True)
-        commands = [["init", "-q", "-b", "main"], ["add", "-A"], ["commit", "-q", "-m", "a bank"]]
-        for command in [*commands, *([["tag", "v1"]] if len(bank) == 3 else [])]:
+        first = len(bank) == 600
+        for command in (
+            [["init", "-q", "-b", "main"]] * first + [["add", "-A"], ["commit", "-qm", "."]] + [["tag", "v1"]] * first
+        ):
             subprocess.run([*git, *command], check=True)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -375,13 +377,13 @@ def mirror(monkeypatch, tmp_path):
 def test_a_mirror_serves_banks_by_revision_then_nobody_does_and_damage_is_found(mirror, tmp_path, monkeypatch):
     commit = subprocess.run([*mirror, "rev-parse", "v1"], check=True, capture_output=True, text=True).stdout.strip()
     monkeypatch.setattr("steerlib.hub.SMALL", 0)  # rows by range, were there ranges: this server sends files whole
-    for revision, count in (("main", 2), (commit, 3)):
+    for revision, count in (("main", 500), (commit, 600)):
         bank = sl.ConceptBank.from_pretrained("org/made", revision=revision)
-        assert len(bank) == count and same(make(count), bank)
+        assert len(bank) == count and same(make(count, 128), bank)
         bank.verify()
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     again = sl.ConceptBank.from_pretrained("org/made", revision="main")
-    assert same(make(2), again) and again.folder is not None
+    assert same(make(500, 128), again) and again.folder is not None
     weights = next((again.folder / "sites").iterdir()).resolve()
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
     with pytest.raises(errors.CorruptBank, match="truncated or altered"):
