@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from . import hub, layout, signature, trust
+from . import cards, hub, layout, signature, trust
 from .concepts import Concept, printable
 from .encoders import KINDS, Directions, Encoder, Rows
 from .encoders.sparse import STATISTICS
@@ -396,15 +396,20 @@ class ConceptBank:
         commit_message: str | None = None,
         key: str | os.PathLike[str] | None = None,
     ) -> str:
-        """Publish the bank in one commit, signed where there is a `key`, and return the commit."""
+        """Publish the bank in one commit, signed where there is a `key`, and return the commit.
+
+        Its card gets the metadata by which the Hub finds it, and what was measured; a bank without a card gets one.
+        """
+        concepts = list(self.concepts.values())
+        card = cards.for_hub(self.card, self.name, repo_id, self.base.id, self.license, concepts)
         with tempfile.TemporaryDirectory() as scratch:
-            folder = self.save_pretrained(Path(scratch) / "bank", key=key)
+            folder = self.with_concepts(concepts, card=card).save_pretrained(Path(scratch) / "bank", key=key)
             message = commit_message or f"Upload the bank {self.name}"
             return hub.publish(folder, repo_id, private=private, revision=revision, token=token, commit_message=message)
 
     def with_concepts(self, concepts: Sequence[Concept], *, card: str | None = None) -> "ConceptBank":
         """The same bank, its encoders in memory, with other facts about its concepts and another card."""
-        return ConceptBank(
+        bank = ConceptBank(
             self.name,
             concepts,
             {id: self.encoder(id) for id in self.encoders},
@@ -417,6 +422,8 @@ class ConceptBank:
             license=self.license,
             provenance=self.provenance,
         )
+        bank.extra = dict(self.extra)
+        return bank
 
 
 def _made(kind: type[Encoder], make: Callable[[], Any]) -> Any:

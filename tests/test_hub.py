@@ -231,6 +231,8 @@ def test_what_is_published_loads_bit_equal(hub, tmp_path):
     bank = make(200, 64)
     commit = bank.push_to_hub("org/made", token="secret")
     received = hub.repos["org/made"]["commits"][commit]
+    bank.card = received["README.md"].decode()  # which has metadata now
+    assert bank.card.startswith("---\n") and bank.card.endswith("# made\n")
     expected = files_of(bank, tmp_path / "made")
     assert {path: data for path, data in received.items() if path != ".gitattributes"} == expected
     assert hub.objects and any(
@@ -257,7 +259,6 @@ def test_publishing_private_on_a_branch_and_without_leave(hub):
 
 
 def test_banks_are_listed_by_base_model(hub):
-    make().push_to_hub("org/made", token="secret")
     hub.add("org/ours", {}, tags=["steerlib", "base_model:org/model", "base_model:adapter:org/model"])
     hub.add("org/model", {}, tags=["transformers"])
     hub.add("org/far", {}, tags=["steerlib", "base_model:org/other"])

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from bad_banks import Court, from_bytes
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from test_bank import edit_manifest, make
@@ -41,7 +41,7 @@ def court():
     return Court()
 
 
-@settings(max_examples=DRAWN, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=DRAWN, deadline=None, database=None, derandomize=True)
 @given(st.binary(min_size=8, max_size=48))
 def test_no_bad_bank_crashes_hangs_reaches_out_or_gets_in(court, draw):
     court.try_one(from_bytes(draw))

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..bank import ConceptBank
+from ..cards import example, front
 from ..concepts import Concept
 from ..evaluation.report import latents_table, missed, summary_table, table
 from .recipe import Recipe
@@ -24,9 +25,9 @@ def card(bank: ConceptBank, recipe: Recipe, records: Sequence[dict[str, Any]], t
     left_out = [record for record in records if record["concept"] not in bank.concepts]
     levers = [concept for concept in bank.concepts.values() if concept.useful is not None]
     parts = [
-        f"---\nlibrary_name: steerlib\nbase_model: {recipe.base}\nlicense: {recipe.license}\ntags: [steering, concepts]\n---",
+        front(recipe.name, recipe.base, recipe.license, list(bank.concepts.values())).strip(),
         f"# {recipe.name}\n\n{recipe.description.strip()}",
-        _usage(recipe, levers[0]) if levers else "",
+        example(recipe.name, recipe.source, f'{{"{levers[0].name}": {levers[0].useful:+.2f}}}') if levers else "",
         f"## The {len(levers)} concepts\n\nAmounts are in units of the concept: one standard deviation of its reading on "
         f"reference text.\n\n{_concepts(levers)}",
         f"## What was measured\n\nOn {recipe.evaluation_prompts} requests used for nothing else, {recipe.seeds} answers to "
@@ -46,11 +47,10 @@ def latents_card(recipe: Recipe, found: Mapping[str, Mapping[str, Any]]) -> str:
     """The card of a bank of sparse encoders, from what was measured of each."""
     first = next(iter(found))
     parts = [
-        f"---\nlibrary_name: steerlib\nbase_model: {recipe.base}\nlicense: {recipe.license}\ntags: [steering, sae]\n---",
+        front(recipe.name, recipe.base, recipe.license, [], {"tags": ["sae"]}).strip(),
         f"# {recipe.name}\n\n{recipe.description.strip()}",
-        f'```python\nimport steerlib as sl\n\nbank = sl.ConceptBank.from_pretrained("{recipe.name}")\n'
-        f'bank.find("music")  # latents by label and meaning\nwith sl.steer(model, bank, {{"{first}/17": sl.Set(3.0)}}):\n'
-        "    model.generate(**inputs, max_new_tokens=60)\n```",
+        example(recipe.name, recipe.source, f'{{"{first}/17": sl.Set(3.0)}}'),
+        '`bank.find("music")` finds latents by label and meaning.',
         f"## What was measured\n\nOn documents that no encoder was trained on.\n\n{latents_table(found)}",
         LABELS,
     ]
@@ -59,14 +59,6 @@ def latents_card(recipe: Recipe, found: Mapping[str, Mapping[str, Any]]) -> str:
 
 LABELS = """Labels are made from the tokens of a latent's highest activations, or from the model's own head, and no person has
 checked them."""
-
-
-def _usage(recipe: Recipe, first: Concept) -> str:
-    return (
-        f'```python\nimport steerlib as sl\n\nbank = sl.ConceptBank.from_pretrained("{recipe.name}")\n'
-        f'with sl.steer(model, bank, {{"{first.name}": {first.useful:+.2f}}}):\n'
-        "    model.generate(**inputs, max_new_tokens=60)\n```"
-    )
 
 
 def _concepts(levers: Sequence[Concept]) -> str:
