@@ -36,6 +36,10 @@ class Hub(ThreadingHTTPServer):
         self.slow: dict[str, float] = {}
         """Seconds between pieces of 64 KiB."""
         self.tokens: dict[str, str] = {"secret": "org"}
+        self.elsewhere: Hub | None = None
+        """Another host, to which the bytes of files are redirected."""
+        self.told: list[str] = []
+        """Tokens that came with requests for the bytes of files."""
         threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
 
     @property
@@ -163,7 +167,12 @@ class Handler(BaseHTTPRequestHandler):
         if (content := entry["commits"][commit].get(path)) is None:
             self.fail(404, "EntryNotFound")
             return
+        if self.command == "GET" and (token := self.headers.get("Authorization")):
+            self.server.told.append(token)
         start, stop = 0, size(content)
+        if self.server.elsewhere is not None:
+            self.answer({}, 302, **self.facts(content, commit), Location=self.server.elsewhere.url + self.path)
+            return
         part = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")) if self.server.ranges else None
         if part:
             start, stop = int(part[1]), min(stop, int(part[2]) + 1 if part[2] else stop)
@@ -171,11 +180,16 @@ class Handler(BaseHTTPRequestHandler):
         if part:
             self.send_header("Content-Range", f"bytes {start}-{stop - 1}/{size(content)}")
         self.send_header("Content-Length", str(stop - start))
-        self.send_header("ETag", f'"{digest(content)}"')
-        self.send_header("X-Repo-Commit", commit)
+        for name, text in self.facts(content, commit).items():
+            self.send_header(name.replace("_", "-"), text)
         self.end_headers()
         if self.command == "GET":
             self.pour(path, content, start, stop)
+
+    def facts(self, content: bytes | Path, commit: str) -> dict[str, str]:
+        """What the client asks of a file before its bytes."""
+        etag, length = f'"{digest(content)}"', str(size(content))
+        return {"ETag": etag, "X_Linked_ETag": etag, "X_Linked_Size": length, "X_Repo_Commit": commit}
 
     def pour(self, path: str, content: bytes | Path, start: int, stop: int) -> None:
         from time import sleep

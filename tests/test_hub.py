@@ -139,7 +139,7 @@ def test_a_byte_that_changed_on_the_way_is_found_and_does_not_stay(hub, tmp_path
 
 @pytest.fixture(scope="module")
 def huge(tmp_path_factory):
-    """Half a gigabyte, nearly all a hole in a file, but with true hashes."""
+    """Half a gigabyte, nearly all of it a hole in a file, but with true hashes."""
     folder = make(2, WIDTH).save_pretrained(tmp_path_factory.mktemp("huge") / "bank")
     name = "sites/layers.0.safetensors"
     shapes = {"bias": [WIDE], "decoder": [WIDE, WIDTH], "encoder": [WIDE, WIDTH]}
@@ -152,6 +152,9 @@ def huge(tmp_path_factory):
     with (folder / name).open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         file.truncate(8 + len(text) + start)
+        for at in range(trust.BLOCK, 8 + len(text) + start - 8, trust.BLOCK):  # no two blocks are alike
+            file.seek(at)
+            file.write(torch.tensor(float(at // trust.BLOCK)).numpy().tobytes())
         for key, row in ((key, row) for key in ("decoder", "encoder") for row in (3, 70_000)):  # that are not empty
             file.seek(8 + len(text) + header[key]["data_offsets"][0] + 4 * WIDTH * row)
             file.write(torch.full((WIDTH,), row / 70_000).numpy().tobytes())
@@ -222,6 +225,30 @@ def test_a_line_that_breaks_is_taken_up_again(hub, huge):
     bank = sl.ConceptBank.from_pretrained("org/huge")
     hub.cut["sites/layers.0.safetensors"] = 1000
     assert bank.rows(bank["layers.0/70000"]).write.sum() == WIDTH
+
+
+def test_a_branch_that_moves_meanwhile_is_not_mixed_in(hub, tmp_path, monkeypatch):
+    monkeypatch.setattr("steerlib.hub.SMALL", 0)
+    old = make(3)
+    hub.add("org/made", files_of(old, tmp_path / "old"))
+    bank = sl.ConceptBank.from_pretrained("org/made")
+    hub.add("org/made", files_of(make(2, 16), tmp_path / "new"))
+    assert same(old, bank)
+    bank.verify()
+
+
+def test_a_host_that_the_hub_sends_us_to_is_not_told_the_token(hub, tmp_path, monkeypatch):
+    files, other = files_of(make(), tmp_path / "made"), Hub()
+    hub.add("org/made", files, private=True)
+    other.add("org/made", files)
+    hub.elsewhere = other
+    monkeypatch.setattr("steerlib.hub.SMALL", 0)
+    bank = sl.ConceptBank.from_pretrained("org/made", token="secret")
+    assert same(make(), bank)  # by range
+    bank.verify()  # whole
+    assert set(hub.told) == {"Bearer secret"} and other.total() > 0 and not other.told
+    other.shutdown()
+    other.server_close()
 
 
 # -- publish -------------------------------------------------------------------------------------------------
