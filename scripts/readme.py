@@ -98,7 +98,7 @@ def main(
         bank = sl.ConceptBank.from_pretrained("smollm2-135m-instruct")
         text, measured = put(text, "output", output(bank, recipe_of(bank, None).source)), records(bank)
         text = put(put(text, "effects", table(measured)), "methods", summary_table(measured))
-        picture(measured, README.parent / ".assets" / "effects.png")
+        (README.parent / ".assets" / "effects.png").write_bytes(picture(measured))
         measured = json.loads((RECIPES / "unseen" / "measured.json").read_text(encoding="utf-8"))
         text = put(text, "unseen", unseen(measured))
     for section, path in (("cost", bench), ("latents", latents), ("diffusion", diffusion)):

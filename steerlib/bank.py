@@ -45,6 +45,8 @@ class ConceptBank:
         read. Every row of an encoder is a concept, named `encoder/index`; `concepts` are those of which more is known."""
         self.name, self.base, self.sites, self.card, self.license = name, base, dict(sites), card, license
         self.graph, self.provenance = graph or CausalGraph(), dict(provenance or {})
+        self.pictures: dict[str, bytes] = {}
+        """PNG files that the card shows, by name."""
         self.extra: dict[str, Any] = {}
         """Optional fields of `bank.json` this version does not know, kept for whoever does."""
         self._encoders: dict[str, Encoder] = dict(encoders)
@@ -328,8 +330,7 @@ class ConceptBank:
     def _from(cls, home: hub.Folder | hub.Repository, manifest: Manifest) -> "ConceptBank":
         files = manifest.files
         is_small = sum(record["size"] for record in files.values()) <= hub.SMALL
-        weights = {"hashes.safetensors", *(facts.file for facts in manifest.encoders.values())}
-        home.fetch({name: record for name, record in files.items() if is_small or name not in weights})
+        home.fetch({name: record for name, record in files.items() if is_small or layout.describes(name)})
         bank = cls(
             manifest.name,
             (),
@@ -343,7 +344,7 @@ class ConceptBank:
         bank._home, bank._files = home, files
         bank._take(layout.read_concepts(home.path, files))
         bank.graph = layout.read_graph(home, files, list(bank.concepts))
-        bank.card = layout.read_card(home.path, files)
+        bank.card, bank.pictures = layout.read_card(home.path, files), layout.read_pictures(home.path, files)
         return bank
 
     def save_pretrained(self, folder: str | os.PathLike[str], *, key: str | os.PathLike[str] | None = None) -> Path:
@@ -384,7 +385,7 @@ class ConceptBank:
             extra=self.extra,
         )
         tensors = ((facts.file, self.encoder(id).to_tensors()) for id, facts in sorted(self.encoders.items()))
-        layout.write(folder, manifest, tensors, list(self.concepts.values()), self.graph, self.card)
+        layout.write(folder, manifest, tensors, list(self.concepts.values()), self.graph, self.card, self.pictures)
 
     def push_to_hub(
         self,
@@ -422,7 +423,7 @@ class ConceptBank:
             license=self.license,
             provenance=self.provenance,
         )
-        bank.extra = dict(self.extra)
+        bank.extra, bank.pictures = dict(self.extra), dict(self.pictures)
         return bank
 
 

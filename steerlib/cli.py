@@ -329,7 +329,7 @@ def eval_(
     typer.echo(f"{table(records)}\n\n{summary_table(records)}\n\n{missed(records)}")
     if out is not None:
         out.write_text(json.dumps(records, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-        picture(records, out.with_suffix(".png"))
+        out.with_suffix(".png").write_bytes(picture(records))
 
 
 def _eval_latents(bank: ConceptBank, recipe: Path | None, source: str, against: str, stored: bool, out: Path | None) -> None:

@@ -9,7 +9,7 @@ import os
 import re
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.resources import files
@@ -80,11 +80,15 @@ class Repository:
         missing = {name: record for name, record in records.items() if not (self.path / name).is_file()}
         if not missing:
             return
+        from huggingface_hub.errors import EntryNotFoundError
         from huggingface_hub.utils import tqdm
         from tqdm.contrib.concurrent import thread_map
 
+        sizes = [record["size"] for record in missing.values()]
         with asking(self.id, f"steerlib pull {self.id}"):
-            thread_map(self._download, sorted(missing), max_workers=8, desc=f"Fetching {self.id}", tqdm_class=tqdm)
+            thread_map(self._bring, list(missing), sizes, max_workers=8, desc=f"Fetching {self.id}", tqdm_class=tqdm)
+            with suppress(EntryNotFoundError):  # most banks are not signed
+                self._download(SIGNATURE)
         for name, record in missing.items():
             try:
                 check_whole(self.path, name, record)
@@ -95,13 +99,23 @@ class Repository:
 
     def signature(self) -> Path:
         """Where the signature is, fetched if there is one."""
-        from huggingface_hub.errors import EntryNotFoundError
+        from huggingface_hub.errors import RemoteEntryNotFoundError
 
-        with asking(self.id, "without a key"):
-            try:
-                return self._download(SIGNATURE)
-            except EntryNotFoundError:
-                return self.path / SIGNATURE
+        with asking(self.id, f"steerlib pull {self.id}"), suppress(RemoteEntryNotFoundError):
+            return self._download(SIGNATURE)
+        return self.path / SIGNATURE
+
+    def _bring(self, name: str, size: int) -> None:
+        """Download a file, unless it is of another size than it should be."""
+        from huggingface_hub import get_hf_file_metadata, hf_hub_url
+
+        if not self.local_files_only:
+            url = hf_hub_url(self.id, name, revision=self.path.name)
+            if (found := get_hf_file_metadata(url, token=self.token).size) not in (None, size):
+                raise CorruptBank(
+                    f"{name} has {found} bytes on the Hub, bank.json says {size}; tell whoever published {self.id}"
+                )
+        self._download(name)
 
     def _download(self, name: str) -> Path:
         from huggingface_hub import hf_hub_download

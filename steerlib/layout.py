@@ -1,6 +1,6 @@
 """The folder of a bank, read and written.
 
-README.md                    the card
+README.md                    the card, with the pictures it shows
 bank.json                    format, base model, sites, encoders, provenance, size and SHA-256 of every other file
 bank.json.sig                a signature, if it was signed
 concepts.jsonl               one line a concept
@@ -35,6 +35,11 @@ def file_of(encoder: str) -> str:
     """The file of an encoder: its id, escaped to letters that every file system takes."""
     plain = "".join(c if c.isalnum() and c.isascii() or c in "._-" else f"-{ord(c):x}-" for c in encoder)
     return f"sites/{plain}.safetensors"
+
+
+def describes(name: str) -> bool:
+    """Whether a file is read when a bank is opened."""
+    return name in (CARD, CONCEPTS, GRAPH) or name.endswith(".png")
 
 
 def read_concepts(folder: Path, files: Files) -> list[Concept]:
@@ -75,6 +80,16 @@ def read_card(folder: Path, files: Files) -> str:
         raise CorruptBank(f"{CARD} is not UTF-8: {error}") from None
 
 
+def read_pictures(folder: Path, files: Files) -> dict[str, bytes]:
+    """The pictures that a card may show."""
+    names = [name for name in files if name.endswith(".png")]
+    if sum(files[name]["size"] for name in names) > trust.MAX_PICTURES:
+        raise CorruptBank(f"expected pictures of at most {trust.MAX_PICTURES} bytes together, got more")
+    for name in names:
+        trust.check_whole(folder, name, files[name])
+    return {name: (folder / name).read_bytes() for name in names}
+
+
 def write(
     folder: Path,
     manifest: Manifest,
@@ -82,6 +97,7 @@ def write(
     concepts: Sequence[Concept],
     graph: CausalGraph,
     card: str,
+    pictures: Mapping[str, bytes],
 ) -> None:
     """Same bank, same bytes; `encoders` are files with their tensors."""
     (folder / "sites").mkdir()
@@ -98,6 +114,9 @@ def write(
         save_file({**ends, "weight": torch.tensor([edge.weight for edge in graph.edges])}, folder / GRAPH)
     if card:
         (folder / CARD).write_text(card, encoding="utf-8", newline="\n")
+    for name, picture in pictures.items():
+        (folder / trust.checked_name(name)).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(picture)
     written = sorted(path for path in folder.rglob("*") if path.is_file())
     for path in written:
         path.chmod(0o644)  # safetensors writes for its owner alone

@@ -21,10 +21,12 @@ from .errors import CorruptBank
 
 BLOCK = 1 << 16
 PER_GROUP = BLOCK // 32
-SUFFIXES = {".safetensors", ".json", ".jsonl", ".md", ".png"}
+SUFFIXES = {".safetensors": 1 << 42, ".json": 4 << 20, ".jsonl": 1 << 30, ".md": 4 << 20, ".png": 16 << 20}
+"""The kinds of files a bank may hold, and how large each may be."""
 MAX_FILES = 4096
-MAX_SIZE = 1 << 42
+MAX_SIDE = 1 << 42
 MAX_MANIFEST = 4 << 20
+MAX_PICTURES = 16 << 20
 MAX_LINE = 1 << 20
 MAX_HEADER = 16 << 20
 MAX_TENSORS = 10_000
@@ -51,9 +53,9 @@ def checked_files(files: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         raise CorruptBank(f"expected at most {MAX_FILES} files whose names differ by more than case, got {len(names)}")
     for name, record in files.items():
         size, groups = record["size"], record.get("blocks", [])
-        sound = type(size) is int and 0 <= size <= MAX_SIZE and isinstance(groups, list)
+        sound = type(size) is int and 0 <= size <= SUFFIXES[PurePosixPath(name).suffix] and isinstance(groups, list)
         if not sound or not all(isinstance(h, str) and re.fullmatch("[0-9a-f]{64}", h) for h in (record["sha256"], *groups)):
-            raise CorruptBank(f"expected size and SHA-256 of {name} in bank.json, got {record!r:.200}")
+            raise CorruptBank(f"expected a fitting size and the SHA-256 of {name} in bank.json, got {record!r:.200}")
     return {name: dict(record) for name, record in files.items()}
 
 
@@ -159,8 +161,8 @@ class Tensors:
         """Dtype, shape and first byte of a tensor, all within the file."""
         try:
             dtype, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-            sound = all(type(n) is int and 0 <= n <= MAX_SIZE for n in (*shape, start, stop)) and len(shape) <= 8
-            sound = sound and math.prod(side or 1 for side in shape) <= MAX_SIZE
+            sound = all(type(n) is int and 0 <= n <= MAX_SIDE for n in (*shape, start, stop)) and len(shape) <= 8
+            sound = sound and math.prod(side or 1 for side in shape) <= MAX_SIDE
             sound = sound and stop - start == math.prod(shape) * DTYPES[dtype].itemsize and base + stop <= self.size
         except (KeyError, TypeError, ValueError):
             sound = False

@@ -202,6 +202,7 @@ class Court:
         self._watching = False
         sys.addaudithook(self._audit)
         self.try_one(lambda n: 0)  # what is imported late is imported now
+        self.counts = {"refused": 0, "sound": 0}
 
     def _audit(self, event: str, arguments: tuple[Any, ...]) -> None:
         if not self._watching:

@@ -9,6 +9,7 @@ import json
 import re
 import threading
 from collections import Counter
+from collections.abc import Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -46,7 +47,7 @@ class Hub(ThreadingHTTPServer):
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_address[1]}"
 
-    def add(self, repo: str, files: dict[str, bytes | Path], *, branch="main", private=False, gated=False, tags=()) -> str:
+    def add(self, repo: str, files: Mapping[str, bytes | Path], *, branch="main", private=False, gated=False, tags=()) -> str:
         """A commit on a branch; returns its name."""
         entry = self.repos.setdefault(repo, {"commits": {}, "refs": {}})
         entry.update(private=private, gated=gated, tags=list(tags))
@@ -60,6 +61,18 @@ class Hub(ThreadingHTTPServer):
 
     def handle_error(self, request, client_address) -> None:
         """Clients that go away in the middle are what some tests are about."""
+
+
+def turn(monkeypatch, url: str, folder: Path) -> None:
+    """Turn the client of this process to another Hub, with empty caches in a folder."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder / "cache"))
+    monkeypatch.setattr("huggingface_hub.utils._cache_assets.HF_ASSETS_CACHE", str(folder / "assets"))
 
 
 def digest(content: bytes | Path) -> str:

@@ -41,6 +41,16 @@ def make(count=3, width=32, base=None):
     )  # fmt: skip
 
 
+def test_pictures_of_the_card_come_along(saved, tmp_path):
+    bank = sl.ConceptBank.from_pretrained(saved)
+    bank.pictures = {"effects.png": b"\x89PNG"}
+    again = sl.ConceptBank.from_pretrained(bank.with_concepts(list(bank.concepts.values())).save_pretrained(tmp_path / "new"))
+    assert again.pictures == bank.pictures and again.card == bank.card
+    (tmp_path / "new" / "effects.png").write_bytes(b"\x89PNF")
+    with pytest.raises(errors.CorruptBank, match="effects.png is not the file"):
+        sl.ConceptBank.from_pretrained(tmp_path / "new")
+
+
 def contents(folder):
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(Path(folder).rglob("*")) if p.is_file()}
 

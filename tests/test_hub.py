@@ -12,7 +12,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
-from hub_server import Hub
+from hub_server import LARGE, Hub, turn
 from test_bank import contents, make
 
 import steerlib as sl
@@ -21,27 +21,6 @@ from steerlib import errors, trust
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # huggingface_hub's own
 ROOT = Path(__file__).parent.parent
 WIDE, WIDTH = 1 << 17, 480  # two matrices of these sides in float32 are half a gigabyte
-
-
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    """A server, the client turned to it, an empty cache."""
-    server = Hub()
-    point(monkeypatch, server.url)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("huggingface_hub.utils._cache_assets.HF_ASSETS_CACHE", str(tmp_path / "assets"))
-    yield server
-    huggingface_hub.close_session()
-    server.shutdown()
-    server.server_close()
-
-
-def point(monkeypatch, url):
-    constants = huggingface_hub.constants
-    monkeypatch.setattr(constants, "ENDPOINT", url)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
 
 
 def files_of(bank, folder):
@@ -132,6 +111,14 @@ def test_a_byte_that_changed_on_the_way_is_found_and_does_not_stay(hub, tmp_path
         sl.ConceptBank.from_pretrained("org/made")
     hub.damage.clear()
     assert same(make(), sl.ConceptBank.from_pretrained("org/made"))
+
+
+def test_a_file_larger_than_it_should_be_is_refused_before_a_byte_of_it_moves(hub, tmp_path):
+    files = files_of(make(), tmp_path / "made")
+    hub.add("org/made", {**files, "README.md": bytes(1 << 20)})
+    with pytest.raises(errors.CorruptBank, match="has 1048576 bytes on the Hub, bank.json says 7"):
+        sl.ConceptBank.from_pretrained("org/made")
+    assert not hub.sent["README.md"]
 
 
 # -- one concept of many -------------------------------------------------------------------------------------
@@ -262,9 +249,8 @@ def test_what_is_published_loads_bit_equal(hub, tmp_path):
     assert bank.card.startswith("---\n") and bank.card.endswith("# made\n")
     expected = files_of(bank, tmp_path / "made")
     assert {path: data for path, data in received.items() if path != ".gitattributes"} == expected
-    assert hub.objects and any(
-        digest == __import__("hashlib").sha256(expected["concepts.jsonl"]).hexdigest() for digest in hub.objects
-    )
+    large = {data for data in expected.values() if len(data) >= LARGE}
+    assert large and set(hub.objects.values()) == large
     again = sl.ConceptBank.from_pretrained("org/made")
     assert contents(again.save_pretrained(tmp_path / "again")) == expected
     again.verify()
@@ -392,9 +378,7 @@ def mirror(monkeypatch, tmp_path):
                 if line.connect_ex(("127.0.0.1", port)) == 0:
                     break
             assert process.poll() is None and time.sleep(0.1) is None, (tmp_path / "olah.log").read_text()
-        point(monkeypatch, f"http://127.0.0.1:{port}")
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr("huggingface_hub.utils._cache_assets.HF_ASSETS_CACHE", str(tmp_path / "assets"))
+        turn(monkeypatch, f"http://127.0.0.1:{port}", tmp_path)
         yield git
     finally:
         huggingface_hub.close_session()

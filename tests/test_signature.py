@@ -76,6 +76,14 @@ def test_what_is_not_signed_or_no_key_says_so(keys, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+def test_a_signature_is_published_and_downloaded_with_its_bank(keys, monkeypatch, hub):
+    make().push_to_hub("org/made", token="secret", key=keys[0])
+    sl.ConceptBank.from_pretrained("org/made").verify(key=keys[1])
+    make(2).push_to_hub("org/made", token="secret")
+    with pytest.raises(errors.WrongSignature, match="is not signed"):
+        sl.ConceptBank.from_pretrained("org/made").verify(key=keys[1])
+
+
 def test_signing_changes_nothing_else(signed, tmp_path):
     without = contents(make().save_pretrained(tmp_path / "plain"))
     assert {name: data for name, data in contents(signed).items() if name != SIGNATURE} == without

@@ -9,6 +9,7 @@ from ..concepts import Concept
 from ..evaluation.report import latents_table, missed, summary_table, table
 from .recipe import Recipe
 
+PICTURE = "effects.png"
 CONTROLS = """*Ratio to prompting* is a joint score of concept, relevance and fluency, 0 for the unsteered model and 1
 for the one of the recipe's prompts that has the best joint score on other requests (`steerlib/evaluation/comparison.py` has the
 formula). *Best random* is the best of three random
@@ -33,6 +34,9 @@ def card(bank: ConceptBank, recipe: Recipe, records: Sequence[dict[str, Any]], t
         f"## What was measured\n\nOn {recipe.evaluation_prompts} requests used for nothing else, {recipe.seeds} answers to "
         f"each, {recipe.new_tokens} new tokens, each concept at its useful amount. {CONTROLS}\n\n{table(kept)}",
         f"Over all concepts:\n\n{summary_table(kept)}" if kept else "",
+        f"![Dose and response of every concept; methods and controls beside prompting]({PICTURE})"
+        if PICTURE in bank.pictures
+        else "",
         missed(records),
         f"Tried and left out, because they miss a required bar:\n\n{table(left_out)}" if left_out else "",
         trust,
