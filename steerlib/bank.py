@@ -244,7 +244,7 @@ class ConceptBank:
                 signature.check(self._home.path / "bank.json", self._home.signature(), Path(key))
             self._home.fetch(self._files)
             for name, record in self._files.items():
-                trust.check_whole(self._home.path, name, record)
+                self._home.check(name, record)
         places = [place for concept in self.concepts.values() for place in concept.places]
         for id in self.encoders:
             encoder = self.encoder(id)
@@ -342,9 +342,9 @@ class ConceptBank:
         )
         bank.encoders, bank.extra = dict(manifest.encoders), dict(manifest.extra)
         bank._home, bank._files = home, files
-        bank._take(layout.read_concepts(home.path, files))
+        bank._take(layout.read_concepts(home, files))
         bank.graph = layout.read_graph(home, files, list(bank.concepts))
-        bank.card, bank.pictures = layout.read_card(home.path, files), layout.read_pictures(home.path, files)
+        bank.card, bank.pictures = layout.read_card(home, files), layout.read_pictures(home, files)
         return bank
 
     def save_pretrained(self, folder: str | os.PathLike[str], *, key: str | os.PathLike[str] | None = None) -> Path:

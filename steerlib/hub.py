@@ -37,6 +37,11 @@ class Folder:
     def fetch(self, records: Mapping[str, Mapping[str, Any]]) -> None:
         """Bring files here; a folder has what it has."""
 
+    def check(self, name: str, record: Mapping[str, Any]) -> Path:
+        """A file that is here whole and unaltered."""
+        check_whole(self.path, name, record)
+        return self.path / name
+
     def signature(self) -> Path:
         """Where the signature would be."""
         return self.path / SIGNATURE
@@ -90,12 +95,12 @@ class Repository:
             with suppress(EntryNotFoundError):  # most banks are not signed
                 self._download(SIGNATURE)
         for name, record in missing.items():
-            try:
-                check_whole(self.path, name, record)
-            except CorruptBank:
-                for path in (Path(os.path.realpath(self.path / name)), self.path / name):
-                    path.unlink(missing_ok=True)
-                raise
+            self.check(name, record)
+
+    def check(self, name: str, record: Mapping[str, Any]) -> Path:
+        """A file that is in the cache whole and unaltered; one that is not leaves the cache, so that it is fetched anew."""
+        with _dropping(self.path, name):
+            return self._local.check(name, record)
 
     def signature(self) -> Path:
         """Where the signature is, fetched if there is one."""
@@ -184,6 +189,27 @@ class Repository:
         raise AssertionError("the last try returns or raises")
 
 
+@contextmanager
+def _dropping(folder: Path, name: str) -> Iterator[None]:
+    """Take a file that turns out damaged out of the cache, and never one that the cache only links to."""
+    try:
+        yield
+    except CorruptBank:
+        with suppress(CorruptBank):
+            contained(folder, name).resolve().unlink()
+        with suppress(OSError):
+            (folder / name).unlink()
+        raise
+
+
+def _check_blob(path: Path) -> None:
+    """The cache names a file by what the Hub says its hash is: SHA-256, or that of git."""
+    name, data = Path(os.path.realpath(path)).name, path.read_bytes()
+    found = {64: hashlib.sha256(data), 40: hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False)}.get(len(name))
+    if found is not None and re.fullmatch("[0-9a-f]+", name) and found.hexdigest() != name:
+        raise CorruptBank(f"{path.name} is not the file that the Hub has (truncated or altered); download the bank again")
+
+
 def _broken() -> type[Exception]:
     """The class of all errors of the HTTP client that huggingface_hub uses, of its own answers too."""
     from huggingface_hub.errors import HfHubHTTPError
@@ -260,6 +286,8 @@ def home_of(
         found = hf_hub_download(
             str(name), "bank.json", revision=revision, token=token, cache_dir=cache, local_files_only=local_files_only
         )
+    with _dropping(Path(found).parent, "bank.json"):
+        _check_blob(Path(found))
     return Repository(str(name), Path(found).parent, token, cache, local_files_only)
 
 

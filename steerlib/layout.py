@@ -27,6 +27,7 @@ from .hub import Folder, Repository
 from .manifest import Manifest
 
 CARD, CONCEPTS, GRAPH, HASHES = "README.md", "concepts.jsonl", "graph.safetensors", "hashes.safetensors"
+Home = Folder | Repository
 Files = Mapping[str, Mapping[str, Any]]
 """Size, SHA-256 and hashes of groups of blocks by name, as `bank.json` has them."""
 
@@ -42,22 +43,21 @@ def describes(name: str) -> bool:
     return name in (CARD, CONCEPTS, GRAPH) or name.endswith(".png")
 
 
-def read_concepts(folder: Path, files: Files) -> list[Concept]:
+def read_concepts(home: Home, files: Files) -> list[Concept]:
     """The concepts a bank describes, if it describes some."""
     if CONCEPTS not in files:
         return []
-    trust.check_whole(folder, CONCEPTS, files[CONCEPTS])
-    lines = (folder / CONCEPTS).read_bytes().split(b"\n")
+    lines = home.check(CONCEPTS, files[CONCEPTS]).read_bytes().split(b"\n")
     if any(len(line) > trust.MAX_LINE for line in lines):
         raise CorruptBank(f"{CONCEPTS} has a line of more than {trust.MAX_LINE} bytes")
     return [Concept.from_dict(trust.strict_json(line, CONCEPTS)) for line in lines if line.strip()]
 
 
-def read_graph(home: Folder | Repository, files: Files, names: Sequence[str]) -> CausalGraph:
+def read_graph(home: Home, files: Files, names: Sequence[str]) -> CausalGraph:
     """Edges name concepts by their line in `concepts.jsonl`."""
     if GRAPH not in files:
         return CausalGraph()
-    trust.check_whole(home.path, GRAPH, files[GRAPH])
+    home.check(GRAPH, files[GRAPH])
     file = trust.Tensors(home.read, GRAPH, files[GRAPH])
     src, dst, weight = columns = [file.all(key) for key in ("src", "dst", "weight")]
     sound = all(column.ndim == 1 and len(column) == len(src) for column in columns) and weight.is_floating_point()
@@ -69,25 +69,22 @@ def read_graph(home: Folder | Repository, files: Files, names: Sequence[str]) ->
     return CausalGraph(Edge(src=names[int(a)], dst=names[int(b)], weight=float(w)) for a, b, w in rows)
 
 
-def read_card(folder: Path, files: Files) -> str:
+def read_card(home: Home, files: Files) -> str:
     """The card, if there is one."""
     if CARD not in files:
         return ""
-    trust.check_whole(folder, CARD, files[CARD])
     try:
-        return (folder / CARD).read_bytes().decode("utf-8")
+        return home.check(CARD, files[CARD]).read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
         raise CorruptBank(f"{CARD} is not UTF-8: {error}") from None
 
 
-def read_pictures(folder: Path, files: Files) -> dict[str, bytes]:
+def read_pictures(home: Home, files: Files) -> dict[str, bytes]:
     """The pictures that a card may show."""
     names = [name for name in files if name.endswith(".png")]
     if sum(files[name]["size"] for name in names) > trust.MAX_PICTURES:
         raise CorruptBank(f"expected pictures of at most {trust.MAX_PICTURES} bytes together, got more")
-    for name in names:
-        trust.check_whole(folder, name, files[name])
-    return {name: (folder / name).read_bytes() for name in names}
+    return {name: home.check(name, files[name]).read_bytes() for name in names}
 
 
 def write(

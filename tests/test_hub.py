@@ -103,7 +103,7 @@ def test_a_revision_of_a_folder_is_refused(tmp_path):
         sl.ConceptBank.from_pretrained(make().save_pretrained(tmp_path / "made"), revision="main")
 
 
-@pytest.mark.parametrize("name", ["concepts.jsonl", "sites/layers.0-40-late-23-dir.safetensors", "README.md"])
+@pytest.mark.parametrize("name", ["bank.json", "concepts.jsonl", "sites/layers.0-40-late-23-dir.safetensors", "README.md"])
 def test_a_byte_that_changed_on_the_way_is_found_and_does_not_stay(hub, tmp_path, name):
     hub.add("org/made", files_of(make(), tmp_path / "made"))
     hub.damage.add(name)
@@ -111,6 +111,31 @@ def test_a_byte_that_changed_on_the_way_is_found_and_does_not_stay(hub, tmp_path
         sl.ConceptBank.from_pretrained("org/made")
     hub.damage.clear()
     assert same(make(), sl.ConceptBank.from_pretrained("org/made"))
+
+
+def test_a_file_damaged_in_the_cache_is_found_and_fetched_anew(hub, tmp_path):
+    hub.add("org/made", files_of(make(), tmp_path / "made"))
+    for name in ("bank.json", "README.md", "sites/layers.0-40-late-23-dir.safetensors"):
+        folder = sl.ConceptBank.from_pretrained("org/made").folder
+        assert folder is not None
+        blob = (folder / name).resolve()
+        blob.write_bytes(blob.read_bytes()[:-2] + b"x\n")  # of the same size
+        with pytest.raises(errors.CorruptBank, match="truncated or altered"):
+            sl.ConceptBank.from_pretrained("org/made").verify()
+        sl.ConceptBank.from_pretrained("org/made").verify()
+
+
+def test_a_link_out_of_the_cache_is_refused_and_what_it_leads_to_stays(hub, tmp_path):
+    hub.add("org/made", files_of(make(), tmp_path / "made"))
+    folder = sl.ConceptBank.from_pretrained("org/made").folder
+    assert folder is not None
+    outside = tmp_path / "mine.md"
+    outside.write_text("# made\n")
+    (folder / "README.md").unlink()
+    (folder / "README.md").symlink_to(outside)
+    with pytest.raises(errors.CorruptBank, match="links to a place outside"):
+        sl.ConceptBank.from_pretrained("org/made")
+    assert outside.read_text() == "# made\n" and sl.ConceptBank.from_pretrained("org/made").card == "# made\n"
 
 
 def test_a_file_larger_than_it_should_be_is_refused_before_a_byte_of_it_moves(hub, tmp_path):
