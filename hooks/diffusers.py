@@ -180,7 +180,7 @@ class PipelineHost(Host):
         return known[what][1]
 
     def _grid(self, module: nn.Module, sample: Any, given: Mapping[str, Any]) -> Grid | None:
-        """Sizes of the latent: an image `[B, C, H, W]`, a video, or tokens and what is told beside them; None where it is split."""
+        """Sizes of the latent: an image `[B, C, H, W]`, a video, or tokens and what is told beside; None where it is split."""
         if is_split(module):
             return None
         if isinstance(ids := given.get("img_ids"), Tensor):
