@@ -16,7 +16,7 @@ from steerlib.sites import Site
 from .calls import Call, Words, asking, branches, running, turn_of
 from .families import arguments
 from .modules import digest
-from .pipelines import PipelineSites, drops_pads, noise_level, video_axes
+from .pipelines import PipelineSites, drops_pads, is_split, noise_level, video_axes
 from .registry import plug
 
 TIMESTEP = ("timestep", "timesteps", "t")
@@ -180,7 +180,9 @@ class PipelineHost(Host):
         return known[what][1]
 
     def _grid(self, module: nn.Module, sample: Any, given: Mapping[str, Any]) -> Grid | None:
-        """Sizes of the latent: an image `[B, C, H, W]`, a video, or tokens and what is told beside them."""
+        """Sizes of the latent: an image `[B, C, H, W]`, a video, or tokens and what is told beside; None where it is split."""
+        if is_split(module):
+            return None
         if isinstance(ids := given.get("img_ids"), Tensor):
             return self._once("grid", ids, lambda x: Grid(1, *(int(n) + 1 for n in x.reshape(-1, x.shape[-1])[:, 1:3].amax(0))))
         if isinstance(shapes := given.get("img_shapes"), list):

@@ -65,6 +65,11 @@ def video_axes(denoiser: nn.Module) -> tuple[int, int, int]:
     return VIDEO_AXES.get(type(denoiser).__name__, (2, 3, 4))
 
 
+def is_split(denoiser: nn.Module) -> bool:
+    """Whether each process has only a part of the tokens (diffusers' context parallelism)."""
+    return getattr(getattr(denoiser, "_parallel_config", None), "context_parallel_config", None) is not None
+
+
 def drops_pads(denoiser: nn.Module) -> bool:
     """Whether rows keep only the real tokens of their prompts in front of the image."""
     return type(denoiser).__name__ in DROPS_PADS

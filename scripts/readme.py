@@ -99,8 +99,8 @@ def main(
         text, measured = put(text, "output", output(bank, recipe_of(bank, None).source)), records(bank)
         text = put(put(text, "effects", table(measured)), "methods", summary_table(measured))
         (README.parent / ".assets" / "effects.png").write_bytes(picture(measured))
-        measured = json.loads((RECIPES / "unseen" / "measured.json").read_text(encoding="utf-8"))
-        text = put(text, "unseen", unseen(measured))
+        for name in ("fresh", "unseen"):
+            text = put(text, name, unseen(json.loads((RECIPES / name / "measured.json").read_text(encoding="utf-8"))))
     for section, path in (("cost", bench), ("latents", latents), ("diffusion", diffusion)):
         if path is not None:
             text = put(text, section, cost(json.loads(path.read_text(encoding="utf-8"))))

@@ -59,7 +59,7 @@ def share(mask: Mask, state: StepState, x: Float[Tensor, "B N D"], name: str) ->
     if grid is None and state.grid is not None and 0 < state.texts < x.shape[1]:
         front, grid = state.texts, state.grid.of(x.shape[1] - state.texts)
     if grid is None:
-        latent = "unknown" if state.grid is None else f"{state.grid.height} × {state.grid.width}"
+        latent = "unknown, or split over devices" if state.grid is None else f"{state.grid.height} × {state.grid.width}"
         raise Unanswerable(
             f"the mask of {name!r} cannot be laid over the {x.shape[1]} tokens of this site, because they are not those of the "
             f"image (latent: {latent}); mask at a site of image tokens"

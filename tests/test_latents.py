@@ -26,6 +26,7 @@ from steerlib.training import label as labels
 from steerlib.training import verify as verification
 from steerlib.training.activations import tokens
 from steerlib.training.attributes import select
+from steerlib.training.documents import sources
 from steerlib.training.fit import fit
 from steerlib.training.quality import evaluate_encoders
 from steerlib.training.recipe import Recipe
@@ -313,6 +314,22 @@ def test_a_latent_that_writes_its_tokens_is_verified_and_one_that_writes_others_
         moved = next_tokens(model, prompts)
     gain = float(moved[3] / next_tokens(model, prompts)[3]) - 1
     assert found["layers.1/3"].gain == pytest.approx(gain, rel=1e-4) and gain > 0.2
+
+
+def test_the_card_says_what_the_corpus_was_made_of(made, tmp_path):
+    _, _, bank, shards = made
+    assert f"{shards.training:,} tokens" in bank.card and "| corpus.txt | not stated | 160 | 100.0% |" in bank.card
+    lines = [
+        {"text": "abc", "source": "books", "licence": "public domain"},
+        {"text": "defgh", "source": "manuals", "licence": "PSF-2.0"},
+        {"text": "ab", "source": "books", "licence": "public domain"},
+    ]
+    (tmp_path / "corpus.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    found = sources([tmp_path / "corpus.jsonl"])
+    assert [(row["source"], row["licence"], row["documents"], row["share"]) for row in found] == [
+        ("books", "public domain", 2, 0.5),
+        ("manuals", "PSF-2.0", 1, 0.5),
+    ]
 
 
 def test_what_moving_a_latent_did_is_kept_with_it(made):

@@ -47,22 +47,50 @@ def card(bank: ConceptBank, recipe: Recipe, records: Sequence[dict[str, Any]], t
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def latents_card(recipe: Recipe, found: Mapping[str, Mapping[str, Any]]) -> str:
+def latents_card(bank: ConceptBank, recipe: Recipe) -> str:
     """The card of a bank of sparse encoders, from what was measured of each."""
-    first = next(iter(found))
+    held = [concept for concept in bank.concepts.values() if concept.effects.get("verified", {}).get("holds")]
+    best = sorted(held, key=lambda concept: -concept.effects["verified"]["gain"])
+    first = (best or list(bank.concepts.values()))[0]
     parts = [
         front(recipe.name, recipe.base, recipe.license, [], {"tags": ["sae"]}).strip(),
         f"# {recipe.name}\n\n{recipe.description.strip()}",
-        example(recipe.name, recipe.source, f'{{"{first}/17": sl.Set(3.0)}}'),
+        example(recipe.name, recipe.source, f'{{"{first.name}": sl.Set(3.0)}}'),
         '`bank.find("music")` finds latents by label and meaning.',
-        f"## What was measured\n\nOn documents that no encoder was trained on.\n\n{latents_table(found)}",
+        f"## What was measured\n\nOn documents that no encoder was trained on.\n\n{latents_table(bank.provenance['quality'])}",
+        f"## Latents that do what their contexts say\n\n{_verified(best[:SHOWN])}" if best else "",
+        f"## What it was trained on\n\n{bank.provenance['tokens']:,} tokens, recorded in random order of documents, of:\n\n"
+        + _sources(bank.provenance["corpus"]),
         LABELS,
+        f"Made by `steerlib train concept_banks/recipes/{recipe.name}/recipe.toml`.",
     ]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(part for part in parts if part) + "\n"
 
 
-LABELS = """Labels are made from the tokens of a latent's highest activations, or from the model's own head, and no person has
-checked them."""
+SHOWN = 30
+"""Verified latents that the card shows."""
+
+
+def _verified(concepts: Sequence[Concept]) -> str:
+    lines = ["| latent | tokens that follow it | their gain when it is moved | gain of other latents' tokens | seen in |"]
+    lines.append("|---|---|---|---|---|")
+    for concept in concepts:
+        found = concept.effects["verified"]
+        tokens = ", ".join(f"“{token.strip() or '␣'}”" for token in found["tokens"])
+        context = (concept.examples or ("",))[0]
+        cells = [concept.name, tokens, f"{found['gain']:+.0%}", f"{found['others']:+.0%}", context]
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return f"The {len(concepts)} whose tokens gained most in probability:\n\n" + "\n".join(lines)
+
+
+def _sources(corpus: Sequence[Mapping[str, Any]]) -> str:
+    lines = ["| source | licence | documents | share of the text |\n|---|---|---|---|"]
+    lines += [f"| {row['source']} | {row['licence']} | {row['documents']:,} | {row['share']:.1%} |" for row in corpus]
+    return "\n".join(lines)
+
+
+LABELS = """Labels of verified latents are tokens that follow them in held-out text; of others, tokens of their highest
+activations, or those that the model's own head makes of them. No person has checked them."""
 
 
 def _concepts(levers: Sequence[Concept]) -> str:

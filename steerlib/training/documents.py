@@ -92,6 +92,21 @@ def _read(path: Path) -> list[Any]:
         raise BadRecipe(f"{path.name} is not JSON lines: {error}") from None
 
 
+def sources(paths: Iterable[Path]) -> list[dict[str, Any]]:
+    """What files are made of: documents and their share of all characters, by the `source` and `licence` that lines state."""
+    sizes: dict[tuple[str, str], list[int]] = {}
+    for path in paths:
+        for line in _read(path):
+            row = line if isinstance(line, Mapping) else {}
+            key = str(row.get("source", path.name)), str(row.get("licence", "not stated"))
+            sizes.setdefault(key, []).append(len(str(_cell(row, None) if row else line)))
+    whole = sum(map(sum, sizes.values()))
+    return [
+        {"source": source, "licence": licence, "documents": len(own), "share": round(sum(own) / whole, 4)}
+        for (source, licence), own in sorted(sizes.items(), key=lambda item: (-sum(item[1]), item[0]))
+    ]
+
+
 def _shuffled(texts: Any, seed: int | None) -> Iterator[Any]:
     if seed is None:
         yield from texts

@@ -15,6 +15,7 @@ from ..errors import BadRecipe
 from ..hosts import host_for
 from .attributes import read
 from .card import latents_card
+from .documents import sources
 from .fit import fit
 from .harvest import harvest
 from .label import SHOWN, Sightings, Texts, label, promoted, sightings
@@ -129,7 +130,7 @@ def bank_of(
     shards: Shards,
     found: Mapping[str, Mapping[str, Any]],
 ) -> ConceptBank:
-    """The bank, with a card of what was measured."""
+    """The bank, yet without a card."""
     sites = {
         site: SiteFacts(width=shards.width(site), norm=float(head(shards, site).norm(dim=-1).median())) for site in shards.sites
     }
@@ -140,9 +141,9 @@ def bank_of(
         base=BaseModel.of(model, id=recipe.base),
         sites=sites,
         reads={spec.id: spec.reads for spec in recipe.encoders},
-        card=latents_card(recipe, found),
         license=recipe.license,
-        provenance={"recipe": recipe.name, "recipe_sha256": recipe.digest, "seed": recipe.seed, "quality": found},
+        provenance={"recipe": recipe.name, "recipe_sha256": recipe.digest, "seed": recipe.seed, "quality": found}
+        | {"tokens": shards.training, "corpus": sources(recipe.corpus_files())},
     )
 
 
@@ -161,8 +162,9 @@ def with_verified(bank: ConceptBank, found: Mapping[str, Verification], recipe: 
     concepts = [
         labelled(concept, found[name], tokenizer) if name in found else concept for name, concept in bank.concepts.items()
     ]
-    made = bank.with_concepts(concepts, card=latents_card(recipe, quality))
+    made = bank.with_concepts(concepts)
     made.provenance = {**bank.provenance, "quality": quality}
+    made.card = latents_card(made, recipe)
     return made
 
 
