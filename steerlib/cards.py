@@ -29,13 +29,11 @@ def front(name: str, base: str, license: str, concepts: Sequence[Concept], own: 
             dataset_type="requests",
             dataset_name="requests used for nothing else",
             metric_type=f"{concept.name}: {key}",
-            metric_name=f"{concept.name}, steered by {concept.effects['amount']:+.2f}: {METRICS[key]}",
-            metric_value=figures[key],
+            metric_name=f"{concept.name}, steered by its useful amount: {METRICS[key]}",
+            metric_value=value,
         )
         for concept in concepts
-        if (figures := concept.effects.get("conditions", {}).get("steered"))
-        for key in METRICS
-        if key in figures
+        for key, value in _figures(concept).items()
     ]
     ours: dict[str, Any] = {"library_name": "steerlib", "model_name": name, "tags": ["steerlib", "steering", "concepts"]}
     ours |= {"base_model": base or None, "license": license or None, "eval_results": results or None}
@@ -43,6 +41,13 @@ def front(name: str, base: str, license: str, concepts: Sequence[Concept], own: 
     tags = [tag for tag in (own or {}).get("tags") or [] if tag not in ours["tags"]]
     data = ModelCardData(**theirs, **{**ours, "tags": [*ours["tags"], *tags]})
     return f"---\n{data.to_yaml(line_break=chr(10)).strip()}\n---\n"
+
+
+def _figures(concept: Concept) -> dict[str, float]:
+    """What steering by the useful amount was measured to do, if it was."""
+    found = concept.effects.get("conditions")
+    steered = found.get("steered") if isinstance(found, dict) else None
+    return {key: steered[key] for key in METRICS if type(steered.get(key)) is float} if isinstance(steered, dict) else {}
 
 
 def example(name: str, base: str, edit: str) -> str:

@@ -90,7 +90,7 @@ class Repository:
         from tqdm.contrib.concurrent import thread_map
 
         sizes = [record["size"] for record in missing.values()]
-        with asking(self.id, f"steerlib pull {self.id}"):
+        with asking(self.id, _uncached(self.id)):
             thread_map(self._bring, list(missing), sizes, max_workers=8, desc=f"Fetching {self.id}", tqdm_class=tqdm)
             with suppress(EntryNotFoundError):  # most banks are not signed
                 self._download(SIGNATURE)
@@ -106,7 +106,7 @@ class Repository:
         """Where the signature is, fetched if there is one."""
         from huggingface_hub.errors import RemoteEntryNotFoundError
 
-        with asking(self.id, f"steerlib pull {self.id}"), suppress(RemoteEntryNotFoundError):
+        with asking(self.id, _uncached(self.id)), suppress(RemoteEntryNotFoundError):
             return self._download(SIGNATURE)
         return self.path / SIGNATURE
 
@@ -160,13 +160,12 @@ class Repository:
         from huggingface_hub.errors import HfHubHTTPError
         from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff
 
-        advice = f"steerlib pull {self.id}"
         if self.local_files_only:
-            raise NotReached(f"these rows of {name} are not in the cache, and local_files_only=True; run `{advice}` before")
+            raise NotReached(f"local_files_only=True; {_uncached(self.id)}")
         url = hf_hub_url(self.id, name, revision=self.path.name)
         headers = build_hf_headers(token=self.token, library_name="steerlib")
         headers |= {"Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
-        with asking(self.id, advice):
+        with asking(self.id, _uncached(self.id)):
             for left in reversed(range(TRIES)):
                 try:
                     with http_stream_backoff(
@@ -229,9 +228,13 @@ def _keep(data: bytes, path: Path) -> None:
         raise
 
 
+def _uncached(id: str) -> str:
+    return f"what is asked for of {id} is not in the cache; run `steerlib pull {id}` online"
+
+
 @contextmanager
-def asking(id: str, advice: str) -> Iterator[None]:
-    """What goes wrong between us and the Hub, said with what to do about it."""
+def asking(id: str, otherwise: str) -> Iterator[None]:
+    """What goes wrong between us and the Hub, said with what to do about it; `otherwise` is for when it is away."""
     from huggingface_hub import errors as hub
 
     login = "log in with `hf auth login`, or give token="
@@ -247,9 +250,7 @@ def asking(id: str, advice: str) -> Iterator[None]:
         raise UnknownBank(f"{id} lacks a file of a bank: {str(error).strip().splitlines()[-1]}") from None
     except (hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled) as error:
         first = str(error.__cause__ or error).strip().splitlines()[0]
-        raise NotReached(
-            f"{id} is not in the cache whole, and the Hub was not reached ({first}); online, run `{advice}`"
-        ) from None
+        raise NotReached(f"the Hub was not reached ({first}); {otherwise}") from None
     except hub.HfHubHTTPError as error:
         if error.response.status_code in (401, 403):
             raise NoAccess(f"this token may not do that with {id}; {login} that may") from None
@@ -282,7 +283,7 @@ def home_of(
     from huggingface_hub import hf_hub_download
 
     cache = None if cache_dir is None else str(cache_dir)
-    with asking(str(name), f"steerlib pull {name}"):
+    with asking(str(name), _uncached(str(name))):
         found = hf_hub_download(
             str(name), "bank.json", revision=revision, token=token, cache_dir=cache, local_files_only=local_files_only
         )
@@ -304,7 +305,7 @@ def publish(
     from huggingface_hub import HfApi
 
     api = HfApi(token=token, library_name="steerlib")
-    with asking(id, "the same again"):
+    with asking(id, "nothing was published, do it again online"):
         api.create_repo(id, private=private, exist_ok=True)
         if revision is not None:
             api.create_branch(id, branch=revision, exist_ok=True)
@@ -346,7 +347,7 @@ def list_banks(
         from huggingface_hub import HfApi
 
         tags = ["steerlib", *([f"base_model:{base_model}"] if base_model else [])]
-        with asking("the list of banks", "steerlib list"):
+        with asking("the list of banks", "local_files_only=True lists those shipped with steerlib"):
             models = list(HfApi(token=token, library_name="steerlib").list_models(filter=tags))
         for model in sorted(models, key=lambda model: model.id):
             bases = [tag.partition(":")[2] for tag in model.tags or () if re.fullmatch(r"base_model:[^:]+", tag)]

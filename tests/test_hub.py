@@ -94,7 +94,7 @@ def test_a_token_opens_what_is_private_or_gated(hub, tmp_path):
 
 def test_offline_without_a_copy_says_so(hub, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(errors.NotReached, match="not in the cache whole"):
+    with pytest.raises(errors.NotReached, match="not in the cache; run `steerlib pull org/made`"):
         sl.ConceptBank.from_pretrained("org/made")
 
 
@@ -288,12 +288,17 @@ def test_a_bank_published_over_another_leaves_nothing_of_it_and_what_is_not_a_ba
     assert received == {*files_of(make(1), tmp_path / "new"), "notes.txt"}
 
 
-def test_publishing_private_on_a_branch_and_without_leave(hub):
+def test_publishing_private_on_a_branch_without_leave_and_offline(hub, monkeypatch):
     make().push_to_hub("org/made", private=True, revision="next", token="secret")
     assert hub.repos["org/made"]["private"] and set(hub.repos["org/made"]["refs"]) == {"main", "next"}
     assert len(sl.ConceptBank.from_pretrained("org/made", revision="next", token="secret")) == 3
     with pytest.raises(errors.BadBank, match="hf auth login"):
         make().push_to_hub("org/other")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(errors.NotReached, match="nothing was published"):
+        make().push_to_hub("org/other", token="secret")
+    with pytest.raises(errors.NotReached, match="local_files_only=True lists those shipped"):
+        sl.list_banks()
 
 
 def test_banks_are_listed_by_base_model(hub):
