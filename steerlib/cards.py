@@ -35,11 +35,12 @@ def front(name: str, base: str, license: str, concepts: Sequence[Concept], own: 
         for concept in concepts
         for key, value in _figures(concept).items()
     ]
-    ours: dict[str, Any] = {"library_name": "steerlib", "model_name": name, "tags": ["steerlib", "steering", "concepts"]}
-    ours |= {"base_model": base or None, "license": license or None, "eval_results": results or None}
-    theirs = {key: value for key, value in (own or {}).items() if key not in (*ours, "model-index")}
-    tags = [tag for tag in (own or {}).get("tags") or [] if tag not in ours["tags"]]
-    data = ModelCardData(**theirs, **{**ours, "tags": [*ours["tags"], *tags]})
+    known = {"library_name": "steerlib", "base_model": base, "license": license, "model_name": name, "eval_results": results}
+    ours = {key: value for key, value in known.items() if value}
+    theirs = {key: value for key, value in (own or {}).items() if key not in (*ours, "tags", "model-index")}
+    tags = ["steerlib", "steering", "concepts"]
+    tags += [tag for tag in (own or {}).get("tags") or [] if tag not in tags]
+    data = ModelCardData(**theirs, **ours, tags=tags)
     return f"---\n{data.to_yaml(line_break=chr(10)).strip()}\n---\n"
 
 

@@ -44,6 +44,8 @@ def test_a_maker_keeps_metadata_of_their_own():
     data = ModelCard(card_of(bank)).data.to_dict()
     assert data["language"] == "en" and data["tags"] == ["steerlib", "steering", "concepts", "mine"]
     assert data["license"] == "apache-2.0" and "# Words of mine\n" in card_of(bank)
+    bank.license = ""
+    assert ModelCard(card_of(bank)).data.to_dict()["license"] == "mit"
     bank.card = "---\na: [\n---\nwords"
     with pytest.raises(errors.CorruptBank, match="not YAML"):
         card_of(bank)
