@@ -35,7 +35,7 @@ def main(
     print(
         f"{count} bad banks in {seconds:.0f} s: {court.counts['refused']} refused, {court.counts['sound']} sound all the same"
     )
-    print(f"0 crashes, 0 written elsewhere, 0 unsound; the slowest took {1000 * court.slowest:.0f} ms")
+    print(f"0 crashes, 0 written elsewhere, 0 unsound; the slowest took {1000 * court.slowest:.0f} ms of the processor")
 
 
 if __name__ == "__main__":
