@@ -14,8 +14,9 @@ from typing import Annotated, Any
 import typer
 
 import steerlib as sl
-from steerlib.evaluation.report import picture, summary_table, table
+from steerlib.evaluation.report import latents_table, picture, summary_table, table
 from steerlib.evaluation.text import chat, complete
+from steerlib.training.card import verified
 from steerlib.training.measure import GATED
 
 README = Path(__file__).parent.parent / "README.md"
@@ -55,6 +56,24 @@ def cost(figures: Mapping[str, Any]) -> str:
     return "\n\n".join(parts) + f"\n\nMachine: {figures['machine']}; torch {figures['torch']}; {figures['rounds']} rounds."
 
 
+def training(figures: Mapping[str, Any]) -> str:
+    """What a step of training costs beside other libraries, one table a size."""
+    parts = []
+    for title, rows in figures.items():
+        if not isinstance(rows, dict):
+            continue
+        lines = [
+            f"| {title} | tokens/s | time over steerlib's | processor time | MiB of a step | unexplained |",
+            "|---" * 6 + "|",
+        ]
+        for name, row in rows.items():
+            ratios = (f"{m:.2f} ({low:.2f}–{high:.2f})" for m, low, high in (row[key] for key in list(row)[1:3]))
+            left = f"{[*row['unexplained'].values()][-1]:.3f}" if row["unexplained"] else "–"
+            lines.append(f"| {name} | {row['tokens/s'][0]:,} | {' | '.join(ratios)} | {row['peak MiB']} | {left} |")
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts) + f"\n\nMachine: {figures['machine']}; torch {figures['torch']}; {figures['rounds']} rounds."
+
+
 def unseen(records: Sequence[Mapping[str, Any]]) -> str:
     """Concepts that no code was made with, and their mean."""
     names = ("steered", GATED, "random", "shuffled labels")
@@ -85,6 +104,9 @@ def main(
     bench: Annotated[Path | None, typer.Option(help="figures of bench_steering.py")] = None,
     latents: Annotated[Path | None, typer.Option(help="figures of bench_latents.py")] = None,
     diffusion: Annotated[Path | None, typer.Option(help="figures of bench_diffusion.py")] = None,
+    record: Annotated[Path | None, typer.Option(help="figures of bench_record.py")] = None,
+    sae: Annotated[Path | None, typer.Option(help="figures of bench_sae_train.py")] = None,
+    whole: Annotated[Path | None, typer.Option(help="figures of bench_text_to_encoder.py")] = None,
     coverage: Annotated[Path | None, typer.Option(help="output of coverage_table.py text")] = None,
     pipelines: Annotated[Path | None, typer.Option(help="output of coverage_table.py images")] = None,
     damage: Annotated[Path | None, typer.Option(help="table that harness.py printed")] = None,
@@ -99,11 +121,17 @@ def main(
         text, measured = put(text, "output", output(bank, recipe_of(bank, None).source)), records(bank)
         text = put(put(text, "effects", table(measured)), "methods", summary_table(measured))
         (README.parent / ".assets" / "effects.png").write_bytes(picture(measured))
+        sparse = sl.ConceptBank.from_pretrained("smollm2-135m-latents")
+        text = put(text, "sparse", latents_table(sparse.provenance["quality"]).partition("\n\n")[0])
+        text = put(text, "verified", verified(sparse, 8))
         for name in ("fresh", "unseen"):
             text = put(text, name, unseen(json.loads((RECIPES / name / "measured.json").read_text(encoding="utf-8"))))
-    for section, path in (("cost", bench), ("latents", latents), ("diffusion", diffusion)):
+    costs = {"cost": bench, "latents": latents, "diffusion": diffusion, "record": record, "whole": whole}
+    for section, path in costs.items():
         if path is not None:
             text = put(text, section, cost(json.loads(path.read_text(encoding="utf-8"))))
+    if sae is not None:
+        text = put(text, "sae", training(json.loads(sae.read_text(encoding="utf-8"))))
     for section, path in (("coverage", coverage), ("pipelines", pipelines), ("damage", damage)):
         if path is not None:
             text = put(text, section, path.read_text(encoding="utf-8").strip())

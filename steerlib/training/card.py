@@ -49,16 +49,17 @@ def card(bank: ConceptBank, recipe: Recipe, records: Sequence[dict[str, Any]], t
 
 def latents_card(bank: ConceptBank, recipe: Recipe) -> str:
     """The card of a bank of sparse encoders, from what was measured of each."""
-    held = [concept for concept in bank.concepts.values() if concept.effects.get("verified", {}).get("holds")]
-    best = sorted(held, key=lambda concept: -concept.effects["verified"]["gain"])
-    first = (best or list(bank.concepts.values()))[0]
+    first = next(iter([*_best(bank), *bank.concepts.values()]))
     parts = [
         front(recipe.name, recipe.base, recipe.license, [], {"tags": ["sae"]}).strip(),
         f"# {recipe.name}\n\n{recipe.description.strip()}",
         example(recipe.name, recipe.source, f'{{"{first.name}": sl.Set(3.0)}}'),
         '`bank.find("music")` finds latents by label and meaning.',
         f"## What was measured\n\nOn documents that no encoder was trained on.\n\n{latents_table(bank.provenance['quality'])}",
-        f"## Latents that do what their contexts say\n\n{_verified(best[:SHOWN])}" if best else "",
+        f"## Latents that do what their contexts say\n\nThe {SHOWN} whose tokens gained most in probability:\n\n"
+        f"{verified(bank, SHOWN)}"
+        if _best(bank)
+        else "",
         f"## What it was trained on\n\n{bank.provenance['tokens']:,} tokens, recorded in random order of documents, of:\n\n"
         + _sources(bank.provenance["corpus"]),
         LABELS,
@@ -71,16 +72,23 @@ SHOWN = 30
 """Verified latents that the card shows."""
 
 
-def _verified(concepts: Sequence[Concept]) -> str:
+def _best(bank: ConceptBank) -> list[Concept]:
+    """Verified latents, those first whose tokens gained most."""
+    held = [concept for concept in bank.concepts.values() if concept.effects.get("verified", {}).get("holds")]
+    return sorted(held, key=lambda concept: -concept.effects["verified"]["gain"])
+
+
+def verified(bank: ConceptBank, count: int) -> str:
+    """What moving the best of its latents did, as Markdown."""
     lines = ["| latent | tokens that follow it | their gain when it is moved | gain of other latents' tokens | seen in |"]
     lines.append("|---|---|---|---|---|")
-    for concept in concepts:
+    for concept in _best(bank)[:count]:
         found = concept.effects["verified"]
         tokens = ", ".join(f"“{token.strip() or '␣'}”" for token in found["tokens"])
         context = (concept.examples or ("",))[0]
         cells = [concept.name, tokens, f"{found['gain']:+.0%}", f"{found['others']:+.0%}", context]
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    return f"The {len(concepts)} whose tokens gained most in probability:\n\n" + "\n".join(lines)
+    return "\n".join(lines)
 
 
 def _sources(corpus: Sequence[Mapping[str, Any]]) -> str:

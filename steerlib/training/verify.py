@@ -30,8 +30,9 @@ LEAST = 3
 """Times that a token has to follow it."""
 RARE, OFTEN = 20, 0.05
 """A latent that fires on fewer held-out tokens is not looked at, nor one that fires on a larger share of them."""
-LENGTH = 24
-"""Tokens of each text that are read before the next one is looked at, or as many as half of the texts have."""
+TEXTS, LENGTH = 16, 16
+"""Texts that latents are moved on, and tokens of each that are read before the next one is looked at, or as many as half of the
+texts have."""
 TWICE = 2.0
 """How much more a latent's own tokens have to gain than those of others."""
 
@@ -167,10 +168,10 @@ def astray(bank: ConceptBank, concept: Concept, g: torch.Generator) -> ConceptBa
 
 
 def opened(tokenizer: Any, texts: Sequence[str], device: torch.device) -> Tensor:
-    """The first tokens of the texts that are long enough, `[texts, LENGTH]`: without pads."""
+    """The first tokens of the texts that are long enough, `[TEXTS, LENGTH]`: without pads."""
     ids = [tokenizer(text)["input_ids"] for text in texts]
     length = min(LENGTH, sorted(map(len, ids))[len(ids) // 2])
-    return torch.tensor([own[:length] for own in ids if len(own) >= length], device=device)
+    return torch.tensor([own[:length] for own in ids if len(own) >= length][:TEXTS], device=device)
 
 
 @torch.no_grad()
