@@ -120,7 +120,7 @@ def main(
         bank = sl.ConceptBank.from_pretrained("smollm2-135m-instruct")
         text, measured = put(text, "output", output(bank, recipe_of(bank, None).source)), records(bank)
         text = put(put(text, "effects", table(measured)), "methods", summary_table(measured))
-        picture(measured, README.parent / ".assets" / "effects.png")
+        (README.parent / ".assets" / "effects.png").write_bytes(picture(measured))
         sparse = sl.ConceptBank.from_pretrained("smollm2-135m-latents")
         text = put(text, "sparse", latents_table(sparse.provenance["quality"]).partition("\n\n")[0])
         text = put(text, "verified", verified(sparse, 8))

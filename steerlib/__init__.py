@@ -1,6 +1,5 @@
 """Change what a generation model is thinking of, while it runs."""
 
-from .bank import BaseModel as BaseModel
 from .bank import ConceptBank as ConceptBank
 from .concepts import Concept as Concept
 from .concepts import Gate as Gate
@@ -11,6 +10,7 @@ from .graph import CausalGraph as CausalGraph
 from .graph import Edge as Edge
 from .hosts import Host as Host
 from .hosts import load as load
+from .hub import list_banks as list_banks
 from .interventions import Ablate as Ablate
 from .interventions import Add as Add
 from .interventions import Clamp as Clamp
@@ -18,6 +18,7 @@ from .interventions import Intervention as Intervention
 from .interventions import Patch as Patch
 from .interventions import Scale as Scale
 from .interventions import Set as Set
+from .manifest import BaseModel as BaseModel
 from .masks import Word as Word
 from .readers import read_bank as read_bank
 from .recording import record as record
@@ -37,5 +38,5 @@ from .training.recipe import Recipe as Recipe
 __all__ = [
     "Ablate", "Add", "BaseModel", "CausalGraph", "Clamp", "Concept", "ConceptBank", "Directions", "Edge", "Encoder",
     "Gate", "Host", "Intervention", "Part", "Patch", "PerStep", "Ramp", "Recipe", "Scale", "Schedule", "Set", "Site",
-    "Steering", "StepState", "Steps", "Window", "Word", "attach", "load", "read_bank", "record", "steer", "train",
+    "Steering", "StepState", "Steps", "Window", "Word", "attach", "list_banks", "load", "read_bank", "record", "steer", "train",
 ]  # fmt: skip

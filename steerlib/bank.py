@@ -1,83 +1,26 @@
-"""A bank: concepts of one model, their encoders, their graph, and whose they are.
+"""A bank: concepts of one model, their encoders, their graph, and whose they are."""
 
-README.md                    the card
-bank.json                    format, base model, sites, encoders, provenance, size and SHA-256 of every other file
-concepts.jsonl               one line a concept
-graph.safetensors            edges by line of concepts.jsonl: src, dst, weight
-sites/<encoder>.safetensors  one row per concept in each tensor
-hashes.safetensors           block hashes, so that single rows can be trusted
-"""
-
-import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from . import hub
-from .concepts import Concept
+from . import cards, hub, layout, signature, trust
+from .concepts import Concept, printable
 from .encoders import KINDS, Directions, Encoder, Rows
 from .encoders.sparse import STATISTICS
-from .errors import BadBank, CorruptBank, UnknownConcept, UnknownFormat, WrongModel, WrongWidth, nearest
-from .graph import CausalGraph, Edge
+from .errors import BadBank, CorruptBank, UnknownConcept, WrongModel, WrongWidth, nearest
+from .graph import CausalGraph
 from .hosts import Host, host_for
+from .manifest import BaseModel, EncoderFacts, Manifest, SiteFacts
 from .search import ranked
-
-FORMAT = 1
-MAX_MANIFEST = 4 << 20
-
-
-@dataclass(frozen=True, kw_only=True)
-class BaseModel:
-    """Whose activations a bank reads."""
-
-    id: str = ""
-    fingerprint: Mapping[str, Any] = field(default_factory=dict)
-    """Architecture and shapes; a model that differs is refused."""
-    weights: str | None = None
-    """Hash of the weights; other weights of the same architecture give a notice."""
-
-    @classmethod
-    def of(cls, model: object, id: str = "") -> "BaseModel":
-        """The identity of a loaded model."""
-        host = host_for(model)
-        return cls(id=id, fingerprint=host.fingerprint(), weights=host.weights_digest())
-
-
-@dataclass(frozen=True, kw_only=True)
-class SiteFacts:
-    """What a bank knows of a place in the model."""
-
-    width: int
-    norm: float | None = None
-    """Median length of an activation there, first tokens excluded."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class EncoderFacts:
-    """Where the coordinates of an encoder come from."""
-
-    site: str
-    """Where its concepts are moved."""
-    kind: str
-    file: str
-    reads: str = ""
-    """Where they are read, if elsewhere: at an earlier site."""
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    """What the kind has to know beside its tensors."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON, defaults left out."""
-        return {key: value for key, value in asdict(self).items() if value not in ("", {})}
 
 
 class ConceptBank:
@@ -102,19 +45,21 @@ class ConceptBank:
         read. Every row of an encoder is a concept, named `encoder/index`; `concepts` are those of which more is known."""
         self.name, self.base, self.sites, self.card, self.license = name, base, dict(sites), card, license
         self.graph, self.provenance = graph or CausalGraph(), dict(provenance or {})
+        self.pictures: dict[str, bytes] = {}
+        """PNG files that the card shows, by name."""
         self.extra: dict[str, Any] = {}
         """Optional fields of `bank.json` this version does not know, kept for whoever does."""
         self._encoders: dict[str, Encoder] = dict(encoders)
         site_of = where or {id: id.partition("@")[0].partition("#")[0] for id in encoders}
         self.encoders = {
             id: EncoderFacts(
-                site=site_of[id], kind=e.kind, file=_file_of(id), reads=(reads or {}).get(id, ""), settings=e.settings
+                site=site_of[id], kind=e.kind, file=layout.file_of(id), reads=(reads or {}).get(id, ""), settings=e.settings
             )
             for id, e in encoders.items()
         }
-        self._tensors: dict[str, hub.Tensors] = {}
-        self._folder: Path | None = None
-        self._manifest: dict[str, Any] = {}
+        self._tensors: dict[str, trust.Tensors] = {}
+        self._home: hub.Folder | hub.Repository | None = None
+        self._files: Mapping[str, Mapping[str, Any]] = {}
         self._take(concepts)
 
     def _take(self, concepts: Sequence[Concept]) -> None:
@@ -187,10 +132,17 @@ class ConceptBank:
                 continue
             useful = "" if concept.useful is None else f"useful {concept.useful:+.2f}"
             safe = "" if concept.range is None else f"safe {concept.range[0]:+.2f} to {concept.range[1]:+.2f}"
-            lines.append(f"  {concept.name:<16} {concept.encoder:<12} {useful:<14} {safe:<22} {concept.label}".rstrip())
+            lines.append(
+                f"  {concept.name:<16} {concept.encoder:<12} {useful:<14} {safe:<22} {printable(concept.label)}".rstrip()
+            )
         if gates:
             lines.append(f"  gates: {', '.join(gates)}")
         return "\n".join(lines)
+
+    @property
+    def folder(self) -> Path | None:
+        """Where its files are on this machine, if it was opened from files."""
+        return None if self._home is None else self._home.path
 
     def site_of(self, concept: Concept) -> str:
         """The name of the site at which a concept is read and moved."""
@@ -216,12 +168,12 @@ class ConceptBank:
     def rows(self, concept: Concept) -> Rows:
         """What steering needs of one concept, read from disk when first asked for, and checked."""
         if (found := self._rows.get(concept.id)) is None:
+            kind, facts = KINDS[self.encoders[concept.encoder].kind], self.encoders[concept.encoder]
             if concept.encoder in self._encoders:
-                found = self._encoders[concept.encoder].rows([concept.index])
+                found = _made(kind, lambda: self._encoders[concept.encoder].rows([concept.index]))
             else:
-                kind, facts = KINDS[self.encoders[concept.encoder].kind], self.encoders[concept.encoder]
                 one = self._one(concept.encoder, concept.index, (*kind.tensors, *kind.shared))
-                found = kind.from_tensors(one, kind.of_rows(facts.settings, 1)).rows([0])
+                found = _made(kind, lambda: kind.from_tensors(one, kind.of_rows(facts.settings, 1)).rows([0]))
             widths = {self.read_at(concept): found.read, self.site_of(concept): found.write}
             for site, tensor in widths.items():
                 if (width := self.sites[site].width) != tensor.shape[-1]:
@@ -243,28 +195,24 @@ class ConceptBank:
         """A whole encoder."""
         if id not in self._encoders:
             kind, file = KINDS[self.encoders[id].kind], self._file(id)
-            self._encoders[id] = kind.from_tensors({name: file.all(name) for name in file.header}, self.encoders[id].settings)
+            tensors = {name: file.all(name) for name in file.header}
+            self._encoders[id] = _made(kind, lambda: kind.from_tensors(tensors, self.encoders[id].settings))
         return self._encoders[id]
 
-    def _file(self, encoder: str) -> hub.Tensors:
+    def _file(self, encoder: str) -> trust.Tensors:
         if encoder not in self._tensors:
-            assert self._folder is not None
-            name, records = self.encoders[encoder].file, self._manifest["files"]
-            if name not in records:
-                raise CorruptBank(f"bank.json does not describe {name}; download the bank again")
-            record = records[name]
-            self._tensors[encoder] = hub.Tensors(
-                self._folder / name, record["size"], self._hashes, tuple(record.get("blocks", ())), name
-            )
+            self._tensors[encoder] = self._open(self.encoders[encoder].file, self._hashes)
         return self._tensors[encoder]
 
     @cached_property
-    def _hashes(self) -> hub.Tensors:
-        assert self._folder is not None
-        record = self._manifest["files"].get("hashes.safetensors")
-        if record is None:
-            raise CorruptBank("bank.json does not describe hashes.safetensors; download the bank again")
-        return hub.Tensors(self._folder / "hashes.safetensors", record["size"])
+    def _hashes(self) -> trust.Tensors:
+        return self._open("hashes.safetensors")
+
+    def _open(self, name: str, hashes: trust.Tensors | None = None) -> trust.Tensors:
+        assert self._home is not None
+        if name not in self._files:
+            raise CorruptBank(f"bank.json does not describe {name}; download the bank again")
+        return trust.Tensors(self._home.read, name, self._files[name], hashes)
 
     # -- checking --------------------------------------------------------------------------------------------
 
@@ -284,11 +232,19 @@ class ConceptBank:
             "effects may differ on a fine-tuned or differently quantised copy"
         )
 
-    def verify(self) -> None:
-        """Check every file, hash, value and reference; raises `CorruptBank` at the first that is wrong."""
-        if self._folder is not None:
-            for name, record in self._manifest["files"].items():
-                hub.check_whole(self._folder, name, record)
+    def verify(self, key: str | os.PathLike[str] | None = None) -> None:
+        """Check every file, hash, value and reference; raises `CorruptBank` at the first that is wrong.
+
+        Files that are still on the Hub are fetched. With `key`, an Ed25519 public key in PEM, the signature is checked first.
+        """
+        if key is not None and self._home is None:
+            raise BadBank("only a bank that was saved has a signature; save it with key=")
+        if self._home is not None:
+            if key is not None:
+                signature.check(self._home.path / "bank.json", self._home.signature(), Path(key))
+            self._home.fetch(self._files)
+            for name, record in self._files.items():
+                self._home.check(name, record)
         places = [place for concept in self.concepts.values() for place in concept.places]
         for id in self.encoders:
             encoder = self.encoder(id)
@@ -356,74 +312,46 @@ class ConceptBank:
         cache_dir: str | os.PathLike[str] | None = None,
         local_files_only: bool = False,
     ) -> "ConceptBank":
-        """Open a bank from a folder, from those shipped with steerlib, or from the Hub. Reads no weights."""
-        folder = hub.resolve(
+        """Open a bank from a folder, from those shipped with steerlib, or from the Hub. Reads no weights.
+
+        A `revision` of a Hub bank is a branch, a tag or a commit; all files are read at the commit it names now.
+        """
+        home = hub.home_of(
             name_or_folder, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
         )
-        path = folder / "bank.json"
+        path = home.path / "bank.json"
         if not path.is_file():
-            raise CorruptBank(f"{folder.name!r} is no bank: it has no bank.json")
-        if path.stat().st_size > MAX_MANIFEST:
-            raise CorruptBank(f"bank.json has {path.stat().st_size} bytes, expected at most {MAX_MANIFEST}")
-        manifest = hub.strict_json(path.read_bytes(), "bank.json")
-        return cls._open(folder, manifest)
+            raise CorruptBank(f"{home.path.name!r} is no bank: it has no bank.json")
+        if (size := trust.contained(home.path, "bank.json").stat().st_size) > trust.MAX_MANIFEST:
+            raise CorruptBank(f"bank.json has {size} bytes, expected at most {trust.MAX_MANIFEST}")
+        return cls._from(home, Manifest.from_json(path.read_bytes()))
 
     @classmethod
-    def _open(cls, folder: Path, manifest: Any) -> "ConceptBank":
-        if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-            version = manifest.get("format") if isinstance(manifest, dict) else None
-            raise UnknownFormat(f"expected bank format {FORMAT}, got {version!r}; update steerlib or export the bank again")
-        try:
-            files = {hub.checked_name(name): dict(record) for name, record in manifest["files"].items()}
-            bank = cls(
-                str(manifest["name"]),
-                (),
-                {},
-                base=BaseModel(**manifest["base_model"]),
-                sites={name: SiteFacts(**facts) for name, facts in manifest["sites"].items()},
-                license=str(manifest.get("license", "")),
-                provenance=manifest.get("provenance", {}),
-            )
-            bank.encoders = {id: EncoderFacts(**facts) for id, facts in manifest["encoders"].items()}
-        except (KeyError, TypeError, AttributeError) as error:
-            raise CorruptBank(f"bank.json lacks or misspells a field: {error}") from None
-        known = {"format", "name", "base_model", "sites", "encoders", "license", "provenance", "files"}
-        bank.extra = {key: value for key, value in manifest.items() if key not in known}
-        bank._folder, bank._manifest = folder, {**manifest, "files": files}
-        for id, facts in bank.encoders.items():
-            known = facts.kind in KINDS and {facts.site, facts.reads or facts.site} <= bank.sites.keys()
-            if not known or hub.checked_name(facts.file) not in files or not isinstance(facts.settings, dict):
-                raise CorruptBank(f"encoder {id!r} has an unknown kind, site or file: {facts}")
-        bank._take([Concept.from_dict(line) for line in bank._lines("concepts.jsonl")])
-        bank.graph = bank._graph()
-        if (folder / "README.md").is_file():
-            bank.card = (folder / "README.md").read_text(encoding="utf-8")
+    def _from(cls, home: hub.Folder | hub.Repository, manifest: Manifest) -> "ConceptBank":
+        files = manifest.files
+        is_small = sum(record["size"] for record in files.values()) <= hub.SMALL
+        home.fetch({name: record for name, record in files.items() if is_small or layout.describes(name)})
+        bank = cls(
+            manifest.name,
+            (),
+            {},
+            base=manifest.base,
+            sites=manifest.sites,
+            license=manifest.license,
+            provenance=manifest.provenance,
+        )
+        bank.encoders, bank.extra = dict(manifest.encoders), dict(manifest.extra)
+        bank._home, bank._files = home, files
+        bank._take(layout.read_concepts(home, files))
+        bank.graph = layout.read_graph(home, files, list(bank.concepts))
+        bank.card, bank.pictures = layout.read_card(home, files), layout.read_pictures(home, files)
         return bank
 
-    def _lines(self, name: str) -> list[Any]:
-        """The lines of a JSON-lines file, if the bank has it."""
-        if name not in self._manifest["files"]:
-            return []
-        assert self._folder is not None
-        hub.check_whole(self._folder, name, self._manifest["files"][name])
-        return [hub.strict_json(line, name) for line in (self._folder / name).read_bytes().splitlines()]
+    def save_pretrained(self, folder: str | os.PathLike[str], *, key: str | os.PathLike[str] | None = None) -> Path:
+        """Write the bank to a folder, all of it or nothing; an older bank there is replaced.
 
-    def _graph(self) -> CausalGraph:
-        """Edges name concepts by their line in `concepts.jsonl`."""
-        name = "graph.safetensors"
-        if name not in self._manifest["files"]:
-            return CausalGraph()
-        assert self._folder is not None
-        hub.check_whole(self._folder, name, self._manifest["files"][name])
-        file, names = hub.Tensors(self._folder / name, self._manifest["files"][name]["size"]), list(self.concepts)
-        ends = file.all("src").tolist(), file.all("dst").tolist()
-        if not all(0 <= i < len(names) for side in ends for i in side):
-            raise CorruptBank("graph.safetensors has an edge to a concept that the bank does not have")
-        rows = zip(*ends, file.all("weight").tolist(), strict=True)
-        return CausalGraph(Edge(src=names[src], dst=names[dst], weight=weight) for src, dst, weight in rows)
-
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
-        """Write the bank to a folder, all of it or nothing; an older bank there is replaced."""
+        With `key`, an Ed25519 private key in PEM, it is signed.
+        """
         target = Path(folder)
         if target.exists() and any(target.iterdir()) and not (target / "bank.json").is_file():
             raise BadBank(f"{target.name!r} holds other things than a bank; give a new or empty folder")
@@ -431,6 +359,8 @@ class ConceptBank:
         fresh = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
         try:
             self._write(fresh)
+            if key is not None:
+                signature.sign(fresh / "bank.json", fresh / hub.SIGNATURE, Path(key))
             fresh.chmod(0o755)
             if target.exists():
                 old = Path(tempfile.mkdtemp(prefix=f".{target.name}-old-", dir=target.parent))
@@ -445,46 +375,42 @@ class ConceptBank:
         return target
 
     def _write(self, folder: Path) -> None:
-        """Same bank, same bytes: keys sorted, no dates, devices or paths."""
-        (folder / "sites").mkdir()
-        hashes: dict[str, Tensor] = {}
-        for id, facts in sorted(self.encoders.items()):
-            tensors = {name: tensor.contiguous().cpu() for name, tensor in self.encoder(id).to_tensors().items()}
-            save_file(tensors, folder / facts.file)
-            digest = hub.block_hashes(folder / facts.file)
-            hashes[facts.file] = torch.frombuffer(bytearray(digest), dtype=torch.uint8).reshape(-1, 32)
-        save_file(hashes, folder / "hashes.safetensors")
-        _write_lines(folder / "concepts.jsonl", [concept.to_dict() for concept in self.concepts.values()])
-        if len(self.graph):
-            line, edges = {name: i for i, name in enumerate(self.concepts)}, self.graph.edges
-            columns = {"src": [line[edge.src] for edge in edges], "dst": [line[edge.dst] for edge in edges]}
-            weights = {"weight": torch.tensor([edge.weight for edge in edges])}
-            save_file({**{k: torch.tensor(v) for k, v in columns.items()}, **weights}, folder / "graph.safetensors")
-        if self.card:
-            (folder / "README.md").write_text(self.card, encoding="utf-8")
-        written = sorted(path for path in folder.rglob("*") if path.is_file())
-        for path in written:
-            path.chmod(0o644)  # safetensors writes for its owner alone
-        files = {path.relative_to(folder).as_posix(): hub.describe(path) for path in written}
-        for name, digest in hashes.items():
-            files[name]["blocks"] = hub.group_hashes(digest.numpy().tobytes())
-        manifest = {
-            **self.extra,
-            "format": FORMAT,
-            "name": self.name,
-            "base_model": asdict(self.base),
-            "sites": {name: asdict(facts) for name, facts in self.sites.items()},
-            "encoders": {id: facts.to_dict() for id, facts in self.encoders.items()},
-            "license": self.license,
-            "provenance": self.provenance,
-            "files": files,
-        }
-        text = json.dumps(manifest, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
-        (folder / "bank.json").write_text(text + "\n", encoding="utf-8")
+        manifest = Manifest(
+            name=self.name,
+            base=self.base,
+            sites=self.sites,
+            encoders=self.encoders,
+            license=self.license,
+            provenance=self.provenance,
+            extra=self.extra,
+        )
+        tensors = ((facts.file, self.encoder(id).to_tensors()) for id, facts in sorted(self.encoders.items()))
+        layout.write(folder, manifest, tensors, list(self.concepts.values()), self.graph, self.card, self.pictures)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        commit_message: str | None = None,
+        key: str | os.PathLike[str] | None = None,
+    ) -> str:
+        """Publish the bank in one commit, signed where there is a `key`, and return the commit.
+
+        Its card gets the metadata by which the Hub finds it, and what was measured; a bank without a card gets one.
+        """
+        concepts = list(self.concepts.values())
+        card = cards.for_hub(self.card, self.name, repo_id, self.base.id, self.license, concepts)
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = self.with_concepts(concepts, card=card).save_pretrained(Path(scratch) / "bank", key=key)
+            message = commit_message or f"Upload the bank {self.name}"
+            return hub.publish(folder, repo_id, private=private, revision=revision, token=token, commit_message=message)
 
     def with_concepts(self, concepts: Sequence[Concept], *, card: str | None = None) -> "ConceptBank":
         """The same bank, its encoders in memory, with other facts about its concepts and another card."""
-        return ConceptBank(
+        bank = ConceptBank(
             self.name,
             concepts,
             {id: self.encoder(id) for id in self.encoders},
@@ -497,17 +423,16 @@ class ConceptBank:
             license=self.license,
             provenance=self.provenance,
         )
+        bank.extra, bank.pictures = dict(self.extra), dict(self.pictures)
+        return bank
 
 
-def _file_of(encoder: str) -> str:
-    """The file of an encoder: its id, escaped to letters that every file system takes."""
-    plain = "".join(c if c.isalnum() and c.isascii() or c in "._-" else f"-{ord(c):x}-" for c in encoder)
-    return f"sites/{plain}.safetensors"
-
-
-def _write_lines(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
-    text = "".join(json.dumps(line, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n" for line in lines)
-    path.write_text(text, encoding="utf-8")
+def _made(kind: type[Encoder], make: Callable[[], Any]) -> Any:
+    """An encoder of a stranger's tensors and settings, or its rows."""
+    try:
+        return make()
+    except (ArithmeticError, AttributeError, LookupError, TypeError, RuntimeError) as error:
+        raise CorruptBank(f"an encoder of kind {kind.kind!r} is not made of this: {error!s:.200}") from None
 
 
 _DIGESTS: WeakKeyDictionary[nn.Module, str | None] = WeakKeyDictionary()

@@ -1,4 +1,7 @@
-"""The command line: `steerlib demo | steer | concepts | info | verify | list | train | eval`."""
+"""The command line: `steerlib demo | steer | train | eval | concepts | info | list | pull | push | verify | migrate`.
+
+It exits with 0; with 1 where steerlib refuses; with 2 where the command is misspelt; with 3 where a bank cannot be trusted.
+"""
 
 import json
 import sys
@@ -6,26 +9,30 @@ import time
 import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 from .bank import ConceptBank
+from .concepts import printable
 from .encoders import KINDS, Sparse
-from .errors import BadEdit, BadRecipe, MissingExtra, SteerlibError
+from .errors import BadEdit, BadRecipe, CorruptBank, MissingExtra, SteerlibError, UnknownFormat
 from .hosts import load
-from .hub import shipped_banks
+from .hub import list_banks
 from .steering import steer as steered
 
 try:
     import typer
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 except ImportError:
     raise MissingExtra("the command line needs typer and rich: pip install 'steerlib[cli]'") from None
 
 app = typer.Typer(help="Change what a generation model is thinking of, while it runs.", no_args_is_help=True)
 console = Console()
+errors = Console(stderr=True)
+_traceback = False
 
 DEMO_BANK = "smollm2-135m-instruct"
 DEMO_PROMPTS = ("What did you do on your last holiday?", "Tell me about the place where you live.", "Why is it good to wait?")
@@ -34,6 +41,9 @@ DEMO_STRENGTHS = (-0.5, 0.5, 1.0)
 DEMO_TOKENS = 40
 
 BankName = Annotated[str, typer.Argument(help="a folder, a shipped bank, or a Hub id")]
+Revision = Annotated[str | None, typer.Option(help="branch, tag or commit of a Hub bank")]
+AsJson = Annotated[bool, typer.Option("--json", help="print JSON, for machines")]
+Key = Annotated[Path | None, typer.Option(help="Ed25519 key in PEM: public to verify, private to sign")]
 
 
 def recipes() -> Path:
@@ -156,39 +166,105 @@ def _edit(text: str) -> tuple[str, float]:
         raise BadEdit(f"expected --edit concept=amount, got {text!r}") from None
 
 
+def said(values: Any, text: str, as_json: bool) -> None:
+    """Print for machines or for people."""
+    typer.echo(json.dumps(values, sort_keys=True, ensure_ascii=False) if as_json else printable(text))
+
+
 @app.command()
-def concepts(bank: BankName, words: Annotated[str, typer.Argument(help="search names and labels")] = "") -> None:
+def concepts(
+    bank: BankName,
+    words: Annotated[str, typer.Argument(help="search names and labels")] = "",
+    revision: Revision = None,
+    as_json: AsJson = False,
+) -> None:
     """List the concepts of a bank, or find some."""
-    opened = ConceptBank.from_pretrained(bank)
+    opened = ConceptBank.from_pretrained(bank, revision=revision)
+    found = opened.find(words, limit=20) if words else list(opened.concepts.values())
+    if as_json:
+        said([{**concept.to_dict(), "site": opened.site_of(concept)} for concept in found], "", True)
+        return
     table = Table("concept", "meaning", "site", "useful", "safe range")
-    for concept in opened.find(words, limit=20) if words else opened.concepts.values():
+    for concept in found:
         safe = "" if concept.range is None else f"{concept.range[0]:+.2f} to {concept.range[1]:+.2f}"
         useful = "" if concept.useful is None else f"{concept.useful:+.2f}"
         useful = "a gate" if concept.present is not None else useful
-        table.add_row(concept.name, concept.label, opened.site_of(concept), useful, safe)
+        table.add_row(
+            *(escape(printable(text)) for text in (concept.name, concept.label, opened.site_of(concept), useful, safe))
+        )
     console.print(table)
 
 
 @app.command()
-def info(bank: BankName) -> None:
+def info(bank: BankName, revision: Revision = None, as_json: AsJson = False) -> None:
     """Show a bank's card."""
-    opened = ConceptBank.from_pretrained(bank)
-    console.print(opened.card.partition("---\n")[2].partition("---\n")[2] or repr(opened), markup=False)
+    opened = ConceptBank.from_pretrained(bank, revision=revision)
+    facts = {
+        "name": opened.name,
+        "base_model": opened.base.id,
+        "license": opened.license,
+        "concepts": len(opened),
+        "edges": len(opened.graph),
+        "encoders": {id: facts.to_dict() for id, facts in opened.encoders.items()},
+        "provenance": opened.provenance,
+    }
+    said(facts, opened.card.partition("---\n")[2].partition("---\n")[2] or repr(opened), as_json)
 
 
 @app.command()
-def verify(bank: BankName) -> None:
-    """Check every file, hash and value of a bank."""
+def pull(bank: BankName, revision: Revision = None, key: Key = None, as_json: AsJson = False) -> None:
+    """Download a bank whole and check every file; afterwards it opens offline."""
+    opened = ConceptBank.from_pretrained(bank, revision=revision)
+    opened.verify(key)
+    assert opened.folder is not None
+    said({"name": opened.name, "folder": str(opened.folder)}, str(opened.folder), as_json)
+
+
+@app.command()
+def push(
+    bank: BankName,
+    repo: Annotated[str, typer.Argument(help="Hub id org/name")],
+    private: Annotated[bool, typer.Option(help="whether a new repository is private")] = False,
+    revision: Revision = None,
+    message: Annotated[str | None, typer.Option(help="of the commit")] = None,
+    key: Key = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check a bank and publish it in one commit, signed where there is a key."""
     opened = ConceptBank.from_pretrained(bank)
     opened.verify()
-    console.print(f"{opened.name}: {len(opened)} concepts and gates, every file as it should be")
+    commit = opened.push_to_hub(repo, private=private or None, revision=revision, commit_message=message, key=key)
+    said({"repo": repo, "commit": commit}, f"{repo} at {commit}", as_json)
+
+
+@app.command()
+def verify(bank: BankName, revision: Revision = None, key: Key = None, as_json: AsJson = False) -> None:
+    """Check every file, hash and value of a bank, and whose it is."""
+    opened = ConceptBank.from_pretrained(bank, revision=revision)
+    opened.verify(key)
+    signed = ", signed with this key" if key else ""
+    text = f"{opened.name}: {len(opened)} concepts and gates, every file as it should be{signed}"
+    said({"name": opened.name, "concepts": len(opened), "signed": key is not None}, text, as_json)
+
+
+@app.command()
+def migrate(bank: BankName, folder: Annotated[Path, typer.Argument(help="where the new bank goes")]) -> None:
+    """Write a bank of an older format in the newest one; the old bank stays as it is."""
+    opened = ConceptBank.from_pretrained(bank)
+    opened.verify()
+    typer.echo(str(opened.save_pretrained(folder)))
 
 
 @app.command("list")
-def list_() -> None:
-    """List the banks that come with steerlib."""
-    for name in shipped_banks():
-        console.print(repr(ConceptBank.from_pretrained(name)).partition("\n")[0], markup=False)
+def list_(
+    hub: Annotated[bool, typer.Option(help="those on the Hub too")] = False,
+    base_model: Annotated[str | None, typer.Option(help="only banks of this model")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the banks that come with steerlib, and those on the Hub."""
+    found = list_banks(base_model, local_files_only=not hub)
+    text = "\n".join(f"{bank.name}  for {bank.base_model or 'a model'}{'  (shipped)' * bank.is_shipped}" for bank in found)
+    said([asdict(bank) for bank in found], text, as_json)
 
 
 @app.command()
@@ -253,7 +329,7 @@ def eval_(
     typer.echo(f"{table(records)}\n\n{summary_table(records)}\n\n{missed(records)}")
     if out is not None:
         out.write_text(json.dumps(records, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-        picture(records, out.with_suffix(".png"))
+        out.with_suffix(".png").write_bytes(picture(records))
 
 
 def _eval_latents(bank: ConceptBank, recipe: Path | None, source: str, against: str, stored: bool, out: Path | None) -> None:
@@ -276,11 +352,22 @@ def _eval_latents(bank: ConceptBank, recipe: Path | None, source: str, against: 
         out.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
+@app.callback()
+def options(
+    traceback: Annotated[bool, typer.Option("--traceback", help="show where in the code an error was raised")] = False,
+) -> None:
+    """Change what a generation model is thinking of, while it runs."""
+    global _traceback
+    _traceback = traceback
+
+
 def main() -> None:
     """Run the command line; what steerlib refuses is one line, not a traceback."""
     try:
         app()
-    except SteerlibError as error:
-        console.print(f"[red]{type(error).__name__}[/red]: ", end="")
-        console.print(str(error), markup=False)
-        sys.exit(1)
+    except (SteerlibError, OSError) as error:
+        if _traceback:
+            raise
+        errors.print(f"[red]{type(error).__name__}[/red]: ", end="")
+        errors.print(str(error), markup=False, highlight=False)
+        sys.exit(3 if isinstance(error, (CorruptBank, UnknownFormat)) else 1)

@@ -7,6 +7,13 @@ from typing import Any
 
 from .errors import BadEdit, CorruptBank
 
+MAX_NAME, MAX_TEXT = 256, 1 << 14
+
+
+def printable(text: str) -> str:
+    """A stranger's text without what a terminal would obey."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
+
 
 @dataclass(frozen=True)
 class Gate:
@@ -97,16 +104,20 @@ class Concept:
         return values
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "Concept":
+    def from_dict(cls, values: Any) -> "Concept":
         """From JSON of a stranger: unknown fields are ignored, bad values refused."""
+        if not isinstance(values, dict):
+            raise CorruptBank(f"expected a concept's fields, got {values!r:.200}")
         known = {f.name for f in fields(cls)}
         given = {key: value for key, value in values.items() if key in known}
         try:
             for key in ("natural", "range"):
                 if given.get(key) is not None:
-                    low, high = map(float, given[key])
+                    low, high = given[key]
                     given[key] = (low, high)
-            given["examples"] = tuple(map(str, given.get("examples", ())))
+            if not isinstance(given.get("examples", []), list):
+                raise TypeError("examples are a list")
+            given["examples"] = tuple(given.get("examples", ()))
             given["parts"] = tuple(Part(**part) for part in given.get("parts", ()))
             if given.get("gate") is not None:
                 given["gate"] = Gate(**given["gate"])
@@ -115,17 +126,21 @@ class Concept:
             names = [concept.name, *(place.encoder for place in places), *([concept.gate.concept] if concept.gate else ())]
             numbers = [*(concept.natural or ()), *(concept.range or ()), *(place.unit for place in places)]
             numbers += [number for number in (concept.useful, concept.present) if number is not None]
+            texts = [concept.beyond, concept.label, concept.source, *concept.examples]
             sound = (
-                all(isinstance(name, str) for name in names)
+                all(isinstance(name, str) and 0 < len(name) <= MAX_NAME and name.isprintable() for name in names)
+                and all(isinstance(text, str) and len(text) <= MAX_TEXT for text in texts)
+                and isinstance(concept.effects, dict)
                 and all(type(place.index) is int and place.index >= 0 and place.unit > 0 for place in places)
                 and type(concept.match_norm) is bool
-                and all(map(isfinite, numbers))
+                and all(type(number) in (int, float) and isfinite(number) for number in numbers)
+                and all(low <= high for low, high in (concept.natural or (0, 0), concept.range or (0, 0)))
             )
-        except (TypeError, ValueError, BadEdit) as error:
-            raise CorruptBank(f"expected a concept's fields, got {dict(values)!r:.200}: {error}") from None
+        except (TypeError, ValueError, OverflowError, BadEdit) as error:
+            raise CorruptBank(f"expected a concept's fields, got {values!r:.200}: {error}") from None
         if not sound:
             raise CorruptBank(
-                f"expected finite numbers, positive units and whole indices for {concept.name!r} and its parts, "
-                f"got {dict(values)!r:.200}"
+                f"expected finite numbers, short texts, positive units, whole indices for {concept.name!r:.100} and its parts, "
+                f"got {values!r:.200}"
             )
         return concept

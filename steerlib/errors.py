@@ -13,7 +13,11 @@ SteerlibError
 │   ├── WrongModel           the bank was made for another architecture
 │   ├── WrongWidth           a vector does not fit its site
 │   ├── CorruptBank          missing, truncated or altered file
-│   └── UnknownFormat        written by a newer steerlib
+│   │   └── WrongSignature   not signed, or by another key
+│   ├── UnknownFormat        written by a newer steerlib
+│   ├── UnknownBank          the Hub has no such repository or revision, or it is no bank
+│   ├── NoAccess             the Hub has it, and this token does not open it
+│   └── NotReached           offline or no answer, and not in the cache
 ├── BadRecipe (ValueError)   a recipe that cannot be carried out
 ├── SiteNotReached (RuntimeError)  the model ran, but a steered place did not
 ├── CompiledModel (RuntimeError)   torch would silently ignore a hook added now
@@ -87,6 +91,22 @@ class CorruptBank(BadBank):
 
 class UnknownFormat(BadBank):
     """Written by a newer steerlib, or by a library in a form that nothing here reads."""
+
+
+class WrongSignature(CorruptBank):
+    """Not signed, or by another key."""
+
+
+class UnknownBank(BadBank):
+    """The Hub has no such repository or revision, or it is no bank."""
+
+
+class NoAccess(BadBank):
+    """The Hub has it, and this token does not open it."""
+
+
+class NotReached(BadBank):
+    """Offline or no answer, and not in the cache."""
 
 
 class BadRecipe(SteerlibError, ValueError):

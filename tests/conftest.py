@@ -19,6 +19,20 @@ def _one_thread():
 
 
 @pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A Hub on this machine, the client turned to it, an empty cache."""
+    import huggingface_hub
+    from hub_server import Hub, turn
+
+    server = Hub()
+    turn(monkeypatch, server.url, tmp_path)
+    yield server
+    huggingface_hub.close_session()
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
 def llama():
     """A Llama of a few thousand weights that never ends a text early."""
     model = tiny("llama")

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from tiny_models import tiny
 
 import steerlib as sl
-from steerlib import errors, hub
+from steerlib import errors, trust
 from steerlib.bank import SiteFacts
 
 WIDTH, MANY = 576, 3000
@@ -39,6 +39,16 @@ def make(count=3, width=32, base=None):
         sites={"layers.0": SiteFacts(width=width, norm=3.0)}, graph=sl.CausalGraph(edges), card="# made\n",
         license="apache-2.0", provenance={"seed": 0},
     )  # fmt: skip
+
+
+def test_pictures_of_the_card_come_along(saved, tmp_path):
+    bank = sl.ConceptBank.from_pretrained(saved)
+    bank.pictures = {"effects.png": b"\x89PNG"}
+    again = sl.ConceptBank.from_pretrained(bank.with_concepts(list(bank.concepts.values())).save_pretrained(tmp_path / "new"))
+    assert again.pictures == bank.pictures and again.card == bank.card
+    (tmp_path / "new" / "effects.png").write_bytes(b"\x89PNF")
+    with pytest.raises(errors.CorruptBank, match="effects.png is not the file"):
+        sl.ConceptBank.from_pretrained(tmp_path / "new")
 
 
 def contents(folder):
@@ -120,7 +130,7 @@ def test_a_bank_is_replaced_whole_and_nothing_else_is_overwritten(saved, tmp_pat
 
 def test_a_save_that_breaks_off_leaves_the_old_bank(saved, monkeypatch):
     before = contents(saved)
-    monkeypatch.setattr(hub, "block_hashes", lambda path: 1 / 0)
+    monkeypatch.setattr(trust, "block_hashes", lambda path: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         make(2).save_pretrained(saved)
     assert contents(saved) == before and list(saved.parent.iterdir()) == [saved]
@@ -207,12 +217,12 @@ def test_a_truncated_file_is_found_before_it_is_used(saved):
 def reseal(folder, name):
     """Write honest hashes for a dishonest file: what a malicious publisher could do."""
     manifest = json.loads((folder / "bank.json").read_text())
-    blocks = hub.block_hashes(folder / name)
+    blocks = trust.block_hashes(folder / name)
     hashes = {name: torch.frombuffer(bytearray(blocks), dtype=torch.uint8).reshape(-1, 32)}
     save_file(hashes, folder / "hashes.safetensors")
     for file in (name, "hashes.safetensors"):
-        manifest["files"][file] = hub.describe(folder / file)
-    manifest["files"][name]["blocks"] = hub.group_hashes(blocks)
+        manifest["files"][file] = trust.describe(folder / file)
+    manifest["files"][name]["blocks"] = trust.group_hashes(blocks)
     (folder / "bank.json").write_text(json.dumps(manifest))
 
 
@@ -283,7 +293,7 @@ def lines(tmp_path):
         concepts = [json.loads(text) for text in path.read_text().splitlines()]
         concepts[line].update(fields)
         path.write_text("".join(json.dumps(concept) + "\n" for concept in concepts))
-        edit_manifest(folder, lambda manifest: manifest["files"].update({path.name: hub.describe(path)}))
+        edit_manifest(folder, lambda manifest: manifest["files"].update({path.name: trust.describe(path)}))
         return folder
 
     return rewrite
@@ -332,7 +342,7 @@ def test_a_number_too_large_for_a_part_or_a_gate_is_refused(lines):
         folder = lines(1, **fields)
         path = folder / "concepts.jsonl"
         path.write_text(path.read_text().replace("Infinity", "1e999"))
-        edit_manifest(folder, lambda manifest, path=path: manifest["files"].update({path.name: hub.describe(path)}))
+        edit_manifest(folder, lambda manifest, path=path: manifest["files"].update({path.name: trust.describe(path)}))
         with pytest.raises(errors.CorruptBank, match="finite"):
             sl.ConceptBank.from_pretrained(folder)
 

@@ -1,6 +1,7 @@
 """The command line, in processes of its own."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -8,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hub_server import Hub
+from test_bank import make
 from tiny_models import tiny
 
 import steerlib as sl
@@ -16,15 +19,27 @@ from steerlib.evaluation.report import summary_table, table
 ROOT = Path(__file__).parent.parent
 
 
-def run(*arguments, code=0):
-    done = subprocess.run([sys.executable, "-m", "steerlib", *map(str, arguments)], capture_output=True, text=True, cwd=ROOT)
+def run(*arguments, code=0, **environment):
+    command = [sys.executable, "-m", "steerlib", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, **environment})
     assert done.returncode == code, done.stdout + done.stderr
     return " ".join((done.stdout + done.stderr).split())
 
 
+def printed(*arguments, **environment):
+    """What a command prints for machines: JSON and nothing else."""
+    command = [sys.executable, "-m", "steerlib", *map(str, arguments), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, **environment}, check=True)
+    return json.loads(done.stdout)
+
+
+COMMANDS = ["demo", "steer", "train", "eval", "concepts", "info", "list", "pull", "push", "verify", "migrate"]
+
+
 def test_help_lists_the_commands():
     text = run("--help")
-    assert all(command in text for command in ("demo", "steer", "concepts", "info", "verify", "list", "train", "eval"))
+    assert all(command in text for command in COMMANDS)
+    assert "completion" in text
 
 
 def test_banks_can_be_listed_searched_shown_and_verified():
@@ -40,6 +55,39 @@ def test_what_is_refused_is_one_line_without_a_traceback(tmp_path):
     assert "expected --edit concept=amount" in run("steer", "smollm2-135m-instruct", "hello", "-e", "french", code=1)
     assert "did you mean 'french'" in run("steer", "smollm2-135m-instruct", "hello", "-e", "frensh=1", code=1)
     assert "BadRecipe" in run("train", tmp_path / "recipe.toml", code=1)
+
+
+def test_a_bank_is_pushed_listed_pulled_and_verified_from_the_command_line(tmp_path):
+    hub = Hub()
+    there = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
+    folder = make().save_pretrained(tmp_path / "made")
+    commit = printed("push", folder, "org/made", HF_TOKEN="secret", **there)["commit"]
+    assert hub.repos["org/made"]["refs"]["main"] == commit and not hub.repos["org/made"]["private"]
+    assert printed("list", "--hub", "--base-model", "org/model", **there) == [
+        {"name": "org/made", "base_model": "org/model", "is_shipped": False}
+    ]
+    pulled = Path(printed("pull", "org/made", "--revision", commit, **there)["folder"])
+    assert (
+        pulled.name == commit and (pulled / "bank.json").read_bytes() == hub.repos["org/made"]["commits"][commit]["bank.json"]
+    )
+    hub.shutdown()
+    hub.server_close()
+    assert printed("verify", "org/made", "--revision", commit, **there) == {"name": "made", "concepts": 3, "signed": False}
+    assert [c["name"] for c in printed("concepts", pulled)] == [f"concept {i}" for i in range(3)]
+    assert printed("info", pulled)["base_model"] == "org/model"
+    assert "NotReached" in run("pull", "org/other", code=1, **there)
+
+
+def test_exit_codes_tell_refusal_misspelling_and_distrust_apart_and_tracebacks_come_when_asked(tmp_path):
+    folder = make().save_pretrained(tmp_path / "made")
+    assert run("migrate", folder, tmp_path / "new").endswith("new")
+    assert (tmp_path / "new" / "bank.json").read_bytes() == (folder / "bank.json").read_bytes()
+    (folder / "README.md").write_text("# altered")
+    text = run("verify", folder, code=3)
+    assert "CorruptBank: README.md is not the file that bank.json describes" in text and "Traceback" not in text
+    assert "Traceback" in run("--traceback", "verify", folder, code=1)
+    run("verify", "--no-such-option", folder, code=2)
+    run("verify", tmp_path / "none", code=1)
 
 
 def test_what_the_maker_of_a_bank_measured_is_shown_again(tmp_path):

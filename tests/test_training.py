@@ -116,6 +116,7 @@ def test_training_gives_a_bank_with_units_ranges_effects_gates_and_card(uninterr
     _, bank, folder = uninterrupted
     sl.ConceptBank.from_pretrained(folder).verify()
     assert [concept.name for concept in levers_of(bank)] == ["asking", "tea"]
+    assert "](effects.png)" in bank.card and (folder / "effects.png").read_bytes().startswith(b"\x89PNG")
     assert set(bank) - {"asking", "tea"} == {"tea.present", ANSWERING}  # there are no texts to test a gate for asking on
     for concept in levers_of(bank):
         assert concept.unit > 0 and concept.natural and concept.range and concept.useful and concept.label

@@ -1,7 +1,7 @@
 """Measurements as tables and pictures; every figure comes from records that `steerlib eval` wrote."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from io import BytesIO
 from typing import Any
 
 import numpy as np
@@ -197,8 +197,8 @@ def _figure(value: Any) -> str:
 # -- pictures ------------------------------------------------------------------------------------------------
 
 
-def picture(records: Sequence[Record], path: Path) -> None:
-    """Dose–response of every concept, and methods beside prompting and controls, in one PNG."""
+def picture(records: Sequence[Record]) -> bytes:
+    """Dose–response of every concept, and methods beside prompting and controls, as one PNG."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -229,4 +229,6 @@ def picture(records: Sequence[Record], path: Path) -> None:
         xlabel="ratio to prompting (0: unsteered, 1: prompted), 95 % interval",
         title="Methods and controls (concepts, if not all)",
     )
-    figure.savefig(path, dpi=110, metadata={"Software": None})
+    file = BytesIO()
+    figure.savefig(file, format="png", dpi=110, metadata={"Software": None})
+    return file.getvalue()

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from .. import hub
+from .. import trust
 from ..errors import BadBank, CorruptBank
 
 MAX_JSON = 1 << 28
@@ -58,7 +58,7 @@ def text(path: Path) -> str:
 
 def settings(path: Path) -> dict[str, Any]:
     """A JSON object."""
-    found = hub.strict_json(text(path).encode(), path.name)
+    found = trust.strict_json(text(path).encode(), path.name)
     if not isinstance(found, dict):
         raise CorruptBank(f"expected an object in {path.name}, got {type(found).__name__}")
     return found

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .. import hub
+from .. import trust
 from ..bank import ConceptBank
 from ..encoders import BatchTopK, Encoder, Gated, JumpReLU, Matryoshka, ReLU, Sparse, TopK, Transcoder
 from ..encoders.base import Norm
@@ -88,7 +88,7 @@ def _hook(metadata: Mapping[str, Any], key: str) -> str:
 
 def parsed(text: str) -> dict[str, Any]:
     """`cfg.json` in the words of version 6."""
-    cfg = hub.strict_json(text.encode(), FILES[0])
+    cfg = trust.strict_json(text.encode(), FILES[0])
     if not isinstance(cfg, dict):
         raise CorruptBank(f"expected an object in {FILES[0]}, got {type(cfg).__name__}")
     if isinstance(cfg.get("metadata"), dict):

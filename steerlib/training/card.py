@@ -4,10 +4,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..bank import ConceptBank
+from ..cards import example, front
 from ..concepts import Concept
 from ..evaluation.report import latents_table, missed, summary_table, table
 from .recipe import Recipe
 
+PICTURE = "effects.png"
 CONTROLS = """*Ratio to prompting* is a joint score of concept, relevance and fluency, 0 for the unsteered model and 1
 for the one of the recipe's prompts that has the best joint score on other requests (`steerlib/evaluation/comparison.py` has the
 formula). *Best random* is the best of three random
@@ -24,14 +26,17 @@ def card(bank: ConceptBank, recipe: Recipe, records: Sequence[dict[str, Any]], t
     left_out = [record for record in records if record["concept"] not in bank.concepts]
     levers = [concept for concept in bank.concepts.values() if concept.useful is not None]
     parts = [
-        f"---\nlibrary_name: steerlib\nbase_model: {recipe.base}\nlicense: {recipe.license}\ntags: [steering, concepts]\n---",
+        front(recipe.name, recipe.base, recipe.license, list(bank.concepts.values())).strip(),
         f"# {recipe.name}\n\n{recipe.description.strip()}",
-        _usage(recipe, levers[0]) if levers else "",
+        example(recipe.name, recipe.source, f'{{"{levers[0].name}": {levers[0].useful:+.2f}}}') if levers else "",
         f"## The {len(levers)} concepts\n\nAmounts are in units of the concept: one standard deviation of its reading on "
         f"reference text.\n\n{_concepts(levers)}",
         f"## What was measured\n\nOn {recipe.evaluation_prompts} requests used for nothing else, {recipe.seeds} answers to "
         f"each, {recipe.new_tokens} new tokens, each concept at its useful amount. {CONTROLS}\n\n{table(kept)}",
         f"Over all concepts:\n\n{summary_table(kept)}" if kept else "",
+        f"![Dose and response of every concept; methods and controls beside prompting]({PICTURE})"
+        if PICTURE in bank.pictures
+        else "",
         missed(records),
         f"Tried and left out, because they miss a required bar:\n\n{table(left_out)}" if left_out else "",
         trust,
@@ -46,11 +51,10 @@ def latents_card(bank: ConceptBank, recipe: Recipe) -> str:
     """The card of a bank of sparse encoders, from what was measured of each."""
     first = next(iter([*_best(bank), *bank.concepts.values()]))
     parts = [
-        f"---\nlibrary_name: steerlib\nbase_model: {recipe.base}\nlicense: {recipe.license}\ntags: [steering, sae]\n---",
+        front(recipe.name, recipe.base, recipe.license, [], {"tags": ["sae"]}).strip(),
         f"# {recipe.name}\n\n{recipe.description.strip()}",
-        f'```python\nimport steerlib as sl\n\nbank = sl.ConceptBank.from_pretrained("{recipe.name}")\n'
-        f'bank.find("music")  # latents by label and meaning\nwith sl.steer(model, bank, {{"{first.name}": sl.Set(3.0)}}):\n'
-        "    model.generate(**inputs, max_new_tokens=60)\n```",
+        example(recipe.name, recipe.source, f'{{"{first.name}": sl.Set(3.0)}}'),
+        '`bank.find("music")` finds latents by label and meaning.',
         f"## What was measured\n\nOn documents that no encoder was trained on.\n\n{latents_table(bank.provenance['quality'])}",
         f"## Latents that do what their contexts say\n\nThe {SHOWN} whose tokens gained most in probability:\n\n"
         f"{verified(bank, SHOWN)}"
@@ -95,14 +99,6 @@ def _sources(corpus: Sequence[Mapping[str, Any]]) -> str:
 
 LABELS = """Labels of verified latents are tokens that follow them in held-out text; of others, tokens of their highest
 activations, or those that the model's own head makes of them. No person has checked them."""
-
-
-def _usage(recipe: Recipe, first: Concept) -> str:
-    return (
-        f'```python\nimport steerlib as sl\n\nbank = sl.ConceptBank.from_pretrained("{recipe.name}")\n'
-        f'with sl.steer(model, bank, {{"{first.name}": {first.useful:+.2f}}}):\n'
-        "    model.generate(**inputs, max_new_tokens=60)\n```"
-    )
 
 
 def _concepts(levers: Sequence[Concept]) -> str:

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -14,10 +15,11 @@ from ..bank import BaseModel, ConceptBank, SiteFacts
 from ..concepts import Concept, Gate, Part
 from ..encoders import Directions
 from ..errors import BadRecipe
+from ..evaluation.report import picture
 from ..evaluation.text import Judge, counting, progress
 from ..hosts import host_for, load
 from .calibrate import Choice, Search, statistics
-from .card import card
+from .card import PICTURE, card
 from .latents import train_latents
 from .levers import Lever, TokenGate
 from .measure import ANSWERING, measure
@@ -144,6 +146,8 @@ def with_effects(bank: ConceptBank, recipe: Recipe, records: Sequence[dict[str, 
             concept = replace(concept, examples=examples, effects=record)
         concepts.append(concept)
     measured = bank.with_concepts(concepts)
+    shown = [record for record in records if record["concept"] in bank.concepts]
+    measured.pictures = {PICTURE: picture(shown)} if shown and find_spec("matplotlib") else {}
     return measured.with_concepts(concepts, card=card(measured, recipe, records, trust(recipe)))
 
 
