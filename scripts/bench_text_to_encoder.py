@@ -67,7 +67,7 @@ def saelens(place: Path, layer: int, tokens: int) -> Callable[[], Any]:
         context_size=CONTEXT,
         training_tokens=tokens,
         store_batch_size_prompts=16,
-        n_batches_in_buffer=8,
+        n_batches_in_buffer=64,
         train_batch_size_tokens=BATCH,
         lr=RATE,
         device="cpu",
