@@ -3,7 +3,7 @@
 README.md                    the card
 bank.json                    format, base model, sites, encoders, provenance, size and SHA-256 of every other file
 concepts.jsonl               one line a concept
-graph.safetensors            edges by line of concepts.jsonl: src, dst, weight
+graph.safetensors            edges by line of concepts.jsonl, one entry an edge: see graph.py
 sites/<encoder>.safetensors  one row per concept in each tensor
 hashes.safetensors           block hashes, so that single rows can be trusted
 """
@@ -28,7 +28,7 @@ from .concepts import Concept
 from .encoders import KINDS, Directions, Encoder, Rows
 from .encoders.sparse import STATISTICS
 from .errors import BadBank, CorruptBank, UnknownConcept, UnknownFormat, WrongModel, WrongWidth, nearest
-from .graph import CausalGraph, Edge
+from .graph import CausalGraph
 from .hosts import Host, host_for
 from .search import ranked
 
@@ -416,11 +416,7 @@ class ConceptBank:
         assert self._folder is not None
         hub.check_whole(self._folder, name, self._manifest["files"][name])
         file, names = hub.Tensors(self._folder / name, self._manifest["files"][name]["size"]), list(self.concepts)
-        ends = file.all("src").tolist(), file.all("dst").tolist()
-        if not all(0 <= i < len(names) for side in ends for i in side):
-            raise CorruptBank("graph.safetensors has an edge to a concept that the bank does not have")
-        rows = zip(*ends, file.all("weight").tolist(), strict=True)
-        return CausalGraph(Edge(src=names[src], dst=names[dst], weight=weight) for src, dst, weight in rows)
+        return CausalGraph.from_tensors({column: file.all(column) for column in file.header}, names)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
         """Write the bank to a folder, all of it or nothing; an older bank there is replaced."""
@@ -456,10 +452,7 @@ class ConceptBank:
         save_file(hashes, folder / "hashes.safetensors")
         _write_lines(folder / "concepts.jsonl", [concept.to_dict() for concept in self.concepts.values()])
         if len(self.graph):
-            line, edges = {name: i for i, name in enumerate(self.concepts)}, self.graph.edges
-            columns = {"src": [line[edge.src] for edge in edges], "dst": [line[edge.dst] for edge in edges]}
-            weights = {"weight": torch.tensor([edge.weight for edge in edges])}
-            save_file({**{k: torch.tensor(v) for k, v in columns.items()}, **weights}, folder / "graph.safetensors")
+            save_file(self.graph.to_tensors(list(self.concepts)), folder / "graph.safetensors")
         if self.card:
             (folder / "README.md").write_text(self.card, encoding="utf-8")
         written = sorted(path for path in folder.rglob("*") if path.is_file())
@@ -482,8 +475,10 @@ class ConceptBank:
         text = json.dumps(manifest, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
         (folder / "bank.json").write_text(text + "\n", encoding="utf-8")
 
-    def with_concepts(self, concepts: Sequence[Concept], *, card: str | None = None) -> "ConceptBank":
-        """The same bank, its encoders in memory, with other facts about its concepts and another card."""
+    def with_concepts(
+        self, concepts: Sequence[Concept], *, card: str | None = None, graph: CausalGraph | None = None
+    ) -> "ConceptBank":
+        """The same bank, its encoders in memory, with other facts about its concepts, another card and another graph."""
         return ConceptBank(
             self.name,
             concepts,
@@ -492,7 +487,7 @@ class ConceptBank:
             sites=self.sites,
             where={id: facts.site for id, facts in self.encoders.items()},
             reads={id: facts.reads for id, facts in self.encoders.items()},
-            graph=self.graph,
+            graph=graph or self.graph,
             card=self.card if card is None else card,
             license=self.license,
             provenance=self.provenance,

@@ -25,11 +25,15 @@ STAGES = {
         "files", "hookpoints", "foreign", "saelens", "sparsify", "repeng", "gemma_scope", "gemma_scope_2",
         "dictionary_learning", "llama_scope", "sdxl_unbox", "saeuron", "svec", "lm_eval",
     ),
-    "evaluation": ("scenes", "faces", "judges", "text", "comparison", "representation", "probing", "synthetic", "report"),
+    "evaluation": (
+        "scenes", "faces", "judges", "text", "comparison", "representation", "probing", "synthetic", "systems",
+        "hierarchies", "edges", "report",
+    ),
     "training": (
         "encoder_recipe", "recipe", "documents", "activations", "attributes", "shards", "harvest", "inputs", "sparse_step",
         "dense_step", "learner", "fit", "levers", "objectives", "methods", "studio", "calibrate", "card", "measure", "label",
-        "quality", "verify", "latents", "pipeline", "wording", "painting",
+        "quality", "verify", "latents", "pipeline", "wording", "painting", "lasso", "screen", "rows", "regress", "confirm",
+        "minimality", "discover",
     ),
 }  # fmt: skip
 

@@ -1,0 +1,87 @@
+"""How well edges were found where they are known, and what simple measures of association find.
+
+E  edges found     E*  true edges
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from scipy.sparse import dok_matrix
+
+from ..graph import CausalGraph
+from .systems import Codes, csr
+
+
+class EdgeScores(NamedTuple):
+    """Directed edges between latents that stand for the same truths."""
+
+    precision: float
+    recall: float
+    f1: float
+    distance: int
+    """Structural Hamming distance: edges to add and to take away (orders are given, so none is to be turned)."""
+
+
+def edge_scores(found: Codes, truth: Codes) -> EdgeScores:
+    """`P = |E & E*| / |E|`, `R = |E & E*| / |E*|`, `F1 = 2PR / (P + R)`."""
+    e, t = (z != 0 for z in (found, truth))
+    both, n, m = int(e.multiply(t).sum()), int(e.sum()), int(t.sum())
+    return EdgeScores(both / max(n, 1), both / max(m, 1), 2 * both / max(n + m, 1), n + m - 2 * both)
+
+
+def matrix(graph: CausalGraph, src: str, dst: str, shape: tuple[int, int], value: str = "weight") -> Codes:
+    """Edges between latents of two levels, `[parents, children]`, with one of their figures."""
+    made = dok_matrix(shape, dtype=np.float64)
+    for edge in graph.edges:
+        (one, i), (other, j) = (name.rsplit("/", 1) for name in (edge.src, edge.dst))
+        if (one, other) == (src, dst):
+            made[int(i), int(j)] = getattr(edge, value) or 0.0
+    return csr(made)
+
+
+class Calibration(NamedTuple):
+    """Measured effects of true edges beside their true effects."""
+
+    slope: float
+    """Least squares through the origin."""
+    rank: float
+    """Spearman's correlation."""
+    coverage: float
+    """Share of the 95 % intervals that hold the true effect."""
+    edges: int
+
+
+def calibration(graph: CausalGraph, src: str, dst: str, truth: Codes) -> Calibration:
+    """Of the verified edges between two levels that are true."""
+    tau, low, high = (matrix(graph, src, dst, truth.shape, name) for name in ("tau", "tau_lo", "tau_hi"))
+    known = np.nonzero((tau != 0).multiply(truth != 0).toarray())
+    true, tau, low, high = (np.asarray(z[known]).ravel() for z in (truth, tau, low, high))
+    ranks = [np.argsort(np.argsort(z)) for z in (true, tau)]
+    near = 1e-4 * np.abs(true)  # readings are float32
+    covered = (low - near <= true) & (true <= high + near)
+    return Calibration(float(tau @ true / (true @ true)), float(np.corrcoef(*ranks)[0, 1]), float(covered.mean()), len(true))
+
+
+def associated(parents: Codes, children: Codes, measure: str, edges: int) -> Codes:
+    """As many edges as are true, told to it, between the latents that are most associated: `correlation`, `conditional`
+    (`n_pc / n_p`) or `lift`. Dense: for a few thousand latents."""
+    n = parents.shape[0]
+    if measure != "correlation":
+        parents, children = ((z != 0).astype(np.float32) for z in (parents, children))
+    both = (parents.T @ children).toarray().astype(np.float64)
+    sums = [np.asarray(z.sum(0), np.float64).ravel() for z in (parents, children)]
+    expected = np.outer(*sums) / n
+    if measure == "correlation":
+        power = [
+            np.asarray(z.multiply(z).sum(0), np.float64).ravel() - s**2 / n
+            for z, s in zip((parents, children), sums, strict=True)
+        ]
+        value = (both - expected) / np.sqrt(np.outer(*power) + 1e-12)
+    elif measure == "conditional":
+        value = both / np.maximum(sums[0], 1)[:, None]
+    else:
+        value = both / np.maximum(expected, 1e-12) * (both >= 5)
+    best = np.argpartition(-value.ravel(), edges)[:edges]
+    made = np.zeros(value.size, np.float32)
+    made[best] = 1
+    return csr(made.reshape(value.shape))
