@@ -3,13 +3,16 @@
 E  edges found     E*  true edges
 """
 
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.sparse import dok_matrix
 
 from ..graph import CausalGraph
-from .systems import Codes, csr
+from .representation import Match
+from .systems import Codes, Contexts, Reading, System, ablated, csr
 
 
 class EdgeScores(NamedTuple):
@@ -39,6 +42,15 @@ def matrix(graph: CausalGraph, src: str, dst: str, shape: tuple[int, int], value
     return csr(made)
 
 
+def renamed(effects: Codes, rows: Match, columns: Match) -> Codes:
+    """Edges between learned latents as edges between the truths that these are matched to; the others are no edges of any."""
+    sides = [
+        csr((np.ones(len(m.truths)), (m.truths.numpy(), m.latents.numpy())), shape=(len(m.truths), size))
+        for m, size in zip((rows, columns), effects.shape, strict=True)
+    ]
+    return csr(sides[0] @ effects @ sides[1].T)
+
+
 class Calibration(NamedTuple):
     """Measured effects of true edges beside their true effects."""
 
@@ -59,7 +71,30 @@ def calibration(graph: CausalGraph, src: str, dst: str, truth: Codes) -> Calibra
     ranks = [np.argsort(np.argsort(z)) for z in (true, tau)]
     near = 1e-4 * np.abs(true)  # readings are float32
     covered = (low - near <= true) & (true <= high + near)
-    return Calibration(float(tau @ true / (true @ true)), float(np.corrcoef(*ranks)[0, 1]), float(covered.mean()), len(true))
+    return Calibration(
+        float(tau @ true / (true @ true)), float(np.corrcoef(np.stack(ranks))[0, 1]), float(covered.mean()), len(true)
+    )
+
+
+def forecast_r2(graph: CausalGraph, system: System, contexts: Contexts, causes: Sequence[str]) -> float:
+    """`1 - sum (d - f)^2 / sum d^2` over causes and all that follows: `d` the mean change that ablating a cause makes, `f` what
+    the graph says of it."""
+    plain, wrong, whole = _means(system.run(contexts)), 0.0, 0.0
+    for cause in causes:
+        level, latent = cause.rsplit("/", 1)
+        run = system.run(contexts, {level: ablated(np.full(len(system.owners(contexts)), int(latent)))})
+        moved = {name: mean - plain[name] for name, mean in _means(run).items()}
+        said = {name: np.zeros_like(mean) for name, mean in moved.items()}
+        for name, change in graph.forecast({cause: -plain[level][int(latent)]}).items():
+            said[name.rpartition("/")[0]][int(name.rpartition("/")[2])] = change
+        later = [name for name in moved if name != level]
+        wrong += sum(float(np.square(moved[name] - said[name]).sum()) for name in later)
+        whole += sum(float(np.square(moved[name]).sum()) for name in later)
+    return 1 - wrong / max(whole, 1e-12)
+
+
+def _means(readings: Mapping[str, Reading]) -> dict[str, NDArray[Any]]:
+    return {name: np.asarray(reading.natural.mean(0), np.float64).ravel() for name, reading in readings.items()}
 
 
 def associated(parents: Codes, children: Codes, measure: str, edges: int) -> Codes:

@@ -3,15 +3,19 @@
 `Layers`     levels of sparse latents, gated rectified mechanisms, groups that fire together; hidden common causes on request
 `Selection`  wholes that are selected by their parts: all of them, or all but some
 `Imperfect`  any of these, read by a dictionary that mixes and misses
+`Encoded`    any of these in superposition, read and moved through encoders that were learned
 """
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from scipy.sparse import coo_matrix
+from torch import Tensor
 
+from ..encoders import Sparse
 from ..errors import Unanswerable
 from .systems import Codes, Contexts, Do, Reading, System, csr, entries
 
@@ -265,3 +269,39 @@ class Imperfect(System):
         unit = np.repeat(np.arange(z.shape[0]), np.diff(mixed.indptr))
         key = np.uint64(contexts[unit]) * np.uint64(1 << 32) + np.uint64(mixed.indices) + np.uint64(level << 60)
         return entries(mixed, np.where(chance(key, self.seed) < self.miss, 0, mixed.data))
+
+
+class Encoded(System):
+    """A system whose latents lie in superposition, `x = z D`, and are read and moved through encoders that were learned.
+
+    What is done to a latent moves `x` along its decoder row; later levels read of that what lies along a true row `D_i` by more
+    than `deaf`, the rest being within what superposition lets through.
+    """
+
+    def __init__(self, inner: System, dictionaries: Mapping[str, Tensor], encoders: Mapping[str, Sparse], *, deaf: float = 0.3):
+        self.inner, self.dictionaries, self.encoders, self.deaf = inner, dictionaries, encoders, deaf
+
+    @property
+    def levels(self) -> Mapping[str, int]:
+        return {name: len(encoder.decoder) for name, encoder in self.encoders.items()}
+
+    def __len__(self) -> int:
+        return len(self.inner)
+
+    def run(self, contexts: Contexts, do: Mapping[str, Do] | None = None) -> Mapping[str, Reading]:
+        seen: dict[str, Reading] = {}
+
+        def through(name: str) -> Do:
+            def act(z: Codes) -> Codes:
+                dictionary, encoder = self.dictionaries[name], self.encoders[name]
+                read = csr(encoder.encode(torch.from_numpy(z.toarray()) @ dictionary).numpy())
+                after = do[name](read) if do and name in do else read
+                seen[name] = Reading(read, after)
+                along = torch.from_numpy((after - read).toarray()) @ encoder.decoder @ dictionary.T
+                moved = torch.from_numpy(z.toarray()) + along * (along.abs() > self.deaf)
+                return csr(moved.clamp(min=0).numpy())
+
+            return act
+
+        self.inner.run(contexts, {name: through(name) for name in self.levels})
+        return seen
