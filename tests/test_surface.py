@@ -14,10 +14,12 @@ ROOT = Path(__file__).parent.parent
 RANKS = {
     "errors": -1,
     "sites": 0, "schedules": 0, "concepts": 0,
-    "sentences": 0, "search": 1, "hub": 1, "encoders": 1, "graph": 1, "masks": 0.5, "replay": 1, "interventions": 1, "hosts": 1,
+    "sentences": 0, "search": 1, "hub": 1, "encoders": 1, "graph": 1, "causal": 0, "masks": 0.5,
+    "replay": 1, "interventions": 1, "hosts": 1,
     "edits": 2, "programs": 2.5, "bank": 2, "hooks.families": 2, "hooks.attach": 2.2, "hooks.modules": 2, "hooks": 2,
     "hooks.calls": 2.5, "hooks.pipelines": 2.5, "hooks.registry": 2.5, "hooks.transformers": 3, "hooks.diffusers": 3,
-    "readers": 3, "reports": 2, "plans": 3, "recording": 3, "steering": 4, "evaluation": 5, "training": 6,
+    "readers": 3, "reports": 2, "exports": 3, "view": 3.5, "plans": 3, "recording": 3, "steering": 4, "evaluation": 5,
+    "training": 6,
     "steerlib": 7, "cli": 8, "__main__": 9,
 }  # fmt: skip
 STAGES = {
