@@ -58,7 +58,7 @@ def layers(seed: int) -> Figures:
     """G1, the hard setting, beside what association finds when it is told how many edges there are."""
     system, found = hard(seed), hard_graph(seed)
     z = [reading.natural for reading in system.run(np.arange(len(system))).values()]
-    measures = {m: associated(*z, m, system.truth[ENDS].nnz) for m in ("correlation", "conditional", "lift")}
+    measures = {m: associated(z[0], z[1], m, system.truth[ENDS].nnz) for m in ("correlation", "conditional", "lift")}
     own, others = f1(found, system), {name: f1(edges, system) for name, edges in measures.items()}
     observational = discover(system, method="observational").fits[ENDS].effects
     return {
@@ -76,7 +76,7 @@ def selection(seed: int) -> Figures:
     truth = system.truth[ends]
     found = edge_scores(matrix(composition(system).graph, *ends, truth.shape), truth).f1
     z = [system.run(np.arange(len(system)))[name].natural for name in ends]
-    return {"G2: F1": found, "G2: correlation": edge_scores(associated(*z, "correlation", truth.nnz), truth).f1}
+    return {"G2: F1": found, "G2: correlation": edge_scores(associated(z[0], z[1], "correlation", truth.nnz), truth).f1}
 
 
 def hidden(seed: int) -> Figures:

@@ -487,7 +487,7 @@ class ConceptBank:
             sites=self.sites,
             where={id: facts.site for id, facts in self.encoders.items()},
             reads={id: facts.reads for id, facts in self.encoders.items()},
-            graph=graph or self.graph,
+            graph=self.graph if graph is None else graph,
             card=self.card if card is None else card,
             license=self.license,
             provenance=self.provenance,

@@ -65,9 +65,9 @@ class Calibration(NamedTuple):
 
 def calibration(graph: CausalGraph, src: str, dst: str, truth: Codes) -> Calibration:
     """Of the verified edges between two levels that are true."""
-    tau, low, high = (matrix(graph, src, dst, truth.shape, name) for name in ("tau", "tau_lo", "tau_hi"))
-    known = np.nonzero((tau != 0).multiply(truth != 0).toarray())
-    true, tau, low, high = (np.asarray(z[known]).ravel() for z in (truth, tau, low, high))
+    measured = [matrix(graph, src, dst, truth.shape, name) for name in ("tau", "tau_lo", "tau_hi")]
+    known = np.nonzero((measured[0] != 0).multiply(truth != 0).toarray())
+    true, tau, low, high = (np.asarray(z[known]).ravel() for z in (truth, *measured))
     ranks = [np.argsort(np.argsort(z)) for z in (true, tau)]
     near = 1e-4 * np.abs(true)  # readings are float32
     covered = (low - near <= true) & (true <= high + near)

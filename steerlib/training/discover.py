@@ -8,6 +8,7 @@ random changed, so that effects are causal whatever else moves both. *Observatio
 
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -16,6 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import diags, hstack
 
+from ..bank import ConceptBank
+from ..concepts import Concept
 from ..evaluation.systems import Codes, Contexts, System, csr, entries
 from ..graph import CausalGraph, Edge
 from .confirm import Confirmation, Pair, adjusted, confirmed
@@ -194,3 +197,19 @@ def _parts(effects: Codes, seen: Mapping[str, Level], part: str, whole: str) -> 
             necessity=float(1 - without / max(given, 1e-12)),
             sufficiency=float(given),
         )
+
+
+def with_graph(bank: ConceptBank, graph: CausalGraph) -> ConceptBank:
+    """The bank with a graph over its latents, whose levels are its encoders; effects are brought to units of the concepts, and
+    latents that the bank said nothing of are listed."""
+    ends = {end: bank[end] for edge in graph.edges for end in (edge.src, edge.dst)}
+    concepts = {**bank.concepts, **{concept.name: concept for concept in ends.values()}}
+    edges = [_in_units(edge, ends[edge.src], ends[edge.dst]) for edge in graph.edges]
+    return bank.with_concepts(list(concepts.values()), graph=CausalGraph(edges))
+
+
+def _in_units(edge: Edge, src: Concept, dst: Concept) -> Edge:
+    """`weight` and `tau` are of one unit of the one, in units of the other."""
+    figures = {name: getattr(edge, name) for name in ("weight", "tau", "tau_lo", "tau_hi")}
+    scaled = {name: None if value is None else value * src.unit / dst.unit for name, value in figures.items()}
+    return replace(edge, src=src.name, dst=dst.name, **scaled)
