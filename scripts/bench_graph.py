@@ -189,6 +189,9 @@ BARS = {
     "forecast: R2": Bar(0.8),
     "shuffled: accepted from the start": Bar(0, 0),
     "shuffled: true proposals accepted": Bar(0, 0),
+    "scale: screen, s": Bar(0, 180),
+    "scale: fit, s": Bar(0, 300),
+    "scale: memory, GB": Bar(0, 6),
 }
 
 

@@ -2,7 +2,7 @@
 
 Runs the README's first example for the output; takes tables and picture of effects from the shipped bank, those of new
 concepts from what `unseen.py` wrote, the cost from `--out` of `bench_steering.py`, `bench_latents.py` and
-`bench_diffusion.py`, and the coverage from `coverage_table.py`.
+`bench_diffusion.py`, graphs from that of `bench_graph.py`, and the coverage from `coverage_table.py`.
 """
 
 import json
@@ -74,6 +74,18 @@ def unseen(records: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join([*lines, f"| mean | | {means} | | |"])
 
 
+def bars(figures: Mapping[str, Any], scale: Mapping[str, Any]) -> str:
+    """What was measured of causal graphs, over seeds, beside its bars."""
+    lines = ["| | bar | mean | least to most | holds |", "|---|---|---|---|---|"]
+    for name, values in {**figures["figures"], **scale["figures"]}.items():
+        bar = {**figures["bars"], **scale["bars"]}.get(name)
+        said, holds = ("", "") if bar is None else (bar["bar"].replace(">=", "≥"), "yes" if bar["holds"] else "**no**")
+        spread = f"{min(values):.3g} to {max(values):.3g}" if len(values) > 1 else ""
+        lines.append(f"| {name} | {said} | {sum(values) / len(values):.4g} | {spread} | {holds} |")
+    about = f"Machine: {figures['machine']}; torch {figures['torch']}; {figures['seeds']} seeds, at scale one."
+    return "\n".join([*lines, "", about])
+
+
 def put(text: str, section: str, content: str) -> str:
     """The text with what stands between a section's marks replaced."""
     marks = rf"(<!-- begin: {section} -->\n).*?(<!-- end: {section} -->)"
@@ -87,6 +99,8 @@ def main(
     diffusion: Annotated[Path | None, typer.Option(help="figures of bench_diffusion.py")] = None,
     coverage: Annotated[Path | None, typer.Option(help="output of coverage_table.py text")] = None,
     pipelines: Annotated[Path | None, typer.Option(help="output of coverage_table.py images")] = None,
+    graph: Annotated[Path | None, typer.Option(help="figures of bench_graph.py")] = None,
+    scale: Annotated[Path | None, typer.Option(help="figures of bench_graph.py --scale")] = None,
     damage: Annotated[Path | None, typer.Option(help="table that harness.py printed")] = None,
     effects: Annotated[bool, typer.Option(help="run the model for the first example, and write the tables of effects")] = True,
 ) -> None:
@@ -104,6 +118,8 @@ def main(
     for section, path in (("cost", bench), ("latents", latents), ("diffusion", diffusion)):
         if path is not None:
             text = put(text, section, cost(json.loads(path.read_text(encoding="utf-8"))))
+    if graph is not None and scale is not None:
+        text = put(text, "graphs", bars(*(json.loads(path.read_text(encoding="utf-8")) for path in (graph, scale))))
     for section, path in (("coverage", coverage), ("pipelines", pipelines), ("damage", damage)):
         if path is not None:
             text = put(text, section, path.read_text(encoding="utf-8").strip())

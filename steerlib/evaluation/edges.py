@@ -67,7 +67,7 @@ def calibration(graph: CausalGraph, src: str, dst: str, truth: Codes) -> Calibra
     """Of the verified edges between two levels that are true."""
     measured = [matrix(graph, src, dst, truth.shape, name) for name in ("tau", "tau_lo", "tau_hi")]
     known = np.nonzero((measured[0] != 0).multiply(truth != 0).toarray())
-    true, tau, low, high = (np.asarray(z[known]).ravel() for z in (truth, *measured))
+    true, tau, low, high = (z.toarray()[known] for z in (truth, *measured))
     ranks = [np.argsort(np.argsort(z)) for z in (true, tau)]
     near = 1e-4 * np.abs(true)  # readings are float32
     covered = (low - near <= true) & (true <= high + near)
