@@ -20,6 +20,7 @@ from bench_steering import machine
 from rich.console import Console
 from rich.table import Table
 
+from steerlib.evaluation.compiled import Compiled
 from steerlib.evaluation.edges import associated, calibration, edge_scores, forecast_r2, matrix, renamed
 from steerlib.evaluation.hierarchies import Encoded, Imperfect, Layers, Selection
 from steerlib.evaluation.representation import dictionary_match, random_dictionary
@@ -125,6 +126,14 @@ def end_to_end(seed: int) -> Figures:
     return {"end to end: MCC": mcc, "end to end: MCC of random directions": control, "end to end: F1": f1(edges, inner)}
 
 
+def compiled(seed: int) -> Figures:
+    """G6: a transformer whose weights were written down; an answer needs a word now and another before."""
+    system = Compiled(6000, seed=seed)
+    graph = discover(system, skips=True, seed=seed).graph
+    found = {ends: edge_scores(matrix(graph, *ends, truth.shape), truth).f1 for ends, truth in system.truth.items()}
+    return {f"G6: F1, {src} to {dst}": value for (src, dst), value in found.items()}
+
+
 def effects(seed: int) -> Figures:
     """Unit effects beside the true ones; what the graph forecasts of contexts it has not seen."""
     some = Layers((512, 512, 512), 20_000, dropout=0.3, rate=0.02, spontaneous=0.004, seed=seed)
@@ -218,7 +227,7 @@ def scaled(seed: int = 0, n: int = 200_000, size: int = 16_384) -> Figures:
     }
 
 
-PARTS = (layers, selection, hidden, imperfect, end_to_end, effects, null)
+PARTS = (layers, selection, hidden, imperfect, end_to_end, compiled, effects, null)
 
 
 def main(

@@ -29,7 +29,7 @@ STAGES = {
     ),
     "evaluation": (
         "scenes", "faces", "judges", "text", "comparison", "representation", "probing", "synthetic", "systems",
-        "hierarchies", "edges", "report",
+        "hierarchies", "compiled", "edges", "report",
     ),
     "training": (
         "encoder_recipe", "recipe", "documents", "activations", "attributes", "shards", "harvest", "inputs", "sparse_step",

@@ -22,7 +22,9 @@ CONFIRMED = 64
 FEWEST = 16
 """With fewer to be had, an edge stays untested."""
 LEAST_EFFECT = 0.05
-"""Share of the child's 90 % reading that a parent at its own has to make, or more."""
+"""Share of the child's 90 % reading that a parent at its own has to make, or more …"""
+NEEDED = 0.5
+"""… unless without it the child loses this share of what it reads: one of several that all have to be there."""
 RESAMPLED = 2000
 
 
@@ -41,7 +43,7 @@ class Confirmation(NamedTuple):
     sufficiency: NDArray[Any]
     contexts: NDArray[Any]
     matters: NDArray[Any]
-    """Whether `|tau| q90_p >= 0.05 q90_c`."""
+    """Whether `|tau| q90_p >= 0.05 q90_c`, or the child needs it."""
 
 
 class Trials(NamedTuple):
@@ -165,16 +167,17 @@ def _edges(pair: Pair, parent: int, taken: Trials, given: Trials) -> Confirmatio
     effect = effects(taken.sums(taken.before - taken.after), m)
     both = (taken.before > 0) & z
     without, whole = ((values * both).sum(0) for values in (taken.after, taken.before))
+    necessity = 1 - without / np.maximum(whole, 1e-12)
     high, own = pair.high[1][children], pair.high[0][parent]
     n = np.ones(len(children), np.int64)
     return Confirmation(
         parent * n,
         children,
         *effect,
-        necessity=1 - without / np.maximum(whole, 1e-12),
+        necessity=necessity,
         sufficiency=given.after.mean(0) / np.maximum(high, 1e-12) if len(given.after) else 0.0 * n,
         contexts=len(m) * n,
-        matters=np.abs(effect[0]) * own >= LEAST_EFFECT * high,
+        matters=(np.abs(effect[0]) * own >= LEAST_EFFECT * high) | (necessity >= NEEDED),
     )
 
 

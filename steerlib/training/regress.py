@@ -44,12 +44,12 @@ class Fit(NamedTuple):
     effects: Codes
     """`[parents, children]`: change of a child where a parent changes by 1, by all routes."""
     price: float
-    scores: Mapping[float, tuple[float, float]]
-    """By price, `R2 = 1 - sum |y - xb|^2 / sum |y|^2` on held-out rows, and its standard error."""
+    scores: Mapping[float, Sequence[float]]
+    """By price, `R2 = 1 - sum |y - xb|^2 / sum |y|^2` on each block of held-out rows."""
 
 
 def fitted(rows: Rows, *, signed: bool, centred: bool = False, path: Sequence[float] = PATH) -> Fit:
-    """Walk along the prices and take the sparsest graph within one standard error of the best (Breiman et al. 1984).
+    """Walk along the prices and take the sparsest graph within one standard error of the best (after Breiman et al. 1984).
 
     Effects are refitted without a price, and parents that explain next to nothing are left out. `centred`: means are taken
     off first. Not `signed`: effects are positive.
@@ -140,13 +140,13 @@ def placed(b: Float[Tensor, "B S"], columns: NDArray[Any], size: int) -> Codes:
     return coo_matrix((b[child, place].numpy(), where), shape=(size, len(columns))).tocsr()
 
 
-def score(x: Codes, y: Codes, b: Codes, centred: bool) -> tuple[float, float]:
-    """`R2` on rows that effects were not fitted to, and the standard error over blocks of them."""
+def score(x: Codes, y: Codes, b: Codes, centred: bool) -> list[float]:
+    """`R2` on blocks of rows that effects were not fitted to."""
     rates = []
     for block in np.array_split(np.arange(x.shape[0]), BLOCKS):
         left, whole = y[block] - x[block] @ b, y[block]
         rates.append(1 - _power(csr(left), centred) / max(_power(whole, centred), 1e-12))
-    return float(np.mean(rates)), float(np.std(rates, ddof=1) / BLOCKS**0.5)
+    return rates
 
 
 def _power(z: Codes, centred: bool) -> float:
@@ -154,7 +154,11 @@ def _power(z: Codes, centred: bool) -> float:
     return whole - float(np.square(np.asarray(z.sum(0))).sum() / z.shape[0]) * centred
 
 
-def sparsest(scores: Mapping[float, tuple[float, float]]) -> float:
-    """The highest price whose score is within one standard error of the best."""
-    best, error = max(scores.values())
-    return max(price for price, (found, _) in scores.items() if found >= best - error)
+def sparsest(scores: Mapping[float, Sequence[float]]) -> float:
+    """The highest price whose score is within one standard error of the best.
+
+    The error is that of their difference, block by block: what makes one block harder than another is common to both.
+    """
+    best = max(scores, key=lambda price: float(np.mean(scores[price])))
+    lost = {price: np.subtract(scores[best], own) for price, own in scores.items()}
+    return max(price for price, d in lost.items() if price == best or d.mean() <= d.std(ddof=1) / len(d) ** 0.5)
