@@ -1,15 +1,19 @@
 """Causal discovery: its solver beside others, its screen beside the full table, its graphs beside the truth."""
 
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
+
 import numpy as np
 import pytest
 import torch
+from scipy.sparse import hstack
 
 import steerlib as sl
 from steerlib.errors import BadRecipe, Unanswerable
 from steerlib.evaluation.compiled import Compiled
 from steerlib.evaluation.edges import associated, calibration, edge_scores, matrix
 from steerlib.evaluation.hierarchies import Imperfect, Layers, Selection
-from steerlib.evaluation.systems import Shuffled, System, ablated, csr, fixed, held
+from steerlib.evaluation.systems import Reading, Shuffled, System, ablated, csr, fixed, held
 from steerlib.training import rows
 from steerlib.training.confirm import CONFIRMED, Pair, adjusted, confirmed
 from steerlib.training.discover import composition, discover, eligible
@@ -331,3 +335,65 @@ def test_a_run_that_was_stopped_goes_on_and_ends_with_the_same_graph(tmp_path, m
     assert discover(last, folder=tmp_path).graph.edges == wanted and last.runs == 0
     with pytest.raises(BadRecipe, match="other settings"):
         discover(system, folder=tmp_path, seed=1)
+
+
+class Process:
+    """One of two, as accelerate has them."""
+
+    num_processes = 2
+
+    def __init__(self, rank, barrier):
+        self.process_index, self.is_main_process, self.wait_for_everyone = rank, rank == 0, barrier.wait
+
+
+def test_processes_share_the_runs_and_agree(tmp_path, monkeypatch):
+    monkeypatch.setattr(rows, "CONTEXTS", 512)
+    alone = Counting(Layers((64, 64), 4000, dropout=0.3, rate=0.03))
+    wanted, barrier = discover(alone).graph.edges, Barrier(2)
+    both = [Counting(Layers((64, 64), 4000, dropout=0.3, rate=0.03)) for _ in range(2)]
+
+    def run(rank):
+        return discover(both[rank], folder=tmp_path, accelerator=Process(rank, barrier)).graph.edges
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(run, (0, 1))) == [wanted, wanted]
+    assert both[0].runs + both[1].runs == alone.runs and min(both[0].runs, both[1].runs) > alone.runs // 3
+    with pytest.raises(BadRecipe, match="folder"):
+        discover(alone, accelerator=Process(0, barrier))
+
+
+class Doubled(System):
+    """A system in whose last level another latent reads what the first does, or a share of it."""
+
+    def __init__(self, inner, share):
+        self.inner, self.share = inner, share
+
+    @property
+    def levels(self):
+        return {**self.inner.levels, "level1": self.inner.levels["level1"] + 1}
+
+    def __len__(self):
+        return len(self.inner)
+
+    def run(self, contexts, do=None):
+        found = self.inner.run(contexts, do)
+        z = found["level1"].natural
+        whole = csr(hstack([z, self.share * z[:, [self.of]]]))
+        return {**found, "level1": Reading(whole, whole)}
+
+    @property
+    def of(self):
+        """A latent with parents."""
+        return int(self.inner.truth["level0", "level1"].indices[0])
+
+
+def test_a_latent_that_is_there_twice_is_not_chosen_in_silence():
+    inner = Layers((64, 64), 8000, rate=0.03)
+    double = Doubled(inner, 1.0)
+    graph = discover(double).graph
+    decoders = {"level0": torch.eye(65), "level1": torch.eye(65)}
+    decoders["level1"][64] = decoders["level1"][double.of]
+    assert doubts(graph, decoders).same == (tuple(sorted((f"level1/{double.of}", "level1/64"))),)
+    echo = discover(Doubled(inner, 0.5))
+    assert echo.echoes and {dst for _, dst in echo.echoes} == {"level1/64"}
+    assert not any(edge.dst == "level1/64" for edge in echo.graph.edges)

@@ -12,7 +12,6 @@ import numpy as np
 from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from scipy.stats import t as student
-from tqdm.auto import tqdm
 
 from ..evaluation.systems import Codes, Columns, Contexts, Do, System, ablated, csr, fixed, held
 from .rows import CONTEXTS, Folder
@@ -130,12 +129,12 @@ def ninety(z: Columns) -> NDArray[Any]:
 def confirmed(pair: Pair, folder: Folder, *, seed: int = 0) -> Confirmation:
     """Ablate each parent alone where it fires, and set it to its 90 % reading where it does not."""
     parents = [p for p in np.flatnonzero(np.diff(pair.edges.indptr)).tolist() if len(pair.firing(p)) >= FEWEST]
-    each, found = max(1, CONTEXTS // CONFIRMED), []
-    starts = range(0, len(parents), each)
-    for start in tqdm(starts, desc=f"verifying {pair.src} to {pair.dst}", leave=False, disable=len(starts) < 4):
+    each, jobs = max(1, CONTEXTS // CONFIRMED), {}
+    for start in range(0, len(parents), each):
         group = parents[start : start + each]
         name = f"verified-{pair.src}-{pair.dst}-{group[0]:07}".replace("/", "-")
-        found.append(folder.kept(name, lambda group=group: _group(pair, group, seed)._asdict()))
+        jobs[name] = lambda group=group: _group(pair, group, seed)._asdict()
+    found = folder.all(jobs, f"verifying {pair.src} to {pair.dst}")
     return Confirmation(*(np.concatenate([np.empty(0, kind), *(part[name] for part in found)]) for name, kind in KINDS.items()))
 
 

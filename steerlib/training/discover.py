@@ -33,7 +33,7 @@ RATES = (1e-5, 0.1)
 FDR = 0.05
 """Share of accepted edges that may be false."""
 CHANGED = 0.05
-"""Share of its reading that a child has to change by to count as changed."""
+"""Share of what a latent usually reads by which it has to change to count as changed."""
 
 
 def eligible(z: Codes, rates: tuple[float, float] = RATES) -> NDArray[Any]:
@@ -54,10 +54,16 @@ def proposed(
         start = 0
         for source in sources:
             size = system.levels[source]
-            effects = without_echoes(fit.effects[start : start + size], seen[source].z, seen[names[k]].z)
-            found[source, names[k]] = fit._replace(effects=effects)
+            found[source, names[k]] = _heard(fit, slice(start, start + size), seen[source].z, seen[names[k]].z)
             start += size
     return found
+
+
+def _heard(fit: Fit, rows: slice, parents: Codes, children: Codes) -> Fit:
+    """The effects of some parents, without echoes."""
+    whole = fit.effects[rows]
+    effects = without_echoes(whole, parents, children)
+    return fit._replace(effects=effects, echoes=csr(whole - effects))
 
 
 def rows_of(
@@ -75,13 +81,18 @@ def rows_of(
         for route in system.routes:
             near = near + firing_together(system.carried(route, seen[source].z, contexts), own.z)
             if changes:
-                moved = entries(own.y, np.abs(own.y.data) > CHANGED)
-                near = near + firing_together(system.carried(route, seen[source].x, contexts), moved, least=2, lift=1.0)
+                near = near + firing_together(system.carried(route, seen[source].x, contexts), _changed(own), least=2, lift=1.0)
         if (weights := system.weights(source, child)) is not None:
             near = near + pointing(weights)
         usable = diags(eligible(own.z).astype(np.float32)) @ near @ diags(eligible(seen[source].z).astype(np.float32))
         candidates.append(csr(usable))
     return Rows(tuple(x), own.y if changes else own.z, csr(hstack(candidates)))
+
+
+def _changed(level: Level) -> Codes:
+    """Where a level's latents changed by more than a little."""
+    usual = np.asarray(level.z.sum(0)).ravel() / np.maximum(np.bincount(level.z.indices, minlength=level.z.shape[1]), 1)
+    return entries(level.y, np.abs(level.y.data) > CHANGED * usual[level.y.indices])
 
 
 class Discovery(NamedTuple):
@@ -94,6 +105,12 @@ class Discovery(NamedTuple):
     """Edges that single ablations did not confirm; they are in no graph."""
     fits: Mapping[tuple[str, str], Fit]
 
+    @property
+    def echoes(self) -> list[tuple[str, str]]:
+        """Edges that were left out because the later latent only echoes a neighbour that is mixed into it."""
+        ends = ((pair, fit.echoes.nonzero()) for pair, fit in self.fits.items() if fit.echoes is not None)
+        return [(f"{src}/{a}", f"{dst}/{b}") for (src, dst), (p, c) in ends for a, b in zip(p, c, strict=True)]
+
 
 def discover(
     system: System,
@@ -104,15 +121,17 @@ def discover(
     held_out: float = 0.25,
     folder: str | os.PathLike[str] | None = None,
     seed: int = 0,
+    accelerator: Any = None,
 ) -> Discovery:
     """Find and verify the causal graph of a system.
 
     The first contexts are ablated at random (`share` of all firings) and fitted; in the last, a share `held_out`, each parent
     is ablated alone. `skips`: also look for edges over a level, that are there while the level in between keeps its readings.
-    `folder` keeps what was run, from which the same call goes on. Raises `BadRecipe` where that was of other settings.
+    `folder` keeps what was run, from which the same call goes on; the processes of an `accelerator` share the runs through it.
+    Raises `BadRecipe` where that was of other settings.
     """
     settings = {"method": method, "skips": skips, "share": share, "held_out": held_out, "seed": seed, "contexts": len(system)}
-    kept = Folder(None if folder is None else Path(folder), settings | {"levels": dict(system.levels)})
+    kept = Folder(None if folder is None else Path(folder), settings | {"levels": dict(system.levels)}, accelerator)
     contexts, first = np.arange(len(system)), len(system) - int(len(system) * held_out)
     fits = proposed(
         system,
@@ -175,7 +194,7 @@ def composition(system: System, *, folder: str | os.PathLike[str] | None = None,
     names, edges, fits = list(system.levels), [], {}
     for whole, part in pairwise(names):
         fit = fitted(rows_of(system, seen, [part], whole, contexts, "observational"), signed=False, centred=True)
-        fits[part, whole] = fit = fit._replace(effects=without_echoes(fit.effects, seen[part].z, seen[whole].z))
+        fits[part, whole] = fit = _heard(fit, slice(None), seen[part].z, seen[whole].z)
         edges += _parts(fit.effects, seen, part, whole)
     return Discovery(CausalGraph(edges), len(edges), len(edges), 0, fits)
 

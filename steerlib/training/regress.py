@@ -46,6 +46,8 @@ class Fit(NamedTuple):
     price: float
     scores: Mapping[float, Sequence[float]]
     """By price, `R2 = 1 - sum |y - xb|^2 / sum |y|^2` on each block of held-out rows."""
+    echoes: Codes | None = None
+    """Effects that were left out because the child only echoes a neighbour."""
 
 
 def fitted(rows: Rows, *, signed: bool, centred: bool = False, path: Sequence[float] = PATH) -> Fit:

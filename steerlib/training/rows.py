@@ -5,6 +5,7 @@ Everything is made in pieces that are kept in a folder, so that a run that was k
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +22,9 @@ CONTEXTS = 2048
 """Contexts run together."""
 
 
+Make = Callable[[], Mapping[str, NDArray[Any]]]
+
+
 class Level(NamedTuple):
     """A level over many contexts, `[units, latents]`."""
 
@@ -33,20 +37,36 @@ class Level(NamedTuple):
 
 
 class Folder:
-    """Results by name, each whole or not there; without a path, none is kept. `settings` are what all of them follow from."""
+    """Results by name, each whole or not there; without a path, none is kept. `settings` are what all of them follow from.
 
-    def __init__(self, path: Path | None, settings: Mapping[str, Any]):
-        self.path = path
+    `accelerator` (accelerate's) shares the work among its processes, which then need a path in common.
+    """
+
+    def __init__(self, path: Path | None, settings: Mapping[str, Any], accelerator: Any = None):
+        self.path, self.accelerator = path, accelerator
         if path is None:
+            if accelerator is not None and accelerator.num_processes > 1:
+                raise BadRecipe("expected a folder that several processes share, got none; give folder=")
             return
         path.mkdir(parents=True, exist_ok=True)
         text, file = json.dumps(settings, indent=1, sort_keys=True) + "\n", path / "settings.json"
         if file.is_file() and file.read_text(encoding="utf-8") != text:
             raise BadRecipe(f"{path.name} holds a graph of other settings; use another folder, or delete it")
-        file.write_text(text, encoding="utf-8")
+        if accelerator is None or accelerator.is_main_process:
+            file.write_text(text, encoding="utf-8")
 
-    def kept(self, name: str, make: Callable[[], Mapping[str, NDArray[Any]]]) -> dict[str, NDArray[Any]]:
-        """Arrays that were kept under a name, or are made now."""
+    def all(self, jobs: Mapping[str, Make], what: str) -> list[dict[str, NDArray[Any]]]:
+        """The results of jobs by name, those that are not kept yet made now, a part by each process."""
+        rank, world = (0, 1) if self.accelerator is None else (self.accelerator.process_index, self.accelerator.num_processes)
+        own = list(jobs)[rank::world]
+        made = {
+            name: self._kept(name, jobs[name]) for name in tqdm(own, desc=what, leave=False, disable=rank > 0 or len(own) < 4)
+        }
+        if world > 1:
+            self.accelerator.wait_for_everyone()
+        return [made[name] if name in made else self._kept(name, make) for name, make in jobs.items()]
+
+    def _kept(self, name: str, make: Make) -> dict[str, NDArray[Any]]:
         if self.path is None:
             return dict(make())
         file = self.path / f"{name}.safetensors"
@@ -113,15 +133,11 @@ def _collected(
     run: Callable[[Contexts, int], Mapping[str, Codes]],
 ) -> dict[str, Codes]:
     """Run all contexts, some at a time."""
-    pieces: dict[str, list[Codes]] = {part: [] for part in parts}
     starts = range(0, len(contexts), CONTEXTS)
-    for number, start in enumerate(tqdm(starts, desc=what, leave=False, disable=len(starts) < 4)):
-        some = contexts[start : start + CONTEXTS]
 
-        def make(some: Contexts = some, number: int = number) -> dict[str, NDArray[Any]]:
-            return {key: array for name, z in run(some, number).items() for key, array in flat(name, z).items()}
+    def make(number: int) -> dict[str, NDArray[Any]]:
+        some = contexts[starts[number] : starts[number] + CONTEXTS]
+        return {key: array for name, z in run(some, number).items() for key, array in flat(name, z).items()}
 
-        arrays = folder.kept(f"{what}-{number:05}", make)
-        for part in parts:
-            pieces[part].append(deep(part, arrays))
-    return {part: csr(vstack(found)) for part, found in pieces.items()}
+    pieces = folder.all({f"{what}-{number:05}": partial(make, number) for number in range(len(starts))}, what)
+    return {part: csr(vstack([deep(part, arrays) for arrays in pieces])) for part in parts}
