@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.sparse import hstack
+from scipy.stats import norm
 
 import steerlib as sl
 from steerlib.errors import BadRecipe, Unanswerable
@@ -258,6 +259,29 @@ def test_parts_are_found_and_their_neighbours_are_not():
     assert all(edge.relation == "selection" and edge.src.startswith("parts/") for edge in graph.edges)
     assert matrix(graph, "parts", "wholes", truth.shape, "necessity").data.min() > 0.9
     assert graph.parents(graph.edges[0].dst) == {}  # nothing is moved along it
+
+
+def partial_correlation(data, p, c, given):
+    """Fisher's z, from the definition."""
+    some = np.corrcoef(data[:, [p, c, *given]].T)
+    inverse = np.linalg.inv(some)
+    r = -inverse[0, 1] / np.sqrt(inverse[0, 0] * inverse[1, 1])
+    return float(2 * norm.sf(np.sqrt(len(data) - len(given) - 3) * abs(np.arctanh(r))))
+
+
+def test_tests_of_independence_are_another_method_and_can_be_ones_own():
+    system = Layers((24, 24), 4000, dropout=0.3, rate=0.03)
+    found = discover(system, method="independence", test=partial_correlation)
+    assert edge_scores(found.fits["level0", "level1"].effects, system.truth["level0", "level1"]).f1 >= 0.9
+    with pytest.raises(BadRecipe, match="at most"):
+        discover(Layers((256, 24), 400), method="independence", test=partial_correlation)
+
+
+def test_causal_learn_gives_the_same_edges():
+    pytest.importorskip("causallearn")
+    system = Layers((24, 24), 4000, dropout=0.3, rate=0.03)
+    own = discover(system, method="independence", test=partial_correlation).graph.edges
+    assert discover(system, method="independence").graph.edges == own
 
 
 # -- a transformer whose weights were written down ------------------------------------------------------------

@@ -34,7 +34,8 @@ STAGES = {
     "training": (
         "encoder_recipe", "recipe", "documents", "activations", "attributes", "shards", "harvest", "inputs", "sparse_step",
         "dense_step", "learner", "fit", "levers", "objectives", "methods", "studio", "calibrate", "card", "measure", "label",
-        "quality", "verify", "latents", "pipeline", "wording", "painting", "lasso", "screen", "rows", "regress", "confirm",
+        "quality", "verify", "latents", "pipeline", "wording", "painting", "lasso", "screen", "rows", "regress", "independence",
+        "confirm",
         "minimality", "discover",
     ),
 }  # fmt: skip

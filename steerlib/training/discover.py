@@ -4,6 +4,7 @@ z  readings [units, latents]     x  of the parents     y  of the children
 
 Every latent of a level is regressed on its candidates in the levels before. *Randomised*: `x` and `y` are what ablations at
 random changed, so that effects are causal whatever else moves both. *Observational*: they are readings, and effects positive.
+*Independence*: readings too, but candidates are tested, not fitted; for a few dozen latents.
 """
 
 import os
@@ -22,12 +23,13 @@ from ..concepts import Concept
 from ..evaluation.systems import Codes, Contexts, System, csr, entries
 from ..graph import CausalGraph, Edge
 from .confirm import Confirmation, Pair, adjusted, confirmed
+from .independence import Test, by_independence, fisher_z
 from .minimality import without_echoes
 from .regress import Fit, Rows, fitted
 from .rows import Folder, Level, ablated_at_random, observed
 from .screen import firing_together, pointing
 
-Method = Literal["randomised", "observational"]
+Method = Literal["randomised", "observational", "independence"]
 RATES = (1e-5, 0.1)
 """How often a latent has to fire, and may at most, to take part."""
 FDR = 0.05
@@ -43,14 +45,23 @@ def eligible(z: Codes, rates: tuple[float, float] = RATES) -> NDArray[Any]:
 
 
 def proposed(
-    system: System, seen: Mapping[str, Level], contexts: Contexts, *, method: Method = "randomised", skips: bool = False
+    system: System,
+    seen: Mapping[str, Level],
+    contexts: Contexts,
+    *,
+    method: Method = "randomised",
+    skips: bool = False,
+    test: Test | None = None,
 ) -> dict[tuple[str, str], Fit]:
     """A fit for every level but the first, and the levels it was fitted to; with `skips` also the ones two levels before."""
     names, found = list(system.levels), {}
     for k in range(1, len(names)):
         sources = names[max(0, k - 1 - skips) : k]
         rows = rows_of(system, seen, sources, names[k], contexts, method)
-        fit = fitted(rows, signed=method == "randomised", centred=method == "observational")
+        if method == "independence":
+            fit = by_independence(rows, test or fisher_z())
+        else:
+            fit = fitted(rows, signed=method == "randomised", centred=method == "observational")
         start = 0
         for source in sources:
             size = system.levels[source]
@@ -121,12 +132,14 @@ def discover(
     held_out: float = 0.25,
     folder: str | os.PathLike[str] | None = None,
     seed: int = 0,
+    test: Test | None = None,
     accelerator: Any = None,
 ) -> Discovery:
     """Find and verify the causal graph of a system.
 
     The first contexts are ablated at random (`share` of all firings) and fitted; in the last, a share `held_out`, each parent
     is ablated alone. `skips`: also look for edges over a level, that are there while the level in between keeps its readings.
+    `test` is what method `independence` asks (default: causal-learn's Fisher z; extra `graph`).
     `folder` keeps what was run, from which the same call goes on; the processes of an `accelerator` share the runs through it.
     Raises `BadRecipe` where that was of other settings.
     """
@@ -139,6 +152,7 @@ def discover(
         contexts[:first],
         method=method,
         skips=skips,
+        test=test,
     )
     seen = observed(system, contexts[first:], kept)
     results = {}

@@ -62,7 +62,7 @@ class Folder:
         made = {
             name: self._kept(name, jobs[name]) for name in tqdm(own, desc=what, leave=False, disable=rank > 0 or len(own) < 4)
         }
-        if world > 1:
+        if self.accelerator is not None:
             self.accelerator.wait_for_everyone()
         return [made[name] if name in made else self._kept(name, make) for name, make in jobs.items()]
 
