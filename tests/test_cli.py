@@ -24,7 +24,7 @@ def run(*arguments, code=0):
 
 def test_help_lists_the_commands():
     text = run("--help")
-    assert all(command in text for command in ("demo", "steer", "concepts", "info", "verify", "list", "train", "eval"))
+    assert all(command in text for command in ("demo", "steer", "concepts", "info", "graph", "verify", "list", "train", "eval"))
 
 
 def test_banks_can_be_listed_searched_shown_and_verified():
@@ -85,7 +85,7 @@ def test_a_wheel_contains_the_banks_whole_and_no_package_called_hooks(tmp_path):
     own |= {
         f"steerlib/{p.relative_to(ROOT).as_posix()}" for part in ("hooks", "concept_banks") for p in (ROOT / part).rglob("*.py")
     }
-    assert own == {name for name in names if name.endswith(".py")}
+    assert own == {name for name in names if name.endswith(".py")} and "steerlib/view.html" in names
     check = (
         "import steerlib as sl; b = sl.ConceptBank.from_pretrained('smollm2-135m-instruct'); b.verify(); print(sl.__file__);"
         "import steerlib.cli as c, steerlib.training.pipeline; r = c.recipe_of(b, None); r.check();"

@@ -43,7 +43,7 @@ def fisher_z() -> Test:
 def by_independence(rows: Rows, test: Test) -> Fit:
     """A parent stays while no few of the others make it independent of the child; effects are refitted by least squares."""
     children, parents = rows.candidates.shape
-    if len(rows.x) > 1 or parents > MOST:
+    if len(rows.x) != 1 or parents > MOST:
         raise BadRecipe(f"tests of independence are for one route and at most {MOST} latents, got {len(rows.x)} and {parents}")
     data = np.hstack([rows.x[0].toarray(), rows.y.toarray()]).astype(np.float64)
     near, kept = rows.candidates.tolil(), csr((children, parents), dtype=bool).tolil()
