@@ -76,14 +76,16 @@ def unseen(records: Sequence[Mapping[str, Any]]) -> str:
 
 def bars(figures: Mapping[str, Any], scale: Mapping[str, Any]) -> str:
     """What was measured of causal graphs, over seeds, beside its bars."""
-    lines = ["| | bar | mean | least to most | holds |", "|---|---|---|---|---|"]
+    lines, bounds = ["| | bar | mean | least to most | holds |", "|---|---|---|---|---|"], {**figures["bars"], **scale["bars"]}
     for name, values in {**figures["figures"], **scale["figures"]}.items():
-        bar = {**figures["bars"], **scale["bars"]}.get(name)
-        said, holds = ("", "") if bar is None else (bar["bar"].replace(">=", "≥"), "yes" if bar["holds"] else "**no**")
-        spread = f"{min(values):.3g} to {max(values):.3g}" if len(values) > 1 else ""
-        lines.append(f"| {name} | {said} | {sum(values) / len(values):.4g} | {spread} | {holds} |")
-    about = f"Machine: {figures['machine']}; torch {figures['torch']}; {figures['seeds']} seeds, at scale one."
-    return "\n".join([*lines, "", about])
+        said, holds = (bounds[name]["bar"], "yes" if bounds[name]["holds"] else "**no**") if name in bounds else ("", "")
+        mean, least, most = (
+            f"{v:,.0f}" if v >= 100 else f"{v:.3f}" for v in (sum(values) / len(values), min(values), max(values))
+        )
+        spread = f"{least} to {most}" if len(values) > 1 else ""
+        lines.append(f"| {name.replace('|', chr(92) + '|')} | {said.replace('>=', '≥')} | {mean} | {spread} | {holds} |")
+    about = f"Machine: {figures['machine']}, the second for sparse products; torch {figures['torch']}; {figures['seeds']} seeds"
+    return "\n".join([*lines, "", f"{about}, at scale one."])
 
 
 def put(text: str, section: str, content: str) -> str:
