@@ -143,6 +143,7 @@ def prepare(source: str, place: Path, tokens: int) -> None:
 
     import steerlib as sl
 
+    model: Any
     model, tokenizer = sl.load(source)
     config = deepcopy(model.config)
     del config.quantization_config  # of the file that it came from, which transformers would not save

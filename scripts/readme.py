@@ -2,7 +2,7 @@
 
 Runs the README's first example for the output; takes tables and picture of effects from the shipped bank, those of new
 concepts from what `unseen.py` wrote, the cost from `--out` of `bench_steering.py`, `bench_latents.py` and
-`bench_diffusion.py`, and the coverage from `coverage_table.py`.
+`bench_diffusion.py`, graphs from that of `bench_graph.py`, and the coverage from `coverage_table.py`.
 """
 
 import json
@@ -93,6 +93,20 @@ def unseen(records: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join([*lines, f"| mean | | {means} | | |"])
 
 
+def bars(figures: Mapping[str, Any], scale: Mapping[str, Any]) -> str:
+    """What was measured of causal graphs, over seeds, beside its bars."""
+    lines, bounds = ["| | bar | mean | least to most | holds |", "|---|---|---|---|---|"], {**figures["bars"], **scale["bars"]}
+    for name, values in {**figures["figures"], **scale["figures"]}.items():
+        said, holds = (bounds[name]["bar"], "yes" if bounds[name]["holds"] else "**no**") if name in bounds else ("", "")
+        mean, least, most = (
+            f"{v:,.0f}" if v >= 100 else f"{v:.3f}" for v in (sum(values) / len(values), min(values), max(values))
+        )
+        spread = f"{least} to {most}" if len(values) > 1 else ""
+        lines.append(f"| {name.replace('|', chr(92) + '|')} | {said.replace('>=', '≥')} | {mean} | {spread} | {holds} |")
+    about = f"Machine: {figures['machine']}, the second for sparse products; torch {figures['torch']}; {figures['seeds']} seeds"
+    return "\n".join([*lines, "", f"{about}, at scale one."])
+
+
 def put(text: str, section: str, content: str) -> str:
     """The text with what stands between a section's marks replaced."""
     marks = rf"(<!-- begin: {section} -->\n).*?(<!-- end: {section} -->)"
@@ -109,6 +123,8 @@ def main(
     whole: Annotated[Path | None, typer.Option(help="figures of bench_text_to_encoder.py")] = None,
     coverage: Annotated[Path | None, typer.Option(help="output of coverage_table.py text")] = None,
     pipelines: Annotated[Path | None, typer.Option(help="output of coverage_table.py images")] = None,
+    graph: Annotated[Path | None, typer.Option(help="figures of bench_graph.py")] = None,
+    scale: Annotated[Path | None, typer.Option(help="figures of bench_graph.py --scale")] = None,
     damage: Annotated[Path | None, typer.Option(help="table that harness.py printed")] = None,
     effects: Annotated[bool, typer.Option(help="run the model for the first example, and write the tables of effects")] = True,
 ) -> None:
@@ -132,6 +148,8 @@ def main(
             text = put(text, section, cost(json.loads(path.read_text(encoding="utf-8"))))
     if sae is not None:
         text = put(text, "sae", training(json.loads(sae.read_text(encoding="utf-8"))))
+    if graph is not None and scale is not None:
+        text = put(text, "graphs", bars(*(json.loads(path.read_text(encoding="utf-8")) for path in (graph, scale))))
     for section, path in (("coverage", coverage), ("pipelines", pipelines), ("damage", damage)):
         if path is not None:
             text = put(text, section, path.read_text(encoding="utf-8").strip())

@@ -408,8 +408,10 @@ class ConceptBank:
             message = commit_message or f"Upload the bank {self.name}"
             return hub.publish(folder, repo_id, private=private, revision=revision, token=token, commit_message=message)
 
-    def with_concepts(self, concepts: Sequence[Concept], *, card: str | None = None) -> "ConceptBank":
-        """The same bank, its encoders in memory, with other facts about its concepts and another card."""
+    def with_concepts(
+        self, concepts: Sequence[Concept], *, card: str | None = None, graph: CausalGraph | None = None
+    ) -> "ConceptBank":
+        """The same bank, its encoders in memory, with other facts about its concepts, another card and another graph."""
         bank = ConceptBank(
             self.name,
             concepts,
@@ -418,7 +420,7 @@ class ConceptBank:
             sites=self.sites,
             where={id: facts.site for id, facts in self.encoders.items()},
             reads={id: facts.reads for id, facts in self.encoders.items()},
-            graph=self.graph,
+            graph=self.graph if graph is None else graph,
             card=self.card if card is None else card,
             license=self.license,
             provenance=self.provenance,

@@ -1,4 +1,4 @@
-"""The command line: `steerlib demo | steer | train | eval | concepts | info | list | pull | push | verify | migrate`.
+"""The command line: `steerlib demo | steer | train | eval | concepts | info | graph | list | pull | push | verify | migrate`.
 
 It exits with 0; with 1 where steerlib refuses; with 2 where the command is misspelt; with 3 where a bank cannot be trusted.
 """
@@ -7,6 +7,7 @@ import json
 import sys
 import time
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
@@ -209,6 +210,25 @@ def info(bank: BankName, revision: Revision = None, as_json: AsJson = False) -> 
         "provenance": opened.provenance,
     }
     said(facts, opened.card.partition("---\n")[2].partition("---\n")[2] or repr(opened), as_json)
+
+
+@app.command()
+def graph(
+    bank: BankName,
+    out: Annotated[Path | None, typer.Option(help="a page (.html), circuit-tracer's .json, or .graphml")] = None,
+) -> None:
+    """Write which concept moves which: a page to click through that needs no network, or a file for other programs."""
+    from .exports import circuit_tracer, graphml
+    from .view import page
+
+    opened, path = ConceptBank.from_pretrained(bank), out or Path(f"{Path(bank).name}-graph.html")
+    ways = {".html": page, ".json": circuit_tracer, ".graphml": graphml}
+    if path.suffix not in ways:
+        raise BadEdit(f"expected a file that ends in {', '.join(ways)}, got {path.name!r}")
+    path.write_text(ways[path.suffix](opened), encoding="utf-8")
+    kinds = Counter(f"{edge.relation}, {edge.evidence}" for edge in opened.graph.edges)
+    console.print(f"{len(opened.graph)} edges ({'; '.join(f'{n} {kind}' for kind, n in sorted(kinds.items()))})", markup=False)
+    console.print(f"written to {path}", markup=False)
 
 
 @app.command()

@@ -4,7 +4,7 @@ README.md                    the card, with the pictures it shows
 bank.json                    format, base model, sites, encoders, provenance, size and SHA-256 of every other file
 bank.json.sig                a signature, if it was signed
 concepts.jsonl               one line a concept
-graph.safetensors            edges by line of concepts.jsonl: src, dst, weight
+graph.safetensors            edges by line of concepts.jsonl, one entry an edge: see graph.py
 sites/<encoder>.safetensors  one row per concept in each tensor
 hashes.safetensors           block hashes, so that single rows can be trusted
 """
@@ -22,7 +22,7 @@ from torch import Tensor
 from . import trust
 from .concepts import Concept
 from .errors import CorruptBank
-from .graph import CausalGraph, Edge
+from .graph import CausalGraph
 from .hub import Folder, Repository
 from .manifest import Manifest
 
@@ -59,14 +59,7 @@ def read_graph(home: Home, files: Files, names: Sequence[str]) -> CausalGraph:
         return CausalGraph()
     home.check(GRAPH, files[GRAPH])
     file = trust.Tensors(home.read, GRAPH, files[GRAPH])
-    src, dst, weight = columns = [file.all(key) for key in ("src", "dst", "weight")]
-    sound = all(column.ndim == 1 and len(column) == len(src) for column in columns) and weight.is_floating_point()
-    if not sound or src.dtype != torch.int64 or dst.dtype != torch.int64:
-        raise CorruptBank(f"expected src, dst and weight of {GRAPH} to be columns of equal length")
-    if not all(0 <= i < len(names) for side in (src, dst) for i in side.tolist()):
-        raise CorruptBank(f"{GRAPH} has an edge to a concept that the bank does not have")
-    rows = zip(src.tolist(), dst.tolist(), weight.tolist(), strict=True)
-    return CausalGraph(Edge(src=names[int(a)], dst=names[int(b)], weight=float(w)) for a, b, w in rows)
+    return CausalGraph.from_tensors({column: file.all(column) for column in file.header}, names)
 
 
 def read_card(home: Home, files: Files) -> str:
@@ -106,9 +99,7 @@ def write(
     lines = [json.dumps(c.to_dict(), sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n" for c in concepts]
     (folder / CONCEPTS).write_text("".join(lines), encoding="utf-8", newline="\n")
     if len(graph):
-        line = {concept.name: i for i, concept in enumerate(concepts)}
-        ends = {key: torch.tensor([line[getattr(edge, key)] for edge in graph.edges]) for key in ("src", "dst")}
-        save_file({**ends, "weight": torch.tensor([edge.weight for edge in graph.edges])}, folder / GRAPH)
+        save_file(graph.to_tensors([concept.name for concept in concepts]), folder / GRAPH)
     if card:
         (folder / CARD).write_text(card, encoding="utf-8", newline="\n")
     for name, picture in pictures.items():

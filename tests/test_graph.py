@@ -1,10 +1,16 @@
 """The causal graph, against the full matrix."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import steerlib as sl
-from steerlib.errors import CorruptBank
+from steerlib.bank import SiteFacts
+from steerlib.encoders import Directions
+from steerlib.errors import BadBank, CorruptBank
+from steerlib.training.discover import with_graph
 
 EDGES = [("a", "b", 0.5), ("a", "c", -1.0), ("b", "c", 2.0), ("c", "d", 0.1), ("e", "d", 3.0)]
 
@@ -39,3 +45,63 @@ def test_cycles_and_doubled_edges_are_refused():
         sl.CausalGraph([sl.Edge(src="a", dst="b", weight=1), sl.Edge(src="b", dst="a", weight=1)])
     with pytest.raises(CorruptBank, match="two"):
         sl.CausalGraph([sl.Edge(src="a", dst="b", weight=1), sl.Edge(src="a", dst="b", weight=2)])
+
+
+def test_relations_are_kept_apart():
+    """Parts and wholes neither pass changes on nor make a cycle with what moves them."""
+    edges = [sl.Edge(src="a", dst="b", weight=2.0), sl.Edge(src="b", dst="a", weight=1.0, relation="selection")]
+    graph = sl.CausalGraph(edges)
+    assert graph.forecast({"a": 1.0}) == {"a": 1.0, "b": 2.0} and graph.descendants("b") == () and len(graph) == 2
+    with pytest.raises(CorruptBank, match="cycle"):
+        sl.CausalGraph([*edges, sl.Edge(src="a", dst="b", weight=1.0, relation="selection")])
+
+
+NAMES = ["a", "b", "c"]
+MEASURED = sl.Edge(
+    src="a", dst="b", weight=0.5, tau=0.25, tau_lo=0.0, tau_hi=0.5, necessity=0.75, sufficiency=-0.5, p_adj=0.0, n_verify=64
+)
+
+
+def test_every_figure_of_an_edge_comes_back_and_what_is_not_known_stays_so():
+    edges = (
+        MEASURED,
+        sl.Edge(src="b", dst="c", weight=-1.0, evidence="randomised"),
+        sl.Edge(src="c", dst="a", weight=1.0, relation="selection", evidence="observed", necessity=0.0),
+    )
+    columns = sl.CausalGraph(edges).to_tensors(NAMES)
+    assert sl.CausalGraph.from_tensors(columns, NAMES).edges == edges
+    assert {len(column) for column in columns.values()} == {3}
+
+
+def test_a_graph_of_weights_alone_still_loads():
+    columns = {"src": torch.tensor([0]), "dst": torch.tensor([2]), "weight": torch.tensor([0.5])}
+    assert sl.CausalGraph.from_tensors(columns, NAMES).edges == (sl.Edge(src="a", dst="c", weight=0.5),)
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [("src", torch.tensor([3])), ("dst", torch.tensor([-1])), ("relation", torch.tensor([2])), ("evidence", torch.tensor([9])),
+     ("weight", torch.tensor([1.0, 2.0]))],
+)  # fmt: skip
+def test_a_file_that_cannot_be_is_refused(column, value):
+    columns = sl.CausalGraph([MEASURED]).to_tensors(NAMES)
+    with pytest.raises(CorruptBank):
+        sl.CausalGraph.from_tensors({**columns, column: value}, NAMES)
+    with pytest.raises(CorruptBank):
+        sl.CausalGraph.from_tensors({key: kept for key, kept in columns.items() if key != "weight"}, NAMES)
+
+
+def test_a_graph_over_latents_becomes_the_banks_in_units_of_its_concepts(tmp_path):
+    encoders = {"low": Directions(torch.eye(3)), "high": Directions(torch.eye(3))}
+    named = sl.Concept(name="royal", encoder="high", index=2, unit=4.0)
+    sites = {id: SiteFacts(width=3) for id in encoders}
+    bank = sl.ConceptBank("toy", [named], encoders, base=sl.BaseModel(), sites=sites)
+    edge = replace(MEASURED, src="low/1", dst="high/2")
+    made = with_graph(bank, sl.CausalGraph([edge]))
+    opened = sl.ConceptBank.from_pretrained(made.save_pretrained(tmp_path / "toy"))
+    wanted = replace(edge, dst="royal", weight=0.125, tau=0.0625, tau_lo=0.0, tau_hi=0.125)
+    assert opened.graph.edges == made.graph.edges == (wanted,) and set(opened) == {"royal", "low/1"}
+    assert {"tau", "known", "evidence"} <= load_file(tmp_path / "toy" / "graph.safetensors").keys()
+    opened.verify()
+    with pytest.raises(BadBank, match="none of the bank's concepts"):
+        bank.with_concepts([named], graph=made.graph).save_pretrained(tmp_path / "other")

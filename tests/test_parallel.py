@@ -4,12 +4,12 @@ import os
 import socket
 from pathlib import Path
 
-import diffusers
 import pytest
 import tiny_pipelines
 import torch
-import torch.multiprocessing as mp
+from diffusers.models._modeling_parallel import ContextParallelConfig
 from tiny_pipelines import ALL, run
+from torch.multiprocessing.spawn import spawn
 
 import steerlib as sl
 from steerlib.errors import Unanswerable
@@ -45,7 +45,7 @@ def whole_and_split(family, site):
     for denoiser in (pipe.transformer, getattr(pipe, "transformer_2", None)):
         if denoiser is not None:
             denoiser.set_attention_backend("native")
-            denoiser.enable_parallelism(config=diffusers.ContextParallelConfig(ulysses_degree=2))
+            denoiser.enable_parallelism(config=ContextParallelConfig(ulysses_degree=2))
     with sl.steer(pipe, bank, {"a": 1.0}), sl.record(pipe, [site]) as part:
         found["split"] = run(pipe)
     with pytest.raises(Unanswerable, match="split over devices"), sl.steer(pipe, bank, {"a": sl.Add(1.0, mask=UPPER)}):
@@ -54,7 +54,7 @@ def whole_and_split(family, site):
 
 
 def test_tokens_split_over_processes_are_steered_alike_and_masks_refused(tmp_path):
-    mp.spawn(one_of_two, args=(free_port(), str(tmp_path)), nprocs=2)
+    spawn(one_of_two, args=(free_port(), str(tmp_path)), nprocs=2)
     for found in (family for rank in (0, 1) for family in torch.load(tmp_path / f"{rank}.pt").values()):
         whole, part = found["tokens"]
         assert whole == 2 * part

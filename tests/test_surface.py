@@ -14,11 +14,12 @@ ROOT = Path(__file__).parent.parent
 RANKS = {
     "errors": -1,
     "sites": 0, "schedules": 0, "concepts": 0,
-    "trust": 0, "signature": 0, "hub": 1, "manifest": 1.5, "layout": 1.7, "cards": 1,
+    "trust": 0, "signature": 0, "hub": 1, "manifest": 1.5, "layout": 1.7, "cards": 1, "causal": 0,
     "sentences": 0, "search": 1, "encoders": 1, "graph": 1, "masks": 0.5, "replay": 1, "interventions": 1, "hosts": 1,
     "edits": 2, "programs": 2.5, "bank": 2, "hooks.families": 2, "hooks.attach": 2.2, "hooks.modules": 2, "hooks": 2,
     "hooks.calls": 2.5, "hooks.pipelines": 2.5, "hooks.registry": 2.5, "hooks.transformers": 3, "hooks.diffusers": 3,
-    "readers": 3, "reports": 2, "plans": 3, "recording": 3, "steering": 4, "evaluation": 5, "training": 6,
+    "readers": 3, "reports": 2, "exports": 3, "view": 3.5, "plans": 3, "recording": 3, "steering": 4, "evaluation": 5,
+    "training": 6,
     "steerlib": 7, "cli": 8, "__main__": 9,
 }  # fmt: skip
 STAGES = {
@@ -26,11 +27,16 @@ STAGES = {
         "files", "hookpoints", "foreign", "saelens", "sparsify", "repeng", "gemma_scope", "gemma_scope_2",
         "dictionary_learning", "llama_scope", "sdxl_unbox", "saeuron", "svec", "lm_eval",
     ),
-    "evaluation": ("scenes", "faces", "judges", "text", "comparison", "representation", "probing", "synthetic", "report"),
+    "evaluation": (
+        "scenes", "faces", "judges", "text", "comparison", "representation", "probing", "synthetic", "systems",
+        "hierarchies", "compiled", "edges", "report",
+    ),
     "training": (
         "encoder_recipe", "recipe", "documents", "activations", "attributes", "shards", "harvest", "inputs", "sparse_step",
         "dense_step", "learner", "fit", "levers", "objectives", "methods", "studio", "calibrate", "card", "measure", "label",
-        "quality", "verify", "latents", "pipeline", "wording", "painting",
+        "quality", "verify", "latents", "pipeline", "wording", "painting", "lasso", "screen", "rows", "regress", "independence",
+        "confirm",
+        "minimality", "discover",
     ),
 }  # fmt: skip
 

@@ -1,0 +1,64 @@
+"""Effects of one thing on another, in all and by what lies between (Pearl 2001; VanderWeele 2013).
+
+v, v0  what the cause is set to, and the reference     M(v)  mediators under v     y(v, m)  mean outcome with mediators m
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+Run = Callable[[Mapping[str, Any]], Mapping[str, Tensor]]
+"""A model that is run with some things set to values, and says what everything named was; the same chance every time."""
+
+
+class Effects(NamedTuple):
+    """Changes of the mean outcome: `te = nde + tie`; `te = nde + nie` only where cause and mediators do not interact."""
+
+    te: Tensor
+    """Total: `y(v, M(v)) - y(v0, M(v0))`."""
+    nde: Tensor
+    """Natural direct: `y(v, M(v0)) - y(v0, M(v0))`."""
+    nie: Tensor
+    """Natural indirect: `y(v0, M(v)) - y(v0, M(v0))`."""
+    tie: Tensor
+    """Total indirect: `y(v, M(v)) - y(v, M(v0))`."""
+    cde: Tensor | None
+    """Controlled direct: `y(v, m) - y(v0, m)`, with mediators at given values m."""
+
+
+def effects(
+    run: Run,
+    cause: str,
+    outcome: str,
+    mediators: Sequence[str],
+    *,
+    value: Any,
+    reference: Any,
+    controlled: Mapping[str, Any] | None = None,
+) -> Effects:
+    """Total, direct and indirect effects of setting `cause` to `value` rather than to `reference`.
+
+    Mediators are held unit by unit at what they were in another run, so units have to have the same chance in every run.
+    """
+
+    def mean(v: Any, held: Mapping[str, Any] | None) -> Tensor:
+        return run({cause: v, **(held or {})})[outcome].double().mean(0)
+
+    moved, plain = (run({cause: v}) for v in (value, reference))
+    m, m0 = ({name: found[name] for name in mediators} for found in (moved, plain))
+    total, base = (found[outcome].double().mean(0) for found in (moved, plain))
+    direct = mean(value, m0)
+    return Effects(
+        te=total - base,
+        nde=direct - mean(reference, m0),
+        nie=mean(reference, m) - mean(reference, m0),
+        tie=mean(value, m) - direct,
+        cde=None if controlled is None else mean(value, controlled) - mean(reference, controlled),
+    )
+
+
+def mediated_share(found: Effects) -> Tensor:
+    """How much of a total effect goes through the mediators: `tie / te`."""
+    return found.tie / torch.where(found.te == 0, torch.nan, found.te)
