@@ -142,9 +142,9 @@ reconstruction keeps; *KL*: of next-token distributions with the reconstruction 
 random directions and keeps as many latents on a token."""
 STABLE = """*Found by another seed*: mean |cosine| of decoder rows with those of an encoder trained alike from another seed,
 matched one to one, of latents that fire."""
-MOVED = """*Verified*: of latents moved by as much as they fire at their strongest, those that make the tokens which follow
-them in held-out text likelier, by at least twice as much as the tokens of other latents on average, and by more than 95 % of
-these. Beside it, how many random directions as long would have passed in their place, and how many with another's tokens."""
+MOVED = """*Verified*: of latents moved by twice as much as they usually fire, those that make the tokens which follow
+them in held-out text likelier, by at least twice as many nats as the tokens of other latents on average, and by more than 95 %
+of these. Beside it, how many random directions as long would have passed in their place, and how many with another's tokens."""
 PROBED = """Texts told apart by logistic regression on the few latents, or channels of the activation, that go best with an
 attribute, on texts held out; mean over {attributes}."""
 BEST = """Latents that go with an attribute, and the correlation of their mean reading with it over texts with and without."""

@@ -56,7 +56,7 @@ def latents_card(bank: ConceptBank, recipe: Recipe) -> str:
         example(recipe.name, recipe.source, f'{{"{first.name}": sl.Set(3.0)}}'),
         '`bank.find("music")` finds latents by label and meaning.',
         f"## What was measured\n\nOn documents that no encoder was trained on.\n\n{latents_table(bank.provenance['quality'])}",
-        f"## Latents that do what their contexts say\n\nThe {SHOWN} whose tokens gained most in probability:\n\n"
+        f"## Latents that do what their contexts say\n\nThe {SHOWN} whose tokens gained most in log-probability:\n\n"
         f"{verified(bank, SHOWN)}"
         if _best(bank)
         else "",
@@ -80,13 +80,13 @@ def _best(bank: ConceptBank) -> list[Concept]:
 
 def verified(bank: ConceptBank, count: int) -> str:
     """What moving the best of its latents did, as Markdown."""
-    lines = ["| latent | tokens that follow it | their gain when it is moved | gain of other latents' tokens | seen in |"]
+    lines = ["| latent | tokens that follow it | their gain when it is moved, nats | gain of other latents' tokens | seen in |"]
     lines.append("|---|---|---|---|---|")
     for concept in _best(bank)[:count]:
         found = concept.effects["verified"]
         tokens = ", ".join(f"“{token.strip() or '␣'}”" for token in found["tokens"])
         context = (concept.examples or ("",))[0]
-        cells = [concept.name, tokens, f"{found['gain']:+.0%}", f"{found['others']:+.0%}", context]
+        cells = [concept.name, tokens, f"{found['gain']:+.2f}", f"{found['others']:+.2f}", context]
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines)
 

@@ -20,13 +20,13 @@ from .shards import Shards
 
 CONTEXTS = 16
 """Highest activations that are kept of each latent."""
-SHOWN = 5
-"""Of these, how many are shown."""
+SHOWN, AMONG = 3, 10
+"""How many of these are shown: the first different ones among the highest."""
 BEFORE, AFTER = 12, 4
 """Tokens around the marked one."""
-LOWEST, OCTAVES, FINENESS = 2.0**-10, 24, 8
-"""The histogram: from which reading on, over how many doublings, in how many bins each. Below and above, readings count in the
-first and last bin."""
+LOWEST, OCTAVES, FINENESS, KEPT = 2.0**-10, 24, 8, 2
+"""The histogram: from which reading on, over how many doublings, in how many bins each, and in how many a bank keeps it.
+Below and above, readings count in the first and last bin."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +43,11 @@ class Sightings:
     def frequency(self) -> Float[Tensor, " n"]:
         """Share of tokens that a latent fires on."""
         return self.histogram.sum(-1) / self.tokens
+
+    @property
+    def kept(self) -> Int[Tensor, "n bins2"]:
+        """The histogram in the bins that a bank keeps."""
+        return self.histogram.unflatten(-1, (-1, FINENESS // KEPT)).sum(-1)
 
     def quantile(self, share: float) -> Float[Tensor, " n"]:
         """The reading below which this share of a latent's firings lies, to a bin's width; 0 for one that never fired."""

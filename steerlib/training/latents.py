@@ -18,7 +18,7 @@ from .card import latents_card
 from .documents import sources
 from .fit import fit
 from .harvest import harvest
-from .label import SHOWN, Sightings, Texts, label, promoted, sightings
+from .label import AMONG, SHOWN, Sightings, Texts, label, promoted, sightings
 from .quality import apart, figures
 from .recipe import Recipe
 from .shards import Shards
@@ -97,14 +97,14 @@ def finished(encoder: Sparse, seen: Sightings, x: Tensor) -> Sparse:
 
 def described(id: str, encoder: Sparse, seen: Sightings, texts: Texts, promotes: Sequence[Sequence[str]]) -> list[Concept]:
     """A concept for every latent that fired: label, contexts, histogram, what it makes the model say."""
-    concepts = []
+    concepts, histogram = [], seen.kept
     for i in map(int, (seen.frequency > 0).nonzero()[:, 0]):
         rows = [int(row) for row, value in zip(seen.rows[i], seen.highest[i], strict=True) if value > 0]
-        filled = seen.histogram[i].nonzero()[:, 0]
+        filled = histogram[i].nonzero()[:, 0]
         effects = {
             "frequency": round(float(seen.frequency[i]), 6),
             "promotes": list(promotes[i]),
-            "histogram": {"first": int(filled[0]), "counts": seen.histogram[i, filled[0] : filled[-1] + 1].tolist()},
+            "histogram": {"first": int(filled[0]), "counts": histogram[i, filled[0] : filled[-1] + 1].tolist()},
         }
         concepts.append(
             Concept(
@@ -114,8 +114,8 @@ def described(id: str, encoder: Sparse, seen: Sightings, texts: Texts, promotes:
                 unit=float(encoder.statistics["unit"][i]),
                 natural=(0.0, float(encoder.statistics["high"][i])),
                 label=label([texts.token(row) for row in rows], list(promotes[i])),
-                source="tokens of its highest activations, and the model's own head",
-                examples=tuple(dict.fromkeys(texts.around(row) for row in rows[: 2 * SHOWN]))[:SHOWN],
+                source="highest activations and head",
+                examples=tuple(dict.fromkeys(texts.around(row) for row in rows[:AMONG]))[:SHOWN],
                 effects=effects,
             )
         )

@@ -30,9 +30,11 @@ LEAST = 3
 """Times that a token has to follow it."""
 RARE, OFTEN = 20, 0.05
 """A latent that fires on fewer held-out tokens is not looked at, nor one that fires on a larger share of them."""
-TEXTS, LENGTH = 16, 16
-"""Texts that latents are moved on, and tokens of each that are read before the next one is looked at, or as many as half of the
-texts have."""
+TEXTS, LENGTH, LOOKED_AT = 16, 16, 4
+"""Texts that latents are moved on; tokens of each, or as many as half of the texts have; behind how many of the last of them
+the next token is looked at."""
+DOSE = 2.0
+"""How far latents are moved, in units: medians of their firings."""
 TWICE = 2.0
 """How much more a latent's own tokens have to gain than those of others."""
 
@@ -81,7 +83,7 @@ def fired_on(encoder: Sparse, shards: Shards, site: str) -> tuple[NDArray[np.int
 
 @dataclass(frozen=True)
 class Verification:
-    """What moving a latent did to its tokens, as the relative gain of their probability, beside controls."""
+    """What moving a latent did to its tokens, as the gain of their log-probability in nats, beside controls."""
 
     tokens: tuple[int, ...]
     gain: float
@@ -106,47 +108,36 @@ def passes(gain: float, others: float, highest: float) -> bool:
 
 
 def verify(
-    model: Any,
-    tokenizer: Any,
-    bank: ConceptBank,
-    labelled: Mapping[str, Followers],
-    texts: Sequence[str],
-    *,
-    seed: int = 0,
+    model: Any, tokenizer: Any, bank: ConceptBank, labelled: Mapping[str, Followers], texts: Sequence[str], *, seed: int = 0
 ) -> dict[str, Verification]:
-    """Move each latent on texts by as much as it fires at its strongest, and see what is likelier to come next.
+    """Move each latent on texts by twice as much as it usually fires, and see what is likelier to come next.
 
-    `labelled` holds latents by name. The tokens of all of them are the permuted labels of each.
+    `labelled` holds latents by name. The tokens of all others of the same encoder are the permuted labels of each.
     """
     prompts = opened(tokenizer, texts, model.device)
-    plain, sets = next_tokens(model, prompts), [list(found.tokens) for found in labelled.values()]
-    g = torch.Generator().manual_seed(seed)
+    plain, g = next_tokens(model, prompts), torch.Generator().manual_seed(seed)
     found = {}
-    for number, name in enumerate(progress(list(labelled), "moving latents")):
-        amount = Add(strongest(bank, bank[name]), unit="raw")
+    for name in progress(list(labelled), "moving latents"):
+        concept, amount = bank[name], dose(bank, bank[name])
+        others = [said.tokens for other, said in labelled.items() if other != name and bank[other].encoder == concept.encoder]
+        sets = [labelled[name].tokens, *(others or [()])]
         with steer(model, bank, {name: amount}):
-            own = gains(plain, next_tokens(model, prompts), sets)
-        with steer(model, astray(bank, bank[name], g), {"astray": amount}):
-            random = gains(plain, next_tokens(model, prompts), sets)
-        rest = np.arange(len(sets)) != number
-        bar = float(own[rest].mean()), float(np.quantile(own[rest], 0.95))
-        random_bar = float(random[rest].mean()), float(np.quantile(random[rest], 0.95))
+            own = gains(next_tokens(model, prompts) - plain, sets)
+        with steer(model, astray(bank, concept, g), {"astray": amount}):
+            random = gains(next_tokens(model, prompts) - plain, sets)
+        bar, random_bar = ((float(gain[1:].mean()), float(np.quantile(gain[1:], 0.95))) for gain in (own, random))
+        swapped = passes(float(own[1 + len(found) % len(own[1:])]), *bar)
         found[name] = Verification(
-            labelled[name].tokens,
-            float(own[number]),
-            *bar,
-            random=passes(float(random[number]), *random_bar),
-            swapped=passes(float(own[(number + 1) % len(sets)]), *bar),
+            labelled[name].tokens, float(own[0]), *bar, random=passes(float(random[0]), *random_bar), swapped=swapped
         )
     return found
 
 
-def strongest(bank: ConceptBank, concept: Concept) -> float:
-    """The reading that a latent rarely exceeds, raw; no more than additions are capped at."""
+def dose(bank: ConceptBank, concept: Concept) -> Add:
+    """`DOSE`, or the most that additions are capped at."""
     norm, row = bank.sites[bank.site_of(concept)].norm, row_of(bank, concept)
-    cap = SHARE * norm / float(row.norm()) if norm else inf
-    assert concept.natural is not None
-    return min(concept.natural[1], 0.999 * cap)
+    cap = SHARE * norm / (concept.unit * float(row.norm())) if norm else inf
+    return Add(min(DOSE, 0.999 * cap))
 
 
 def row_of(bank: ConceptBank, concept: Concept) -> Float[Tensor, " D"]:
@@ -161,10 +152,8 @@ def astray(bank: ConceptBank, concept: Concept, g: torch.Generator) -> ConceptBa
     site, row = bank.site_of(concept), row_of(bank, concept)
     drawn = torch.randn(row.shape, generator=g)
     direction = Directions((drawn / drawn.norm() * row.norm())[None])
-    sites = {site: bank.sites[site]}
-    return ConceptBank(
-        "astray", [Concept(name="astray", encoder=site, index=0)], {site: direction}, base=bank.base, sites=sites
-    )
+    named = Concept(name="astray", encoder=site, index=0, unit=concept.unit)
+    return ConceptBank("astray", [named], {site: direction}, base=bank.base, sites={site: bank.sites[site]})
 
 
 def opened(tokenizer: Any, texts: Sequence[str], device: torch.device) -> Tensor:
@@ -176,10 +165,10 @@ def opened(tokenizer: Any, texts: Sequence[str], device: torch.device) -> Tensor
 
 @torch.no_grad()
 def next_tokens(model: Any, prompts: Tensor) -> Float[Tensor, " V"]:
-    """Probabilities of the next token, averaged over prompts."""
-    return model(input_ids=prompts, logits_to_keep=1).logits[:, -1].float().softmax(-1).mean(0).cpu()
+    """Log-probabilities of the next token, averaged over prompts and their last tokens."""
+    return model(input_ids=prompts, logits_to_keep=LOOKED_AT).logits.float().log_softmax(-1).flatten(0, 1).mean(0).cpu()
 
 
-def gains(plain: Float[Tensor, " V"], moved: Float[Tensor, " V"], sets: Sequence[Sequence[int]]) -> NDArray[np.float64]:
-    """By how much the probability of each set of tokens grew, over what it was."""
-    return np.array([float(moved[own].sum() / plain[own].sum().clamp(min=1e-12)) - 1 for own in sets])
+def gains(change: Float[Tensor, " V"], sets: Sequence[Sequence[int]]) -> NDArray[np.float64]:
+    """By how much the log-probability of the tokens of each set grew, on average; 0 for none."""
+    return np.array([float(change[[*own]].mean()) if own else 0.0 for own in sets])
