@@ -294,26 +294,27 @@ def test_followers_are_the_tokens_that_come_behind_a_latent_in_held_out_document
 
 
 def test_a_latent_that_writes_its_tokens_is_verified_and_one_that_writes_others_is_not():
-    """Each latent writes the head's row of one token; half of them are said to be followed by another."""
+    """Each latent writes the head's row of one token; half of them are said to be followed by the one most unlike it."""
     model, tokenizer = toy(), toy_tokenizer()
-    rows = torch.nn.functional.normalize(model.get_output_embeddings().weight[:12].float(), dim=-1)
+    rows, strange = torch.nn.functional.normalize(model.get_output_embeddings().weight[:24].float(), dim=-1).chunk(2)
     zero = torch.zeros(len(rows))
     encoder = ReLU(encoder=rows, bias=zero, decoder=rows, decoder_bias=torch.zeros(rows.shape[1]))
     concepts = [sl.Concept(name=f"layers.1/{i}", encoder="layers.1", index=i, natural=(0.0, 4.0)) for i in range(12)]
     bank = sl.ConceptBank(
         "rows", concepts, {"layers.1": encoder}, base=sl.BaseModel.of(model), sites={"layers.1": SiteFacts(width=rows.shape[1])}
     )
-    said = {f"layers.1/{i}": Followers((i if i % 2 else (i + 5) % 12,), 1.0) for i in range(12)}
+    unlike = (rows @ strange.T).argmin(-1).tolist()
+    said = {f"layers.1/{i}": Followers((i if i % 2 else 12 + unlike[i],), 1.0) for i in range(12)}
     texts = [" ".join(WORDS[i : i + 6]) for i in range(8)]
     found = verify(model, tokenizer, bank, said, texts)
     assert all(found[f"layers.1/{i}"].holds for i in range(1, 12, 2))
-    wrong = [found[f"layers.1/{i}"].holds for i in range(0, 12, 2)]
-    assert sum(wrong) <= 2 and all(sum(getattr(one, by) for one in found.values()) <= 3 for by in ("random", "swapped"))
+    assert not any(found[f"layers.1/{i}"].holds for i in range(0, 12, 2))
+    assert all(sum(getattr(one, by) for one in found.values()) <= 3 for by in ("random", "swapped"))
     prompts = opened(tokenizer, texts, model.device)
-    with sl.steer(model, bank, {"layers.1/3": sl.Add(4.0, unit="raw")}):
+    with sl.steer(model, bank, {"layers.1/3": sl.Add(2.0)}):
         moved = next_tokens(model, prompts)
-    gain = float(moved[3] / next_tokens(model, prompts)[3]) - 1
-    assert found["layers.1/3"].gain == pytest.approx(gain, rel=1e-4) and gain > 0.2
+    gain = float((moved - next_tokens(model, prompts))[3])
+    assert found["layers.1/3"].gain == pytest.approx(gain, rel=1e-4) and gain > 0.1
 
 
 def test_the_card_says_what_the_corpus_was_made_of(made, tmp_path):
