@@ -23,8 +23,8 @@ from torch.nn.functional import embedding_bag, linear
 
 from .encoder_recipe import EncoderRecipe
 
-BLOCK = {"cpu": 1 << 21, "cuda": 1 << 28}
-"""Potentials that exist at a time: on a CPU, what its cache holds."""
+BLOCK = {"cpu": 1 << 23, "cuda": 1 << 28}
+"""Potentials that exist at a time: few enough for a CPU's cache, enough that the encoder is not read over and over."""
 SHARES = 2
 """Of several processes that choose the largest of a batch together, how many times its share one may hold."""
 Gather = Callable[[Tensor], Tensor]
