@@ -440,7 +440,8 @@ def test_pictures_are_png_and_the_same_bytes_each_time():
 
 # -- the data of the recipes ---------------------------------------------------------------------------------
 
-RECIPES = sorted((ROOT / "concept_banks" / "recipes").rglob("recipe.toml"))
+FOUND = sorted((ROOT / "concept_banks" / "recipes").rglob("recipe.toml"))
+RECIPES = [path for path in FOUND if Recipe.from_file(path, to_train=False).concepts]
 
 
 def runs(texts, length=8):

@@ -17,6 +17,7 @@ from steerlib.evaluation.report import summary, table
 from steerlib.evaluation.text import chat
 from steerlib.training.measure import ANSWERING
 from steerlib.training.pipeline import evaluate
+from steerlib.training.verify import dose, gains, next_tokens, opened
 
 pytestmark = pytest.mark.real
 NEW = 10
@@ -200,6 +201,42 @@ def test_a_small_evaluation_finds_the_effect_and_no_effect_of_the_controls(real,
     assert found["steered"]["ratio"] > 0.5 > max(controls), found
     assert record["moved"] >= 0.8 and record["response"]["slope"] > 0
     assert record["conditions"]["steered, gated"]["kl"] < record["conditions"]["steered"]["kl"] / 3
+
+
+@pytest.fixture(scope="module")
+def sparse():
+    return sl.ConceptBank.from_pretrained("smollm2-135m-latents")
+
+
+def held(bank):
+    """Verified latents, those first whose tokens gained most."""
+    found = [c for c in bank.concepts.values() if c.effects.get("verified", {}).get("holds")]
+    return sorted(found, key=lambda c: -c.effects["verified"]["gain"])
+
+
+def test_the_bank_of_latents_is_whole_small_and_verified(sparse):
+    sparse.verify()
+    assert {id: len(sparse.encoder(id).encoder) for id in sparse.encoders} == {f"layers.{k}": 2304 for k in (7, 15, 23)}
+    assert sum(path.stat().st_size for path in sparse.folder.rglob("*") if path.is_file()) < 20e6
+    quality = sparse.provenance["quality"].values()
+    assert len(held(sparse)) == sum(line["verified"] for line in quality) >= 100
+    assert sum(line["verified_random"] + line["verified_swapped"] for line in quality) < len(held(sparse))
+    for figures in (concept.effects["verified"] for concept in held(sparse)):
+        assert figures["gain"] >= max(2 * figures["others"], figures["highest"]) > -1
+    assert all(line["explained"] > line["control"] + 0.4 and line["recovered"] > 0.8 for line in quality)
+
+
+def test_verified_latents_raise_their_tokens_on_texts_that_nothing_was_measured_on(real, sparse):
+    model, tokenizer = real
+    texts = recipe_of(sparse, None).read_texts("reference.jsonl")
+    best = held(sparse)[:8]
+    sets = [[tokenizer.encode(token)[0] for token in concept.effects["verified"]["tokens"]] for concept in best]
+    prompts = opened(tokenizer, texts, model.device)
+    plain = next_tokens(model, prompts)
+    for k, concept in enumerate(best):
+        with sl.steer(model, sparse, {concept.name: dose(sparse, concept)}):
+            found = gains(next_tokens(model, prompts) - plain, sets)
+        assert found[k] > 0.3 and found[k] > np.delete(found, k).mean()
 
 
 def test_the_readmes_first_example_runs(capsys):

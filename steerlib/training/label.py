@@ -24,7 +24,7 @@ SHOWN, AMONG = 3, 10
 """How many of these are shown: the first different ones among the highest."""
 BEFORE, AFTER = 12, 4
 """Tokens around the marked one."""
-LOWEST, OCTAVES, FINENESS, KEPT = 2.0**-10, 24, 8, 2
+LOWEST, OCTAVES, FINENESS, KEPT = 2.0**-10, 24, 8, 1
 """The histogram: from which reading on, over how many doublings, in how many bins each, and in how many a bank keeps it.
 Below and above, readings count in the first and last bin."""
 
@@ -113,7 +113,7 @@ class Texts:
 
 
 @torch.no_grad()
-def promoted(model: Any, tokenizer: Any, decoder: Float[Tensor, "n D"], count: int = 5) -> list[list[str]]:
+def promoted(model: Any, tokenizer: Any, decoder: Float[Tensor, "n D"], count: int = 4) -> list[list[str]]:
     """The tokens that each latent makes likelier most, by the model's own final norm and head (logit lens, nostalgebraist
     2020); none where the model has no head."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None

@@ -114,7 +114,7 @@ def described(id: str, encoder: Sparse, seen: Sightings, texts: Texts, promotes:
                 unit=float(encoder.statistics["unit"][i]),
                 natural=(0.0, float(encoder.statistics["high"][i])),
                 label=label([texts.token(row) for row in rows], list(promotes[i])),
-                source="highest activations and head",
+                source="contexts and head",
                 examples=tuple(dict.fromkeys(texts.around(row) for row in rows[:AMONG]))[:SHOWN],
                 effects=effects,
             )
