@@ -278,7 +278,7 @@ def test_tests_of_independence_are_another_method_and_can_be_ones_own():
 
 
 def test_causal_learn_gives_the_same_edges():
-    pytest.importorskip("causallearn")
+    pytest.importorskip("causallearn", reason="needs causal-learn: pip install 'steerlib[graph]'")
     system = Layers((24, 24), 4000, dropout=0.3, rate=0.03)
     own = discover(system, method="independence", test=partial_correlation).graph.edges
     assert discover(system, method="independence").graph.edges == own

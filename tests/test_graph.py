@@ -105,3 +105,20 @@ def test_a_graph_over_latents_becomes_the_banks_in_units_of_its_concepts(tmp_pat
     opened.verify()
     with pytest.raises(BadBank, match="none of the bank's concepts"):
         bank.with_concepts([named], graph=made.graph).save_pretrained(tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        {"src": torch.tensor([0.0])},
+        {"weight": torch.tensor([1])},
+        {"weight": torch.ones(1, 1)},
+        {"n_verify": torch.tensor([0.5])},
+    ],
+    ids=str,
+)
+def test_columns_of_the_wrong_kind_are_refused(column):
+    sound = {"src": torch.tensor([0]), "dst": torch.tensor([1]), "weight": torch.tensor([1.0])}
+    assert len(sl.CausalGraph.from_tensors({**sound, "later": torch.ones(2, 2)}, ["a", "b"])) == 1
+    with pytest.raises(CorruptBank, match="columns of numbers"):
+        sl.CausalGraph.from_tensors({**sound, **column}, ["a", "b"])

@@ -153,7 +153,7 @@ def test_texts_come_from_lists_files_datasets_and_streams(tmp_path):
     said = ["the sun rises", "red tea"]
     (tmp_path / "a.txt").write_text("the sun rises\n\n\nred tea\n")
     (tmp_path / "b.jsonl").write_text("\n".join(json.dumps({"text": text, "n": 1}) for text in said))
-    datasets = pytest.importorskip("datasets")
+    datasets = pytest.importorskip("datasets", reason="needs datasets, of the extra dev")
     rows = datasets.Dataset.from_dict({"text": said, "other": ["a", "b"]})
     both = [tmp_path / "a.txt", tmp_path / "b.jsonl"]
     for source in (said, tmp_path / "a.txt", str(tmp_path / "b.jsonl"), rows, rows.to_iterable_dataset(), iter(said)):

@@ -61,7 +61,7 @@ def test_circuit_tracer_has_every_node_and_link_by_the_ids_it_expects(bank):
 
 
 def test_graphml_is_read_by_another_library(bank, tmp_path):
-    networkx = pytest.importorskip("networkx")
+    networkx = pytest.importorskip("networkx", reason="needs networkx, which comes with torch")
     (tmp_path / "toy.graphml").write_text(graphml(bank), encoding="utf-8")
     graph = networkx.read_graphml(tmp_path / "toy.graphml")
     assert graph.nodes["layers.3 0"]["label"] == EVIL and graph.nodes["layers.21 2"]["index"] == 2
@@ -108,10 +108,10 @@ def test_the_command_writes_what_the_ending_asks_for(bank, tmp_path, suffix):
 
 
 def test_the_page_can_be_clicked_through(bank, tmp_path):
-    playwright = pytest.importorskip("playwright.sync_api")
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright and a browser of its own")
     chromium = shutil.which("chromium")
     if chromium is None:
-        pytest.skip("no chromium")
+        pytest.skip("needs chromium on the path")
     path = tmp_path / "toy.html"
     path.write_text(page(bank), encoding="utf-8")
     with playwright.sync_playwright() as play:
