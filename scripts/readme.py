@@ -90,7 +90,9 @@ def unseen(records: Sequence[Mapping[str, Any]]) -> str:
         method = f"{record['method']} at {record['site']}"
         lines.append(f"| {record['concept']} | {method} | {cells} | {kl} | {found['steered']['specificity']:.2f} |")
     means = " | ".join(f"**{sum(column) / len(column):.2f}**" for column in zip(*ratios, strict=True))
-    return "\n".join([*lines, f"| mean | | {means} | | |"])
+    scorer = records[0]["scorer"]
+    said = f"The scorer names the concept of {scorer['accuracy']:.0%} of {scorer['texts']} texts that it never saw."
+    return "\n".join([*lines, f"| mean | | {means} | | |"]) + f"\n\n{said}"
 
 
 def bars(figures: Mapping[str, Any], scale: Mapping[str, Any]) -> str:

@@ -19,6 +19,12 @@ KEPT = ("concept", "label", "method", "site", "amount", "moved", "answers", "con
 """What is kept of each record."""
 
 
+def validity(test: sl.Recipe) -> dict[str, Any]:
+    """On how many texts it never saw the scorer names the concept; calling one ordinary is an error too."""
+    texts, concepts = test.read_held_out()
+    return {"scorer": {"accuracy": round(judge_for(test).accuracy(texts, concepts), 4), "texts": len(texts)}}
+
+
 def main(
     recipes: Annotated[Path, typer.Argument(help="a folder with recipe.toml and test/recipe.toml")] = RECIPES / "fresh",
     work: Annotated[Path, typer.Option(help="where a run that stops goes on")] = Path("out/unseen"),
@@ -30,12 +36,13 @@ def main(
     folder = work / recipe.digest[:16]
     sites = [f"layers.{layer}" for layer in layers_to_try(model, recipe)]
     studio, judge = Studio(model, tokenizer, recipe, sites, folder), judge_for(recipe)
+    scorer = validity(test)
     records: list[dict[str, Any]] = []
     for concept in recipe.concepts:
         bank = assemble(studio, {concept.name: choose(studio, judge, concept)})
         records += evaluate(model, tokenizer, bank, test, work=folder, concepts=[concept.name])
     (out or recipes / "measured.json").write_text(
-        json.dumps([{key: record[key] for key in KEPT} for record in records], indent=1, sort_keys=True) + "\n"
+        json.dumps([{key: record[key] for key in KEPT} | scorer for record in records], indent=1, sort_keys=True) + "\n"
     )
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..encoders import Sparse
 from ..errors import Unanswerable
-from .systems import Codes, Contexts, Do, Reading, System, csr, entries
+from .systems import Around, Codes, Contexts, Do, Reading, System, csr, entries
 
 Truth = Mapping[tuple[str, str], Codes]
 """For two levels, the effect of each latent of one on each of the other: change of the mean per unit of change."""
@@ -228,21 +228,15 @@ class Selection(System):
         return {name: Reading(z[contexts], z[contexts]) for name, z in self._levels.items()}
 
 
-class Imperfect(System):
+class Imperfect(Around):
     """A system read by a dictionary: each latent has a share of its neighbour mixed in, and misses some of its firings.
 
     What is done to a latent is done to the true one, by the difference: what was missed cannot be taken away.
     """
 
     def __init__(self, inner: System, *, mixing: float = 0.0, miss: float = 0.0, seed: int = 0):
-        self.inner, self.mixing, self.miss, self.seed = inner, mixing, miss, np.uint64(seed + 1_000_003)
-
-    @property
-    def levels(self) -> Mapping[str, int]:
-        return self.inner.levels
-
-    def __len__(self) -> int:
-        return len(self.inner)
+        super().__init__(inner)
+        self.mixing, self.miss, self.seed = mixing, miss, np.uint64(seed + 1_000_003)
 
     def run(self, contexts: Contexts, do: Mapping[str, Do] | None = None) -> Mapping[str, Reading]:
         seen: dict[str, Reading] = {}

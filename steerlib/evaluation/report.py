@@ -1,5 +1,6 @@
 """Measurements as tables and pictures; every figure comes from records that `steerlib eval` wrote."""
 
+import re
 from collections.abc import Mapping, Sequence
 from io import BytesIO
 from typing import Any
@@ -153,6 +154,7 @@ PROBES = {"latents": "latents", "channels": "channels", "control": "a random dic
 
 def latents_table(records: Mapping[str, Record]) -> str:
     """What was measured of encoders, by id, as Markdown: what they keep, and what their latents tell of attributes."""
+    records = {id: records[id] for id in sorted(records, key=_in_depth)}
     known = [name for name in COLUMNS if any(name in record for record in records.values())]
     rows = [[id, *(_figure(record.get(name)) for name in known)] for id, record in records.items()]
     said = KEPT.format(tokens=" and ".join(sorted({str(record["tokens"]) for record in records.values()})))
@@ -160,6 +162,11 @@ def latents_table(records: Mapping[str, Record]) -> str:
     parts.append(" ".join([said, *[STABLE] * ("stability" in known), *[MOVED] * ("moved" in known)]))
     probed = {id: record["probes"] for id, record in records.items() if "probes" in record}
     return "\n\n".join(parts + (_probes(probed) if probed else []))
+
+
+def _in_depth(id: str) -> list[tuple[int, str]]:
+    """Sorts `layers.7` before `layers.15`."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", id)]
 
 
 def _probes(probed: Mapping[str, Record]) -> list[str]:

@@ -111,17 +111,11 @@ def entries(z: Codes, values: NDArray[Any]) -> Codes:
     return made
 
 
-# -- controls ------------------------------------------------------------------------------------------------
+class Around(System):
+    """Another system with the same levels and contexts, seen or run in a way of one's own."""
 
-
-class Shuffled(System):
-    """The null: later levels are those of another context, in which the same was done with its own chance. No edge is true."""
-
-    def __init__(self, inner: System, seed: int = 0):
+    def __init__(self, inner: System):
         self.inner = inner
-        order = np.random.default_rng(seed).permutation(len(inner))
-        self._other = np.empty_like(order)
-        self._other[order] = np.roll(order, 1)
 
     @property
     def levels(self) -> Mapping[str, int]:
@@ -129,6 +123,19 @@ class Shuffled(System):
 
     def __len__(self) -> int:
         return len(self.inner)
+
+
+# -- controls ------------------------------------------------------------------------------------------------
+
+
+class Shuffled(Around):
+    """The null: later levels are those of another context, in which the same was done with its own chance. No edge is true."""
+
+    def __init__(self, inner: System, seed: int = 0):
+        super().__init__(inner)
+        order = np.random.default_rng(seed).permutation(len(inner))
+        self._other = np.empty_like(order)
+        self._other[order] = np.roll(order, 1)
 
     def run(self, contexts: Contexts, do: Mapping[str, Do] | None = None) -> Mapping[str, Reading]:
         first = next(iter(self.levels))
