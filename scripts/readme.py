@@ -1,6 +1,6 @@
 """Write the README's measured parts: `python scripts/readme.py`, with the files of whatever was measured anew.
 
-Runs the README's first example for the output; takes tables and picture of effects from the shipped bank, those of new
+Runs the README's first example for the output; takes tables of effects from the shipped bank, those of new
 concepts from what `unseen.py` wrote, the cost from `--out` of `bench_steering.py`, `bench_latents.py` and
 `bench_diffusion.py`, graphs from that of `bench_graph.py`, and the coverage from `coverage_table.py`.
 """
@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 import steerlib as sl
-from steerlib.evaluation.report import latents_table, picture, summary_table, table
+from steerlib.evaluation.report import latents_table, summary_table, table
 from steerlib.evaluation.text import chat, complete
 from steerlib.training.card import verified
 from steerlib.training.measure import GATED
@@ -138,7 +138,6 @@ def main(
         bank = sl.ConceptBank.from_pretrained("smollm2-135m-instruct")
         text, measured = put(text, "output", output(bank, recipe_of(bank, None).source)), records(bank)
         text = put(put(text, "effects", table(measured)), "methods", summary_table(measured))
-        (README.parent / ".assets" / "effects.png").write_bytes(picture(measured))
         sparse = sl.ConceptBank.from_pretrained("smollm2-135m-latents")
         text = put(text, "sparse", latents_table(sparse.provenance["quality"]).partition("\n\n")[0])
         text = put(text, "verified", verified(sparse, 8))

@@ -72,7 +72,7 @@ def for_hub(card: str, name: str, repo: str, base: str, license: str, concepts: 
     levers = [concept for concept in concepts if concept.present is None]
     lines = [f"| {_cell(c.name)} | {_cell(c.label)} | {_number(c.useful)} | {_range(c)} |" for c in levers[:100]]
     table = ["| concept | meaning | useful amount | safe range |\n|---|---|---|---|", *lines] if lines else []
-    edit = f"{{{levers[0].name!r}: {levers[0].useful or 1.0:+.2f}}}" if levers else '{"<encoder>/17": sl.Set(3.0)}'
+    edit = f"{{{levers[0].name!r}: {levers[0].useful or 1.0:+.2f}}}" if levers else '{"<encoder>/17": sl.Set(1.0)}'
     parts = [head, f"# {name}", example(repo, base or "<the model>", edit), "\n".join(table)]
     return "\n".join(f"{part}\n" for part in parts if part)
 

@@ -68,3 +68,20 @@ def test_the_example_runs_as_it_is():
     code = re.findall(r"```python\n(.*?)```", card_of(bank, SHIPPED), re.DOTALL)
     assert len(code) == 1
     exec(code[0].replace(bank.base.id, SOURCE).replace("=60", "=4"), {})
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("name", [SHIPPED, "smollm2-135m-latents"])
+def test_the_example_of_a_shipped_card_runs_as_it_is(name, real, monkeypatch):
+    monkeypatch.setattr(sl, "load", {SOURCE: real}.__getitem__)
+    code = re.findall(r"```python\n(.*?)```", sl.ConceptBank.from_pretrained(name).card, re.DOTALL)
+    assert len(code) == 1
+    exec(code[0].replace("=60", "=4"), {})
+
+
+def test_a_shipped_card_carries_its_own_figures_and_picture():
+    bank = sl.ConceptBank.from_pretrained(SHIPPED)
+    results = ModelCard(bank.card).data.eval_results
+    scores = {r.metric_type: r.metric_value for r in results if r.metric_type.endswith(": score")}
+    assert scores == {f"{c.name}: score": c.effects["conditions"]["steered"]["score"] for c in bank.concepts.values() if "conditions" in c.effects}
+    assert len(scores) == 12 and all(name in bank.card for name in bank.pictures) and bank.pictures

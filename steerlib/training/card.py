@@ -53,7 +53,7 @@ def latents_card(bank: ConceptBank, recipe: Recipe) -> str:
     parts = [
         front(recipe.name, recipe.base, recipe.license, [], {"tags": ["sae"]}).strip(),
         f"# {recipe.name}\n\n{recipe.description.strip()}",
-        example(recipe.name, recipe.source, f'{{"{first.name}": sl.Set(3.0)}}'),
+        example(recipe.name, recipe.source, f'{{"{first.name}": sl.Set(1.0)}}'),
         '`bank.find("music")` finds latents by label and meaning.',
         f"## What was measured\n\nOn documents that no encoder was trained on.\n\n{latents_table(bank.provenance['quality'])}",
         f"## Latents that do what their contexts say\n\nThe {SHOWN} whose tokens gained most in log-probability:\n\n"
