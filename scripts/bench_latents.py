@@ -44,6 +44,7 @@ def conditions(model: Any, latents: int) -> dict[str, Condition]:
     small, large = weights(4608, width), weights(latents, width)
     edits = {f"{SITE}/17": sl.Set(0.01, unit="raw")}
     ranked = bank_of(TopK(**large, k=K, threshold=1.0), width)
+    firing = bank_of(TopK(**{**large, "bias": 1e3 * (torch.arange(latents) == 17)}, k=K), width)
     chosen: dict[str, Condition] = {"plain": nullcontext, "plain again": nullcontext}
     for name, encoder in {
         "ReLU": ReLU(**small),
@@ -52,6 +53,7 @@ def conditions(model: Any, latents: int) -> dict[str, Condition]:
         chosen[name] = partial(sl.steer, model, bank_of(encoder, width), edits)
     chosen["TopK by threshold"] = lambda: sl.steer(model, ranked, edits, exact=False)
     chosen[f"TopK of {latents} latents, exact"] = lambda: sl.steer(model, ranked, edits)
+    chosen["the same, firing on every token"] = lambda: sl.steer(model, firing, edits)
     return chosen
 
 

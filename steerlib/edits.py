@@ -120,7 +120,7 @@ class Reading(NamedTuple):
 
     def of(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B N"]:
         """In units, float32."""
-        z = self.rows.reading(x) if self.crowd is None else self.crowd.encode(x)[..., [self.index]]
+        z = self.rows.reading(x) if self.crowd is None else self.crowd.readings(x, [self.index])
         return z[..., 0] / self.unit
 
 

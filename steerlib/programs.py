@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import masks
 from .edits import Edit, Kept, Key, Reading, Table
-from .encoders.base import fired, scale
+from .encoders.base import Encoder, fired, scale
 from .errors import ConflictingEdits, RowMismatch, Unanswerable, WrongWidth
 from .interventions import Patch
 from .replay import Replay
@@ -236,16 +236,16 @@ class Program:
         if not any(edit.crowd is not None or edit.heard is not None for edit in self.edits):
             return None
         known = x.new_full((*x.shape[:2], len(self.edits)), torch.nan, dtype=torch.float32)
-        codes: dict[int, Tensor] = {}
+        crowds: dict[Encoder, list[int]] = {}
         for k, edit in enumerate(self.edits):
             if edit.heard is not None:
                 if edit.heard not in state.notes:
                     raise Unanswerable(f"{edit.concept.name!r} is read at an earlier site, which this pass did not go through")
                 known[..., k] = state.notes[edit.heard]
             elif edit.crowd is not None:
-                if id(edit.crowd) not in codes:
-                    codes[id(edit.crowd)] = edit.crowd.encode(x)
-                known[..., k] = codes[id(edit.crowd)][..., edit.concept.index]
+                crowds.setdefault(edit.crowd, []).append(k)
+        for crowd, members in crowds.items():
+            known[..., members] = crowd.readings(x, [self.edits[k].concept.index for k in members])
         return known
 
     def _lengths(self, x: Tensor) -> Tensor | None:

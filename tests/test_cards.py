@@ -83,5 +83,9 @@ def test_a_shipped_card_carries_its_own_figures_and_picture():
     bank = sl.ConceptBank.from_pretrained(SHIPPED)
     results = ModelCard(bank.card).data.eval_results
     scores = {r.metric_type: r.metric_value for r in results if r.metric_type.endswith(": score")}
-    assert scores == {f"{c.name}: score": c.effects["conditions"]["steered"]["score"] for c in bank.concepts.values() if "conditions" in c.effects}
+    assert scores == {
+        f"{c.name}: score": c.effects["conditions"]["steered"]["score"]
+        for c in bank.concepts.values()
+        if "conditions" in c.effects
+    }
     assert len(scores) == 12 and all(name in bank.card for name in bank.pictures) and bank.pictures

@@ -161,6 +161,21 @@ def test_the_calibrated_threshold_keeps_k_on_average_and_counts_where_it_differs
     assert found.disagreement is not None and 0 < found.disagreement < 1 and torch.equal(found.encode(x), encoder.encode(x))
 
 
+@pytest.mark.parametrize("way", [*WAYS, {"rescaled": True}], ids=str)
+def test_some_latents_of_many_read_what_the_whole_code_says(way, monkeypatch):
+    """Copies of one another and of what they are compared with included; only tokens that might have them are encoded."""
+    many = tensors(n=200)
+    for i, j in ((150, 7), (8, 7), (9, 0), (10, 0)):
+        many["encoder"][i], many["bias"][i] = many["encoder"][j], many["bias"][j]
+    encoder, chosen = TopK(**many, k=3, **way), [7, 150, 0, 60, 199]
+    tokens = 3 * torch.randn(4, 500, D, generator=torch.Generator().manual_seed(4))
+    whole, encode, encoded = encoder.encode(tokens), encoder.encode, []
+    monkeypatch.setattr(encoder, "encode", lambda some: encoded.append(some) or encode(some))
+    torch.testing.assert_close(encoder.readings(tokens, chosen), whole[..., chosen])
+    seen = sum(map(len, encoded))
+    assert int((whole[..., chosen] > 0).any(-1).sum()) <= seen < 1000 and whole[..., chosen].any()
+
+
 def test_rescaled_latents_compete_by_what_they_write(x):
     """The same as an encoder whose decoder rows have length 1 and whose potentials are as many times longer."""
     t = tensors()

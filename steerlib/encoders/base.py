@@ -102,6 +102,10 @@ class Encoder(ABC):
     def encode(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch n"]:
         """Coordinates of activations, float32."""
 
+    def readings(self, x: Float[Tensor, "*batch D"], indices: Sequence[int]) -> Float[Tensor, "*batch K"]:
+        """Some of the coordinates."""
+        return self.encode(x)[..., list(indices)]
+
     @abstractmethod
     def decode(self, z: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch D"]:
         """The part of an activation that the coordinates describe."""

@@ -11,12 +11,17 @@ from ..errors import CorruptBank
 from .base import Rows, fired
 from .sparse import Sparse
 
+CROWD = 32
+"""How many times k latents are looked at before all are: few tokens have a latent among their k largest that is not."""
+PARTS = 8
+"""Sets of latents whose rows are kept at hand."""
+
 
 class TopK(Sparse):
     """`z = max(p, 0)` where p is among the token's k largest, else 0.
 
-    Latents compete, so reading one takes all. `calibrated` finds the threshold that keeps k on average, by which one latent
-    can be read alone, and notes on how many of its firings the two ways disagree.
+    Latents compete: what one reads depends on all. `calibrated` finds the threshold that keeps k on average, by which one can
+    be read alone, and notes on how many of its firings the two ways disagree.
     """
 
     kind: ClassVar[str] = "topk"
@@ -36,6 +41,7 @@ class TopK(Sparse):
         super().__init__(**others)
         if type(k) is not int or not 0 < k <= len(self.encoder):
             raise CorruptBank(f"expected 0 < k <= {len(self.encoder)} latents, got k={k!r}")
+        self._parts: dict[tuple[int, ...], TopK] = {}
 
     @classmethod
     def competes(cls, settings: Mapping[str, Any]) -> bool:  # noqa: ARG003
@@ -68,6 +74,31 @@ class TopK(Sparse):
             return found
         by = found.write.norm(dim=-1)
         return found._replace(read=found.read * by[:, None], bias=found.bias * by, write=found.write / by[:, None])
+
+    def readings(self, x: Float[Tensor, "*batch D"], indices: Sequence[int]) -> Float[Tensor, "*batch K"]:
+        """Some latents of the code, exactly. On a processor tokens are encoded only where they matter: where `k` of the first
+        latents already read more, or nothing is read, the answer is 0 whatever the others are."""
+        first = CROWD * self.k
+        if x.device.type != "cpu" or torch.compiler.is_compiling() or len(self.encoder) < 2 * first:
+            return super().readings(x, indices)
+        p = self._part((*range(first), *indices)).potential(x)
+        others, own = p[..., :first], p[..., first:]
+        out = torch.stack([(others > one[..., None]).sum(-1) >= self.k for one in own.unbind(-1)], -1) | (own <= 0)
+        z, open_ = torch.zeros_like(own), ~out.all(-1)
+        if open_.any():
+            z[open_] = self.encode(x[open_])[:, list(indices)]
+        return z
+
+    def _part(self, chosen: tuple[int, ...]) -> "TopK":
+        """Some latents as an encoder of their own, kept for the next tokens."""
+        if chosen not in self._parts:
+            if len(self._parts) == PARTS:
+                self._parts.clear()
+            tensors = {name: getattr(self, name)[list(chosen)].float() for name in self.tensors}
+            if self.decoder_bias is not None:
+                tensors["decoder_bias"] = self.decoder_bias
+            self._parts[chosen] = type(self)(**tensors, **self.settings)
+        return self._parts[chosen]
 
     def select(self, p: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
         return top(p, self.k)
