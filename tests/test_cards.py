@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -81,8 +82,9 @@ def test_the_example_of_a_shipped_card_runs_as_it_is(name, real, monkeypatch):
 
 def test_a_shipped_card_carries_its_own_figures_and_picture():
     bank = sl.ConceptBank.from_pretrained(SHIPPED)
-    results = ModelCard(bank.card).data.eval_results
-    scores = {r.metric_type: r.metric_value for r in results if r.metric_type.endswith(": score")}
+    results: Any = ModelCard(bank.card).data.to_dict()["model-index"][0]["results"]
+    measured = {result["metrics"][0]["type"]: result["metrics"][0]["value"] for result in results}
+    scores = {name: value for name, value in measured.items() if name.endswith(": score")}
     assert scores == {
         f"{c.name}: score": c.effects["conditions"]["steered"]["score"]
         for c in bank.concepts.values()
