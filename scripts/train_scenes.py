@@ -57,7 +57,9 @@ def main(
     recipe = PaintingRecipe(**{field.name: given[field.name] for field in fields(PaintingRecipe) if field.name in given})
     pipe: Any = pipeline(size, seed=seed)
     if accelerator.device.type == "cpu":
-        pipe.unet.set_attn_processor(AttnProcessor())  # backwards in half precision, torch's own takes ten times as long
+        # backwards in half precision, torch's own attention takes ten times as long
+        pipe.unet.set_attn_processor(AttnProcessor())
+        pipe.text_encoder.set_attn_implementation("eager")
     judge = judges.load("scenes")
     looks: dict[str, Any] = {"look_every": look_every, "look_at": look_at, "looked": plot}
     paint(pipe, recipe, folder, judge, accelerator=accelerator, goal=goal, **looks)

@@ -83,7 +83,7 @@ def test_the_example_of_a_shipped_card_runs_as_it_is(name, real, monkeypatch):
 def test_a_shipped_card_carries_its_own_figures_and_picture():
     bank = sl.ConceptBank.from_pretrained(SHIPPED)
     results: Any = ModelCard(bank.card).data.to_dict()["model-index"][0]["results"]
-    measured = {result["metrics"][0]["type"]: result["metrics"][0]["value"] for result in results}
+    measured = {metric["type"]: metric["value"] for result in results for metric in result["metrics"]}
     scores = {name: value for name, value in measured.items() if name.endswith(": score")}
     assert scores == {
         f"{c.name}: score": c.effects["conditions"]["steered"]["score"]
