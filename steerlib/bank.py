@@ -7,10 +7,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import cards, hub, layout, signature, trust
 from .concepts import Concept, printable
@@ -18,8 +17,9 @@ from .encoders import KINDS, Directions, Encoder, Rows
 from .encoders.sparse import STATISTICS
 from .errors import BadBank, CorruptBank, UnknownConcept, WrongModel, WrongWidth, nearest
 from .graph import CausalGraph
-from .hosts import Host, host_for
+from .hosts import Host, digest_of, host_for
 from .manifest import BaseModel, EncoderFacts, Manifest, SiteFacts
+from .schedules import Window
 from .search import ranked
 
 
@@ -36,15 +36,18 @@ class ConceptBank:
         sites: Mapping[str, SiteFacts],
         where: Mapping[str, str] | None = None,
         reads: Mapping[str, str] | None = None,
+        levels: Mapping[str, Window] | None = None,
         graph: CausalGraph | None = None,
         card: str = "",
         license: str = "",
         provenance: Mapping[str, Any] | None = None,
     ):
         """`where` maps encoder ids to site names (default: the id up to `@` or `#`), `reads` those of transcoders to where they
-        read. Every row of an encoder is a concept, named `encoder/index`; `concepts` are those of which more is known."""
+        read, `levels` what follows `@` in ids to when concepts are moved by default. Every row of an encoder is a concept,
+        named `encoder/index`; `concepts` are those of which more is known."""
         self.name, self.base, self.sites, self.card, self.license = name, base, dict(sites), card, license
         self.graph, self.provenance = graph or CausalGraph(), dict(provenance or {})
+        self.levels = dict(levels or {})
         self.pictures: dict[str, bytes] = {}
         """PNG files that the card shows, by name."""
         self.extra: dict[str, Any] = {}
@@ -153,6 +156,10 @@ class ConceptBank:
         facts = self.encoders[concept.encoder]
         return facts.reads or facts.site
 
+    def window_of(self, concept: Concept) -> Window | None:
+        """When a concept is moved unless an edit says otherwise: near its noise level, if it has one."""
+        return self.levels.get(concept.encoder.partition("@")[2].partition("#")[0])
+
     def competes(self, concept: Concept) -> bool:
         """Whether what a concept reads depends on the others of its encoder."""
         facts = self.encoders[concept.encoder]
@@ -225,7 +232,7 @@ class ConceptBank:
                     f"bank {self.name!r} was made for {self.base.id or 'a model'} with {key}={expected!r}, this model has "
                     f"{found.get(key)!r}; load {self.base.id or 'that model'}, or train a bank for this one"
                 )
-        if self.base.weights is None or (digest := _digest(host)) is None or digest == self.base.weights:
+        if self.base.weights is None or (digest := digest_of(host)) is None or digest == self.base.weights:
             return ""
         return (
             f"bank {self.name!r} was measured on other weights of {self.base.id or 'this architecture'}; "
@@ -337,6 +344,7 @@ class ConceptBank:
             {},
             base=manifest.base,
             sites=manifest.sites,
+            levels=manifest.levels,
             license=manifest.license,
             provenance=manifest.provenance,
         )
@@ -380,6 +388,7 @@ class ConceptBank:
             base=self.base,
             sites=self.sites,
             encoders=self.encoders,
+            levels=self.levels,
             license=self.license,
             provenance=self.provenance,
             extra=self.extra,
@@ -420,6 +429,7 @@ class ConceptBank:
             sites=self.sites,
             where={id: facts.site for id, facts in self.encoders.items()},
             reads={id: facts.reads for id, facts in self.encoders.items()},
+            levels=self.levels,
             graph=self.graph if graph is None else graph,
             card=self.card if card is None else card,
             license=self.license,
@@ -435,12 +445,3 @@ def _made(kind: type[Encoder], make: Callable[[], Any]) -> Any:
         return make()
     except (ArithmeticError, AttributeError, LookupError, TypeError, RuntimeError) as error:
         raise CorruptBank(f"an encoder of kind {kind.kind!r} is not made of this: {error!s:.200}") from None
-
-
-_DIGESTS: WeakKeyDictionary[nn.Module, str | None] = WeakKeyDictionary()
-
-
-def _digest(host: Host) -> str | None:
-    if host.model not in _DIGESTS:
-        _DIGESTS[host.model] = host.weights_digest()
-    return _DIGESTS[host.model]

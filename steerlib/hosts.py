@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import nn
 
@@ -104,6 +105,16 @@ def host_for(target: object) -> Host:
         f"expected a transformers model, a diffusers pipeline or any torch.nn.Module, got {type(target).__name__}; "
         f"hosts: {', '.join(HOSTS)}"
     )
+
+
+_DIGESTS: WeakKeyDictionary[nn.Module, str | None] = WeakKeyDictionary()
+
+
+def digest_of(host: Host) -> str | None:
+    """The host's `weights_digest`, computed once for a model."""
+    if host.model not in _DIGESTS:
+        _DIGESTS[host.model] = host.weights_digest()
+    return _DIGESTS[host.model]
 
 
 def load(source: str, **kwargs: Any) -> tuple[nn.Module, Any]:

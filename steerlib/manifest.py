@@ -13,6 +13,7 @@ from typing import Any
 from .encoders import KINDS
 from .errors import CorruptBank, UnknownFormat
 from .hosts import host_for
+from .schedules import Window
 from .trust import checked_files, checked_name, strict_json
 
 FORMAT = 1
@@ -77,6 +78,8 @@ class Manifest:
     base: BaseModel
     sites: Mapping[str, SiteFacts]
     encoders: Mapping[str, EncoderFacts]
+    levels: Mapping[str, Window] = field(default_factory=dict)
+    """When concepts of a noise level, which follows `@` in their encoder's id, are moved unless an edit says otherwise."""
     files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Size, SHA-256 and hashes of groups of blocks of every other file."""
     license: str = ""
@@ -93,19 +96,20 @@ class Manifest:
             raise UnknownFormat(
                 f"expected bank format {FORMAT}, got {version!r:.100}; update steerlib or export the bank again"
             )
-        known = {"format", "name", "base_model", "sites", "encoders", "license", "provenance", "files"}
+        known = {"format", "name", "base_model", "sites", "encoders", "levels", "license", "provenance", "files"}
         try:
             manifest = cls(
                 name=values["name"],
                 base=BaseModel(**values["base_model"]),
                 sites={name: SiteFacts(**facts) for name, facts in values["sites"].items()},
                 encoders={id: EncoderFacts(**facts) for id, facts in values["encoders"].items()},
+                levels={name: Window(float(a), float(b)) for name, (a, b) in values.get("levels", {}).items()},
                 files=checked_files(values["files"]),
                 license=values.get("license", ""),
                 provenance=values.get("provenance", {}),
                 extra={key: value for key, value in values.items() if key not in known},
             )
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CorruptBank(f"bank.json lacks or misspells a field: {error!s:.200}") from None
         manifest._check()
         return manifest
@@ -141,6 +145,7 @@ class Manifest:
             "base_model": asdict(self.base),
             "sites": {name: asdict(facts) for name, facts in self.sites.items()},
             "encoders": {id: facts.to_dict() for id, facts in self.encoders.items()},
+            **({"levels": {name: [w.start, w.stop] for name, w in self.levels.items()}} if self.levels else {}),
             "license": self.license,
             "provenance": self.provenance,
             "files": self.files,

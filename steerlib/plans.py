@@ -123,6 +123,8 @@ def _edit(
     options: Options,
     scope: object,
 ) -> Edit:
+    if intervention.when is None:
+        intervention = replace(intervention, when=bank.window_of(concept))
     when = intervention.when
     if when is not None and when.clock == "progress" and not host.has_progress:
         raise Unanswerable(

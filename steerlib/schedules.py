@@ -4,10 +4,11 @@
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from copy import copy
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from math import inf, isfinite
 from typing import Any, Literal, NamedTuple
 
@@ -238,6 +239,12 @@ class Window(Schedule):
 
     def numbers(self) -> tuple[float, float, float, float, float]:
         return self.start, inf if self.stop == 1 else self.stop, 1.0, 1.0, 0.0
+
+
+def windows(moments: Sequence[float]) -> list[Window]:
+    """For each of some moments of progress, in rising order, the span that lies nearest to it."""
+    ends = [0.0, *(sum(pair) / 2 for pair in pairwise(moments)), 1.0]
+    return [Window(*span) for span in pairwise(ends)]
 
 
 @dataclass(frozen=True)

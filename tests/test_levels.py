@@ -1,0 +1,83 @@
+"""Banks with noise levels: concepts are moved near their own level unless an edit says otherwise."""
+
+import json
+from functools import cache
+
+import pytest
+import torch
+from tiny_pipelines import PIPELINES, run
+
+import steerlib as sl
+from steerlib.encoders import Directions
+from steerlib.errors import CorruptBank
+from steerlib.manifest import SiteFacts
+from steerlib.schedules import windows
+
+SITE, LEVELS = "unet.mid_block.attentions.0", ("899", "500", "100")
+SPANS = {"899": (0.0, 0.3005), "500": (0.3005, 0.7), "100": (0.7, 1.0)}
+
+
+def test_windows_meet_half_way_between_levels():
+    assert windows([0.25]) == [sl.Window()]
+    found = windows([1 - int(level) / 1000 for level in LEVELS])
+    assert [(w.start, w.stop) for w in found] == [pytest.approx(span) for span in SPANS.values()]
+
+
+@cache
+def parts():
+    pipe = PIPELINES["sd1"].build()
+    with sl.record(pipe, [SITE]) as tape:
+        run(pipe, steps=1)
+    width = tape[SITE][0][1].shape[-1]
+    rows = torch.randn(3, width, generator=torch.Generator().manual_seed(1))
+    encoders = {f"{SITE}@{level}": Directions(row[None]) for level, row in zip(LEVELS, rows, strict=True)}
+    names = dict(zip(("early", "middle", "late"), encoders, strict=True))
+    concepts = [sl.Concept(name=name, encoder=id, index=0) for name, id in names.items()]
+    spans = dict(zip(LEVELS, windows([0.101, 0.5, 0.9]), strict=True))
+    base = sl.ConceptBank.from_directions({"a": rows[0]}, site=SITE, base=pipe).base
+    return pipe, sl.ConceptBank("levels", concepts, encoders, base=base, sites={SITE: SiteFacts(width=width)}, levels=spans)
+
+
+def moved(edits):
+    """Progress of the passes that edits change at their site."""
+    pipe, bank = parts()
+    with sl.record(pipe, [SITE]) as plain:
+        run(pipe, steps=10)
+    with sl.steer(pipe, bank, edits), sl.record(pipe, [SITE]) as tape:
+        run(pipe, steps=10)
+    return [float(state.progress) for (state, x), (_, y) in zip(tape[SITE], plain[SITE], strict=True) if not torch.equal(x, y)]
+
+
+def test_a_concept_is_moved_in_the_window_of_its_level():
+    found = moved({"late": 5.0})
+    assert found and min(found) >= 0.7
+    early = moved({"early": 5.0})
+    assert min(early) < 0.1  # what is changed early stays changed
+
+
+def test_an_edit_that_says_when_is_obeyed():
+    assert min(moved({"late": sl.Add(5.0, when=sl.Window())})) < 0.1
+
+
+def test_the_middle_level_and_its_window_given_by_hand_are_the_same():
+    pipe, bank = parts()
+    with sl.steer(pipe, bank, {"middle": 5.0}):
+        default = run(pipe, steps=10)
+    with sl.steer(pipe, bank, {"middle": sl.Add(5.0, when=bank.levels["500"])}):
+        by_hand = run(pipe, steps=10)
+    assert torch.equal(default, by_hand) and not torch.equal(default, run(pipe, steps=10))
+
+
+def test_levels_come_back_from_a_folder(tmp_path):
+    bank = parts()[1]
+    opened = sl.ConceptBank.from_pretrained(bank.save_pretrained(tmp_path / "bank"))
+    assert opened.levels == bank.levels and opened.window_of(opened["late"]) == bank.levels["100"]
+    assert opened.with_concepts(list(opened.concepts.values())).levels == bank.levels
+
+
+@pytest.mark.parametrize("levels", [{"1": [0.5, 0.2]}, {"1": [0.1]}, {"1": ["a", "b"]}, {"1": 3}, [1], {"1": [0.0, 2.0]}])
+def test_levels_that_are_no_spans_are_refused(tmp_path, levels):
+    path = parts()[1].save_pretrained(tmp_path / "bank") / "bank.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"levels": levels}))
+    with pytest.raises(CorruptBank):
+        sl.ConceptBank.from_pretrained(tmp_path / "bank")
