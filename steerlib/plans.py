@@ -20,7 +20,7 @@ from .hosts import Host
 from .interventions import Ablate, Add, Clamp, Intervention, Patch, Rule, Set
 from .masks import Word
 from .programs import Program
-from .schedules import Branch
+from .schedules import Branch, Within
 from .sites import Site
 
 Edits = Mapping[str, float | Sequence[float] | Intervention]
@@ -63,7 +63,11 @@ def resolve(bank: ConceptBank, host: Host, edits: Edits, options: Options) -> Pl
     if len({concept.id for concept in chosen.values()}) < len(chosen):
         raise ConflictingEdits(f"one concept is named twice among {', '.join(map(repr, chosen))}")
     scope = object()
-    made = [_edit(bank, host, place, wanted[name], options, scope) for name in wanted for place in chosen[name].places]
+    made = [
+        _edit(bank, host, place, wanted[name], options, scope, len({*map(bank.window_of, concept.places)}) > 1)
+        for name, concept in chosen.items()
+        for place in concept.places
+    ]
     for edit in made:
         notices += [(text, OutOfRange) for text in _beyond(edit, options)]
     made += _held(bank, host, chosen.values(), options)
@@ -122,9 +126,11 @@ def _edit(
     intervention: Intervention,
     options: Options,
     scope: object,
+    has_levels: bool = False,
 ) -> Edit:
-    if intervention.when is None:
-        intervention = replace(intervention, when=bank.window_of(concept))
+    """`has_levels`: whether the concept is moved at several noise levels, each in its own window."""
+    if (window := bank.window_of(concept)) is not None and (intervention.when is None or has_levels):
+        intervention = replace(intervention, when=Within(intervention.when, window) if intervention.when else window)
     when = intervention.when
     if when is not None and when.clock == "progress" and not host.has_progress:
         raise Unanswerable(
@@ -189,6 +195,14 @@ def _gates(bank: ConceptBank, concept: Concept, intervention: Intervention) -> t
     """The gate stored with the concept, which is a part of it, and the edit's own; "open" lifts the stored one."""
     given = intervention.gate
     return tuple(_bounded(bank, gate) for gate in (None if given == "open" else concept.gate, given) if isinstance(gate, Gate))
+
+
+def gate_at(bank: ConceptBank, gate: Gate, moved: Concept) -> Concept:
+    """Where a gate is read for an edit: at the very place of the edit, if its concept has a part there."""
+    concept = bank[gate.concept]
+    return next(
+        (place for place in concept.places if place.encoder.partition("#")[0] == moved.encoder.partition("#")[0]), concept
+    )
 
 
 def _bounded(bank: ConceptBank, gate: Gate) -> Gate:
@@ -322,7 +336,7 @@ def _readings(bank: ConceptBank, made: Sequence[Edit], options: Options) -> dict
         found[site] = [Kept(("kept", site))]
     for edit in made:
         asked: list[tuple[Key, Concept, float]] = [
-            (("gate", edit.key, gate), bank[gate.concept], bank[gate.concept].unit) for gate in edit.gates
+            (("gate", edit.key, gate), place := gate_at(bank, gate, edit.concept), place.unit) for gate in edit.gates
         ]
         if edit.heard is not None:
             asked.append((edit.heard, edit.concept, 1.0))
@@ -352,7 +366,7 @@ def _check_order(bank: ConceptBank, host: Host, made: Sequence[Edit]) -> None:
                     "an attention of an earlier block"
                 )
         for gate in edit.gates:
-            read = host.site(bank.read_at(bank[gate.concept]))
+            read = host.site(bank.read_at(gate_at(bank, gate, edit.concept)))
             if host.order(read) > host.order(moved) or host.clocks(read) != host.clocks(moved):
                 raise Unanswerable(
                     f"the gate on {gate.concept!r} is read at {read.name!r}, after {edit.concept.name!r} is edited at "

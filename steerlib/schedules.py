@@ -304,6 +304,27 @@ class Ramp(Schedule):
         return self.over.start, float(self.over.stop or 0), self.first, self.last, 1.0
 
 
+@dataclass(frozen=True)
+class Within(Schedule):
+    """Another schedule, and nothing outside a window: what an edit's own `when` means at each level of a concept of several."""
+
+    inner: Schedule
+    window: Window
+
+    @property
+    def clock(self) -> str:  # type: ignore[override]
+        return self.inner.clock
+
+    def numbers(self) -> tuple[float, float, float, float, float]:
+        return self.inner.numbers()
+
+    def weigh(self, state: StepState) -> Float[Tensor, "rows N"]:
+        start, stop, *_ = self.window.numbers()
+        progress = torch.as_tensor(state.progress, dtype=torch.float32).reshape(1, 1)
+        inside = ((progress >= start) & (progress < stop)).float()
+        return inside if (own := self.inner.weigh(state)) is None else inside.to(own.device) * own
+
+
 def gain(moment: Tensor, numbers: Tensor) -> Tensor:
     """Share of each of `K` edits: `moment[..., K]` or `[..., 1]`, `numbers[K, 5]` -> `[..., K]`."""
     start, stop, first, last, ramp = numbers.unbind(-1)

@@ -23,7 +23,7 @@ from .interventions import Patch
 from .plans import Do, Edits, Options, plan_for
 from .programs import Program, why_not
 from .reports import Line, Report
-from .schedules import Branch, PerStep, StepState
+from .schedules import Branch, PerStep, StepState, Within
 from .sites import Site
 
 
@@ -332,12 +332,13 @@ def _fill(socket: Socket, programs: Sequence[Program], blind: bool) -> None:
                 or edit.held
                 or edit.forecast
                 or isinstance(i, Patch)
-                or isinstance(i.when, PerStep)
+                or isinstance(i.when, PerStep | Within)
                 or edit.keeps_norm
             ):
                 raise Unanswerable(
-                    f"{edit.concept.name!r}: gates, PerStep, match_norm, keep_norm, masks, branches, patches, do='hold' and "
-                    "'graph' need Python at every pass, which a compiled model leaves out; use them on one that is not compiled"
+                    f"{edit.concept.name!r}: gates, PerStep, when= at several levels, match_norm, keep_norm, masks, branches, "
+                    "patches, do='hold' and 'graph' need Python at every pass, which a compiled model leaves out; use them "
+                    "on one that is not compiled"
                 )
             if blind and i.when is not None and i.when.clock == "steps":
                 raise Unanswerable(

@@ -68,6 +68,28 @@ def test_the_middle_level_and_its_window_given_by_hand_are_the_same():
     assert torch.equal(default, by_hand) and not torch.equal(default, run(pipe, steps=10))
 
 
+def test_a_concept_of_several_levels_moves_each_in_its_own_window():
+    pipe, bank = parts()
+    first, *others = (bank[name] for name in ("early", "middle", "late"))
+    whole = sl.Concept(
+        name="whole", encoder=first.encoder, index=0, parts=tuple(sl.Part(encoder=c.encoder, index=0, unit=1.0) for c in others)
+    )
+    bank = bank.with_concepts([*bank.concepts.values(), whole])
+
+    def made(edits):
+        with sl.steer(pipe, bank, edits):
+            return run(pipe, steps=10)
+
+    each = made({"early": 2.0, "middle": 2.0, "late": 2.0})
+    assert torch.equal(made({"whole": 2.0}), each) and torch.equal(made({"whole": sl.Add(2.0, when=sl.Window())}), each)
+    assert torch.equal(
+        made({"whole": sl.Add(2.0, when=sl.Window(0.5, 1.0))}),
+        made({"middle": sl.Add(2.0, when=sl.Window(0.5, 0.7)), "late": 2.0}),
+    )
+    steps = made({"whole": sl.Add(2.0, when=sl.PerStep((1.0, 1.0, 0.0)))})
+    assert torch.equal(steps, made({"early": sl.Add(2.0, when=sl.Steps(0, 2))}))
+
+
 def test_levels_come_back_from_a_folder(tmp_path):
     bank = parts()[1]
     opened = sl.ConceptBank.from_pretrained(bank.save_pretrained(tmp_path / "bank"))

@@ -125,6 +125,7 @@ COLUMNS = {
     "l0": "L0",
     "dead": "dead",
     "dense": "dense",
+    "used": "dictionary in use",
     "recovered": "loss recovered",
     "control_recovered": "… by a random dictionary",
     "kl": "KL, nats/token",

@@ -68,6 +68,21 @@ def latents_card(bank: ConceptBank, recipe: Recipe) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
+def pictures_card(bank: ConceptBank, description: str) -> str:
+    """The card of a bank of latents by noise level, from what was measured of each encoder."""
+    best = sorted(bank.concepts.values(), key=lambda concept: -concept.effects["correlation"])[:SHOWN]
+    rows = [f"| {c.name} | {c.label} | {c.effects['correlation']:.2f} | {c.effects['frequency']:.2%} |" for c in best]
+    parts = [
+        front(bank.name, bank.base.id, bank.license, [], {"tags": ["sae", "diffusers"]}).strip(),
+        f"# {bank.name}\n\n{description.strip()}",
+        f"## What was measured\n\nOn pictures that no encoder was trained on.\n\n{latents_table(bank.provenance['quality'])}",
+        "## Latents and the words they go with most\n\n| latent | word | correlation over pictures | fires on |\n"
+        + "|---|---|---|---|\n"
+        + "\n".join(rows),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
 SHOWN = 30
 """Verified latents that the card shows."""
 

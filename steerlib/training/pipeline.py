@@ -24,6 +24,7 @@ from .latents import train_latents
 from .levers import Lever, TokenGate
 from .measure import ANSWERING, measure
 from .methods import METHODS
+from .pictures import train_pictures
 from .recipe import ConceptRecipe, Recipe
 from .studio import PRESENT, Detector, Studio, remembered
 
@@ -34,17 +35,21 @@ FEW = 8
 def train(target: Any, recipe: Recipe, *, tokenizer: Any = None, work: str | os.PathLike[str] | None = None) -> ConceptBank:
     """Make a bank for a model: read, fit, choose by measured effect, calibrate, evaluate.
 
-    `target` is a language model, or None to load `recipe.source`. `work` keeps what each stage made; with the same
-    recipe a second run goes on from there. Raises `BadRecipe` before any model is loaded if the recipe cannot work.
+    `target` is a language model, a diffusers pipeline for a recipe with levels, or None to load `recipe.source`. `work` keeps
+    what each stage made; with the same recipe a second run goes on from there. Raises `BadRecipe` before any model is loaded
+    if the recipe cannot work.
     """
     recipe.check()
     tried = {method for methods in (recipe.methods, *(concept.methods for concept in recipe.concepts)) for method in methods}
     if unknown := sorted(tried - set(METHODS)):
         raise BadRecipe(f"unknown methods {', '.join(unknown)}; known are {', '.join(METHODS)}")
+    folder = _work_folder(work, recipe)
+    if recipe.has_levels:
+        pipe = load(recipe.source)[0].to(best_device()) if target is None else target
+        return _in_folder(folder, lambda place: train_pictures(pipe, recipe, place))
     if target is None or tokenizer is None:
         loaded, tokenizer = load(recipe.source)
         target = loaded.to(best_device()) if target is None else target
-    folder = _work_folder(work, recipe)
     if recipe.encoders:
         return _in_folder(folder, lambda place: train_latents(target, tokenizer, recipe, place))
     sites = [f"layers.{layer}" for layer in layers_to_try(target, recipe)]

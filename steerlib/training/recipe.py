@@ -57,6 +57,8 @@ class SiteEncoder:
 
     site: str
     recipe: EncoderRecipe
+    level: int | None = None
+    """Of a diffusion model: the timestep at whose noise it reads, and around which its latents are moved."""
     name: str = ""
     """Tells encoders of one site apart."""
     reads: str = ""
@@ -69,7 +71,8 @@ class SiteEncoder:
     @property
     def id(self) -> str:
         """What the bank calls it."""
-        return f"{self.site}#{self.name}" if self.name else self.site
+        level = "" if self.level is None else f"@{self.level}"
+        return f"{self.site}{level}#{self.name}" if self.name else f"{self.site}{level}"
 
     def check(self) -> None:
         """Raise `BadRecipe` for what cannot work."""
@@ -78,6 +81,8 @@ class SiteEncoder:
             raise BadRecipe(
                 f"{self.id!r}: expected seeds of 1 or more and verify of 0 or more, got {self.seeds}, {self.verify}"
             )
+        if self.level is not None and (self.level < 0 or self.reads):
+            raise BadRecipe(f"{self.id!r}: expected a timestep from 0 up, and no reads beside it, got {self.level}")
         if self.reads and self.recipe.kind not in TRANSCODING:
             raise BadRecipe(f"{self.id!r}: expected a transcoder of {', '.join(TRANSCODING)}, got {self.recipe.kind!r}")
         if self.recipe.skip and not self.reads:
@@ -195,11 +200,18 @@ class Recipe:
             made.check()
         if min(self.tokens, self.epochs) < 1 or not self.corpus:
             raise BadRecipe("expected a corpus for encoders, and positive numbers of tokens and epochs")
+        if self.has_levels and not all(made.level is not None for made in self.encoders):
+            raise BadRecipe("expected a level for every encoder of a diffusion model, or for none of a language model")
         for name, sides in self.read_attributes().items():
             if min(map(len, sides)) < LEAST:
                 raise BadRecipe(
                     f"{name}: expected {LEAST} texts or more of each label, got {len(sides[0])} and {len(sides[1])}"
                 )
+
+    @property
+    def has_levels(self) -> bool:
+        """Whether it is for a diffusion model."""
+        return any(made.level is not None for made in self.encoders)
 
     @property
     def encoder_sites(self) -> list[str]:

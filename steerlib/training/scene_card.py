@@ -1,0 +1,141 @@
+"""The card of the scenes bank, and its pictures: every figure comes from the bank."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from ..bank import ConceptBank
+from ..cards import front
+from ..concepts import Concept
+from ..evaluation import image, places
+from ..evaluation.report import latents_table
+from .scene_effects import TESTED, WINDOWS, Comparison, Studio, edit_of
+
+METHODS = ("prompt", "lever", "difference of means there", "one latent", "a few latents", "random latents",
+           "random directions", "replaced where detected")  # fmt: skip
+EXAMPLE = """```python
+from diffusers import DiffusionPipeline
+import steerlib as sl
+
+folder = sl.ConceptBank.from_pretrained("scenes-32").folder / "pipeline"
+pipe = DiffusionPipeline.from_pretrained(folder)
+bank = sl.ConceptBank.from_pretrained("scenes-32")
+with sl.steer(pipe, bank, {"sunset": sl.Set(2.5)}, branch="cond"):
+    pipe("a red square on grass by day").images[0]
+```"""
+
+
+def scene_card(bank: ConceptBank, description: str) -> str:
+    """In Markdown, with model-card metadata."""
+    found = bank.provenance
+    parts = [
+        front(bank.name, bank.base.id, bank.license, [], {"tags": ["sae", "diffusers"]}).strip(),
+        f"# {bank.name}\n\n{description.strip()}",
+        EXAMPLE,
+        f"## The levers\n\n{LEVERS}\n\n{levers_table(levers(bank))}",
+        f"## Beside other methods\n\n{COMPARED}\n\n{methods_table(found['methods'])}\n\n![Methods and factors](methods.png)",
+        f"## When\n\n{WHEN}\n\n{windows_table(found['windows'])}\n\n![Strengths and windows](windows.png)",
+        f"## Encoders\n\nOn pictures that no encoder was trained on.\n\n{latents_table(found['quality'])}",
+        f"## Latents\n\n{LATENTS}\n\n{latents_of(bank)}",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+LEVERS = """*Effect* is the share of scenes (of objects, where the lever is one of objects) that show the value afterwards, of
+scenes that could and did not; *kept* the share of all other factors, but those that follow, that read as before; *follow* the
+share of followers that read as in the true counterfactual; *outside* the change of pixels where neither the scene nor its
+counterfactual shows the factor, over that where one does; *realism* the sliced Wasserstein distance to true counterfactuals,
+over that of the unsteered pictures. Edits were chosen on other scenes, and leave the prompt as it is."""
+COMPARED = """One value of each factor, every method at the best of its doses on other scenes; in each cell effect / kept.
+*There* is the difference of means at the very site and level of the latent. *Replaced where detected*: activations of a run
+with the other prompt, at one site."""
+WHEN = """The effect of each lever, at its own dose, where it acts in one window of noise alone."""
+LATENTS = """Latents that correlate with a cause by 0.25 or more over tokens are named after it. *Overlap* is the intersection
+over union of where a latent fires and where the true mask shows the cause."""
+
+
+def levers(bank: ConceptBank) -> list[Concept]:
+    """Those of which an effect was measured."""
+    return [concept for concept in bank.concepts.values() if "passes" in concept.effects]
+
+
+def levers_table(found: Sequence[Concept]) -> str:
+    """What every lever does, as Markdown."""
+    lines = ["| lever | edit | effect | kept | least kept | follow | outside | realism |", "|" + "---|" * 8]
+    for concept in found:
+        e = concept.effects
+        follow = f"{e['propagation']:.2f}" if "propagation" in e else ""
+        lines.append(
+            f"| {concept.label} | {e['edit']}({e['amount']:g}) | {e['effectiveness']:.2f} | {e['preservation']:.3f} "
+            f"| {e['least']} | {follow} | {e['outside']:.2f} | {e['realism']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def methods_table(found: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
+    """Effect and what is kept, by method and factor; the last column is the mean effect."""
+    names = [name for name in METHODS if any(name in methods for methods in found.values())]
+    lines = ["| | " + " | ".join(found) + " | mean effect |", "|" + "---|" * (len(found) + 2)]
+    for name in names:
+        cells = [methods.get(name) for methods in found.values()]
+        mean = np.mean([cell["effectiveness"] for cell in cells if cell])
+        shown = [f"{cell['effectiveness']:.2f} / {cell['preservation']:.2f}" if cell else "" for cell in cells]
+        lines.append(f"| {name} | " + " | ".join(shown) + f" | **{mean:.2f}** |")
+    return "\n".join(lines)
+
+
+def windows_table(found: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
+    """Effect by factor and window."""
+    lines = ["| | " + " | ".join(WINDOWS) + " |", "|" + "---|" * (len(WINDOWS) + 1)]
+    for factor, windows in found.items():
+        lines.append(f"| {factor} | " + " | ".join(f"{windows[name]['effectiveness']:.2f}" for name in WINDOWS) + " |")
+    return "\n".join(lines)
+
+
+def latents_of(bank: ConceptBank) -> str:
+    """For each cause the latent that goes with it most."""
+    best: dict[str, Concept] = {}
+    for concept in bank.concepts.values():
+        known = best.get(concept.label)
+        if not concept.label or "correlation" not in concept.effects:
+            continue
+        if known is None or concept.effects["correlation"] > known.effects["correlation"]:
+            best[concept.label] = concept
+    lines = ["| cause | latent | correlation | overlap |", "|---|---|---|---|"]
+    for label, concept in sorted(best.items()):
+        e = concept.effects
+        lines.append(f"| {label} | {concept.name} | {e['correlation']:.2f} | {e['overlap']:.2f} |")
+    return "\n".join(lines)
+
+
+# -- pictures ----------------------------------------------------------------------------------------------------
+
+
+def methods_picture(compared: Mapping[str, Comparison], count: int = 3) -> bytes:
+    """Rows of methods, columns of factors, in each cell the same few scenes."""
+    rows = ["unsteered", *METHODS]
+    blank = np.full((count, 32, 32, 3), 255, np.uint8)
+    cells = {name: {c.label: c.pictures.get(name, blank)[:count] for c in compared.values()} for name in rows}
+    return image.grid(cells)
+
+
+def windows_picture(studio: Studio, factor: str = "hue", count: int = 3) -> bytes:
+    """Rows of strengths, columns of windows."""
+    do = image.Do(factor, TESTED[factor])
+    case, best = studio.case(do, count, 6), studio.bank[do.value].effects
+    cells: dict[str, dict[str, Any]] = {"unsteered": dict.fromkeys([*WINDOWS, "always"], case.before)}
+    for share in (0.5, 1.0, 1.5):
+        edit = edit_of(best["edit"], best["amount"] * share)
+        row = {name: studio.draw(case.captions, {do.value: replace(edit, when=window)}) for name, window in WINDOWS.items()}
+        cells[f"{best['edit']}({best['amount'] * share:g})"] = row | {"always": studio.draw(case.captions, {do.value: edit})}
+    return image.grid(cells, title=f"{do.factor}: {do.value}")
+
+
+def held(bank: ConceptBank) -> list[str]:
+    """Factors of which every tested value reaches both bars."""
+    by_factor: dict[str, list[Concept]] = {factor: [] for factor in places.LEVERS}
+    for concept in levers(bank):
+        by_factor[concept.label.partition(":")[0]].append(concept)
+    return [factor for factor, own in by_factor.items() if own and all(all(c.effects["passes"].values()) for c in own)]

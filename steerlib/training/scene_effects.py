@@ -1,0 +1,298 @@
+"""What the levers of the scenes bank do, each chosen on some scenes and measured on others: beside prompts and chance."""
+
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+from warnings import catch_warnings, simplefilter
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ..bank import ConceptBank
+from ..concepts import Concept, Gate
+from ..encoders import Directions
+from ..evaluation import image, places, scenes
+from ..evaluation.image import Do, Natural
+from ..evaluation.judges import Judge
+from ..interventions import Add, Intervention, Patch, Set
+from ..recording import record
+from ..schedules import Window
+from ..steering import steer
+from .noised import Seen, at_levels
+from .painting import draw_as_told
+from .scene_bank import GATES
+from .studio import remembered
+
+BARS = {"effectiveness": 0.9, "preservation": 0.95}
+"""What a lever has to reach."""
+DOSES = {"Set": (1.5, 2.0, 3.0), "Add": (1.5, 2.5, 5.0)}
+"""What is tried: readings that a lever is set to, amounts that are added."""
+ONE_DOSES = (1.0, 2.0, 4.0)
+"""For a single coordinate, in units of its own."""
+TESTED = {
+    "scene": "sunset", "side": "left", "background": "pale", "ground": "stone", "shape": "circle", "hue": "blue",
+    "size": "large", "texture": "striped",
+}  # fmt: skip
+"""The value of each factor on which methods are compared."""
+WINDOWS = {"high noise": Window(0.0, 0.3), "middle": Window(0.3, 0.7), "low noise": Window(0.7, 1.0)}
+Edits = Mapping[str, Any]
+
+
+class Case(NamedTuple):
+    """Scenes that could show a value and do not, and what the model draws of them."""
+
+    do: Do
+    asked: scenes.Scenes
+    captions: list[str]
+    before: image.Pictures
+
+
+class Studio:
+    """A pipeline, a bank and a judge: draws cases and measures edits."""
+
+    def __init__(self, pipe: Any, bank: ConceptBank, judge: Judge, *, steps: int = 10, seed: int = 0):
+        self.pipe, self.bank, self.judge, self.steps, self.seed = pipe, bank, judge, steps, seed
+
+    def case(self, do: Do, n: int, purpose: int) -> Case:
+        """`n` scenes; those of another purpose are others."""
+        asked = image.cases(do, n, seed=(self.seed, 53, purpose))
+        captions = scenes.captions(asked.factors, seed=(self.seed, 53, purpose))
+        return Case(do, asked, captions, self.draw(captions))
+
+    def draw(self, captions: list[str], edits: Edits | None = None, bank: ConceptBank | None = None) -> image.Pictures:
+        """Pictures of captions, always from the same noise; edits act on the half of guidance that reads the prompt."""
+        with catch_warnings():
+            simplefilter("ignore")  # cases go beyond safe ranges on purpose
+            edited = steer(self.pipe, bank or self.bank, edits, branch="cond", allow_ood=True) if edits else nullcontext()
+            with edited:
+                return draw_as_told(self.pipe, captions, steps=self.steps, seed=self.seed)
+
+    def effect(self, case: Case, edits: Edits, bank: ConceptBank | None = None) -> image.Effect:
+        """What edits do to the pictures of a case."""
+        return image.effect(case.do, case.asked, case.before, self.draw(case.captions, edits, bank), self.judge)
+
+
+# -- every lever -------------------------------------------------------------------------------------------------
+
+
+def edit_of(kind: str, amount: float) -> Intervention:
+    """`Set` or `Add`, by name."""
+    return Set(amount) if kind == "Set" else Add(amount)
+
+
+def score(effect: image.Effect) -> float:
+    """By how much the bar that is hardest to reach is passed."""
+    return min(effect.effectiveness - BARS["effectiveness"], effect.preservation - BARS["preservation"])
+
+
+def chosen(studio: Studio, case: Case) -> dict[str, Any]:
+    """The best edit of a lever, and how it responds to every dose."""
+    tried = []
+    for kind, amounts in DOSES.items():
+        for amount in amounts:
+            found = studio.effect(case, {case.do.value: edit_of(kind, amount)})
+            tried.append({"edit": kind, "amount": amount, **_figures(found)} | {"score": score(found)})
+    return {"best": max(tried, key=lambda line: line["score"]), "doses": tried}
+
+
+def measured(studio: Studio, *, dev: int = 16, test: int = 32, work: Path | None = None) -> ConceptBank:
+    """The bank with the effect of every lever: its edit chosen on `dev` scenes, measured on `test` others.
+
+    `work` keeps what was measured, so that a run that stops goes on.
+    """
+    concepts = dict(studio.bank.concepts)
+    for do in tqdm(every(), desc="levers"):
+        path = work and work / "levers" / f"{do.value}.json"
+        own = remembered(path, lambda do=do: _measured(studio, do, dev, test))
+        added = [line for line in own["doses"] if line["edit"] == "Add"]
+        useful = [line["amount"] for line in added if line["effectiveness"] >= BARS["effectiveness"]]
+        safe = [line["amount"] for line in added if line["preservation"] >= BARS["preservation"] - 0.05]
+        concepts[do.value] = replace(
+            concepts[do.value],
+            effects=own,
+            useful=min(useful) if useful else None,
+            range=(0.0, max(safe)) if safe else None,
+            beyond="other factors change" if len(safe) < len(added) else "",
+        )
+    return studio.bank.with_concepts([*concepts.values()])
+
+
+def _measured(studio: Studio, do: Do, dev: int, test: int) -> dict[str, Any]:
+    found = chosen(studio, studio.case(do, dev, 1))
+    best = found["best"]
+    effect = studio.effect(studio.case(do, test, 2), {do.value: edit_of(best["edit"], best["amount"])})
+    own = {"edit": best["edit"], "amount": best["amount"], "scenes": test, **_figures(effect)}
+    return own | {"doses": found["doses"], "passes": {name: own[name] >= bar for name, bar in BARS.items()}}
+
+
+def every() -> list[Do]:
+    """All values of all levers."""
+    return [Do(factor, value) for factor in places.LEVERS for value in places.values(factor)]
+
+
+def _figures(effect: image.Effect) -> dict[str, Any]:
+    return {k: round(v, 4) if isinstance(v, float) else v for k, v in effect._asdict().items() if v == v}
+
+
+# -- methods, compared -------------------------------------------------------------------------------------------
+
+
+class Comparison:
+    """One intervention by every method."""
+
+    def __init__(self, studio: Studio, do: Do, *, dev: int = 16, test: int = 32):
+        self.studio, self.bank, self.do = studio, studio.bank, do
+        self.dev, self.test = studio.case(do, dev, 3), studio.case(do, test, 4)
+        place = GATES.get(do.factor)
+        self.gate = Gate(place, above=0.25, full=0.75) if place else None
+        self.pictures: dict[str, image.Pictures] = {"unsteered": self.test.before}
+        self.doses: dict[str, float] = {}
+        """Of single coordinates, chosen on the scenes for it."""
+
+    @property
+    def label(self) -> str:
+        """What latents that go with the value are called."""
+        return f"{self.do.factor}: {self.do.value}"
+
+    @cached_property
+    def latents(self) -> list[Concept]:
+        """Those that go with the value, the most alike first; in each encoder the best."""
+        found: dict[str, Concept] = {}
+        for concept in self.bank.concepts.values():
+            if concept.label == self.label and "correlation" in concept.effects:
+                best = found.setdefault(concept.encoder, concept)
+                if concept.effects["correlation"] > best.effects["correlation"]:
+                    found[concept.encoder] = concept
+        return sorted(found.values(), key=lambda concept: -concept.effects["correlation"])
+
+    def run(self) -> dict[str, dict[str, Any]]:
+        """Every method at the best of its doses on other scenes."""
+        best = self.bank[self.do.value].effects
+        found = {"lever": self._at({self.do.value: edit_of(best["edit"], best["amount"])}, "lever")}
+        found |= {"prompt": self._prompt(), "random directions": self._random(best)}
+        if self.latents:
+            found |= self._single()
+            found["replaced where detected"] = self._at(self._patch(), "replaced where detected")
+        return found
+
+    def _at(self, edits: Edits, name: str, bank: ConceptBank | None = None) -> dict[str, Any]:
+        drawn = self.studio.draw(self.test.captions, edits, bank)
+        self.pictures.setdefault(name, drawn)
+        return self._of(drawn)
+
+    def _of(self, drawn: image.Pictures) -> dict[str, Any]:
+        return _figures(image.effect(self.do, self.test.asked, self.test.before, drawn, self.studio.judge))
+
+    def _prompt(self) -> dict[str, Any]:
+        """What a caption that says the value makes of the same noise."""
+        self.pictures["prompt"] = self.studio.draw(self.told)
+        return self._of(self.pictures["prompt"])
+
+    @cached_property
+    def told(self) -> list[str]:
+        """Captions that say the value."""
+        factors = {**self.test.asked.factors}
+        for name, value in self.do.sets.items():
+            factors[name] = np.full_like(factors[name], scenes.VALUES[name].index(value))
+        return scenes.captions(factors, seed=(self.studio.seed, 53, 4))
+
+    def _random(self, best: Mapping[str, Any], draws: int = 3) -> dict[str, Any]:
+        """The lever with random directions of the same lengths in place of its own; the mean over draws."""
+        found = []
+        for seed in range(draws):
+            bank = randomised(self.bank, self.bank[self.do.value], seed)
+            found.append(self._at({self.do.value: Add(best["amount"])}, "random directions", bank))
+        return _mean(found)
+
+    def _single(self) -> dict[str, dict[str, Any]]:
+        """One latent, the difference of means at its very site and level, a few latents, and random ones."""
+        first, studio = self.latents[0], self.studio
+        index = self.bank[self.do.value].index
+        means = f"{first.encoder}#causes/{index}"
+        few = self.latents[:8]
+        sides: dict[str, Callable[[float], Edits]] = {
+            "one latent": lambda dose: {first.name: self._set(first, dose)},
+            "difference of means there": lambda dose: {means: self._set(self.bank[means], dose)},
+            "a few latents": lambda dose: {c.name: self._set(c, dose, everywhere=False) for c in few},
+        }
+        found, doses = {}, self.doses
+        for name, edits in sides.items():
+            doses[name] = max(ONE_DOSES, key=lambda dose: score(studio.effect(self.dev, edits(dose))))  # noqa: B023
+            found[name] = self._at(edits(doses[name]), name) | {"dose": doses[name]}
+        found["one latent"]["latent"] = first.name
+        rng = np.random.default_rng(studio.seed + 17)
+        others = [c for c in self.bank.concepts.values() if c.encoder == first.encoder and c.label != self.label]
+        drawn = [others[int(i)] for i in rng.choice(len(others), 3, replace=False)]
+        dose = doses["one latent"]
+        found["random latents"] = _mean([self._at({c.name: self._set(c, dose)}, "random latents") for c in drawn])
+        return found
+
+    def _set(self, concept: Concept, dose: float, *, everywhere: bool = True) -> Intervention:
+        """A coordinate at a multiple of its own: a latent's highest natural reading, or the mean of a value."""
+        own = concept.natural[1] if concept.natural else 1.0
+        return Set(dose * own, unit="raw", when=Window() if everywhere else None, gate=self.gate)
+
+    def _patch(self) -> Edits:
+        """Activations of a run with the other prompt, at the latent's site and where the place of the value is detected."""
+        first = self.latents[0]
+        site, index = self.bank.site_of(first), self.bank[self.do.value].index
+        with record(self.studio.pipe, [site]) as tape:
+            self.studio.draw(self.told)
+        return {f"{first.encoder}#causes/{index}": Patch(tape, when=Window(), gate=self.gate)}
+
+    def activations(self, key: str) -> dict[str, Tensor]:
+        """What passes at `site@level` behind the edit, by method."""
+        first = self.latents[0]
+        dose = self.doses["one latent"]
+        ways: dict[str, Edits | None] = {"unsteered": None, "one latent": {first.name: self._set(first, dose)}}
+        ways["replaced where detected"] = self._patch()
+        site, _, level = key.partition("@")
+        see = lambda edits: lambda: self.studio.draw(self.test.captions, edits)  # noqa: E731
+        return {name: at_levels(self.studio.pipe, [site], [int(level)], see(edits))[key] for name, edits in ways.items()}
+
+
+def _mean(found: list[dict[str, Any]]) -> dict[str, Any]:
+    return {key: float(np.mean([line[key] for line in found])) for key in found[0] if isinstance(found[0][key], float)}
+
+
+def randomised(bank: ConceptBank, concept: Concept, seed: int) -> ConceptBank:
+    """The bank with random directions, as long as its own, for one concept."""
+    made = bank.with_concepts([*bank.concepts.values()])
+    g = torch.Generator().manual_seed(seed + 997)
+    for place in concept.places:
+        own = made.encoder(place.encoder)
+        assert isinstance(own, Directions)
+        rows, drawn = own.decoder.clone(), torch.randn(own.decoder.shape[1], generator=g)
+        rows[place.index] = drawn / drawn.norm() * rows[place.index].norm()
+        made._encoders[place.encoder] = Directions(rows, own.mean)
+    return made
+
+
+# -- when, and how far off ---------------------------------------------------------------------------------------
+
+
+def by_window(studio: Studio, do: Do, n: int) -> dict[str, dict[str, Any]]:
+    """The lever at its own dose, in one window of noise alone."""
+    case, best = studio.case(do, n, 5), studio.bank[do.value].effects
+    found = {}
+    for name, window in WINDOWS.items():
+        edit = replace(edit_of(best["edit"], best["amount"]), when=window)
+        found[name] = _figures(studio.effect(case, {do.value: edit}))
+    return found
+
+
+def off_distribution(compared: Mapping[str, Comparison], seen: Seen) -> dict[str, dict[str, float]]:
+    """Share of activations at the site and level of each factor's best latent that 99.5 % of the reference data do not exceed
+    (Mahalanobis distance): where nothing is done, where the latent is set, and where it only detects what to replace."""
+    found = {}
+    for factor, comparison in compared.items():
+        if comparison.latents:
+            key = comparison.latents[0].encoder
+            natural = Natural.of(seen[key].flatten(0, 1)[:20_000].float())
+            found[factor] = {name: natural.off(x.flatten(0, 1)) for name, x in comparison.activations(key).items()}
+    return found

@@ -1,0 +1,143 @@
+"""Banks of latents by noise level from a diffusers pipeline, and the bank of the scenes model, at toy size."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import steerlib as sl
+from scripts.scenes_pipeline import pipeline
+from steerlib.errors import BadRecipe, SiteNotReached
+from steerlib.evaluation import scenes
+from steerlib.training import noised, pictures, scene_bank
+from steerlib.training.encoder_recipe import EncoderRecipe
+from steerlib.training.recipe import SiteEncoder
+
+SITE = "unet.up_blocks.0.attentions.0.transformer_blocks.0.attn2"
+RECIPE = """
+name = "toy"
+base = "toy"
+source = "{source}"
+corpus = ["prompts.txt"]
+tokens = 1600
+epochs = 40
+
+[[encoders]]
+site = "{site}"
+level = 899
+kind = "topk"
+latents = 32
+k = 4
+batch = 128
+seeds = 2
+
+[[encoders]]
+site = "{site}"
+level = 100
+kind = "batchtopk"
+latents = 32
+k = 4
+batch = 128
+"""
+
+
+@pytest.fixture(scope="module")
+def toy():
+    pipe = pipeline("toy")
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    said = scenes.captions(scenes.draw(25).factors)
+    (tmp_path / "prompts.txt").write_text("\n\n".join(said))
+    (tmp_path / "recipe.toml").write_text(RECIPE.format(source=tmp_path / "pipe", site=SITE))
+    return sl.Recipe.from_file(tmp_path / "recipe.toml")
+
+
+def test_a_pipeline_gets_a_bank_of_latents_by_level(toy, recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(pictures, "STEPS", 4)
+    bank = sl.train(toy, recipe, work=tmp_path / "work")
+    assert set(bank.encoders) == {f"{SITE}@899", f"{SITE}@100"} and set(bank.levels) == {"899", "100"}
+    found = bank.provenance["quality"][f"{SITE}@899"]
+    assert found["explained"] > found["control"] and 0 < found["used"] <= 1 and found["stability"] > 0
+    labels = {concept.label for concept in bank.concepts.values()}
+    words = set(re.findall(r"\w+", " ".join((tmp_path / "prompts.txt").read_text().split())))
+    assert labels <= words and len(labels) > 3
+    opened = sl.ConceptBank.from_pretrained(bank.save_pretrained(tmp_path / "bank"))
+    opened.verify()
+    name = next(concept.name for concept in opened.concepts.values() if concept.encoder.endswith("@899"))
+
+    def drawn(edits):
+        with sl.steer(toy, opened, edits, allow_ood=True):
+            return toy(
+                "a red square", num_inference_steps=4, generator=torch.Generator().manual_seed(0), output_type="np"
+            ).images
+
+    assert not np.array_equal(drawn({name: sl.Set(20.0)}), drawn({}))
+    # a second run draws nothing again
+    monkeypatch.setattr(pictures, "at_levels", lambda *_: pytest.fail("drawn again"))
+    again = sl.train(toy, recipe, work=tmp_path / "work")
+    assert all(torch.equal(again.encoder(id).encoder, bank.encoder(id).encoder) for id in bank.encoders)
+
+
+def test_a_pipeline_is_loaded_from_the_recipe(toy, recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(pictures, "STEPS", 2)
+    toy.save_pretrained(tmp_path / "pipe")
+    assert set(sl.train(None, recipe).levels) == {"899", "100"}
+
+
+def test_levels_are_for_all_encoders_or_for_none():
+    own = EncoderRecipe(latents=8, k=2)
+    with pytest.raises(BadRecipe, match="timestep from 0"):
+        SiteEncoder(site="a", level=-1, recipe=own).check()
+    mixed = (SiteEncoder(site="a", level=1, recipe=own), SiteEncoder(site="b", recipe=own))
+    with pytest.raises(BadRecipe, match="for every encoder"):
+        sl.Recipe(name="x", base="x", source="x", encoders=mixed, corpus=("a.txt",)).check(to_train=False)
+
+
+def test_passes_nearest_a_level_are_kept_of_the_conditional_half(toy):
+    own = []
+
+    def run():
+        with sl.record(toy, [SITE]) as tape:
+            toy("a red square", num_inference_steps=10, generator=torch.Generator().manual_seed(0), output_type="latent")
+        own.append(tape[SITE])
+
+    seen = noised.at_levels(toy, [SITE], (899, 500), run)
+    for level in (899, 500):
+        state, x = min(own[0], key=lambda entry: abs(float(entry[0].progress) - (1 - level / 1000)))
+        assert state.branches == ("uncond", "cond") and torch.equal(seen[f"{SITE}@{level}"], x[1:])
+    with pytest.raises(SiteNotReached, match="did not reach"):
+        noised.at_levels(toy, [SITE], (899,), lambda: None)
+
+
+def test_labels_are_what_readings_go_with_most():
+    named = {"a": torch.arange(40) % 2 == 0, "b": torch.arange(40) % 4 < 2}
+    z = torch.stack([named["b"].float(), 0.5 * named["a"].float(), torch.zeros(40)], 1)
+    labels, likeness = pictures.best(z, named)
+    assert labels[:2] == ["b", "a"] and likeness[:2].tolist() == pytest.approx([1, 1]) and likeness[2] == 0
+    assert pictures.used(torch.ones(10, 5)) == pytest.approx(1) and pictures.used(
+        torch.eye(5)[:1].repeat(9, 1)
+    ) == pytest.approx(0.2)
+
+
+def test_the_scenes_bank_at_toy_size(toy, tmp_path):
+    recipe = scene_bank.SceneRecipe(pictures=60, drawn=8, latents=24, k=4, epochs=1, seeds=1, levels=(899, 100))
+    bank = scene_bank.train_scene_bank(toy, recipe, tmp_path)
+    assert load_file(tmp_path / "seen.safetensors")[f"{recipe.sites[0]}@899"].shape[:2] == (68, 64)
+    assert len(bank["night"].places) == 6 and bank["left"].encoder.startswith(scene_bank.EARLY[0])
+    assert bank["red"].gate is not None and bank["red"].gate.concept == "object" and bank["night"].gate is None
+    drawn, x = scene_bank.truth(recipe), load_file(tmp_path / "seen.safetensors")[f"{recipe.sites[3]}@899"]
+    read = bank.encoder(f"{recipe.sites[3]}@899#places").encode(x.flatten(0, 1).float())[:, 0]
+    there = scene_bank.there("object", drawn, 64).flatten()
+    assert read[there].mean() == pytest.approx(1, abs=0.02) and read[~there].mean() == pytest.approx(0, abs=0.02)
+    labels = {concept.label for concept in bank.concepts.values()}
+    assert "scene: night" in labels and "object" not in {c.label for c in bank.concepts.values() if "passes" in c.effects}
+    opened = sl.ConceptBank.from_pretrained(bank.save_pretrained(tmp_path / "bank"))
+    opened.verify()
+    with sl.steer(toy, opened, {"red": sl.Set(2.0), "night": 1.0}, branch="cond", allow_ood=True):
+        assert toy("a blue square", num_inference_steps=3, output_type="np").images.shape == (1, 32, 32, 3)
