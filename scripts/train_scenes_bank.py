@@ -4,7 +4,6 @@ Activations and encoders stay in --work. The bank gets the pipeline, the effect 
 """
 
 import json
-import shutil
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated
@@ -17,7 +16,6 @@ from steerlib import load
 from steerlib.evaluation import judges
 from steerlib.evaluation.image import Do
 from steerlib.training import scene_card, scene_effects
-from steerlib.training.pictures import recorded
 from steerlib.training.scene_bank import SceneRecipe, train_scene_bank
 
 DESCRIPTION = """Levers and latents of a small text-to-image model of scenes whose every cause is known (`pipeline/`, trained by
@@ -37,6 +35,7 @@ def main(
     seed: Annotated[int, typer.Option(help="of everything")] = 0,
     dev: Annotated[int, typer.Option(help="scenes on which an edit is chosen")] = 16,
     test: Annotated[int, typer.Option(help="scenes on which it is measured")] = 32,
+    factor: Annotated[list[str], typer.Option(help="measure levers of these alone; may be repeated")] = [],  # noqa: B006
     threads: Annotated[int, typer.Option(help="processor cores")] = 1,
 ) -> None:
     """Train, measure, compare, and write it all down."""
@@ -45,20 +44,25 @@ def main(
     pipe = load(str(pipeline))[0].to(torch.bfloat16)
     recipe = SceneRecipe(**{field.name: given[field.name] for field in fields(SceneRecipe) if field.name in given})
     bank = train_scene_bank(pipe, recipe, work)
-    judge = judges.load("scenes")
-    bank = scene_effects.measured(scene_effects.Studio(pipe, bank, judge, seed=seed), dev=dev, test=test, work=work)
-    studio = scene_effects.Studio(pipe, bank, judge, seed=seed)
-    dos = [Do(factor, value) for factor, value in scene_effects.TESTED.items()]
+    ready, judge = scene_effects.Studio, judges.load("scenes")
+    bank = scene_effects.measured(ready(pipe, bank, judge, seed=seed), dev=dev, test=test, work=work, only=factor)
+    studio = ready(pipe, bank, judge, seed=seed)
+    dos = [Do(name, value) for name, value in scene_effects.TESTED.items() if name in (factor or scene_effects.TESTED)]
     compared = {do.factor: scene_effects.Comparison(studio, do, dev=dev, test=test) for do in dos}
-    methods = {factor: comparison.run() for factor, comparison in tqdm(compared.items(), desc="methods")}
-    off = scene_effects.off_distribution(compared, recorded(work, dict))
+    methods = {name: comparison.run() for name, comparison in tqdm(compared.items(), desc="methods")}
+    off = scene_effects.off_distribution(compared)
     bank.provenance |= {"methods": methods, "off": off, "recipe": "scenes-32"}
     bank.provenance |= {"windows": {do.factor: scene_effects.by_window(studio, do, test) for do in dos}}
     bank.license = "apache-2.0"
-    bank.pictures = {"methods.png": scene_card.methods_picture(compared), "windows.png": scene_card.windows_picture(studio)}
+    bank.pictures = {
+        "methods.png": scene_card.methods_picture(compared),
+        "windows.png": scene_card.windows_picture(studio, dos[-1]),
+    }
     bank.card = scene_card.scene_card(bank, DESCRIPTION)
     folder = bank.save_pretrained(out)
-    shutil.copytree(pipeline, folder / "pipeline", dirs_exist_ok=True)
+    shipped = load(str(pipeline))[0]
+    shipped.unet.half()
+    shipped.save_pretrained(folder / "pipeline")
     print(json.dumps({"held": scene_card.held(bank), "off": off}, indent=1))
     print(scene_card.levers_table(scene_card.levers(bank)), scene_card.methods_table(methods), sep="\n\n")
 

@@ -81,7 +81,9 @@ def test_a_pipeline_gets_a_bank_of_latents_by_level(toy, recipe, tmp_path, monke
     # a second run draws nothing again
     monkeypatch.setattr(pictures, "at_levels", lambda *_: pytest.fail("drawn again"))
     again = sl.train(toy, recipe, work=tmp_path / "work")
-    assert all(torch.equal(again.encoder(id).encoder, bank.encoder(id).encoder) for id in bank.encoders)
+    assert all(
+        torch.equal(again.encoder(id).to_tensors()["encoder"], bank.encoder(id).to_tensors()["encoder"]) for id in bank.encoders
+    )
 
 
 def test_a_pipeline_is_loaded_from_the_recipe(toy, recipe, tmp_path, monkeypatch):

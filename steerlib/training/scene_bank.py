@@ -54,7 +54,7 @@ class SceneRecipe:
     """Timesteps of the paper (arXiv 2512.10720)."""
     latents: int = 384
     k: int = 12
-    epochs: int = 8
+    epochs: int = 4
     seeds: int = 2
     """The second tells how much of an encoder every seed finds."""
     seed: int = 0
@@ -87,7 +87,7 @@ def train_scene_bank(pipe: Any, recipe: SceneRecipe, folder: Path) -> ConceptBan
     latents, figures = fitted(recipe.encoders, seen, folder / "encoders", epochs=recipe.epochs)
     encoders: dict[str, Any] = {f"{key}#causes": causes(x, drawn) for key, x in seen.items()}
     encoders |= {f"{key}#places": presences(x, drawn) for key, x in seen.items()}
-    concepts = [*levers([*seen])]
+    concepts = [*levers([f"{site}@{level}" for level in recipe.levels for site in recipe.sites])]
     for id, encoder in latents.items():
         found = named(encoder, seen[id], drawn)
         concepts += [labelled(c, found) for c in described(id, encoder, *found[:2])]
@@ -149,10 +149,12 @@ def there(place: str, drawn: scenes.Scenes, count: int) -> Bool[Tensor, "B N"]:
 
 
 def levers(keys: list[str]) -> Iterator[Concept]:
-    """A concept for each place and each value: one coordinate at each of three sites, at every level."""
+    """A concept for each place, read at every site, and for each value: a coordinate at each of three sites, at every level."""
     late, early = ([key for key in keys if key.startswith(blocks)] for blocks in (LATE, EARLY))
     for index, (name, label) in enumerate(PLACES.items()):
-        yield _everywhere(name, late, "places", index, label=label, present=0.5, source="difference of means over tokens")
+        yield _everywhere(
+            name, [*late, *early], "places", index, label=label, present=0.5, source="difference of means over tokens"
+        )
     index = 0
     for factor in places.LEVERS:
         gate = Gate(GATES[factor], above=0.25, full=0.75) if factor in GATES else None

@@ -11,7 +11,7 @@ from ..cards import front
 from ..concepts import Concept
 from ..evaluation import image, places
 from ..evaluation.report import latents_table
-from .scene_effects import TESTED, WINDOWS, Comparison, Studio, edit_of
+from .scene_effects import WINDOWS, Comparison, Studio, edit_of
 
 METHODS = ("prompt", "lever", "difference of means there", "one latent", "a few latents", "random latents",
            "random directions", "replaced where detected")  # fmt: skip
@@ -121,9 +121,8 @@ def methods_picture(compared: Mapping[str, Comparison], count: int = 3) -> bytes
     return image.grid(cells)
 
 
-def windows_picture(studio: Studio, factor: str = "hue", count: int = 3) -> bytes:
+def windows_picture(studio: Studio, do: image.Do, count: int = 3) -> bytes:
     """Rows of strengths, columns of windows."""
-    do = image.Do(factor, TESTED[factor])
     case, best = studio.case(do, count, 6), studio.bank[do.value].effects
     cells: dict[str, dict[str, Any]] = {"unsteered": dict.fromkeys([*WINDOWS, "always"], case.before)}
     for share in (0.5, 1.0, 1.5):

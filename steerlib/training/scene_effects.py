@@ -1,6 +1,6 @@
 """What the levers of the scenes bank do, each chosen on some scenes and measured on others: beside prompts and chance."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import cached_property
@@ -10,6 +10,7 @@ from warnings import catch_warnings, simplefilter
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -23,11 +24,13 @@ from ..interventions import Add, Intervention, Patch, Set
 from ..recording import record
 from ..schedules import Window
 from ..steering import steer
-from .noised import Seen, at_levels
+from .noised import at_levels
 from .painting import draw_as_told
 from .scene_bank import GATES
 from .studio import remembered
 
+THERE = "difference of means there"
+"""A coordinate at the site and level of a latent alone, beside the latent."""
 BARS = {"effectiveness": 0.9, "preservation": 0.95}
 """What a lever has to reach."""
 DOSES = {"Set": (1.5, 2.0, 3.0), "Add": (1.5, 2.5, 5.0)}
@@ -100,13 +103,16 @@ def chosen(studio: Studio, case: Case) -> dict[str, Any]:
     return {"best": max(tried, key=lambda line: line["score"]), "doses": tried}
 
 
-def measured(studio: Studio, *, dev: int = 16, test: int = 32, work: Path | None = None) -> ConceptBank:
-    """The bank with the effect of every lever: its edit chosen on `dev` scenes, measured on `test` others.
+def measured(
+    studio: Studio, *, dev: int = 16, test: int = 32, work: Path | None = None, only: Sequence[str] = ()
+) -> ConceptBank:
+    """The bank with the effect of every lever: its edit chosen on `dev` scenes, measured on `test` others; of all factors,
+    or of some `only`.
 
     `work` keeps what was measured, so that a run that stops goes on.
     """
     concepts = dict(studio.bank.concepts)
-    for do in tqdm(every(), desc="levers"):
+    for do in tqdm([do for do in every() if not only or do.factor in only], desc="levers"):
         path = work and work / "levers" / f"{do.value}.json"
         own = remembered(path, lambda do=do: _measured(studio, do, dev, test))
         added = [line for line in own["doses"] if line["edit"] == "Add"]
@@ -151,6 +157,9 @@ class Comparison:
         place = GATES.get(do.factor)
         self.gate = Gate(place, above=0.25, full=0.75) if place else None
         self.pictures: dict[str, image.Pictures] = {"unsteered": self.test.before}
+        if self.latents:  # the lever itself is moved at several sites
+            there = Concept(name=THERE, encoder=f"{self.latents[0].encoder}#causes", index=self.bank[do.value].index)
+            self.bank = self.bank.with_concepts([*self.bank.concepts.values(), there])
         self.doses: dict[str, float] = {}
         """Of single coordinates, chosen on the scenes for it."""
 
@@ -177,7 +186,7 @@ class Comparison:
         found |= {"prompt": self._prompt(), "random directions": self._random(best)}
         if self.latents:
             found |= self._single()
-            found["replaced where detected"] = self._at(self._patch(), "replaced where detected")
+            found["replaced where detected"] = self._at(self._patch(), "replaced where detected", self.bank)
         return found
 
     def _at(self, edits: Edits, name: str, bank: ConceptBank | None = None) -> dict[str, Any]:
@@ -212,18 +221,16 @@ class Comparison:
     def _single(self) -> dict[str, dict[str, Any]]:
         """One latent, the difference of means at its very site and level, a few latents, and random ones."""
         first, studio = self.latents[0], self.studio
-        index = self.bank[self.do.value].index
-        means = f"{first.encoder}#causes/{index}"
         few = self.latents[:8]
         sides: dict[str, Callable[[float], Edits]] = {
             "one latent": lambda dose: {first.name: self._set(first, dose)},
-            "difference of means there": lambda dose: {means: self._set(self.bank[means], dose)},
+            THERE: lambda dose: {THERE: self._set(self.bank[THERE], dose)},
             "a few latents": lambda dose: {c.name: self._set(c, dose, everywhere=False) for c in few},
         }
         found, doses = {}, self.doses
         for name, edits in sides.items():
-            doses[name] = max(ONE_DOSES, key=lambda dose: score(studio.effect(self.dev, edits(dose))))  # noqa: B023
-            found[name] = self._at(edits(doses[name]), name) | {"dose": doses[name]}
+            doses[name] = max(ONE_DOSES, key=lambda dose: score(studio.effect(self.dev, edits(dose), self.bank)))  # noqa: B023
+            found[name] = self._at(edits(doses[name]), name, self.bank) | {"dose": doses[name]}
         found["one latent"]["latent"] = first.name
         rng = np.random.default_rng(studio.seed + 17)
         others = [c for c in self.bank.concepts.values() if c.encoder == first.encoder and c.label != self.label]
@@ -240,20 +247,22 @@ class Comparison:
     def _patch(self) -> Edits:
         """Activations of a run with the other prompt, at the latent's site and where the place of the value is detected."""
         first = self.latents[0]
-        site, index = self.bank.site_of(first), self.bank[self.do.value].index
+        site = self.bank.site_of(first)
         with record(self.studio.pipe, [site]) as tape:
             self.studio.draw(self.told)
-        return {f"{first.encoder}#causes/{index}": Patch(tape, when=Window(), gate=self.gate)}
+        return {THERE: Patch(tape, when=Window(), gate=self.gate)}
 
-    def activations(self, key: str) -> dict[str, Tensor]:
-        """What passes at `site@level` behind the edit, by method."""
-        first = self.latents[0]
-        dose = self.doses["one latent"]
-        ways: dict[str, Edits | None] = {"unsteered": None, "one latent": {first.name: self._set(first, dose)}}
-        ways["replaced where detected"] = self._patch()
-        site, _, level = key.partition("@")
-        see = lambda edits: lambda: self.studio.draw(self.test.captions, edits)  # noqa: E731
-        return {name: at_levels(self.studio.pipe, [site], [int(level)], see(edits))[key] for name, edits in ways.items()}
+    @property
+    def ways(self) -> dict[str, Edits | None]:
+        """What may lead activations off their natural range."""
+        one = {self.latents[0].name: self._set(self.latents[0], self.doses["one latent"])}
+        return {"unsteered": None, "one latent": one, "replaced where detected": self._patch()}
+
+    def seen(self, case: Case, edits: Edits | None) -> Float[Tensor, "T D"]:
+        """What passes at the site and level of the best latent, behind the edit."""
+        site, _, level = (key := self.latents[0].encoder).partition("@")
+        run = lambda: self.studio.draw(case.captions, edits, self.bank)  # noqa: E731
+        return at_levels(self.studio.pipe, [site], [int(level)], run)[key].flatten(0, 1).float()
 
 
 def _mean(found: list[dict[str, Any]]) -> dict[str, Any]:
@@ -286,13 +295,14 @@ def by_window(studio: Studio, do: Do, n: int) -> dict[str, dict[str, Any]]:
     return found
 
 
-def off_distribution(compared: Mapping[str, Comparison], seen: Seen) -> dict[str, dict[str, float]]:
-    """Share of activations at the site and level of each factor's best latent that 99.5 % of the reference data do not exceed
-    (Mahalanobis distance): where nothing is done, where the latent is set, and where it only detects what to replace."""
+def off_distribution(compared: Mapping[str, Comparison]) -> dict[str, dict[str, float]]:
+    """Share of activations, at the site and level of each factor's best latent, that are further from the mean (Mahalanobis
+    distance) than 99.5 % of those of other unsteered runs: where nothing is done, where the latent is set, and where it only
+    detects what to replace."""
     found = {}
     for factor, comparison in compared.items():
         if comparison.latents:
-            key = comparison.latents[0].encoder
-            natural = Natural.of(seen[key].flatten(0, 1)[:20_000].float())
-            found[factor] = {name: natural.off(x.flatten(0, 1)) for name, x in comparison.activations(key).items()}
+            natural = Natural.of(comparison.seen(comparison.dev, None))
+            ways = comparison.ways.items()
+            found[factor] = {name: natural.off(comparison.seen(comparison.test, edits)) for name, edits in ways}
     return found

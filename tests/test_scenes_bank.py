@@ -1,0 +1,113 @@
+"""The shipped scenes model and its bank: real effects against the truth, beside chance."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import steerlib as sl
+from steerlib.evaluation import judges, places, scenes
+from steerlib.evaluation.image import Do
+from steerlib.training.painting import draw_as_told
+from steerlib.training.scene_card import levers
+from steerlib.training.scene_effects import Studio, edit_of, randomised
+
+ROOT = Path(__file__).parent.parent
+LEAST = {"scene": 0.75, "ground": 0.8, "hue": 0.75}
+"""On a dozen scenes; the card has the figures of more."""
+
+
+@pytest.fixture(scope="module")
+def bank():
+    return sl.ConceptBank.from_pretrained("scenes-32")
+
+
+@pytest.fixture(scope="module")
+def pipe(bank):
+    found, none = sl.load(str(bank.folder / "pipeline"))
+    assert none is None
+    found.set_progress_bar_config(disable=True)
+    return found
+
+
+@pytest.fixture(scope="module")
+def studio(pipe, bank):
+    return Studio(pipe, bank, judges.load("scenes"), seed=9)
+
+
+def test_the_model_draws_what_it_is_told(pipe):
+    judge, asked = judges.load("scenes"), scenes.draw(32, seed=(4, 4))
+    drawn = draw_as_told(pipe, scenes.captions(asked.factors), steps=10)
+    found = judges.accuracy(judge.read(drawn), judges.truth("scenes", asked.factors))
+    assert min(found[name] for name in ("shape", "hue", "size", "scene")) >= 0.93, found
+    shuffled = judges.accuracy(judge.read(asked.pixels[::-1].copy()), judges.truth("scenes", asked.factors))
+    assert shuffled["scene"] < 0.6
+    red = judge.read(np.asarray(pipe("a red square at night", num_inference_steps=10).images[0])[None])
+    assert red["scene"] == scenes.SCENES.index("night")
+    there = red["shape"][0] > 0
+    assert there.any() and (red["hue"][0][there] == list(scenes.HUES).index("red")).all()
+
+
+def test_every_lever_carries_a_measured_effect(bank):
+    measured = levers(bank)
+    assert [c.label for c in measured] == [f"{f}: {v}" for f in places.LEVERS for v in places.values(f)]
+    for concept in measured:
+        assert concept.effects["passes"]["effectiveness"] == (concept.effects["effectiveness"] >= 0.9)
+        assert len(concept.places) <= 9 and len({bank.site_of(place) for place in concept.places}) <= 3
+    held = [c for c in measured if all(c.effects["passes"].values())]
+    assert len({c.label.partition(":")[0] for c in held}) >= 8
+
+
+@pytest.mark.parametrize("factor", LEAST)
+def test_a_lever_moves_its_factor_and_a_random_direction_does_not(studio, bank, factor):
+    own = max((c for c in levers(bank) if c.label.startswith(f"{factor}:")), key=lambda c: c.effects["effectiveness"])
+    do, edit = Do(factor, own.name), edit_of(own.effects["edit"], own.effects["amount"])
+    case = studio.case(do, 12, 9)
+    found = studio.effect(case, {own.name: edit})
+    assert found.effectiveness >= LEAST[factor] and found.preservation >= 0.9
+    chance = studio.effect(case, {own.name: sl.Add(own.effects["amount"])}, randomised(bank, own, 0))
+    assert chance.effectiveness <= 0.35
+
+
+def test_no_edit_changes_nothing_and_an_edit_taken_back_neither(studio, bank):
+    case = studio.case(Do("hue", "blue"), 4, 8)
+    assert (studio.draw(case.captions, {"blue": sl.Add(0.0)}) == case.before).all()
+    with sl.steer(studio.pipe, bank, {"blue": sl.Add(-2.0)}, branch="cond", allow_ood=True):
+        back = studio.draw(case.captions, {"blue": sl.Add(2.0)})
+    assert np.abs(back.astype(int) - case.before).mean() < 0.5
+    assert np.abs(studio.draw(case.captions, {"blue": sl.Add(2.0)}).astype(int) - case.before).mean() > 1
+
+
+def test_latents_are_named_after_what_they_go_with(bank):
+    found = {c.label: max(c.effects["correlation"], 0) for c in bank.concepts.values() if "overlap" in c.effects and c.label}
+    assert {f"hue: {hue}" for hue in scenes.HUES} | {f"scene: {scene}" for scene in scenes.SCENES} <= set(found)
+    for quality in bank.provenance["quality"].values():
+        assert quality["explained"] > quality["control"] + 0.2 and quality["dead"] < 0.3
+        assert quality["stability"] > quality["stability_control"]
+
+
+def test_the_same_commands_make_a_smaller_one(tmp_path, bank):
+    """A model from nothing that knows types of scenes, and a bank of the shipped one whose latents explain what they read."""
+
+    def run(script, *options):
+        command = [sys.executable, ROOT / "scripts" / script, *map(str, options)]
+        subprocess.run(command, check=True, cwd=ROOT, capture_output=True)
+
+    few = ("--images", 2400, "--words", 150, "--look-every", 2400, "--look-at", 48, "--check", 0)
+    run("train_scenes.py", tmp_path / "model", *few)
+    (look,) = [json.loads(line) for line in (tmp_path / "model" / "curve.jsonl").read_text().splitlines()]
+    assert look["scene"] >= 0.5 and look["light"] >= 0.5, look  # a quarter by chance
+    assert (tmp_path / "model" / "curve.png").is_file()
+    options = ("--pictures", 200, "--drawn", 0, "--latents", 96, "--epochs", 3, "--seeds", 1, "--factor", "ground")
+    small = ("--out", tmp_path / "bank", "--work", tmp_path / "work", "--dev", 4, "--test", 12)
+    run("train_scenes_bank.py", bank.folder / "pipeline", *options, *small)
+    made = sl.ConceptBank.from_pretrained(tmp_path / "bank")
+    made.verify()
+    assert min(figures["explained"] for figures in made.provenance["quality"].values()) > 0.5
+    found = [concept.effects for concept in levers(made)]
+    assert len(found) == 4 and np.mean([effects["effectiveness"] for effects in found]) >= 0.75
+    assert np.mean([effects["preservation"] for effects in found]) >= 0.9
+    assert {"methods.png", "windows.png", "README.md", "pipeline"} <= {path.name for path in (tmp_path / "bank").iterdir()}
