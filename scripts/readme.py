@@ -16,6 +16,7 @@ import typer
 import steerlib as sl
 from steerlib.evaluation.report import latents_table, summary_table, table
 from steerlib.evaluation.text import chat, complete
+from steerlib.training import scene_card
 from steerlib.training.card import verified
 from steerlib.training.measure import GATED
 
@@ -109,6 +110,20 @@ def bars(figures: Mapping[str, Any], scale: Mapping[str, Any]) -> str:
     return "\n".join([*lines, "", f"{about}, at scale one."])
 
 
+def pictures(text: str) -> str:
+    """The parts about the bank of scenes; draws its picture, too."""
+    from steerlib.cli import demo
+
+    bank = sl.ConceptBank.from_pretrained("scenes-32")
+    demo(only="images", out=README.parent / ".assets" / "scenes.png")
+    found = bank.provenance
+    parts = {"model": scene_card.examined_line(bank), "levers": scene_card.by_factor(bank)}
+    parts |= {"methods": scene_card.methods_table(found["methods"]), "off": scene_card.off_table(found["off"])}
+    for name, content in (parts | {"windows": scene_card.windows_table(found["windows"])}).items():
+        text = put(text, f"scenes-{name}", content)
+    return text
+
+
 def put(text: str, section: str, content: str) -> str:
     """The text with what stands between a section's marks replaced."""
     marks = rf"(<!-- begin: {section} -->\n).*?(<!-- end: {section} -->)"
@@ -141,6 +156,7 @@ def main(
         sparse = sl.ConceptBank.from_pretrained("smollm2-135m-latents")
         text = put(text, "sparse", latents_table(sparse.provenance["quality"]).partition("\n\n")[0])
         text = put(text, "verified", verified(sparse, 8))
+        text = pictures(text)
         for name in ("fresh", "unseen"):
             text = put(text, name, unseen(json.loads((RECIPES / name / "measured.json").read_text(encoding="utf-8"))))
     costs = {"cost": bench, "latents": latents, "diffusion": diffusion, "record": record, "whole": whole}

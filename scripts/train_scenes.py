@@ -65,7 +65,9 @@ def main(
     paint(pipe, recipe, folder, judge, accelerator=accelerator, goal=goal, **looks)
     if accelerator.is_main_process:
         trained = type(pipe).from_pretrained(folder / "pipeline")
-        for name, share in (examine(trained.to(accelerator.device), judge, check) if check else {}).items():
+        found = examine(trained.to(accelerator.device), judge, check) if check else {}
+        (folder / "examined.json").write_text(json.dumps({"captions": check, "as asked": found}, indent=1) + "\n")
+        for name, share in found.items():
             print(f"{name:11} {share:.2%}")
 
 

@@ -4,15 +4,17 @@ Activations and encoders stay in --work. The bank gets the pipeline, the effect 
 """
 
 import json
+import shutil
 from dataclasses import fields
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated
 
 import torch
 import typer
 from tqdm.auto import tqdm
 
-from steerlib import load
+from steerlib import BaseModel, ConceptBank, load
 from steerlib.evaluation import judges
 from steerlib.evaluation.image import Do
 from steerlib.training import scene_card, scene_effects
@@ -21,6 +23,16 @@ from steerlib.training.scene_bank import SceneRecipe, train_scene_bank
 DESCRIPTION = """Levers and latents of a small text-to-image model of scenes whose every cause is known (`pipeline/`, trained by
 `scripts/train_scenes.py`), at the noise levels 899, 500 and 100 of arXiv 2512.10720. Everything here is measured against the
 truth: on scenes that nothing was made from, read by judges that never saw the model."""
+
+
+def ship(bank: ConceptBank, pipeline: Path, out: Path) -> None:
+    """The bank with its pipeline beside it, the denoiser in half precision: as such it is what the bank belongs to."""
+    with TemporaryDirectory() as place:
+        pipe = load(str(pipeline))[0]
+        pipe.unet.half()
+        pipe.save_pretrained(place)
+        bank.base = BaseModel.of(load(place)[0], id=bank.base.id)
+        shutil.copytree(place, bank.save_pretrained(out) / "pipeline")
 
 
 def main(
@@ -53,16 +65,15 @@ def main(
     off = scene_effects.off_distribution(compared)
     bank.provenance |= {"methods": methods, "off": off, "recipe": "scenes-32"}
     bank.provenance |= {"windows": {do.factor: scene_effects.by_window(studio, do, test) for do in dos}}
+    if (examined := pipeline.parent / "examined.json").is_file():
+        bank.provenance["examined"] = json.loads(examined.read_text())
     bank.license = "apache-2.0"
     bank.pictures = {
         "methods.png": scene_card.methods_picture(compared),
         "windows.png": scene_card.windows_picture(studio, dos[-1]),
     }
     bank.card = scene_card.scene_card(bank, DESCRIPTION)
-    folder = bank.save_pretrained(out)
-    shipped = load(str(pipeline))[0]
-    shipped.unet.half()
-    shipped.save_pretrained(folder / "pipeline")
+    ship(bank, pipeline, out)
     print(json.dumps({"held": scene_card.held(bank), "off": off}, indent=1))
     print(scene_card.levers_table(scene_card.levers(bank)), scene_card.methods_table(methods), sep="\n\n")
 

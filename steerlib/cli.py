@@ -37,6 +37,10 @@ _traceback = False
 
 DEMO_BANK = "smollm2-135m-instruct"
 DEMO_PROMPTS = ("What did you do on your last holiday?", "Tell me about the place where you live.", "Why is it good to wait?")
+DEMO_SCENES = "scenes-32"
+DEMO_LEVERS = ("sunset", "stone", "blue", "circle", "large", "striped")
+DEMO_SCENE_PROMPTS = ("a red square at night", "a small green triangle by day", "a plain yellow cross on sand by day",
+                      "a medium purple square on wood indoors")  # fmt: skip
 DEMO_CONCEPTS = ("french", "fantasy", "formality")
 DEMO_STRENGTHS = (-0.5, 0.5, 1.0)
 DEMO_TOKENS = 40
@@ -77,14 +81,42 @@ def loaded(source: str) -> Any:
 def demo(
     tokens: Annotated[int, typer.Option(help="new tokens of each answer")] = DEMO_TOKENS,
     threads: Annotated[int, typer.Option(help="processor threads (0: torch's choice)")] = 0,
+    only: Annotated[str, typer.Option(help="text or images (default: both)")] = "",
+    out: Annotated[Path, typer.Option(help="where the pictures are drawn")] = Path("demo.png"),
 ) -> None:
-    """Steer the real SmolLM2-135M-Instruct: three concepts, several strengths, beside the unsteered text."""
+    """Steer real models: three concepts of SmolLM2-135M-Instruct at several strengths, and six of a model of scenes."""
     import torch
 
+    torch.set_num_threads(threads or torch.get_num_threads())
+    if only != "images":
+        _demo_text(tokens)
+    if only != "text":
+        _demo_images(out)
+
+
+def _demo_images(out: Path) -> None:
+    """One grid of pictures, steered by one concept a row, from the same noise and prompts."""
+    from .evaluation.image import grid
+    from .training.painting import draw_as_told
+    from .training.scene_effects import edit_of
+
+    bank = ConceptBank.from_pretrained(DEMO_SCENES)
+    if bank.folder is None or not (pipeline := bank.folder / "pipeline").is_dir():
+        raise CorruptBank(f"bank {bank.name!r} lacks its pipeline; install steerlib anew")
+    pipe, rows = loaded(str(pipeline))[0], {}
+    for name in ("unsteered", *DEMO_LEVERS):
+        edits = {name: edit_of(bank[name].effects["edit"], bank[name].effects["amount"])} if name in DEMO_LEVERS else {}
+        with steered(pipe, bank, edits, branch="cond"):
+            drawn = draw_as_told(pipe, DEMO_SCENE_PROMPTS)
+        rows[name] = {prompt: drawn[i : i + 1] for i, prompt in enumerate(DEMO_SCENE_PROMPTS)}
+    out.write_bytes(grid(rows))
+    console.print(f"Pictures of {len(DEMO_SCENE_PROMPTS)} prompts, steered by {', '.join(DEMO_LEVERS)}: {out}")
+
+
+def _demo_text(tokens: int) -> None:
     from .evaluation.text import chat, complete, progress
     from .training.pipeline import judge_for
 
-    torch.set_num_threads(threads or torch.get_num_threads())
     bank = ConceptBank.from_pretrained(DEMO_BANK)
     recipe = recipe_of(bank, None)
     model, tokenizer = loaded(recipe.source)

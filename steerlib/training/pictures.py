@@ -220,17 +220,21 @@ def described(id: str, encoder: Sparse, labels: Sequence[str], likeness: Float[T
 
 
 def bank_of(
-    pipe: Any, name: str, base: str, concepts: Sequence[Concept], encoders: Mapping[str, Any], seen: Seen, levels: Sequence[int]
+    pipe: Any,
+    name: str,
+    base: str,
+    concepts: Sequence[Concept],
+    encoders: Mapping[str, Any],
+    seen: Seen,
+    levels: Sequence[int],
+    *,
+    capped: bool = True,
 ) -> ConceptBank:
-    """The bank, yet without a card."""
+    """The bank, yet without a card. `capped`: whether changes are kept to a share of what is usual at a site."""
     at: dict[str, list[Tensor]] = {}
     for key, x in seen.items():
         at.setdefault(key.partition("@")[0], []).append(x.flatten(0, 1)[:4096].float())
-    used_sites = {id.partition("@")[0].partition("#")[0] for id in encoders}
-    sites = {
-        site: SiteFacts(width=parts[0].shape[1], norm=float(torch.cat(parts).norm(dim=-1).median()))
-        for site, parts in at.items()
-        if site in used_sites
-    }
+    norms = {site: float(torch.cat(parts).norm(dim=-1).median()) if capped else None for site, parts in at.items()}
+    sites = {site: SiteFacts(width=parts[0].shape[1], norm=norms[site]) for site, parts in at.items()}
     identity = BaseModel.of(pipe, id=base)
     return ConceptBank(name, concepts, encoders, base=identity, sites=sites, levels=spans(pipe, levels))

@@ -91,7 +91,7 @@ def train_scene_bank(pipe: Any, recipe: SceneRecipe, folder: Path) -> ConceptBan
     for id, encoder in latents.items():
         found = named(encoder, seen[id], drawn)
         concepts += [labelled(c, found) for c in described(id, encoder, *found[:2])]
-    bank = bank_of(pipe, BASE, BASE, concepts, encoders | latents, seen, recipe.levels)
+    bank = bank_of(pipe, BASE, BASE, concepts, encoders | latents, seen, recipe.levels, capped=False)
     bank.provenance = {"quality": figures, "seed": recipe.seed, "pictures": recipe.pictures, "drawn": recipe.drawn}
     return bank
 

@@ -34,8 +34,10 @@ def scene_card(bank: ConceptBank, description: str) -> str:
         front(bank.name, bank.base.id, bank.license, [], {"tags": ["sae", "diffusers"]}).strip(),
         f"# {bank.name}\n\n{description.strip()}",
         EXAMPLE,
+        f"## The model\n\n{examined_line(bank)}",
         f"## The levers\n\n{LEVERS}\n\n{levers_table(levers(bank))}",
         f"## Beside other methods\n\n{COMPARED}\n\n{methods_table(found['methods'])}\n\n![Methods and factors](methods.png)",
+        f"{OFF}\n\n{off_table(found['off'])}",
         f"## When\n\n{WHEN}\n\n{windows_table(found['windows'])}\n\n![Strengths and windows](windows.png)",
         f"## Encoders\n\nOn pictures that no encoder was trained on.\n\n{latents_table(found['quality'])}",
         f"## Latents\n\n{LATENTS}\n\n{latents_of(bank)}",
@@ -51,6 +53,8 @@ over that of the unsteered pictures. Edits were chosen on other scenes, and leav
 COMPARED = """One value of each factor, every method at the best of its doses on other scenes; in each cell effect / kept.
 *There* is the difference of means at the very site and level of the latent. *Replaced where detected*: activations of a run
 with the other prompt, at one site."""
+OFF = """Share of activations, where the latent is set, further from the mean than 99.5 % of those of other unsteered runs
+(Mahalanobis distance):"""
 WHEN = """The effect of each lever, at its own dose, where it acts in one window of noise alone."""
 LATENTS = """Latents that correlate with a cause by 0.25 or more over tokens are named after it. *Overlap* is the intersection
 over union of where a latent fires and where the true mask shows the cause."""
@@ -59,6 +63,40 @@ over union of where a latent fires and where the true mask shows the cause."""
 def levers(bank: ConceptBank) -> list[Concept]:
     """Those of which an effect was measured."""
     return [concept for concept in bank.concepts.values() if "passes" in concept.effects]
+
+
+def examined_line(bank: ConceptBank) -> str:
+    """How often the unsteered model draws what captions ask for."""
+    found = bank.provenance.get("examined")
+    if not found:
+        return "How often it draws what it is asked for was not measured."
+    shares = ", ".join(f"{name} {share:.1%}" for name, share in found["as asked"].items())
+    return f"Of {found['captions']:,} captions that it was never trained on, drawn as asked, unsteered: {shares}."
+
+
+def by_factor(bank: ConceptBank) -> str:
+    """What levers do, a line a factor, as Markdown."""
+    lines = ["| factor | levers | effect: mean, least | kept: mean, least | clear both bars | realism |", "|" + "---|" * 6]
+    for factor in places.LEVERS:
+        own = [c.effects for c in levers(bank) if c.label.startswith(f"{factor}:")]
+        if own:
+            effect, kept = ([e[name] for e in own] for name in ("effectiveness", "preservation"))
+            clear = sum(all(e["passes"].values()) for e in own)
+            lines.append(
+                f"| {factor} | {len(own)} | {np.mean(effect):.2f}, {min(effect):.2f} | {np.mean(kept):.3f}, {min(kept):.3f} "
+                f"| {clear} | {np.mean([e['realism'] for e in own]):.2f} |"
+            )
+    return "\n".join(lines)
+
+
+def off_table(found: Mapping[str, Mapping[str, float]]) -> str:
+    """Share of activations off their natural range, by way and factor."""
+    ways = list(next(iter(found.values())))
+    lines = ["| | " + " | ".join(found) + " | mean |", "|" + "---|" * (len(found) + 2)]
+    for way in ways:
+        shares = [factor[way] for factor in found.values()]
+        lines.append(f"| {way} | " + " | ".join(f"{share:.1%}" for share in shares) + f" | **{np.mean(shares):.1%}** |")
+    return "\n".join(lines)
 
 
 def levers_table(found: Sequence[Concept]) -> str:
