@@ -65,6 +65,7 @@ def main(
     off = scene_effects.off_distribution(compared)
     bank.provenance |= {"methods": methods, "off": off, "recipe": "scenes-32"}
     bank.provenance |= {"windows": {do.factor: scene_effects.by_window(studio, do, test) for do in dos}}
+    bank.provenance["laws"] = {do.factor: scene_effects.laws(studio, do, dev) for do in dos}
     if (examined := pipeline.parent / "examined.json").is_file():
         bank.provenance["examined"] = json.loads(examined.read_text())
     bank.license = "apache-2.0"

@@ -38,6 +38,7 @@ def scene_card(bank: ConceptBank, description: str) -> str:
         f"## The levers\n\n{LEVERS}\n\n{levers_table(levers(bank))}",
         f"## Beside other methods\n\n{COMPARED}\n\n{methods_table(found['methods'])}\n\n![Methods and factors](methods.png)",
         f"{OFF}\n\n{off_table(found['off'])}",
+        f"{LAWS}\n\n{laws_table(found['laws'])}",
         f"## When\n\n{WHEN}\n\n{windows_table(found['windows'])}\n\n![Strengths and windows](windows.png)",
         f"## Encoders\n\nOn pictures that no encoder was trained on.\n\n{latents_table(found['quality'])}",
         f"## Latents\n\n{LATENTS}\n\n{latents_of(bank)}",
@@ -55,6 +56,8 @@ COMPARED = """One value of each factor, every method at the best of its doses on
 with the other prompt, at one site."""
 OFF = """Share of activations, where the latent is set, further from the mean than 99.5 % of those of other unsteered runs
 (Mahalanobis distance):"""
+LAWS = """Mean change of a picture's bytes by an edit of nothing (composition), by adding the lever, and by adding it and
+taking it away again in a `steer` around (reversibility):"""
 WHEN = """The effect of each lever, at its own dose, where it acts in one window of noise alone."""
 LATENTS = """Latents that correlate with a cause by 0.25 or more over tokens are named after it. *Overlap* is the intersection
 over union of where a latent fires and where the true mask shows the cause."""
@@ -97,6 +100,13 @@ def off_table(found: Mapping[str, Mapping[str, float]]) -> str:
         shares = [factor[way] for factor in found.values()]
         lines.append(f"| {way} | " + " | ".join(f"{share:.1%}" for share in shares) + f" | **{np.mean(shares):.1%}** |")
     return "\n".join(lines)
+
+
+def laws_table(found: Mapping[str, Mapping[str, float]]) -> str:
+    """What edits of nothing leave, by factor."""
+    names = list(next(iter(found.values())))
+    lines = ["| | " + " | ".join(found) + " |", "|" + "---|" * (len(found) + 1)]
+    return "\n".join([*lines, *(f"| {n} | " + " | ".join(f"{f[n]:.2f}" for f in found.values()) + " |" for n in names)])
 
 
 def levers_table(found: Sequence[Concept]) -> str:

@@ -295,6 +295,20 @@ def by_window(studio: Studio, do: Do, n: int) -> dict[str, dict[str, Any]]:
     return found
 
 
+def laws(studio: Studio, do: Do, n: int) -> dict[str, float]:
+    """Mean change of bytes of pictures: by an edit of nothing (composition), by the lever, and by the lever added and taken
+    away again (reversibility)."""
+    case, amount = studio.case(do, n, 7), studio.bank[do.value].effects["amount"]
+    add, remove = ({do.value: Add(sign * amount)} for sign in (1.0, -1.0))
+    with catch_warnings():
+        simplefilter("ignore")
+        with steer(studio.pipe, studio.bank, remove, branch="cond", allow_ood=True):
+            undone = studio.draw(case.captions, add)
+    drawn = {"composition": studio.draw(case.captions, {do.value: Add(0.0)}), "lever": studio.draw(case.captions, add)}
+    drawn["reversibility"] = undone
+    return {name: round(float(np.abs(d.astype(int) - case.before).mean()), 4) for name, d in drawn.items()}
+
+
 def off_distribution(compared: Mapping[str, Comparison]) -> dict[str, dict[str, float]]:
     """Share of activations, at the site and level of each factor's best latent, that are further from the mean (Mahalanobis
     distance) than 99.5 % of those of other unsteered runs: where nothing is done, where the latent is set, and where it only
