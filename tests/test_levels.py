@@ -103,3 +103,30 @@ def test_levels_that_are_no_spans_are_refused(tmp_path, levels):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"levels": levels}))
     with pytest.raises(CorruptBank):
         sl.ConceptBank.from_pretrained(tmp_path / "bank")
+
+
+def test_a_gate_is_read_where_the_edit_acts_if_its_concept_has_a_part_there():
+    pipe, own = parts()
+    early = "unet.down_blocks.0.attentions.0"
+    with sl.record(pipe, [early, SITE]) as tape:
+        run(pipe, steps=1)
+    sizes = {site: tape[site][0][1].shape[1:] for site in (early, SITE)}
+    assert sizes[early][0] != sizes[SITE][0]  # read there, it would not fit here
+    g = torch.Generator().manual_seed(2)
+    rows = {f"{site}#gate": torch.randn(1, sizes[site][1], generator=g) for site in (early, SITE)}
+    encoders = {id: Directions(row) for id, row in rows.items()}
+    encoders[SITE] = Directions(torch.randn(1, sizes[SITE][1], generator=g))
+    part = sl.Part(encoder=f"{SITE}#gate", index=0, unit=1.0)
+    concepts = [
+        sl.Concept(name="moved", encoder=SITE, index=0),
+        sl.Concept(name="both", encoder=f"{early}#gate", index=0, parts=(part,)),
+        sl.Concept(name="here", encoder=f"{SITE}#gate", index=0),
+    ]
+    facts = {site: SiteFacts(width=size[1]) for site, size in sizes.items()}
+    bank = sl.ConceptBank("gates", concepts, encoders, base=own.base, sites=facts)
+
+    def made(gate):
+        with sl.steer(pipe, bank, {"moved": sl.Add(5.0, gate=gate and sl.Gate(gate, above=0.0))}):
+            return run(pipe, steps=3)
+
+    assert torch.equal(made("both"), made("here")) and not torch.equal(made("here"), made(None))
