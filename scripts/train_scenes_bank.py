@@ -18,6 +18,7 @@ from steerlib import BaseModel, ConceptBank, load
 from steerlib.evaluation import judges
 from steerlib.evaluation.image import Do
 from steerlib.training import scene_card, scene_effects
+from steerlib.training.pictures import recorded
 from steerlib.training.scene_bank import SceneRecipe, train_scene_bank
 
 DESCRIPTION = """Levers and latents of a small text-to-image model of scenes whose every cause is known (`pipeline/`, trained by
@@ -62,7 +63,7 @@ def main(
     dos = [Do(name, value) for name, value in scene_effects.TESTED.items() if name in (factor or scene_effects.TESTED)]
     compared = {do.factor: scene_effects.Comparison(studio, do, dev=dev, test=test) for do in dos}
     methods = {name: comparison.run() for name, comparison in tqdm(compared.items(), desc="methods")}
-    off = scene_effects.off_distribution(compared)
+    off = scene_effects.off_distribution(compared, recorded(work, dict))
     bank.provenance |= {"methods": methods, "off": off, "recipe": "scenes-32"}
     bank.provenance |= {"windows": {do.factor: scene_effects.by_window(studio, do, test) for do in dos}}
     bank.provenance["laws"] = {do.factor: scene_effects.laws(studio, do, dev) for do in dos}

@@ -28,13 +28,14 @@ STAGES = {
         "dictionary_learning", "llama_scope", "sdxl_unbox", "saeuron", "svec", "lm_eval",
     ),
     "evaluation": (
-        "scenes", "faces", "judges", "text", "comparison", "representation", "probing", "synthetic", "systems",
-        "hierarchies", "compiled", "edges", "report",
+        "scenes", "faces", "judges", "places", "image", "text", "comparison", "representation", "probing", "synthetic",
+        "systems", "hierarchies", "compiled", "edges", "report",
     ),
     "training": (
         "encoder_recipe", "recipe", "documents", "activations", "attributes", "shards", "harvest", "inputs", "sparse_step",
         "dense_step", "learner", "fit", "levers", "objectives", "methods", "studio", "calibrate", "card", "measure", "label",
-        "quality", "verify", "latents", "pipeline", "wording", "painting", "lasso", "screen", "rows", "regress", "independence",
+        "quality", "verify", "latents", "contrast", "wording", "noised", "pictures", "painting", "scene_bank", "scene_effects",
+        "scene_card", "pipeline", "lasso", "screen", "rows", "regress", "independence",
         "confirm",
         "minimality", "discover",
     ),

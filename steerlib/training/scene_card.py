@@ -54,8 +54,8 @@ over that of the unsteered pictures. Edits were chosen on other scenes, and leav
 COMPARED = """One value of each factor, every method at the best of its doses on other scenes; in each cell effect / kept.
 *There* is the difference of means at the very site and level of the latent. *Replaced where detected*: activations of a run
 with the other prompt, at one site."""
-OFF = """Share of activations, where the latent is set, further from the mean than 99.5 % of those of other unsteered runs
-(Mahalanobis distance):"""
+OFF = """Share of activations, where the latent is set, further from the mean than 99.5 % of those that encoders
+learned from (Mahalanobis distance):"""
 LAWS = """Mean change of a picture's bytes by an edit of nothing (composition), by adding the lever, and by adding it and
 taking it away again in a `steer` around (reversibility):"""
 WHEN = """The effect of each lever, at its own dose, where it acts in one window of noise alone."""

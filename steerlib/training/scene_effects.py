@@ -24,7 +24,7 @@ from ..interventions import Add, Intervention, Patch, Set
 from ..recording import record
 from ..schedules import Window
 from ..steering import steer
-from .noised import at_levels
+from .noised import Seen, at_levels
 from .painting import draw_as_told
 from .scene_bank import GATES
 from .studio import remembered
@@ -42,6 +42,8 @@ TESTED = {
     "size": "large", "texture": "striped",
 }  # fmt: skip
 """The value of each factor on which methods are compared."""
+REFERENCE = 50_000
+"""Tokens that tell what is natural."""
 WINDOWS = {"high noise": Window(0.0, 0.3), "middle": Window(0.3, 0.7), "low noise": Window(0.7, 1.0)}
 Edits = Mapping[str, Any]
 
@@ -309,14 +311,16 @@ def laws(studio: Studio, do: Do, n: int) -> dict[str, float]:
     return {name: round(float(np.abs(d.astype(int) - case.before).mean()), 4) for name, d in drawn.items()}
 
 
-def off_distribution(compared: Mapping[str, Comparison]) -> dict[str, dict[str, float]]:
+def off_distribution(compared: Mapping[str, Comparison], reference: Seen) -> dict[str, dict[str, float]]:
     """Share of activations, at the site and level of each factor's best latent, that are further from the mean (Mahalanobis
-    distance) than 99.5 % of those of other unsteered runs: where nothing is done, where the latent is set, and where it only
+    distance) than 99.5 % of those that encoders learned from: where nothing is done, where the latent is set, and where it only
     detects what to replace."""
     found = {}
     for factor, comparison in compared.items():
         if comparison.latents:
-            natural = Natural.of(comparison.seen(comparison.dev, None))
+            x = reference[comparison.latents[0].encoder].flatten(0, 1)
+            chosen = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:REFERENCE]
+            natural = Natural.of(x[chosen].float())
             ways = comparison.ways.items()
             found[factor] = {name: natural.off(comparison.seen(comparison.test, edits)) for name, edits in ways}
     return found
