@@ -39,8 +39,12 @@ DEMO_BANK = "smollm2-135m-instruct"
 DEMO_PROMPTS = ("What did you do on your last holiday?", "Tell me about the place where you live.", "Why is it good to wait?")
 DEMO_SCENES = "scenes-32"
 DEMO_LEVERS = ("sunset", "stone", "blue", "circle", "large", "striped")
-DEMO_SCENE_PROMPTS = ("a red square at night", "a small green triangle by day", "a plain yellow cross on sand by day",
-                      "a medium purple square on wood indoors")  # fmt: skip
+DEMO_SCENE_PROMPTS = (
+    "a small plain red square at the front left at night on grass under a navy sky lit from the left",
+    "a medium checked green triangle at the back right by day on sand under an azure sky lit from above",
+    "a medium plain yellow cross at the front middle by day on grass under a pale sky lit from the right",
+    "a small plain purple square at the front right indoors on wood before a cream wall lit from above",
+)
 DEMO_CONCEPTS = ("french", "fantasy", "formality")
 DEMO_STRENGTHS = (-0.5, 0.5, 1.0)
 DEMO_TOKENS = 40

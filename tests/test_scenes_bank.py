@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import steerlib as sl
+from steerlib.errors import OutOfRange
 from steerlib.evaluation import judges, places, scenes
 from steerlib.evaluation.image import Do
 from steerlib.training.painting import draw_as_told
@@ -45,7 +46,7 @@ def test_the_model_draws_what_it_is_told(pipe):
     assert min(found[name] for name in ("shape", "hue", "size", "scene")) >= 0.93, found
     shuffled = judges.accuracy(judge.read(asked.pixels[::-1].copy()), judges.truth("scenes", asked.factors))
     assert shuffled["scene"] < 0.6
-    red = judge.read(np.asarray(pipe("a red square at night", num_inference_steps=10).images[0])[None])
+    red = judge.read(np.array(pipe("a red square at night", num_inference_steps=10).images[0])[None])
     assert red["scene"] == scenes.SCENES.index("night")
     there = red["shape"][0] > 0
     assert there.any() and (red["hue"][0][there] == list(scenes.HUES).index("red")).all()
@@ -75,7 +76,7 @@ def test_a_lever_moves_its_factor_and_a_random_direction_does_not(studio, bank, 
 def test_no_edit_changes_nothing_and_an_edit_taken_back_neither(studio, bank):
     case = studio.case(Do("hue", "blue"), 4, 8)
     assert (studio.draw(case.captions, {"blue": sl.Add(0.0)}) == case.before).all()
-    with sl.steer(studio.pipe, bank, {"blue": sl.Add(-2.0)}, branch="cond", allow_ood=True):
+    with pytest.warns(OutOfRange), sl.steer(studio.pipe, bank, {"blue": sl.Add(-2.0)}, branch="cond", allow_ood=True):
         back = studio.draw(case.captions, {"blue": sl.Add(2.0)})
     assert np.abs(back.astype(int) - case.before).mean() < 0.5
     assert np.abs(studio.draw(case.captions, {"blue": sl.Add(2.0)}).astype(int) - case.before).mean() > 1
@@ -96,7 +97,7 @@ def test_the_same_commands_make_a_smaller_one(tmp_path, bank):
         command = [sys.executable, ROOT / "scripts" / script, *map(str, options)]
         subprocess.run(command, check=True, cwd=ROOT, capture_output=True)
 
-    few = ("--images", 2400, "--words", 150, "--look-every", 2400, "--look-at", 48, "--check", 0)
+    few = ("--images", 1600, "--words", 100, "--look-every", 1600, "--look-at", 32, "--check", 0)
     run("train_scenes.py", tmp_path / "model", *few)
     (look,) = [json.loads(line) for line in (tmp_path / "model" / "curve.jsonl").read_text().splitlines()]
     assert look["scene"] >= 0.5 and look["light"] >= 0.5, look  # a quarter by chance
@@ -106,7 +107,9 @@ def test_the_same_commands_make_a_smaller_one(tmp_path, bank):
     run("train_scenes_bank.py", bank.folder / "pipeline", *options, *small)
     made = sl.ConceptBank.from_pretrained(tmp_path / "bank")
     made.verify()
-    assert min(figures["explained"] for figures in made.provenance["quality"].values()) > 0.5
+    quality = made.provenance["quality"].values()
+    assert np.mean([figures["explained"] for figures in quality]) > 0.55
+    assert all(figures["explained"] > figures["control"] for figures in quality)
     found = [concept.effects for concept in levers(made)]
     assert len(found) == 4 and np.mean([effects["effectiveness"] for effects in found]) >= 0.75
     assert np.mean([effects["preservation"] for effects in found]) >= 0.9

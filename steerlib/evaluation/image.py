@@ -6,6 +6,7 @@ of objects that of all of them. `B` pictures.
 
 from collections.abc import Callable, Mapping, Sequence
 from io import BytesIO
+from textwrap import fill
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -216,7 +217,7 @@ def grid(
             axis.xaxis.label.set_size("xx-small")
         row[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize="small")
     for axis, column in zip(axes[0], columns, strict=True):
-        axis.set_title(column, fontsize="small")
+        axis.set_title(fill(column, 26), fontsize="small" if len(column) < 26 else "xx-small")
     figure.suptitle(title)
     with BytesIO() as file:
         figure.savefig(file, format="png", dpi=110)
