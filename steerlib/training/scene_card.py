@@ -19,11 +19,11 @@ EXAMPLE = """```python
 from diffusers import DiffusionPipeline
 import steerlib as sl
 
-folder = sl.ConceptBank.from_pretrained("scenes-32").folder / "pipeline"
-pipe = DiffusionPipeline.from_pretrained(folder)
 bank = sl.ConceptBank.from_pretrained("scenes-32")
-with sl.steer(pipe, bank, {"sunset": sl.Set(2.5)}, branch="cond"):
-    pipe("a red square on grass by day").images[0]
+pipe = DiffusionPipeline.from_pretrained(bank.folder / "pipeline")
+prompt = "a medium checked green triangle at the back right by day on sand under an azure sky lit from above"
+with sl.steer(pipe, bank, {"blue": sl.Set(3.0), "stone": sl.Set(3.0)}, branch="cond"):
+    pipe(prompt, guidance_scale=2.0, num_inference_steps=20).images[0]  # a blue one, on stone
 ```"""
 
 
