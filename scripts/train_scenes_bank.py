@@ -32,6 +32,10 @@ def ship(bank: ConceptBank, pipeline: Path, out: Path) -> None:
         pipe = load(str(pipeline))[0]
         pipe.unet.half()
         pipe.save_pretrained(place)
+        for path in Path(place).rglob("*.json"):  # where it was loaded from is nobody's business
+            values = json.loads(path.read_text())
+            if values.pop("_name_or_path", None) is not None:
+                path.write_text(json.dumps(values, indent=2) + "\n")
         bank.base = BaseModel.of(load(place)[0], id=bank.base.id)
         shutil.copytree(place, bank.save_pretrained(out) / "pipeline")
 

@@ -52,6 +52,11 @@ def test_the_model_draws_what_it_is_told(pipe):
     assert there.any() and (red["hue"][0][there] == list(scenes.HUES).index("red")).all()
 
 
+def test_the_shipped_model_does_not_say_where_it_was_made(bank):
+    files = [*(bank.folder / "pipeline").rglob("*.json")]
+    assert files and not any("_name_or_path" in path.read_text() for path in files)
+
+
 def test_every_lever_carries_a_measured_effect(bank):
     measured = levers(bank)
     assert [c.label for c in measured] == [f"{f}: {v}" for f in places.LEVERS for v in places.values(f)]
