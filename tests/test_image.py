@@ -67,13 +67,6 @@ def test_natural_activations_are_told_from_others():
     assert natural.off(x + 10 * x.std()) > 0.9
 
 
-def test_a_gain_is_what_was_added_of_what_could_be(judge):
-    do = Do("hue", "blue")
-    read = judge.read(scenes.draw(200, seed=5).pixels)
-    true = judge.read(scenes.draw(200, seed=5, do=do.sets).pixels)
-    assert image.gain(read, read, do) == 0 and image.gain(read, true, do) > 0.98
-
-
 def test_a_grid_is_a_picture():
     pixels = scenes.draw(3).pixels
     png = image.grid({"row": {"a": pixels, "b": pixels}}, title="t", label=lambda row, column: f"{row} {column}")

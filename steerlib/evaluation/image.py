@@ -167,12 +167,6 @@ def effect(do: Do, asked: scenes.Scenes, before: Pictures, after: Pictures, judg
     )
 
 
-def gain(before: Readings, after: Readings, do: Do) -> float:
-    """How much of what an edit could add in effectiveness it does add."""
-    had = effectiveness(before, before, do)
-    return (effectiveness(before, after, do) - had) / (1 - had) if had < 1 else 0.0
-
-
 def cases(do: Do, n: int, *, seed: scenes.Seed) -> scenes.Scenes:
     """`n` scenes that do not show a value yet, though their causes admit it."""
     drawn = scenes.draw(n * 24, seed=seed)
