@@ -6,6 +6,7 @@ Activations and encoders stay in --work. The bank gets the pipeline, the effect 
 import json
 import shutil
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated
@@ -19,7 +20,7 @@ from steerlib.evaluation import judges
 from steerlib.evaluation.image import Do
 from steerlib.training import scene_card, scene_effects
 from steerlib.training.pictures import recorded
-from steerlib.training.scene_bank import SceneRecipe, train_scene_bank
+from steerlib.training.scene_bank import SceneRecipe, activations, train_scene_bank, truth
 
 DESCRIPTION = """Levers and latents of a small text-to-image model of scenes whose every cause is known (`pipeline/`, trained by
 `scripts/train_scenes.py`), at the noise levels 899, 500 and 100 of arXiv 2512.10720. Everything here is measured against the
@@ -53,6 +54,7 @@ def main(
     dev: Annotated[int, typer.Option(help="scenes on which an edit is chosen")] = 16,
     test: Annotated[int, typer.Option(help="scenes on which it is measured")] = 32,
     factor: Annotated[list[str], typer.Option(help="measure levers of these alone; may be repeated")] = [],  # noqa: B006
+    again: Annotated[Path | None, typer.Option(help="a bank made before: only compare methods on it anew")] = None,
     threads: Annotated[int, typer.Option(help="processor cores")] = 1,
 ) -> None:
     """Train, measure, compare, and write it all down."""
@@ -60,17 +62,21 @@ def main(
     torch.set_num_threads(threads)
     pipe = load(str(pipeline))[0].to(torch.bfloat16)
     recipe = SceneRecipe(**{field.name: given[field.name] for field in fields(SceneRecipe) if field.name in given})
-    bank = train_scene_bank(pipe, recipe, work)
-    ready, judge = scene_effects.Studio, judges.load("scenes")
-    bank = scene_effects.measured(ready(pipe, bank, judge, seed=seed), dev=dev, test=test, work=work, only=factor)
-    studio = ready(pipe, bank, judge, seed=seed)
+    ready = partial(scene_effects.Studio, pipe, judge=judges.load("scenes"), seed=seed)
     dos = [Do(name, value) for name, value in scene_effects.TESTED.items() if name in (factor or scene_effects.TESTED)]
+    if again is None:
+        bank = train_scene_bank(pipe, recipe, work)
+        bank = scene_effects.measured(ready(bank=bank), dev=dev, test=test, work=work, only=factor)
+        studio = ready(bank=bank)
+        bank.provenance |= {"windows": {do.factor: scene_effects.by_window(studio, do, test) for do in dos}}
+        bank.provenance |= {"laws": {do.factor: scene_effects.laws(studio, do, dev) for do in dos}, "recipe": "scenes-32"}
+    else:
+        bank = ConceptBank.from_pretrained(again)
+        studio = ready(bank=bank)
     compared = {do.factor: scene_effects.Comparison(studio, do, dev=dev, test=test) for do in dos}
     methods = {name: comparison.run() for name, comparison in tqdm(compared.items(), desc="methods")}
-    off = scene_effects.off_distribution(compared, recorded(work, dict))
-    bank.provenance |= {"methods": methods, "off": off, "recipe": "scenes-32"}
-    bank.provenance |= {"windows": {do.factor: scene_effects.by_window(studio, do, test) for do in dos}}
-    bank.provenance["laws"] = {do.factor: scene_effects.laws(studio, do, dev) for do in dos}
+    off = scene_effects.off_distribution(compared, recorded(work, lambda: activations(pipe, recipe, truth(recipe))))
+    bank.provenance |= {"methods": methods, "off": off}
     if (examined := pipeline.parent / "examined.json").is_file():
         bank.provenance["examined"] = json.loads(examined.read_text())
     bank.license = "apache-2.0"

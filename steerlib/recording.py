@@ -8,11 +8,13 @@ from torch import Tensor
 from .bank import ConceptBank
 from .concepts import Concept
 from .edits import Reading
+from .errors import ConflictingEdits
 from .hooks.attach import LOCK, Attachment, attachment
 from .hosts import Host, host_for
 from .schedules import StepState
 from .sites import Site
 
+Replace = Callable[[Tensor, StepState], Tensor]
 Tape = dict[str, list[tuple[StepState, Tensor]]]
 
 
@@ -48,6 +50,29 @@ def observing(target: object, observers: Mapping[str, Callable[[Tensor, StepStat
     with ExitStack() as stack:
         for name, observe in observers.items():
             _observe(host, host.site(name), observe, stack)
+        yield
+
+
+@contextmanager
+def replacing(target: object, edits: Mapping[str, Replace]) -> Iterator[None]:
+    """Inside a `with` block, what goes on from each of some sites, by name, is what a function makes of it: `x[B, N, D]` and
+    the state, to a tensor of the same shape.
+
+    For whoever patches activations by hand. Raises `ConflictingEdits` where a session steers one of the sites.
+    """
+    host = host_for(target)
+    sites = {name: host.site(name) for name in edits}
+    with ExitStack() as stack:
+        for name, edit in edits.items():
+            with LOCK:
+                place = attachment(host)
+                place.require(host, [sites[name]])
+            stack.callback(_release, place, host, sites[name])
+            socket = place.sockets[sites[name].name]
+            if socket.edit is not None:
+                raise ConflictingEdits(f"expected nobody to steer {name!r}, but a session does; leave it first")
+            socket.edit = edit
+            stack.callback(setattr, socket, "edit", None)
         yield
 
 

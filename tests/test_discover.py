@@ -15,7 +15,6 @@ from steerlib.evaluation.compiled import Compiled
 from steerlib.evaluation.edges import associated, calibration, edge_scores, matrix
 from steerlib.evaluation.hierarchies import Imperfect, Layers, Selection
 from steerlib.evaluation.systems import Reading, Shuffled, System, ablated, csr, fixed, held
-from steerlib.training import rows
 from steerlib.training.confirm import CONFIRMED, Pair, adjusted, confirmed
 from steerlib.training.discover import composition, discover, eligible
 from steerlib.training.lasso import Products, lasso, refit
@@ -346,7 +345,7 @@ class Counting(System):
 
 
 def test_a_run_that_was_stopped_goes_on_and_ends_with_the_same_graph(tmp_path, monkeypatch):
-    monkeypatch.setattr(rows, "CONTEXTS", 512)
+    monkeypatch.setattr(System, "batch", 512)
     system = Layers((64, 64), 4000, dropout=0.3, rate=0.03)
     whole = Counting(system)
     wanted = discover(whole).graph.edges
@@ -371,7 +370,7 @@ class Process:
 
 
 def test_processes_share_the_runs_and_agree(tmp_path, monkeypatch):
-    monkeypatch.setattr(rows, "CONTEXTS", 512)
+    monkeypatch.setattr(System, "batch", 512)
     alone = Counting(Layers((64, 64), 4000, dropout=0.3, rate=0.03))
     wanted, barrier = discover(alone).graph.edges, Barrier(2)
     both = [Counting(Layers((64, 64), 4000, dropout=0.3, rate=0.03)) for _ in range(2)]

@@ -40,6 +40,9 @@ class Reading(NamedTuple):
 class System(ABC):
     """What runs again the same way: same context, same chance, so that two runs differ by nothing but what was done."""
 
+    batch: int = 2048
+    """Contexts that one run is best given."""
+
     @property
     @abstractmethod
     def levels(self) -> Mapping[str, int]:
@@ -115,7 +118,7 @@ class Around(System):
     """Another system with the same levels and contexts, seen or run in a way of one's own."""
 
     def __init__(self, inner: System):
-        self.inner = inner
+        self.inner, self.batch = inner, inner.batch
 
     @property
     def levels(self) -> Mapping[str, int]:

@@ -3,7 +3,7 @@
 p -> c  an edge     z  readings, without and with do(z_p = 0)     M  contexts     U  their units     C  children of p
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Any, NamedTuple
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from scipy.stats import t as student
 
 from ..evaluation.systems import Codes, Columns, Contexts, Do, System, ablated, csr, fixed, held
-from .rows import CONTEXTS, Folder
+from .rows import Folder
 
 CONFIRMED = 64
 """Contexts in which each parent is ablated: an edge of slope 0.5, its gate half open, is always found (measured)."""
@@ -126,10 +126,11 @@ def ninety(z: Columns) -> NDArray[Any]:
     return np.array([np.quantile(part, 0.9) if len(part) else 0.0 for part in np.split(z.data, z.indptr[1:-1])])
 
 
-def confirmed(pair: Pair, folder: Folder, *, seed: int = 0) -> Confirmation:
-    """Ablate each parent alone where it fires, and set it to its 90 % reading where it does not."""
-    parents = [p for p in np.flatnonzero(np.diff(pair.edges.indptr)).tolist() if len(pair.firing(p)) >= FEWEST]
-    each, jobs = max(1, CONTEXTS // CONFIRMED), {}
+def confirmed(pair: Pair, folder: Folder, *, seed: int = 0, only: Collection[int] | None = None) -> Confirmation:
+    """Ablate each parent, or `only` some, alone where it fires, and set it to its 90 % reading where it does not."""
+    parents = [p for p in np.flatnonzero(np.diff(pair.edges.indptr)).tolist() if only is None or p in only]
+    parents = [p for p in parents if len(pair.firing(p)) >= FEWEST]
+    each, jobs = max(1, pair.system.batch // CONFIRMED), {}
     for start in range(0, len(parents), each):
         group = parents[start : start + each]
         name = f"verified-{pair.src}-{pair.dst}-{group[0]:07}".replace("/", "-")

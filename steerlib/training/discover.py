@@ -8,7 +8,7 @@ random changed, so that effects are causal whatever else moves both. *Observatio
 """
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -130,6 +130,7 @@ def discover(
     skips: bool = False,
     share: float = 0.15,
     held_out: float = 0.25,
+    verify: Collection[str] | None = None,
     folder: str | os.PathLike[str] | None = None,
     seed: int = 0,
     test: Test | None = None,
@@ -138,7 +139,8 @@ def discover(
     """Find and verify the causal graph of a system.
 
     The first contexts are ablated at random (`share` of all firings) and fitted; in the last, a share `held_out`, each parent
-    is ablated alone. `skips`: also look for edges over a level, that are there while the level in between keeps its readings.
+    is ablated alone; with `verify` only these, by `level/index`, while edges of others stay `randomised`. `skips`: also look
+    for edges over a level, that are there while the level in between keeps its readings.
     `test` is what method `independence` asks (default: causal-learn's Fisher z; extra `graph`).
     `folder` keeps what was run, from which the same call goes on; the processes of an `accelerator` share the runs through it.
     Raises `BadRecipe` where that was of other settings.
@@ -157,7 +159,9 @@ def discover(
     seen = observed(system, contexts[first:], kept)
     results = {}
     for (src, dst), fit in fits.items():
-        results[src, dst] = confirmed(Pair(system, contexts[first:], seen, src, dst, fit.effects), kept, seed=seed)
+        only = None if verify is None else {int(own.rpartition("/")[2]) for own in verify if own.rpartition("/")[0] == src}
+        pair = Pair(system, contexts[first:], seen, src, dst, fit.effects)
+        results[src, dst] = confirmed(pair, kept, seed=seed, only=only)
     p = adjusted(np.concatenate([found.p for found in results.values()]))
     return _judged(fits, results, p, method)
 

@@ -18,10 +18,6 @@ from tqdm.auto import tqdm
 from ..errors import BadRecipe
 from ..evaluation.systems import Codes, Contexts, System, csr, entries, thinned
 
-CONTEXTS = 2048
-"""Contexts run together."""
-
-
 Make = Callable[[], Mapping[str, NDArray[Any]]]
 
 
@@ -90,7 +86,7 @@ def deep(name: str, arrays: Mapping[str, NDArray[Any]]) -> Codes:
 
 def observed(system: System, contexts: Contexts, folder: Folder, *, what: str = "reading") -> dict[str, Codes]:
     """Readings of every level."""
-    return _collected(contexts, folder, what, list(system.levels), lambda some, _: _read(system, some))
+    return _collected(contexts, system.batch, folder, what, list(system.levels), lambda some, _: _read(system, some))
 
 
 def _read(system: System, contexts: Contexts) -> dict[str, Codes]:
@@ -115,7 +111,7 @@ def ablated_at_random(
             found[f"{name}/y"] = difference(reading.natural, less[name].natural)
         return found
 
-    whole = _collected(contexts, folder, "ablating", parts, both)
+    whole = _collected(contexts, system.batch, folder, "ablating", parts, both)
     return {name: Level(*(whole[f"{name}/{part}"] for part in Level._fields)) for name in system.levels}
 
 
@@ -127,16 +123,17 @@ def difference(a: Codes, b: Codes) -> Codes:
 
 def _collected(
     contexts: Contexts,
+    batch: int,
     folder: Folder,
     what: str,
     parts: Sequence[str],
     run: Callable[[Contexts, int], Mapping[str, Codes]],
 ) -> dict[str, Codes]:
     """Run all contexts, some at a time."""
-    starts = range(0, len(contexts), CONTEXTS)
+    starts = range(0, len(contexts), batch)
 
     def make(number: int) -> dict[str, NDArray[Any]]:
-        some = contexts[starts[number] : starts[number] + CONTEXTS]
+        some = contexts[starts[number] : starts[number] + batch]
         return {key: array for name, z in run(some, number).items() for key, array in flat(name, z).items()}
 
     pieces = folder.all({f"{what}-{number:05}": partial(make, number) for number in range(len(starts))}, what)

@@ -13,7 +13,7 @@ from ..evaluation import image, places
 from ..evaluation.report import latents_table
 from .scene_effects import WINDOWS, Comparison, Studio, edit_of
 
-METHODS = ("prompt", "lever", "difference of means there", "one latent", "a few latents", "random latents",
+METHODS = ("prompt", "lever", "difference of means, one place", "one latent", "a few latents", "random latents",
            "random directions", "replaced where detected")  # fmt: skip
 EXAMPLE = """```python
 from diffusers import DiffusionPipeline
@@ -52,8 +52,8 @@ share of followers that read as in the true counterfactual; *outside* the change
 counterfactual shows the factor, over that where one does; *realism* the sliced Wasserstein distance to true counterfactuals,
 over that of the unsteered pictures. Edits were chosen on other scenes, and leave the prompt as it is."""
 COMPARED = """One value of each factor, every method at the best of its doses on other scenes; in each cell effect / kept.
-*There* is the difference of means at the very site and level of the latent. *Replaced where detected*: activations of a run
-with the other prompt, at one site."""
+One latent is chosen on those scenes too, of the six most correlated with the value, one an encoder; and of their places one for
+a difference of means. *Replaced where detected*: activations of a run with the other prompt, at one site."""
 OFF = """Share of activations, where the latent is set, further from the mean than 99.5 % of those that encoders
 learned from (Mahalanobis distance):"""
 LAWS = """Mean change of a picture's bytes by an edit of nothing (composition), by adding the lever, and by adding it and

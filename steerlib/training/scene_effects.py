@@ -29,14 +29,16 @@ from .painting import draw_as_told
 from .scene_bank import GATES
 from .studio import remembered
 
-THERE = "difference of means there"
-"""A coordinate at the site and level of a latent alone, beside the latent."""
+ALONE = "difference of means, one place"
+"""A coordinate at one site and level, beside a latent."""
 BARS = {"effectiveness": 0.9, "preservation": 0.95}
 """What a lever has to reach."""
 DOSES = {"Set": (1.5, 2.0, 3.0), "Add": (1.5, 2.5, 5.0)}
 """What is tried: readings that a lever is set to, amounts that are added."""
-ONE_DOSES = (1.0, 2.0, 4.0)
+ONE_DOSES = (1.0, 2.0, 4.0, 8.0, 16.0)
 """For a single coordinate, in units of its own."""
+TRIED = 6
+"""Latents, and places of a difference of means, of which one is chosen by what it does."""
 TESTED = {
     "scene": "sunset", "side": "left", "background": "pale", "ground": "stone", "shape": "circle", "hue": "blue",
     "size": "large", "texture": "striped",
@@ -159,11 +161,11 @@ class Comparison:
         place = GATES.get(do.factor)
         self.gate = Gate(place, above=0.25, full=0.75) if place else None
         self.pictures: dict[str, image.Pictures] = {"unsteered": self.test.before}
-        if self.latents:  # the lever itself is moved at several sites
-            there = Concept(name=THERE, encoder=f"{self.latents[0].encoder}#causes", index=self.bank[do.value].index)
-            self.bank = self.bank.with_concepts([*self.bank.concepts.values(), there])
-        self.doses: dict[str, float] = {}
-        """Of single coordinates, chosen on the scenes for it."""
+        index = self.bank[do.value].index  # of the lever, which is moved at several sites together
+        self.alone = [
+            Concept(name=f"{ALONE}: {c.encoder}", encoder=f"{c.encoder}#causes", index=index) for c in self.latents[:TRIED]
+        ]
+        self.bank = self.bank.with_concepts([*self.bank.concepts.values(), *self.alone])
 
     @property
     def label(self) -> str:
@@ -221,25 +223,37 @@ class Comparison:
         return _mean(found)
 
     def _single(self) -> dict[str, dict[str, Any]]:
-        """One latent, the difference of means at its very site and level, a few latents, and random ones."""
-        first, studio = self.latents[0], self.studio
+        """One latent, the difference of means at one place, a few latents, and random ones."""
         few = self.latents[:8]
-        sides: dict[str, Callable[[float], Edits]] = {
-            "one latent": lambda dose: {first.name: self._set(first, dose)},
-            THERE: lambda dose: {THERE: self._set(self.bank[THERE], dose)},
-            "a few latents": lambda dose: {c.name: self._set(c, dose, everywhere=False) for c in few},
+        alone, dose, _ = self._best(self.alone)
+        found = {ALONE: self._at({alone.name: self._set(alone, dose)}, ALONE, self.bank) | {"dose": dose}}
+        first, dose, _ = self.one
+        found["one latent"] = self._at({first.name: self._set(first, dose)}, "one latent") | {
+            "dose": dose,
+            "latent": first.name,
         }
-        found, doses = {}, self.doses
-        for name, edits in sides.items():
-            doses[name] = max(ONE_DOSES, key=lambda dose: score(studio.effect(self.dev, edits(dose), self.bank)))  # noqa: B023
-            found[name] = self._at(edits(doses[name]), name, self.bank) | {"dose": doses[name]}
-        found["one latent"]["latent"] = first.name
-        rng = np.random.default_rng(studio.seed + 17)
+        together: Callable[[float], Edits] = lambda dose: {c.name: self._set(c, dose, everywhere=False) for c in few}  # noqa: E731
+        of_few = max(ONE_DOSES, key=lambda dose: score(self.studio.effect(self.dev, together(dose))))
+        found["a few latents"] = self._at(together(of_few), "a few latents") | {"dose": of_few}
+        rng = np.random.default_rng(self.studio.seed + 17)
         others = [c for c in self.bank.concepts.values() if c.encoder == first.encoder and c.label != self.label]
         drawn = [others[int(i)] for i in rng.choice(len(others), 3, replace=False)]
-        dose = doses["one latent"]
         found["random latents"] = _mean([self._at({c.name: self._set(c, dose)}, "random latents") for c in drawn])
         return found
+
+    @cached_property
+    def one(self) -> tuple[Concept, float, float]:
+        """Of the latents that go with the value most, that which does most on the scenes for it; its dose and its score."""
+        return self._best(self.latents[:TRIED])
+
+    def _best(self, concepts: Sequence[Concept]) -> tuple[Concept, float, float]:
+        """The coordinate, the dose of it, and the score."""
+        tried = [
+            (concept, dose, score(self.studio.effect(self.dev, {concept.name: self._set(concept, dose)}, self.bank)))
+            for concept in concepts
+            for dose in ONE_DOSES
+        ]
+        return max(tried, key=lambda line: line[2])
 
     def _set(self, concept: Concept, dose: float, *, everywhere: bool = True) -> Intervention:
         """A coordinate at a multiple of its own: a latent's highest natural reading, or the mean of a value."""
@@ -248,21 +262,22 @@ class Comparison:
 
     def _patch(self) -> Edits:
         """Activations of a run with the other prompt, at the latent's site and where the place of the value is detected."""
-        first = self.latents[0]
-        site = self.bank.site_of(first)
+        site = self.bank.site_of(self.one[0])
         with record(self.studio.pipe, [site]) as tape:
             self.studio.draw(self.told)
-        return {THERE: Patch(tape, when=Window(), gate=self.gate)}
+        alone = next(c for c in self.alone if c.encoder == f"{self.one[0].encoder}#causes")
+        return {alone.name: Patch(tape, when=Window(), gate=self.gate)}
 
     @property
     def ways(self) -> dict[str, Edits | None]:
         """What may lead activations off their natural range."""
-        one = {self.latents[0].name: self._set(self.latents[0], self.doses["one latent"])}
+        latent, dose, _ = self.one
+        one = {latent.name: self._set(latent, dose)}
         return {"unsteered": None, "one latent": one, "replaced where detected": self._patch()}
 
     def seen(self, case: Case, edits: Edits | None) -> Float[Tensor, "T D"]:
-        """What passes at the site and level of the best latent, behind the edit."""
-        site, _, level = (key := self.latents[0].encoder).partition("@")
+        """What passes at the site and level of the latent, behind the edit."""
+        site, _, level = (key := self.one[0].encoder).partition("@")
         run = lambda: self.studio.draw(case.captions, edits, self.bank)  # noqa: E731
         return at_levels(self.studio.pipe, [site], [int(level)], run)[key].flatten(0, 1).float()
 
@@ -312,13 +327,13 @@ def laws(studio: Studio, do: Do, n: int) -> dict[str, float]:
 
 
 def off_distribution(compared: Mapping[str, Comparison], reference: Seen) -> dict[str, dict[str, float]]:
-    """Share of activations, at the site and level of each factor's best latent, that are further from the mean (Mahalanobis
+    """Share of activations, at the site and level of each factor's latent, that are further from the mean (Mahalanobis
     distance) than 99.5 % of those that encoders learned from: where nothing is done, where the latent is set, and where it only
     detects what to replace."""
     found = {}
     for factor, comparison in compared.items():
         if comparison.latents:
-            x = reference[comparison.latents[0].encoder].flatten(0, 1)
+            x = reference[comparison.one[0].encoder].flatten(0, 1)
             chosen = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:REFERENCE]
             natural = Natural.of(x[chosen].float())
             ways = comparison.ways.items()

@@ -1,0 +1,110 @@
+"""Layers of a language model as a system: its readings, what it does beside `steer`, and the graph found in it."""
+
+import numpy as np
+import pytest
+import torch
+
+import steerlib as sl
+from steerlib.bank import SiteFacts
+from steerlib.encoders import JumpReLU
+from steerlib.errors import BadRecipe, ConflictingEdits
+from steerlib.evaluation.steered import SteeredText
+from steerlib.evaluation.systems import Shuffled, ablated, csr, fixed, held
+from steerlib.recording import replacing
+from steerlib.training.discover import discover, with_graph
+
+SIZE, CONTEXTS, LENGTH = 24, 96, 8
+EVERY = np.arange(CONTEXTS)
+
+
+@pytest.fixture
+def latents(llama):
+    """Latents of two layers of a tiny model, those of the second in reverse order."""
+    g = torch.Generator().manual_seed(0)
+    rows = torch.nn.functional.normalize(torch.randn(SIZE, llama.config.hidden_size, generator=g), dim=-1)
+    encoders = {
+        f"layers.{k}": JumpReLU(encoder=own, bias=torch.zeros(SIZE), decoder=own, threshold=torch.full((SIZE,), 0.02))
+        for k, own in enumerate((rows, rows.flip(0)))
+    }
+    concepts = [sl.Concept(name=f"{site}/{i}", encoder=site, index=i) for site in encoders for i in range(SIZE)]
+    sites = {site: SiteFacts(width=llama.config.hidden_size) for site in encoders}
+    return sl.ConceptBank("tiny", concepts, encoders, base=sl.BaseModel.of(llama), sites=sites)
+
+
+@pytest.fixture
+def system(llama, latents):
+    ids = torch.randint(0, llama.config.vocab_size, (CONTEXTS, LENGTH), generator=torch.Generator().manual_seed(1))
+    return SteeredText(llama, latents, ids)
+
+
+def test_it_reads_what_record_does_of_every_token_but_the_first(llama, latents, system):
+    found = system.run(EVERY[:4])
+    with torch.no_grad(), sl.record(llama, ["layers.0", "layers.1"]) as tape:
+        llama(system.ids[:4])
+    for site, reading in found.items():
+        z = latents.encoder(site).encode(tape[site][0][1][:, 1:]).flatten(0, 1)
+        torch.testing.assert_close(torch.from_numpy(reading.natural.toarray()), z, atol=1e-6, rtol=0)
+        assert (reading.natural != reading.flows).nnz == 0
+    assert system.levels == {"layers.0": SIZE, "layers.1": SIZE} and len(system.owners(EVERY)) == CONTEXTS * (LENGTH - 1)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.7])
+def test_what_is_done_moves_later_layers_as_a_hook_by_hand_does(llama, latents, system, value):
+    """Checked with torch's own hook: all tokens but the first get the change of one latent along its decoder row."""
+    row, own = latents.encoder("layers.0").decoder[5], np.full(4 * (LENGTH - 1), 5)
+    do = fixed(own, np.full(len(own), value)) if value else ablated(own)
+    found = system.run(EVERY[:4], {"layers.0": do})["layers.1"].natural.toarray()
+    plain = system.run(EVERY[:4])["layers.1"].natural.toarray()
+
+    def by_hand(_module, _args, output):
+        z = latents.encoder("layers.0").encode(output[:, 1:])[..., 5:6]
+        return torch.cat([output[:, :1], output[:, 1:] + (value - z) * row], 1)
+
+    handle = llama.model.layers[0].register_forward_hook(by_hand)
+    with torch.no_grad(), sl.record(llama, ["layers.1"]) as tape:
+        llama(system.ids[:4])
+    handle.remove()
+    wanted = latents.encoder("layers.1").encode(tape["layers.1"][0][1][:, 1:]).flatten(0, 1)
+    assert np.abs(found - plain).max() > 1e-4
+    torch.testing.assert_close(torch.from_numpy(found), wanted, atol=1e-5, rtol=0)
+
+
+def test_nothing_done_changes_nothing_and_leaves_no_hook(llama, system):
+    plain = system.run(EVERY[:4])
+    same = system.run(EVERY[:4], {name: held(reading.natural) for name, reading in plain.items()})
+    assert all((plain[name].natural != same[name].natural).nnz == 0 for name in plain)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in llama.modules())
+
+
+def test_the_token_before_is_of_the_same_context(system):
+    z = csr(np.arange(1, 2 * (LENGTH - 1) + 1, dtype=np.float32)[:, None])
+    wanted = [0, *range(1, LENGTH - 1), 0, *range(LENGTH, 2 * LENGTH - 2)]
+    assert system.carried("before", z, EVERY[:2]).toarray()[:, 0].tolist() == wanted
+    assert system.carried("same", z, EVERY[:2]) is z
+
+
+def test_a_graph_is_found_in_it_and_none_where_contexts_are_shuffled(latents, system):
+    found = discover(system, held_out=0.5, seed=0)
+    verified = [edge for edge in found.graph.edges if edge.evidence == "verified"]
+    assert len(verified) >= 5 and all(edge.src.startswith("layers.0/") for edge in verified)
+    assert not [edge for edge in discover(Shuffled(system), held_out=0.5).graph.edges if edge.evidence == "verified"]
+    bank = with_graph(latents, found.graph)
+    assert len(bank.graph) == len(found.graph)
+    only = verified[0].src
+    few = discover(system, held_out=0.5, seed=0, verify=[only]).graph.edges
+    assert {edge.src for edge in few if edge.evidence == "verified"} == {only} and len(few) >= len(verified)
+
+
+def test_it_says_what_it_needs(llama, latents):
+    with pytest.raises(BadRecipe, match="two layers"):
+        SteeredText(llama, latents, torch.zeros(3, 1, dtype=torch.long))
+
+
+def test_replacing_is_refused_where_a_session_steers(llama, latents):
+    refused = pytest.raises(ConflictingEdits, match=r"layers\.0")
+    with sl.steer(llama, latents, {"layers.0/1": 1.0}), refused, replacing(llama, {"layers.0": lambda x, _: x}):
+        pass
+    nothing = replacing(llama, {"layers.1": lambda x, _: torch.zeros_like(x)})
+    with torch.no_grad(), nothing, sl.record(llama, "layers.1") as tape:
+        llama(torch.tensor([[1, 2, 3]]))
+    assert not tape["layers.1"][0][1].any()
