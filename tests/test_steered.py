@@ -13,7 +13,7 @@ from steerlib.evaluation.systems import Shuffled, ablated, csr, fixed, held
 from steerlib.recording import replacing
 from steerlib.training.discover import discover, with_graph
 
-SIZE, CONTEXTS, LENGTH = 24, 96, 8
+SIZE, CONTEXTS, LENGTH = 24, 512, 12
 EVERY = np.arange(CONTEXTS)
 
 
@@ -23,7 +23,7 @@ def latents(llama):
     g = torch.Generator().manual_seed(0)
     rows = torch.nn.functional.normalize(torch.randn(SIZE, llama.config.hidden_size, generator=g), dim=-1)
     encoders = {
-        f"layers.{k}": JumpReLU(encoder=own, bias=torch.zeros(SIZE), decoder=own, threshold=torch.full((SIZE,), 0.02))
+        f"layers.{k}": JumpReLU(encoder=own, bias=torch.zeros(SIZE), decoder=own, threshold=torch.full((SIZE,), 0.03))
         for k, own in enumerate((rows, rows.flip(0)))
     }
     concepts = [sl.Concept(name=f"{site}/{i}", encoder=site, index=i) for site in encoders for i in range(SIZE)]
@@ -86,7 +86,7 @@ def test_the_token_before_is_of_the_same_context(system):
 def test_a_graph_is_found_in_it_and_none_where_contexts_are_shuffled(latents, system):
     found = discover(system, held_out=0.5, seed=0)
     verified = [edge for edge in found.graph.edges if edge.evidence == "verified"]
-    assert len(verified) >= 5 and all(edge.src.startswith("layers.0/") for edge in verified)
+    assert len(verified) >= 10 and all(edge.src.startswith("layers.0/") for edge in verified)
     assert not [edge for edge in discover(Shuffled(system), held_out=0.5).graph.edges if edge.evidence == "verified"]
     bank = with_graph(latents, found.graph)
     assert len(bank.graph) == len(found.graph)
