@@ -77,6 +77,7 @@ def main(
     methods = {name: comparison.run() for name, comparison in tqdm(compared.items(), desc="methods")}
     off = scene_effects.off_distribution(compared, recorded(work, lambda: activations(pipe, recipe, truth(recipe))))
     bank.provenance |= {"methods": methods, "off": off}
+    bank.provenance["mediation"] = {do.factor: scene_effects.mediated(studio, do, dev) for do in dos}
     if (examined := pipeline.parent / "examined.json").is_file():
         bank.provenance["examined"] = json.loads(examined.read_text())
     bank.license = "apache-2.0"

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-Run = Callable[[Mapping[str, Any]], Mapping[str, Tensor]]
+Run = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 """A model that is run with some things set to values, and says what everything named was; the same chance every time."""
 
 

@@ -29,7 +29,7 @@ STAGES = {
     ),
     "evaluation": (
         "scenes", "faces", "judges", "places", "image", "text", "comparison", "representation", "probing", "synthetic",
-        "systems", "steered", "hierarchies", "compiled", "edges", "report",
+        "systems", "steered", "hierarchies", "compiled", "edges", "mediation", "report",
     ),
     "training": (
         "encoder_recipe", "recipe", "documents", "activations", "attributes", "shards", "harvest", "inputs", "sparse_step",

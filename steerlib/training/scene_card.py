@@ -37,6 +37,7 @@ def scene_card(bank: ConceptBank, description: str) -> str:
         f"## The model\n\n{examined_line(bank)}",
         f"## The levers\n\n{LEVERS}\n\n{levers_table(levers(bank))}",
         f"## Beside other methods\n\n{COMPARED}\n\n{methods_table(found['methods'])}\n\n![Methods and factors](methods.png)",
+        f"{MEDIATED}\n\n{mediation_table(found['mediation'])}",
         f"{OFF}\n\n{off_table(found['off'])}",
         f"{LAWS}\n\n{laws_table(found['laws'])}",
         f"## When\n\n{WHEN}\n\n{windows_table(found['windows'])}\n\n![Strengths and windows](windows.png)",
@@ -54,6 +55,8 @@ over that of the unsteered pictures. Edits were chosen on other scenes, and leav
 COMPARED = """One value of each factor, every method at the best of its doses on other scenes; in each cell effect / kept.
 One latent is chosen on those scenes too, of the six most correlated with the value, one an encoder; and of their places one for
 a difference of means. *Replaced where detected*: activations of a run with the other prompt, at one site."""
+MEDIATED = """Through what a prompt acts: of the change of the picture that a caption makes by saying the value (*total*), the
+part that is gone where the readings of some levers stay as they are without (total indirect effect; Pearl 2001):"""
 OFF = """Share of activations, where the latent is set, further from the mean than 99.5 % of those that encoders
 learned from (Mahalanobis distance):"""
 LAWS = """Mean change of a picture's bytes by an edit of nothing (composition), by adding the lever, and by adding it and
@@ -100,6 +103,14 @@ def off_table(found: Mapping[str, Mapping[str, float]]) -> str:
         shares = [factor[way] for factor in found.values()]
         lines.append(f"| {way} | " + " | ".join(f"{share:.1%}" for share in shares) + f" | **{np.mean(shares):.1%}** |")
     return "\n".join(lines)
+
+
+def mediation_table(found: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
+    """Total effect of saying a value, and what goes through levers, by factor."""
+    ways = list(next(iter(found.values())))
+    lines = ["| | " + " | ".join(found) + " |", "|" + "---|" * (len(found) + 1)]
+    lines.append("| total | " + " | ".join(f"{factor[ways[0]]['te']:.2f}" for factor in found.values()) + " |")
+    return "\n".join([*lines, *(f"| {w} | " + " | ".join(f"{f[w]['tie']:.2f}" for f in found.values()) + " |" for w in ways)])
 
 
 def laws_table(found: Mapping[str, Mapping[str, float]]) -> str:

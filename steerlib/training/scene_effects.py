@@ -20,6 +20,7 @@ from ..encoders import Directions
 from ..evaluation import image, places, scenes
 from ..evaluation.image import Do, Natural
 from ..evaluation.judges import Judge
+from ..evaluation.mediation import mediation
 from ..interventions import Add, Intervention, Patch, Set
 from ..recording import record
 from ..schedules import Window
@@ -78,6 +79,13 @@ class Studio:
             edited = steer(self.pipe, bank or self.bank, edits, branch="cond", allow_ood=True) if edits else nullcontext()
             with edited:
                 return draw_as_told(self.pipe, captions, steps=self.steps, seed=self.seed)
+
+    def told(self, case: Case, purpose: int) -> list[str]:
+        """The captions of a case, but saying the value."""
+        factors = {**case.asked.factors}
+        for name, value in case.do.sets.items():
+            factors[name] = np.full_like(factors[name], scenes.VALUES[name].index(value))
+        return scenes.captions(factors, seed=(self.seed, 53, purpose))
 
     def effect(self, case: Case, edits: Edits, bank: ConceptBank | None = None) -> image.Effect:
         """What edits do to the pictures of a case."""
@@ -209,10 +217,7 @@ class Comparison:
     @cached_property
     def told(self) -> list[str]:
         """Captions that say the value."""
-        factors = {**self.test.asked.factors}
-        for name, value in self.do.sets.items():
-            factors[name] = np.full_like(factors[name], scenes.VALUES[name].index(value))
-        return scenes.captions(factors, seed=(self.studio.seed, 53, 4))
+        return self.studio.told(self.test, 4)
 
     def _random(self, best: Mapping[str, Any], draws: int = 3) -> dict[str, Any]:
         """The lever with random directions of the same lengths in place of its own; the mean over draws."""
@@ -297,6 +302,35 @@ def randomised(bank: ConceptBank, concept: Concept, seed: int) -> ConceptBank:
         rows[place.index] = drawn / drawn.norm() * rows[place.index].norm()
         made._encoders[place.encoder] = Directions(rows, own.mean)
     return made
+
+
+# -- through what a prompt acts ----------------------------------------------------------------------------------
+
+
+def mediated(studio: Studio, do: Do, n: int) -> dict[str, dict[str, float]]:
+    """What a caption that says a value does to pictures, by way of the lever of that value, of all levers of its factor (but
+    one: they add up to nothing), of another factor's, and of a random direction in the lever's place."""
+    case, judge = studio.case(do, n, 8), studio.judge
+    told, there = studio.told(case, 8), judge.read(case.before)["shape"] > 0
+
+    def run(captions: list[str]) -> Tensor:
+        shows = (judge.read(studio.draw(captions))[do.factor] == do.index).float()
+        return shows[:, None] if do.factor in image.WHOLE else shows[there][:, None]
+
+    others = [value for value in places.values(do.factor) if value != do.value]
+    stranger = next(value for factor, value in TESTED.items() if factor not in (do.factor, "scene"))
+    random = randomised(studio.bank, studio.bank[do.value], 0)
+    ways: dict[str, tuple[ConceptBank, list[str]]] = {
+        "its lever": (studio.bank, [do.value]),
+        "levers of its factor": (studio.bank, [do.value, *others[:-1]]),
+        "lever of another factor": (studio.bank, [stranger]),
+        "random direction": (random, [do.value]),
+    }
+    found = {}
+    for name, (bank, concepts) in ways.items():
+        e = mediation(studio.pipe, bank, concepts, run, value=told, reference=case.captions, branch="cond")
+        found[name] = {key: round(float(value), 4) for key, value in e._asdict().items() if value is not None}
+    return found
 
 
 # -- when, and how far off ---------------------------------------------------------------------------------------
