@@ -308,8 +308,8 @@ def randomised(bank: ConceptBank, concept: Concept, seed: int) -> ConceptBank:
 
 
 def mediated(studio: Studio, do: Do, n: int) -> dict[str, dict[str, float]]:
-    """What a caption that says a value does to pictures, by way of the lever of that value, of all levers of its factor (but
-    one: they add up to nothing), of another factor's, and of a random direction in the lever's place."""
+    """What a caption that says a value does to pictures, by way of the lever of that value, of the levers of its
+    factor, of another factor's, and of a random direction in the lever's place."""
     case, judge = studio.case(do, n, 8), studio.judge
     told, there = studio.told(case, 8), judge.read(case.before)["shape"] > 0
 
@@ -317,12 +317,11 @@ def mediated(studio: Studio, do: Do, n: int) -> dict[str, dict[str, float]]:
         shows = (judge.read(studio.draw(captions))[do.factor] == do.index).float()
         return shows[:, None] if do.factor in image.WHOLE else shows[there][:, None]
 
-    others = [value for value in places.values(do.factor) if value != do.value]
     stranger = next(value for factor, value in TESTED.items() if factor not in (do.factor, "scene"))
     random = randomised(studio.bank, studio.bank[do.value], 0)
     ways: dict[str, tuple[ConceptBank, list[str]]] = {
         "its lever": (studio.bank, [do.value]),
-        "levers of its factor": (studio.bank, [do.value, *others[:-1]]),
+        "levers of its factor": (studio.bank, independent(studio.bank, do)),
         "lever of another factor": (studio.bank, [stranger]),
         "random direction": (random, [do.value]),
     }
@@ -331,6 +330,19 @@ def mediated(studio: Studio, do: Do, n: int) -> dict[str, dict[str, float]]:
         e = mediation(studio.pipe, bank, concepts, run, value=told, reference=case.captions, branch="cond")
         found[name] = {key: round(float(value), 4) for key, value in e._asdict().items() if value is not None}
     return found
+
+
+def independent(bank: ConceptBank, do: Do) -> list[str]:
+    """The levers of a factor, this one first, without those that others add up to: over all values, differences cancel."""
+    kept: list[str] = []
+    rows: list[Tensor] = []
+    for value in [do.value, *(value for value in places.values(do.factor) if value != do.value)]:
+        own = bank.encoder(bank[value].encoder)
+        assert isinstance(own, Directions)
+        tried = [*rows, own.decoder[bank[value].index].float()]
+        if int(torch.linalg.matrix_rank(torch.stack(tried))) == len(tried):
+            kept, rows = [*kept, value], tried
+    return kept
 
 
 # -- when, and how far off ---------------------------------------------------------------------------------------
