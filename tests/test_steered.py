@@ -95,6 +95,13 @@ def test_a_graph_is_found_in_it_and_none_where_contexts_are_shuffled(latents, sy
     assert {edge.src for edge in few if edge.evidence == "verified"} == {only} and len(few) >= len(verified)
 
 
+def test_a_folder_is_not_shared_by_runs_that_verify_different_parents(system, tmp_path):
+    first = discover(system, held_out=0.5, verify=["layers.0/1"], folder=tmp_path)
+    assert discover(system, held_out=0.5, verify=["layers.0/1"], folder=tmp_path).graph.edges == first.graph.edges
+    with pytest.raises(BadRecipe, match="other settings"):
+        discover(system, held_out=0.5, verify=["layers.0/2"], folder=tmp_path)
+
+
 def test_it_says_what_it_needs(llama, latents):
     with pytest.raises(BadRecipe, match="two layers"):
         SteeredText(llama, latents, torch.zeros(3, 1, dtype=torch.long))

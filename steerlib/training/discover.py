@@ -146,6 +146,7 @@ def discover(
     Raises `BadRecipe` where that was of other settings.
     """
     settings = {"method": method, "skips": skips, "share": share, "held_out": held_out, "seed": seed, "contexts": len(system)}
+    settings |= {} if verify is None else {"verify": sorted(verify)}
     kept = Folder(None if folder is None else Path(folder), settings | {"levels": dict(system.levels)}, accelerator)
     contexts, first = np.arange(len(system)), len(system) - int(len(system) * held_out)
     fits = proposed(
