@@ -15,7 +15,7 @@ from scipy.sparse import coo_matrix, hstack
 from torch import Tensor
 
 from ..evaluation.systems import Codes, Columns, csr
-from .lasso import Products, lasso, refit
+from .lasso import Products, among, lasso, masked, refit
 from .screen import chunks, in_threads
 
 PATH = (8.0, 4.0, 2.0, 1.0)
@@ -125,14 +125,12 @@ def along(p: Products, unit: float, path: Sequence[float], **how: Any) -> Iterat
 
 def explains(p: Products, support: Bool[Tensor, "B S"], routes: int) -> Bool[Tensor, "B S"]:
     """Whether leaving a candidate out, all others refitted, costs more than next to nothing: `b_p' ([G^-1]_pp)^-1 b_p`."""
-    b = refit(p, support)
-    ridge = 1e-6 * p.gram.diagonal(dim1=-2, dim2=-1)
-    both = support[:, :, None] & support[:, None, :]
-    inverse = torch.linalg.inv(torch.where(both, p.gram, 0) + torch.diag_embed(torch.where(support, ridge, 1.0)))
+    own, columns = among(p, support, routes)
+    b, inverse = refit(p, support).gather(1, columns), torch.linalg.inv(masked(own.gram, support.gather(1, columns)))
     blocks = inverse.unflatten(-1, (-1, routes)).unflatten(-3, (-1, routes)).diagonal(dim1=-4, dim2=-2)
-    own = b.unflatten(-1, (-1, routes))
-    cost = (own * torch.linalg.solve(blocks.permute(0, 3, 1, 2), own)).sum(-1)
-    return (cost > LEAST * p.power[:, None]).repeat_interleave(routes, -1)
+    parts = b.unflatten(-1, (-1, routes))
+    cost = (parts * torch.linalg.solve(blocks.permute(0, 3, 1, 2), parts)).sum(-1).repeat_interleave(routes, -1)
+    return torch.zeros_like(support).scatter(1, columns, cost > LEAST * p.power[:, None])
 
 
 def placed(b: Float[Tensor, "B S"], columns: NDArray[Any], size: int) -> Codes:
