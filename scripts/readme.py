@@ -17,7 +17,7 @@ import steerlib as sl
 from steerlib.evaluation.report import latents_table, summary_table, table
 from steerlib.evaluation.text import chat, complete
 from steerlib.training import scene_card
-from steerlib.training.card import verified
+from steerlib.training.card import graph_table, verified
 from steerlib.training.measure import GATED
 
 README = Path(__file__).parent.parent / "README.md"
@@ -157,6 +157,7 @@ def main(
         sparse = sl.ConceptBank.from_pretrained("smollm2-135m-latents")
         text = put(text, "sparse", latents_table(sparse.provenance["quality"]).partition("\n\n")[0])
         text = put(text, "verified", verified(sparse, 8))
+        text = put(text, "text-graph", graph_table(sparse.provenance["graph"]))
         text = pictures(text)
         for name in ("fresh", "unseen"):
             text = put(text, name, unseen(json.loads((RECIPES / name / "measured.json").read_text(encoding="utf-8"))))

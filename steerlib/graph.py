@@ -43,6 +43,11 @@ class Edge:
     p_adj: float | None = None
     """That `tau` is 0, adjusted for all edges that were tested (Benjamini & Hochberg 1995)."""
 
+    @property
+    def effect(self) -> float:
+        """What forecasts go by: `tau` where the edge is verified, else `weight`."""
+        return self.weight if self.tau is None or self.evidence != "verified" else self.tau
+
 
 class CausalGraph:
     """Concepts joined by edges; what follows from what is told by those of relation `compute`, in the order of generation."""
@@ -53,7 +58,7 @@ class CausalGraph:
         self._parents, self._order = orders["compute"]
 
     def parents(self, name: str) -> Mapping[str, float]:
-        """Direct causes of a concept, with their weights."""
+        """Direct causes of a concept, with their effects."""
         return self._parents.get(name, {})
 
     def descendants(self, name: str) -> tuple[str, ...]:
@@ -148,7 +153,7 @@ def _order(edges: Iterable[Edge]) -> tuple[dict[str, dict[str, float]], tuple[st
         own = parents.setdefault(edge.dst, {})
         if edge.src in own:
             raise CorruptBank(f"expected one edge {edge.src!r} -> {edge.dst!r}, got two")
-        own[edge.src] = edge.weight
+        own[edge.src] = edge.effect
         parents.setdefault(edge.src, {})
     try:
         return parents, tuple(TopologicalSorter(parents).static_order())

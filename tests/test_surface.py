@@ -34,10 +34,9 @@ STAGES = {
     "training": (
         "encoder_recipe", "recipe", "documents", "activations", "attributes", "shards", "harvest", "inputs", "sparse_step",
         "dense_step", "learner", "fit", "levers", "objectives", "methods", "studio", "calibrate", "card", "measure", "label",
-        "quality", "verify", "latents", "contrast", "wording", "noised", "pictures", "painting", "scene_bank", "scene_effects",
-        "scene_card", "pipeline", "lasso", "screen", "rows", "regress", "independence",
-        "confirm",
-        "minimality", "discover",
+        "quality", "verify", "lasso", "screen", "rows", "regress", "independence", "confirm", "minimality", "discover",
+        "text_graph", "latents", "contrast", "wording", "noised", "pictures", "painting", "scene_bank", "scene_effects",
+        "scene_graph", "scene_card", "pipeline",
     ),
 }  # fmt: skip
 

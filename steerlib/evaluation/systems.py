@@ -127,6 +127,19 @@ class Around(System):
     def __len__(self) -> int:
         return len(self.inner)
 
+    def owners(self, contexts: Contexts) -> NDArray[Any]:
+        return self.inner.owners(contexts)
+
+    @property
+    def routes(self) -> Sequence[str]:
+        return self.inner.routes
+
+    def carried(self, route: str, z: Codes, contexts: Contexts) -> Codes:
+        return self.inner.carried(route, z, contexts)
+
+    def weights(self, src: str, dst: str) -> tuple[Any, Any] | None:
+        return self.inner.weights(src, dst)
+
 
 # -- controls ------------------------------------------------------------------------------------------------
 

@@ -1,6 +1,7 @@
 """Sparse regression of many children at once, each on its own few candidates, from products alone.
 
-B children   S = candidates x routes, routes fastest, K of them supported   G = X'X / N [B, S, S]   g = X'y / N [B, S]   b effects [B, S]
+B children   S = candidates x routes, routes fastest   K of them supported   G = X'X / N [B, S, S]   g = X'y / N [B, S]
+b effects [B, S]
 """
 
 from typing import NamedTuple

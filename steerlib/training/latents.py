@@ -20,8 +20,9 @@ from .fit import fit
 from .harvest import harvest
 from .label import AMONG, SHOWN, Sightings, Texts, label, promoted, sightings
 from .quality import apart, figures
-from .recipe import Recipe
+from .recipe import GraphRecipe, Recipe
 from .shards import Shards
+from .text_graph import contexts, graphed
 from .verify import Followers, Verification, followers, verify
 
 HELD_OUT = 0.1
@@ -53,7 +54,16 @@ def train_latents(model: Any, tokenizer: Any, recipe: Recipe, folder: Path) -> C
         found[id] |= apart([trained[name] for name in spec.runs], x)
         telling |= most_telling(followers(encoders[id], shards, site), id, spec.verify)
     bank = bank_of(model, recipe, encoders, concepts, shards, found)
-    return with_verified(bank, verify(model, tokenizer, bank, telling, unrelated), recipe, tokenizer)
+    bank = with_verified(bank, verify(model, tokenizer, bank, telling, unrelated), recipe, tokenizer)
+    return bank if recipe.graph is None else with_graph_of(model, tokenizer, bank, recipe, folder / "graph")
+
+
+def with_graph_of(model: Any, tokenizer: Any, bank: ConceptBank, recipe: Recipe, folder: Path) -> ConceptBank:
+    """The bank with the graph that its recipe asks for, and a card that says so."""
+    own = recipe.graph or GraphRecipe()
+    made = graphed(model, bank, contexts(tokenizer, recipe.corpus_files(), own), own, folder)
+    made.card = latents_card(made, recipe)
+    return made
 
 
 def check_order(model: Any, recipe: Recipe) -> None:

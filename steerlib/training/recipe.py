@@ -103,6 +103,41 @@ class SiteEncoder:
 
 
 @dataclass(frozen=True, kw_only=True)
+class GraphRecipe:
+    """How the causal graph of text latents is found, from beginnings of the corpus' documents."""
+
+    contexts: int = 3600
+    """Documents: half are ablated at random and fitted, a third verify, the rest is for forecasts."""
+    length: int = 32
+    """Tokens of each."""
+    parents: int = 400
+    """Latents that are ablated alone, those first of which the bank says most."""
+    controls: int = 40
+    """As many of a model with random weights."""
+    seed: int = 0
+
+    @property
+    def first(self) -> int:
+        """Contexts that are fitted."""
+        return self.contexts // 2
+
+    @property
+    def second(self) -> int:
+        """Contexts that verify."""
+        return self.contexts // 3
+
+    @property
+    def held_out(self) -> float:
+        """Their share of those that are not kept for forecasts."""
+        return self.second / (self.first + self.second)
+
+    def check(self) -> None:
+        """Raise `BadRecipe` for what cannot work."""
+        if self.contexts < 120 or self.length < 2 or min(self.parents, self.controls) < 1:
+            raise BadRecipe("expected a graph of 120 contexts of two tokens or more, and positive numbers of parents, controls")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
     """A frozen description of a bank. Paths are relative to the recipe's folder; what is missing there comes with steerlib."""
 
@@ -122,6 +157,8 @@ class Recipe:
     """Times that encoders see them."""
     attributes: tuple[str, ...] = ()
     """Files of text and label (1: has it), each named as what the texts have, by which latents are selected and probed."""
+    graph: GraphRecipe | None = None
+    """Find and verify the causal graph of the encoders, which are of layers one after the other."""
     folder: Path = field(default=Path(), repr=False)
     description: str = ""
     license: str = ""
@@ -165,6 +202,8 @@ class Recipe:
             raise BadRecipe(f"{path.name} is not valid TOML: {error}") from None
         concepts = tuple(_made(ConceptRecipe, entry, f"{path.name}, concepts") for entry in values.pop("concepts", []))
         encoders = tuple(SiteEncoder.of(entry, f"{path.name}, encoders") for entry in values.pop("encoders", []))
+        if "graph" in values:
+            values["graph"] = _made(GraphRecipe, values["graph"], f"{path.name}, graph")
         recipe = _made(cls, {**values, "concepts": concepts, "encoders": encoders, "folder": path.parent}, path.name)
         recipe.check(to_train=to_train)
         return recipe
@@ -202,6 +241,10 @@ class Recipe:
             raise BadRecipe("expected a corpus for encoders, and positive numbers of tokens and epochs")
         if self.has_levels and not all(made.level is not None for made in self.encoders):
             raise BadRecipe("expected a level for every encoder of a diffusion model, or for none of a language model")
+        if self.graph is not None:
+            self.graph.check()
+            if self.has_levels or len(self.encoders) < 2:
+                raise BadRecipe("expected encoders of two layers or more of a language model for a graph")
         for name, sides in self.read_attributes().items():
             if min(map(len, sides)) < LEAST:
                 raise BadRecipe(
@@ -296,7 +339,7 @@ class Recipe:
     @cached_property
     def digest(self) -> str:
         """Changes with anything the result depends on."""
-        apart = ("folder", "ship", "held_out", "attributes")
+        apart = ("folder", "ship", "held_out", "attributes", "graph")
         sha = hashlib.sha256(repr({f.name: getattr(self, f.name) for f in fields(self) if f.name not in apart}).encode())
         names = [self.reference, self.prompts, self.unrelated, *self.corpus, *self.attributes]
         names += [f"{folder}/{concept.name}.jsonl" for folder in (self.pairs, self.scoring) for concept in self.concepts]

@@ -72,11 +72,16 @@ class Studio:
         captions = scenes.captions(asked.factors, seed=(self.seed, 53, purpose))
         return Case(do, asked, captions, self.draw(captions))
 
-    def draw(self, captions: list[str], edits: Edits | None = None, bank: ConceptBank | None = None) -> image.Pictures:
-        """Pictures of captions, always from the same noise; edits act on the half of guidance that reads the prompt."""
+    def draw(
+        self, captions: list[str], edits: Edits | None = None, bank: ConceptBank | None = None, **how: Any
+    ) -> image.Pictures:
+        """Pictures of captions, always from the same noise; edits act on the half of guidance that reads the prompt, and `how`
+        goes to `steer`."""
         with catch_warnings():
             simplefilter("ignore")  # cases go beyond safe ranges on purpose
-            edited = steer(self.pipe, bank or self.bank, edits, branch="cond", allow_ood=True) if edits else nullcontext()
+            edited = (
+                steer(self.pipe, bank or self.bank, edits, branch="cond", allow_ood=True, **how) if edits else nullcontext()
+            )
             with edited:
                 return draw_as_told(self.pipe, captions, steps=self.steps, seed=self.seed)
 

@@ -1,0 +1,35 @@
+"""Find the causal graph of a bank of text latents: `python scripts/graph_bank.py RECIPE BANK`. Run it again to go on.
+
+It is the last stage of `steerlib train`, for a bank that was made before: the recipe's `[graph]` says how.
+"""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from steerlib import ConceptBank, load
+from steerlib.training.latents import with_graph_of
+from steerlib.training.recipe import Recipe
+
+
+def main(
+    recipe: Annotated[Path, typer.Argument(help="recipe.toml")],
+    bank: Annotated[str, typer.Argument(help="the bank: a folder, or a name")],
+    out: Annotated[Path, typer.Option(help="folder of the bank with its graph")] = Path("out/graphed"),
+    work: Annotated[Path, typer.Option(help="where stages keep their results")] = Path("out/graph"),
+    threads: Annotated[int, typer.Option(help="processor cores")] = 1,
+) -> None:
+    """Find, verify, foretell, and write it all down."""
+    torch.set_num_threads(threads)
+    read = Recipe.from_file(recipe)
+    model, tokenizer = load(read.source)
+    made = with_graph_of(model.to(torch.bfloat16), tokenizer, ConceptBank.from_pretrained(bank), read, work)
+    made.save_pretrained(out)
+    print(json.dumps(made.provenance["graph"], indent=1))
+
+
+if __name__ == "__main__":
+    typer.run(main)

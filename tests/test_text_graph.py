@@ -1,0 +1,110 @@
+"""The graph stage of training: edges of a tiny model, what they foretell of other texts, and the controls."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+import steerlib as sl
+from steerlib.bank import SiteFacts
+from steerlib.encoders import JumpReLU
+from steerlib.errors import BadRecipe
+from steerlib.graph import CausalGraph, Edge
+from steerlib.training import text_graph
+from steerlib.training.recipe import GraphRecipe
+from steerlib.training.text_graph import Foretold, best_known, carried, contexts, foretold, graphed, scores
+
+SIZE = 24
+RECIPE = GraphRecipe(contexts=720, length=12, parents=12, controls=4)
+
+
+@pytest.fixture
+def bank(llama):
+    """Latents of two layers of a tiny model."""
+    g = torch.Generator().manual_seed(0)
+    rows = torch.nn.functional.normalize(torch.randn(SIZE, llama.config.hidden_size, generator=g), dim=-1)
+    encoders = {
+        f"layers.{k}": JumpReLU(encoder=own, bias=torch.zeros(SIZE), decoder=own.clone(), threshold=torch.full((SIZE,), 0.03))
+        for k, own in enumerate((rows, rows.flip(0)))
+    }
+    concepts = [
+        sl.Concept(name=f"{site}/{i}", encoder=site, index=i, unit=0.1 + 0.01 * i, effects={"frequency": i / 100})
+        for site in encoders
+        for i in range(SIZE)
+    ]
+    sites = {site: SiteFacts(width=llama.config.hidden_size) for site in encoders}
+    return sl.ConceptBank("tiny", concepts, encoders, base=sl.BaseModel.of(llama), sites=sites)
+
+
+@pytest.fixture
+def ids(llama):
+    return torch.randint(0, llama.config.vocab_size, (720, 12), generator=torch.Generator().manual_seed(1))
+
+
+def test_the_stage_stores_verified_edges_alone_and_foretells_what_happens(llama, bank, ids, tmp_path, monkeypatch):
+    monkeypatch.setattr(text_graph, "STEPS", 5)
+    made = graphed(llama, bank, ids, RECIPE, tmp_path)
+    facts = made.provenance["graph"]
+    assert made.graph.edges and {edge.evidence for edge in made.graph.edges} == {"verified"}
+    assert facts["verified"] == len(made.graph) == sum(own["verified"] for own in facts["levels"].values())
+    assert facts["shuffled"]["verified"] == 0 < facts["random model"]["proposed"]
+    assert {edge.src for edge in made.graph.edges} <= set(best_known(bank, ["layers.0"], RECIPE.parents))
+    found = [facts["forecast"][name] for name in ("more than carried on", "carried on")]
+    assert sum(own["edges"] for own in found) > 10
+    assert all(own["sign"] >= 0.85 and own["r2"] > 0.5 for own in found if own["edges"] > 5)
+    assert graphed(llama, bank, ids, RECIPE, tmp_path).graph.edges == made.graph.edges, "it goes on from what it kept"
+    made.save_pretrained(tmp_path / "bank")
+    assert sl.ConceptBank.from_pretrained(tmp_path / "bank").provenance["graph"] == facts
+
+
+def test_a_forecast_of_the_wrong_sign_is_seen(llama, bank, ids, tmp_path, monkeypatch):
+    monkeypatch.setattr(text_graph, "STEPS", 5)
+    made = graphed(llama, bank, ids, RECIPE, tmp_path)
+    turned = CausalGraph(replace(edge, tau=-edge.tau) for edge in made.graph.edges)
+    named = CausalGraph(replace(edge, src=bank[edge.src].id, dst=bank[edge.dst].id) for edge in turned.edges)
+    wrong = made.with_concepts(list(made.concepts.values()), graph=turned)
+    third = text_graph.SteeredText(llama, bank, ids[600:])
+    found = scores([*foretold(wrong, third, named, tmp_path / "wrong")])
+    assert found["sign"] < 0.15 and found["r2"] < 0
+
+
+def test_an_edge_is_carried_on_where_its_effect_is_the_product_of_the_rows(bank):
+    rows, reads = bank.encoder("layers.0").decoder, bank.encoder("layers.1").encoder
+    plain = float(rows[3] @ reads[5]) * bank["layers.0/3"].unit / bank["layers.1/5"].unit
+    edge = Edge(src="layers.0/3", dst="layers.1/5", weight=0.0, tau=1.15 * plain)
+    assert carried(bank, edge) and not carried(bank, replace(edge, tau=1.25 * plain))
+    assert not carried(bank, replace(edge, tau=-plain))
+
+
+def test_scores_are_of_means_and_of_single_prompts():
+    rows = [
+        Foretold("a to b", False, np.array([1.0, 1.0]), np.array([2.0, 0.0])),
+        Foretold("a to b", False, np.array([-1.0, -1.0]), np.array([1.0, 1.0])),
+    ]
+    assert scores(rows[:1]) == {"edges": 1, "sign": 1.0, "r2": 1.0, "r2 by prompt": 0.5}
+    assert scores(rows)["sign"] == 0.5 and scores(rows)["r2"] == -1.0
+    assert scores([]) == {"edges": 0}
+
+
+def test_latents_that_go_with_an_attribute_come_first_then_those_that_were_moved(bank):
+    bank.provenance = {"quality": {"layers.0": {"probes": {"music": {"best": [[2, 0.9]]}}}}}
+    moved = replace(bank["layers.0/1"], effects={"verified": {}, "frequency": 0.01})
+    told = bank.with_concepts([moved if c.name == moved.name else c for c in bank.concepts.values()])
+    told.provenance = bank.provenance
+    assert best_known(told, ["layers.0"], 3) == ["layers.0/2", "layers.0/1", "layers.0/23"]
+
+
+def test_too_few_documents_are_refused(tmp_path):
+    class Words:
+        bos_token_id, all_special_ids = None, ()
+
+        def __call__(self, text, **_):
+            ids = [len(word) for word in text.split()]
+            return {"input_ids": ids, "offset_mapping": [(i, i + 1) for i in range(len(ids))]}
+
+    (tmp_path / "texts.txt").write_text("one two three four\n\nfive six\n")
+    with pytest.raises(BadRecipe, match="120 documents of 4 tokens"):
+        contexts(Words(), [tmp_path / "texts.txt"], GraphRecipe(contexts=120, length=4))
+    with pytest.raises(BadRecipe, match="120 contexts"):
+        GraphRecipe(contexts=100).check()
