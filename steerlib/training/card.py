@@ -86,9 +86,9 @@ def pictures_card(bank: ConceptBank, description: str) -> str:
 
 GRAPH = """Edges between latents of one encoder and the next, in `bank.graph`: proposed by ablating many latents at random, then
 verified one by one, by ablating the parent alone on texts that nothing was fitted to. Only verified edges are stored. *Carried
-on*: the effect lies within 20 % of the product of decoder and encoder row, the residual stream taking a concept along. Forecasts
-are `bank.graph.forecast` against what ablating a parent alone does to its children on a third part of the texts; *R²* is
-1 − Σ(d − f)² / Σd² over the mean changes of edges, and over those of single prompts, in units of the child."""
+on*: the effect lies within 20 % of the product of decoder and encoder row, the residual stream taking a concept along.
+Forecasts are `bank.graph.forecast` against what ablating a parent alone does to its children on a third part of the texts;
+*R²* is 1 − Σ(d − f)² / Σd² over the mean changes of edges, and over those of single prompts, in units of the child."""
 
 
 def graph_table(found: Mapping[str, Any]) -> str:

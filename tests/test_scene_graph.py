@@ -1,0 +1,56 @@
+"""What follows from what in scenes: marks beside the truth, circles, chance; effects of a pipeline that is no artist."""
+
+import numpy as np
+import pytest
+import torch
+
+from steerlib.evaluation.image import Do
+from steerlib.graph import CausalGraph, Edge
+from steerlib.training import scene_graph
+from steerlib.training.confirm import effects
+from steerlib.training.scene_graph import _joined, marked, share, shuffled, truth
+
+
+@pytest.fixture(scope="module")
+def true():
+    return truth()
+
+
+def edge(src, dst, tau):
+    return Edge(src=src, dst=dst, weight=tau, tau=tau)
+
+
+def test_the_truth_is_what_scenes_admit(true):
+    assert true["night", "navy"] > 0.25 > -0.1 > true["night", "azure"]
+    assert true["indoor", "middle"] > 0.5 and true["night", "red"] == 0 == true["navy", "night"]
+    assert ("night", "day") not in true, "values of one factor are no causes of each other"
+
+
+def test_edges_are_marked_by_sign_and_recall_counts_what_is_due(true):
+    found = marked(CausalGraph([edge("night", "navy", 0.3), edge("night", "azure", 0.3), edge("navy", "stone", 0.3)]), true)
+    assert (found["edges"], found["right"], found["wrong"]) == (3, 1, ["navy → stone", "night → azure"])
+    assert found["recall"] == pytest.approx(1 / found["due"], abs=1e-4) and found["due"] == sum(
+        abs(effect) >= scene_graph.LEAST for effect in true.values()
+    )
+    assert shuffled(CausalGraph([edge("night", "navy", 0.3)] * 1), true) < 0.2
+
+
+def test_the_share_of_an_objects_value_is_of_the_objects_there():
+    read = {"hue": torch.tensor([[0, 1], [0, 0]]), "shape": torch.tensor([[1, 2], [3, 0]]), "scene": torch.tensor([1, 0])}
+    assert share(read, Do("hue", "red")).tolist() == [0.5, 1.0]
+    assert share(read, Do("scene", "night")).tolist() == [1.0, 0.0]
+
+
+def test_an_edge_has_to_be_large_and_sure_and_the_weaker_of_a_circle_is_left_out():
+    night, navy, azure = Do("scene", "night"), Do("background", "navy"), Do("background", "azure")
+    rng = np.random.default_rng(0)
+    changed = np.stack([rng.random(64) < 0.6, rng.random(64) < 0.1], 1).astype(float)
+    back = (rng.random(64) < 0.4).astype(float)[:, None]
+    found = [
+        (night, [navy, azure], changed, effects(changed, np.full(64, 2.0))),
+        (navy, [night], back, effects(back, np.full(64, 2.0))),
+    ]
+    made = _joined(found, 64)
+    assert [(e.src, e.dst) for e in made.graph.edges] == [("night", "navy")] and made.circles == 1
+    (kept,) = made.graph.edges
+    assert kept.tau == pytest.approx(changed[:, 0].mean() / 2) and kept.tau_lo < kept.tau < kept.tau_hi and kept.n_verify == 64
