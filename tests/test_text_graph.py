@@ -12,7 +12,8 @@ from steerlib.encoders import JumpReLU
 from steerlib.errors import BadRecipe
 from steerlib.graph import CausalGraph, Edge
 from steerlib.training import text_graph
-from steerlib.training.recipe import GraphRecipe
+from steerlib.training.card import graph_table
+from steerlib.training.recipe import GraphRecipe, Recipe
 from steerlib.training.text_graph import Foretold, best_known, carried, contexts, foretold, graphed, scores
 
 SIZE = 24
@@ -53,6 +54,8 @@ def test_the_stage_stores_verified_edges_alone_and_foretells_what_happens(llama,
     found = [facts["forecast"][name] for name in ("more than carried on", "carried on")]
     assert sum(own["edges"] for own in found) > 10
     assert all(own["sign"] >= 0.85 and own["r2"] > 0.5 for own in found if own["edges"] > 5)
+    lines = graph_table(facts).splitlines()
+    assert f"| this model | {facts['proposed']} |" in lines[2] and "random weights" in lines[3] and "720 texts" in lines[-1]
     assert graphed(llama, bank, ids, RECIPE, tmp_path).graph.edges == made.graph.edges, "it goes on from what it kept"
     made.save_pretrained(tmp_path / "bank")
     assert sl.ConceptBank.from_pretrained(tmp_path / "bank").provenance["graph"] == facts
@@ -108,3 +111,32 @@ def test_too_few_documents_are_refused(tmp_path):
         contexts(Words(), [tmp_path / "texts.txt"], GraphRecipe(contexts=120, length=4))
     with pytest.raises(BadRecipe, match="120 contexts"):
         GraphRecipe(contexts=100).check()
+
+
+RECIPE_TEXT = """name = "tiny"
+base = "tiny"
+source = "tiny"
+corpus = ["texts.txt"]
+[[encoders]]
+site = "layers.0"
+latents = 8
+[graph]
+contexts = {contexts}
+"""
+
+
+def test_a_recipe_asks_for_a_graph_of_two_layers_or_more(tmp_path):
+    path = tmp_path / "recipe.toml"
+    path.write_text(RECIPE_TEXT.format(contexts=240))
+    with pytest.raises(BadRecipe, match="two layers"):
+        Recipe.from_file(path, to_train=False)
+    whole = RECIPE_TEXT.format(contexts=240).replace("[graph]", '[[encoders]]\nsite = "layers.1"\nlatents = 8\n[graph]')
+    path.write_text(whole)
+    read = Recipe.from_file(path, to_train=False).graph
+    assert (read.contexts, read.first, read.second, read.held_out) == (240, 120, 80, 0.4)
+    path.write_text(whole.replace("240", "60"))
+    with pytest.raises(BadRecipe, match="120 contexts"):
+        Recipe.from_file(path, to_train=False)
+    path.write_text(whole.replace("contexts", "context"))
+    with pytest.raises(BadRecipe, match="context"):
+        Recipe.from_file(path, to_train=False)
