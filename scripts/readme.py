@@ -119,6 +119,7 @@ def pictures(text: str) -> str:
     found = bank.provenance
     parts = {"model": scene_card.examined_line(bank), "levers": scene_card.by_factor(bank)}
     parts |= {"methods": scene_card.methods_table(found["methods"]), "off": scene_card.off_table(found["off"])}
+    parts["follow"] = scene_card.followed_table(bank)
     parts["mediation"] = scene_card.mediation_table(found["mediation"])
     for name, content in (parts | {"windows": scene_card.windows_table(found["windows"])}).items():
         text = put(text, f"scenes-{name}", content)

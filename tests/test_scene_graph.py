@@ -53,4 +53,5 @@ def test_an_edge_has_to_be_large_and_sure_and_the_weaker_of_a_circle_is_left_out
     made = _joined(found, 64)
     assert [(e.src, e.dst) for e in made.graph.edges] == [("night", "navy")] and made.circles == 1
     (kept,) = made.graph.edges
+    assert kept.tau is not None and kept.tau_lo is not None and kept.tau_hi is not None
     assert kept.tau == pytest.approx(changed[:, 0].mean() / 2) and kept.tau_lo < kept.tau < kept.tau_hi and kept.n_verify == 64

@@ -64,7 +64,7 @@ def test_the_stage_stores_verified_edges_alone_and_foretells_what_happens(llama,
 def test_a_forecast_of_the_wrong_sign_is_seen(llama, bank, ids, tmp_path, monkeypatch):
     monkeypatch.setattr(text_graph, "STEPS", 5)
     made = graphed(llama, bank, ids, RECIPE, tmp_path)
-    turned = CausalGraph(replace(edge, tau=-edge.tau) for edge in made.graph.edges)
+    turned = CausalGraph(replace(edge, tau=-edge.effect) for edge in made.graph.edges)
     named = CausalGraph(replace(edge, src=bank[edge.src].id, dst=bank[edge.dst].id) for edge in turned.edges)
     wrong = made.with_concepts(list(made.concepts.values()), graph=turned)
     third = text_graph.SteeredText(llama, bank, ids[600:])
@@ -119,7 +119,7 @@ source = "tiny"
 corpus = ["texts.txt"]
 [[encoders]]
 site = "layers.0"
-latents = 8
+latents = 64
 [graph]
 contexts = {contexts}
 """
@@ -130,9 +130,10 @@ def test_a_recipe_asks_for_a_graph_of_two_layers_or_more(tmp_path):
     path.write_text(RECIPE_TEXT.format(contexts=240))
     with pytest.raises(BadRecipe, match="two layers"):
         Recipe.from_file(path, to_train=False)
-    whole = RECIPE_TEXT.format(contexts=240).replace("[graph]", '[[encoders]]\nsite = "layers.1"\nlatents = 8\n[graph]')
+    whole = RECIPE_TEXT.format(contexts=240).replace("[graph]", '[[encoders]]\nsite = "layers.1"\nlatents = 64\n[graph]')
     path.write_text(whole)
     read = Recipe.from_file(path, to_train=False).graph
+    assert read is not None
     assert (read.contexts, read.first, read.second, read.held_out) == (240, 120, 80, 0.4)
     path.write_text(whole.replace("240", "60"))
     with pytest.raises(BadRecipe, match="120 contexts"):

@@ -1,6 +1,6 @@
 """A language model as a system of latents: what its layers read, and how it goes on where latents were moved."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -31,9 +31,10 @@ class SteeredText(System):
 
     batch = 64
 
-    def __init__(self, model: Any, bank: ConceptBank, ids: Int[Tensor, "C N"]):
-        """`ids`: the tokens of all contexts, as many of each. Raises `BadRecipe` for a bank without two layers of latents."""
-        found = {name: bank.encoder(name) for name in bank.encoders}
+    def __init__(self, model: Any, bank: ConceptBank, ids: Int[Tensor, "C N"], levels: Collection[str] | None = None):
+        """`ids`: the tokens of all contexts, as many of each; `levels`: encoders to look at, if not all. Raises `BadRecipe` for
+        a bank without two layers of latents."""
+        found = {name: bank.encoder(name) for name in bank.encoders if levels is None or name in levels}
         self._encoders = {name: encoder for name, encoder in found.items() if isinstance(encoder, Sparse)}
         if len(self._encoders) < 2 or ids.ndim != 2 or ids.shape[1] < 2:
             raise BadRecipe(f"expected latents of two layers or more and ids [C, N >= 2], got {[*found]}, {tuple(ids.shape)}")

@@ -98,7 +98,7 @@ def graph_table(found: Mapping[str, Any]) -> str:
         "| | proposed | not tested | refused | verified | of these carried on | negative |\n" + "|---" * 7 + "|",
         _edges("this model", found),
         _edges("random weights, encoders trained on them", control),
-        f"| layers of different texts | {null['proposed']:,} | | | {null['verified']} | | |",
+        f"| first two layers, of different texts | {null['proposed']:,} | | | {null['verified']} | | |",
         "",
         "| foretold | edges | sign right | R² | R² by prompt |\n|---|---|---|---|---|",
     ]

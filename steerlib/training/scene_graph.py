@@ -21,7 +21,7 @@ from ..graph import CausalGraph, Edge
 from ..interventions import Add
 from .confirm import adjusted, effects
 from .discover import FDR
-from .scene_effects import Edits, Studio, edit_of, every, randomised
+from .scene_effects import TESTED, Edits, Studio, edit_of, every, randomised
 
 LEAST = 0.2
 """Change of share, at a lever's own dose, from which a value follows a lever; of 0.1, 0.2 and 0.3, chosen on other scenes."""
@@ -34,6 +34,16 @@ class Followed(NamedTuple):
 
     graph: CausalGraph
     circles: int
+
+
+def with_followers(studio: Studio, n: int) -> ConceptBank:
+    """The bank with its graph, and in `provenance["graph"]` how it stands beside the truth and beside chance."""
+    found, true = followed(studio, n).graph, truth()
+    random = followed(studio, n, dos=[Do(*pair) for pair in TESTED.items()], random=True).graph
+    bank = studio.bank.with_concepts(list(studio.bank.concepts.values()), graph=found)
+    facts = {"scenes": n, "levers": marked(found, true), "random directions": marked(random, true)}
+    bank.provenance = {**studio.bank.provenance, "graph": facts | {"chance": shuffled(found, true)}}
+    return bank
 
 
 def share(read: Readings, do: Do) -> Float[NDArray, " M"]:
@@ -130,18 +140,3 @@ def shuffled(graph: CausalGraph, true: Mapping[tuple[str, str], float], draws: i
         drawn = rng.choice(len(pairs), len(signs), replace=False)
         found.append(np.mean([true[pairs[i]] * sign > 0 for i, sign in zip(drawn, signs, strict=True)]) if signs else 0.0)
     return round(float(np.mean(found)), 4)
-
-
-def kept_back(studio: Studio, bank: ConceptBank, do: Do, n: int) -> dict[str, float]:
-    """A lever with what follows it held where an unsteered twin has it (`do="hold"`), beside the lever alone: the share of
-    pictures that show the value, and the mean change of the shares of what follows, absolute, over pictures."""
-    case, best = studio.case(do, n, 10), studio.bank[do.value].effects
-    edits = {do.value: edit_of(best["edit"], best["amount"])}
-    below = [other for other in every() if other.value in bank.graph.descendants(do.value)] if bank.graph else []
-    before = studio.judge.read(case.before)
-    found = {}
-    for name, how in (("model", {}), ("hold", {"do": "hold"})):
-        after = studio.judge.read(studio.draw(case.captions, edits, bank, **how))
-        found[f"{name}: target"] = round(image.effectiveness(before, after, do), 4)
-        found[f"{name}: others"] = round(float(np.mean([np.abs(share(after, o) - share(before, o)).mean() for o in below])), 4)
-    return found

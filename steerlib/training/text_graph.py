@@ -69,7 +69,9 @@ def graphed(model: Any, bank: ConceptBank, ids: Int[Tensor, "C N"], recipe: Grap
         "recipe": asdict(recipe),
         **account(result, found),
         "forecast": {name: scores(some) for name, some in _kinds(rows).items()},
-        "shuffled": remembered(folder / "shuffled.json", lambda: shuffled(system, verify, recipe, folder / "shuffled")),
+        "shuffled": remembered(
+            folder / "shuffled.json", lambda: shuffled(model, bank, made, verify, recipe, folder / "shuffled")
+        ),
         "random model": remembered(
             folder / "untrained.json", lambda: untrained(model, bank, made, recipe, folder / "untrained")
         ),
@@ -186,9 +188,14 @@ def _r2(said: NDArray[Any], happened: NDArray[Any]) -> float:
 # -- controls ------------------------------------------------------------------------------------------------
 
 
-def shuffled(system: System, verify: Sequence[str], recipe: GraphRecipe, folder: Path) -> dict[str, int]:
-    """The same where later layers are those of other texts: no edge is true."""
-    found = discover(Shuffled(system, recipe.seed), held_out=recipe.held_out, verify=verify, folder=folder, seed=recipe.seed)
+def shuffled(
+    model: Any, bank: ConceptBank, ids: Int[Tensor, "C N"], verify: Sequence[str], recipe: GraphRecipe, folder: Path
+) -> dict[str, int]:
+    """The first two layers, the second one of other texts: no edge is true."""
+    first, second, *_ = SteeredText(model, bank, ids).levels
+    system = Shuffled(SteeredText(model, bank, ids, levels=[first, second]), recipe.seed)
+    own = [name for name in verify if name.rpartition("/")[0] == first]
+    found = discover(system, held_out=recipe.held_out, verify=own, folder=folder, seed=recipe.seed)
     return {"proposed": found.proposed, "verified": len(_verified(found))}
 
 
