@@ -141,3 +141,14 @@ def test_a_recipe_asks_for_a_graph_of_two_layers_or_more(tmp_path):
     path.write_text(whole.replace("contexts", "context"))
     with pytest.raises(BadRecipe, match="context"):
         Recipe.from_file(path, to_train=False)
+
+
+@pytest.mark.parametrize("name", ["smollm2-135m-latents", "scenes-32"])
+def test_every_edge_of_a_shipped_bank_was_verified_and_its_interval_leaves_out_nothing(name):
+    bank = sl.ConceptBank.from_pretrained(name)
+    assert len(bank.graph) > 20
+    for edge in bank.graph.edges:
+        assert edge.evidence == "verified" and edge.n_verify >= 16 and (edge.p_adj or 0.0) <= 0.05
+        assert edge.tau_lo is not None and edge.tau_hi is not None and edge.tau_lo * edge.tau_hi > 0
+        said = bank.graph.forecast({edge.src: -1.0})[edge.dst]
+        assert np.sign(said) == -np.sign(edge.effect) or len(bank.graph.parents(edge.dst)) > 1
