@@ -56,11 +56,13 @@ def share(read: Readings, do: Do) -> Float[NDArray, " M"]:
 
 
 def followed(studio: Studio, n: int, *, dos: Sequence[Do] | None = None, purpose: int = 9, random: bool = False) -> Followed:
-    """Move each lever at its own dose in the same `n` scenes; `random`: directions as long as its own in its place."""
+    """Move each lever of which an effect was measured, or some, at its own dose in the same `n` scenes; `random`: directions as
+    long as its own in its place."""
+    dos = [do for do in dos or every() if "amount" in studio.bank[do.value].effects]
     asked = scenes.draw(n, seed=(studio.seed, 53, purpose))
     captions = scenes.captions(asked.factors, seed=(studio.seed, 53, purpose))
     before, found = studio.judge.read(studio.draw(captions)), []
-    for do in tqdm(dos or every(), desc="what follows"):
+    for do in tqdm(dos, desc="what follows"):
         best = studio.bank[do.value].effects
         edits: Edits = {do.value: Add(best["amount"]) if random else edit_of(best["edit"], best["amount"])}
         bank = randomised(studio.bank, studio.bank[do.value], 0) if random else None
