@@ -96,7 +96,10 @@ def write(
         save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, folder / file)
         hashes[file] = torch.frombuffer(bytearray(trust.block_hashes(folder / file)), dtype=torch.uint8).reshape(-1, 32)
     save_file(hashes, folder / HASHES)
-    lines = [json.dumps(c.to_dict(), sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n" for c in concepts]
+    lines = [
+        json.dumps(c.to_dict(), sort_keys=True, ensure_ascii=False, allow_nan=False, separators=(",", ":")) + "\n"
+        for c in concepts
+    ]
     (folder / CONCEPTS).write_text("".join(lines), encoding="utf-8", newline="\n")
     if len(graph):
         save_file(graph.to_tensors([concept.name for concept in concepts]), folder / GRAPH)
