@@ -95,6 +95,20 @@ def test_a_graph_is_found_in_it_and_none_where_contexts_are_shuffled(latents, sy
     assert {edge.src for edge in few if edge.evidence == "verified"} == {only} and len(few) >= len(verified)
 
 
+def test_shuffled_contexts_keep_their_units_and_the_first_layer(system):
+    other, some = Shuffled(system), EVERY[:4]
+    assert other.owners(some).tolist() == system.owners(some).tolist() and other.routes == system.routes
+    assert other.weights("layers.0", "layers.1") is not None
+    own, found = system.run(some), other.run(some)
+    differs = {name: (own[name].natural != found[name].natural).nnz for name in own}
+    assert differs["layers.0"] == 0 < differs["layers.1"]
+
+
+def test_it_looks_at_some_layers_alone(llama, latents, system):
+    with pytest.raises(BadRecipe, match="two layers"):
+        SteeredText(llama, latents, system.ids, levels=["layers.1"])
+
+
 def test_a_folder_is_not_shared_by_runs_that_verify_different_parents(system, tmp_path):
     first = discover(system, held_out=0.5, verify=["layers.0/1"], folder=tmp_path)
     assert discover(system, held_out=0.5, verify=["layers.0/1"], folder=tmp_path).graph.edges == first.graph.edges

@@ -54,6 +54,7 @@ def test_the_stage_stores_verified_edges_alone_and_foretells_what_happens(llama,
     found = [facts["forecast"][name] for name in ("more than carried on", "carried on")]
     assert sum(own["edges"] for own in found) > 10
     assert all(own["sign"] >= 0.85 and own["r2"] > 0.5 for own in found if own["edges"] > 5)
+    assert facts["forecast"]["… by effects dealt among edges"]["r2"] < max(own["r2"] for own in found) - 0.3
     lines = graph_table(facts).splitlines()
     assert f"| this model | {facts['proposed']} |" in lines[2] and "random weights" in lines[3] and "720 texts" in lines[-1]
     assert graphed(llama, bank, ids, RECIPE, tmp_path).graph.edges == made.graph.edges, "it goes on from what it kept"
@@ -81,13 +82,16 @@ def test_an_edge_is_carried_on_where_its_effect_is_the_product_of_the_rows(bank)
 
 
 def test_scores_are_of_means_and_of_single_prompts():
+    edge = Edge(src="a/0", dst="b/0", weight=-2.0, tau=0.5)
     rows = [
-        Foretold("a to b", False, np.array([1.0, 1.0]), np.array([2.0, 0.0])),
-        Foretold("a to b", False, np.array([-1.0, -1.0]), np.array([1.0, 1.0])),
+        Foretold("a to b", edge, False, np.array([1.0, 1.0]), np.array([2.0, 0.0])),
+        Foretold("a to b", edge, False, np.array([-1.0, -1.0]), np.array([1.0, 1.0])),
     ]
     assert scores(rows[:1]) == {"edges": 1, "sign": 1.0, "r2": 1.0, "r2 by prompt": 0.5}
     assert scores(rows)["sign"] == 0.5 and scores(rows)["r2"] == -1.0
     assert scores([]) == {"edges": 0}
+    (turned,) = text_graph._by(rows[:1], [edge.weight])
+    assert turned.said.tolist() == [-4.0, -4.0]
 
 
 def test_latents_that_go_with_an_attribute_come_first_then_those_that_were_moved(bank):

@@ -102,9 +102,10 @@ def graph_table(found: Mapping[str, Any]) -> str:
         "",
         "| foretold | edges | sign right | R² | R² by prompt |\n|---|---|---|---|---|",
     ]
+    whole, apart = "more than carried on", "carried on"
     lines += [
         f"| {name} | {row['edges']} | {row['sign']:.0%} | {row['r2']:.2f} | {row['r2 by prompt']:.2f} |"
-        for name, row in found["forecast"].items()
+        for name, row in sorted(found["forecast"].items(), key=lambda item: (item[0] == apart, item[0] != whole, item[0]))
         if row["edges"]
     ]
     parts = f"{said['contexts']:,} texts of {said['length']} tokens: half fitted, a third verifying, a sixth foretold. "

@@ -68,7 +68,7 @@ def graphed(model: Any, bank: ConceptBank, ids: Int[Tensor, "C N"], recipe: Grap
     facts = {
         "recipe": asdict(recipe),
         **account(result, found),
-        "forecast": {name: scores(some) for name, some in _kinds(rows).items()},
+        "forecast": {name: scores(some) for name, some in _kinds(rows, recipe.seed).items()},
         "shuffled": remembered(
             folder / "shuffled.json", lambda: shuffled(model, bank, made, verify, recipe, folder / "shuffled")
         ),
@@ -127,6 +127,7 @@ class Foretold(NamedTuple):
     """An edge on contexts that neither its effect nor its interval come from: changes in units of the child, by context."""
 
     pair: str
+    edge: Edge
     carried: bool
     said: NDArray[Any]
     happened: NDArray[Any]
@@ -147,8 +148,8 @@ def foretold(bank: ConceptBank, system: System, graph: CausalGraph, folder: Path
             for i, c in enumerate(pair.children(p)):
                 child = bank[f"{dst}/{c}"]
                 said = [bank.graph.forecast({own.name: -float(m) / own.unit})[child.name] for m in found["m"]]
-                happened, is_carried = -found["d"][:, i] / child.unit, carried(bank, edges[own.name, child.name])
-                yield Foretold(f"{src} to {dst}", is_carried, np.array(said), happened)
+                edge, happened = edges[own.name, child.name], -found["d"][:, i] / child.unit
+                yield Foretold(f"{src} to {dst}", edge, carried(bank, edge), np.array(said), happened)
 
 
 def _trial(pair: Pair, parent: int, seed: int) -> dict[str, NDArray[Any]]:
@@ -159,11 +160,24 @@ def _trial(pair: Pair, parent: int, seed: int) -> dict[str, NDArray[Any]]:
     return {"d": trial.sums(trial.before - trial.after).astype(np.float64), "m": trial.sums(trial.z).astype(np.float64)}
 
 
-def _kinds(rows: Sequence[Foretold]) -> dict[str, list[Foretold]]:
-    """All edges that are more than carried on, those of each pair of levels, and those that are carried on."""
+def _kinds(rows: Sequence[Foretold], seed: int) -> dict[str, list[Foretold]]:
+    """All edges that are more than carried on, those of each pair of levels, and those that are carried on; the first ones also
+    as foretold by the regression's weights, and, as a control, by each other's effects."""
     more = [row for row in rows if not row.carried]
     pairs = {pair: [row for row in more if row.pair == pair] for pair in dict.fromkeys(row.pair for row in more)}
-    return {"more than carried on": more, **pairs, "carried on": [row for row in rows if row.carried]}
+    weights, effects = [row.edge.weight for row in more], np.array([row.edge.effect for row in more])
+    return {
+        "more than carried on": more,
+        **pairs,
+        "… by the regression's weights": _by(more, weights),
+        "… by effects dealt among edges": _by(more, np.random.default_rng([seed, 37]).permutation(effects).tolist()),
+        "carried on": [row for row in rows if row.carried],
+    }
+
+
+def _by(rows: Sequence[Foretold], effects: Sequence[float]) -> list[Foretold]:
+    """The same, foretold by other effects."""
+    return [row._replace(said=row.said * own / row.edge.effect) for row, own in zip(rows, effects, strict=True)]
 
 
 def scores(rows: Sequence[Foretold]) -> dict[str, float]:
