@@ -112,6 +112,8 @@ def test_the_same_commands_make_a_smaller_one(tmp_path, bank):
     run("train_scenes_bank.py", bank.folder / "pipeline", *options, *small)
     made = sl.ConceptBank.from_pretrained(tmp_path / "bank")
     made.verify()
+    graph = made.provenance["graph"]
+    assert graph["scenes"] == 24 and graph["levers"]["edges"] == len(made.graph) >= graph["random directions"]["edges"]
     quality = made.provenance["quality"].values()
     assert np.mean([figures["explained"] for figures in quality]) > 0.55
     assert all(figures["explained"] > figures["control"] for figures in quality)
