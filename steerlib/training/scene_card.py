@@ -73,19 +73,22 @@ over union of where a latent fires and where the true mask shows the cause."""
 
 def followed_table(bank: ConceptBank) -> str:
     """The graph beside the truth and its controls, and every edge, as Markdown."""
-    found, lines = bank.provenance["graph"], []
-    for name, row in (("levers", found["levers"]), ("random directions", found["random directions"])):
-        lines.append(
-            f"| {name} | {row['edges']} | {row['right']} | {row['precision']:.0%} | {row['due']} | {row['recall']:.0%} |"
-        )
-    head = "| moved | edges | right | precision | due | recall |\n|---|---|---|---|---|---|"
-    parts = [*lines, f"| edges dealt at random | | | {found['chance']:.0%} | | |", ""]
+    found = bank.provenance["graph"]
+    own, random = found["levers"], found["random directions"]
+    lines = [
+        "| moved | edges | right | precision | due | recall |\n|---|---|---|---|---|---|",
+        f"| levers | {own['edges']} | {own['right']} | {own['precision']:.0%} | {own['due']} | {own['recall']:.0%} |",
+        f"| random directions, in place of one lever a factor | {random['edges']} | {random['right']} | | | |",
+        f"| as many edges dealt at random | | | {found['chance']:.0%} | | |",
+        "",
+        "| lever | change of share by one unit |\n|---|---|",
+    ]
     by: dict[str, list[str]] = {}
     for edge in bank.graph.edges:
         by.setdefault(edge.src, []).append(f"{edge.dst} {edge.effect:+.2f} ({edge.tau_lo:+.2f} to {edge.tau_hi:+.2f})")
-    said = ["| lever | change of share by one unit |\n|---|---|", *(f"| {src} | {', '.join(own)} |" for src, own in by.items())]
-    wrong = ", ".join(found["levers"]["wrong"]) or "none"
-    return "\n".join([head, *parts, *said, "", f"{found['scenes']} scenes. Not in the truth: {wrong}."])
+    lines += [f"| {src} | {', '.join(moved)} |" for src, moved in by.items()]
+    wrong = ", ".join(own["wrong"]) or "none"
+    return "\n".join([*lines, "", f"{found['scenes']} scenes. Not in the truth: {wrong}."])
 
 
 def levers(bank: ConceptBank) -> list[Concept]:

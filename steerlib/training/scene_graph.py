@@ -38,10 +38,10 @@ class Followed(NamedTuple):
 
 def with_followers(studio: Studio, n: int) -> ConceptBank:
     """The bank with its graph, and in `provenance["graph"]` how it stands beside the truth and beside chance."""
-    found, true = followed(studio, n).graph, truth()
+    (found, circles), true = followed(studio, n), truth()
     random = followed(studio, n, dos=[Do(*pair) for pair in TESTED.items()], random=True).graph
     bank = studio.bank.with_concepts(list(studio.bank.concepts.values()), graph=found)
-    facts = {"scenes": n, "levers": marked(found, true), "random directions": marked(random, true)}
+    facts = {"scenes": n, "circles": circles, "levers": marked(found, true), "random directions": marked(random, true)}
     bank.provenance = {**studio.bank.provenance, "graph": facts | {"chance": shuffled(found, true)}}
     return bank
 
@@ -55,12 +55,12 @@ def share(read: Readings, do: Do) -> Float[NDArray, " M"]:
     return ((shows * there).sum(-1) / there.sum(-1).clamp(min=1)).numpy()
 
 
-def followed(studio: Studio, n: int, *, dos: Sequence[Do] | None = None, purpose: int = 9, random: bool = False) -> Followed:
+def followed(studio: Studio, n: int, *, dos: Sequence[Do] | None = None, random: bool = False) -> Followed:
     """Move each lever of which an effect was measured, or some, at its own dose in the same `n` scenes; `random`: directions as
     long as its own in its place."""
     dos = [do for do in dos or every() if "amount" in studio.bank[do.value].effects]
-    asked = scenes.draw(n, seed=(studio.seed, 53, purpose))
-    captions = scenes.captions(asked.factors, seed=(studio.seed, 53, purpose))
+    asked = scenes.draw(n, seed=(studio.seed, 53, 9))
+    captions = scenes.captions(asked.factors, seed=(studio.seed, 53, 9))
     before, found = studio.judge.read(studio.draw(captions)), []
     for do in tqdm(dos, desc="what follows"):
         best = studio.bank[do.value].effects
@@ -103,10 +103,10 @@ def _joined(found: Sequence[tuple[Do, Sequence[Do], NDArray[Any], Any]], n: int)
     return Followed(CausalGraph(kept), len(edges) - len(kept))
 
 
-def truth(dos: Sequence[Do] | None = None) -> Mapping[tuple[str, str], float]:
+def truth() -> Mapping[tuple[str, str], float]:
     """By lever and value of another factor, the true change of its share where the one is set."""
     drawn, found = scenes.draw(TRUE, seed=(0, 54)), {}
-    for do in dos or every():
+    for do in every():
         after = scenes.redraw(drawn, do.sets).factors
         for other in every():
             if other.factor != do.factor:
