@@ -13,7 +13,7 @@ from torch import Tensor
 import steerlib as sl
 from steerlib import errors
 from steerlib.bank import SiteFacts
-from steerlib.encoders import KINDS, BatchTopK, Gated, JumpReLU, Matryoshka, ReLU, Sparse, TopK, Transcoder
+from steerlib.encoders import KINDS, BatchTopK, Gated, JumpReLU, Matryoshka, ReLU, Sparse, TopK, Transcoder, topk
 
 N, D = 12, 32
 
@@ -161,9 +161,12 @@ def test_the_calibrated_threshold_keeps_k_on_average_and_counts_where_it_differs
     assert found.disagreement is not None and 0 < found.disagreement < 1 and torch.equal(found.encode(x), encoder.encode(x))
 
 
+@pytest.mark.parametrize("halves", [False, True])
 @pytest.mark.parametrize("way", [*WAYS, {"rescaled": True}], ids=str)
-def test_some_latents_of_many_read_what_the_whole_code_says(way, monkeypatch):
-    """Copies of one another and of what they are compared with included; only tokens that might have them are encoded."""
+def test_some_latents_of_many_read_what_the_whole_code_says(way, halves, monkeypatch):
+    """Copies of one another and of what they are compared with included. Only tokens that might have them are encoded, and
+    where the processor multiplies bfloat16, no token is by all of its latents."""
+    monkeypatch.setattr(topk, "_multiplies_halves", lambda: halves)
     many = tensors(n=200)
     for i, j in ((150, 7), (8, 7), (9, 0), (10, 0)):
         many["encoder"][i], many["bias"][i] = many["encoder"][j], many["bias"][j]
@@ -172,8 +175,24 @@ def test_some_latents_of_many_read_what_the_whole_code_says(way, monkeypatch):
     whole, encode, encoded = encoder.encode(tokens), encoder.encode, []
     monkeypatch.setattr(encoder, "encode", lambda some: encoded.append(some) or encode(some))
     torch.testing.assert_close(encoder.readings(tokens, chosen), whole[..., chosen])
-    seen = sum(map(len, encoded))
-    assert int((whole[..., chosen] > 0).any(-1).sum()) <= seen < 1000 and whole[..., chosen].any()
+    seen, firing = sum(map(len, encoded)), int((whole[..., chosen] > 0).any(-1).sum())
+    assert firing and (seen == 0 if halves else firing <= seen < 1000)
+
+
+@pytest.mark.parametrize("k", [1, 8, 32])
+def test_a_look_in_halves_never_tells_another_code_than_all_of_it(k, monkeypatch):
+    """Latents close to the k-th, whose order bfloat16 does not know: rows of the encoder that differ by a thousandth."""
+    g = torch.Generator().manual_seed(5)
+    monkeypatch.setattr(topk, "_multiplies_halves", lambda: True)
+    n, width = 2100, 64
+    encoder = torch.randn(1, width, generator=g) + 1e-3 * torch.randn(n, width, generator=g)
+    made = TopK(encoder=encoder, bias=torch.zeros(n), decoder=torch.zeros(n, width), k=k)
+    tokens = torch.randn(64, width, generator=g)
+    code = made.encode(tokens)
+    chosen = code.count_nonzero(0).topk(40).indices.tolist() + [*range(40)]
+    torch.testing.assert_close(made.readings(tokens, chosen), code[:, chosen])
+    rough = made.select(tokens.bfloat16() @ encoder.bfloat16().T).float()[:, chosen]
+    assert ((rough > 0) != (code[:, chosen] > 0)).any()
 
 
 def test_rescaled_latents_compete_by_what_they_write(x):

@@ -8,13 +8,16 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..errors import CorruptBank
-from .base import Rows, fired
+from .base import Rows, fired, scale
 from .sparse import Sparse
 
 CROWD = 32
 """How many times k latents are looked at before all are: few tokens have a latent among their k largest that is not."""
 PARTS = 8
 """Sets of latents whose rows are kept at hand."""
+ROUGH = 2.0**-7
+"""More than a product of bfloat16 is off, over the product of the lengths: two factors and the result are each rounded by 2^-9
+of themselves at most."""
 
 
 class TopK(Sparse):
@@ -42,6 +45,7 @@ class TopK(Sparse):
         if type(k) is not int or not 0 < k <= len(self.encoder):
             raise CorruptBank(f"expected 0 < k <= {len(self.encoder)} latents, got k={k!r}")
         self._parts: dict[tuple[int, ...], TopK] = {}
+        self._halved: tuple[Tensor, Tensor, Tensor] | None = None
 
     @classmethod
     def competes(cls, settings: Mapping[str, Any]) -> bool:  # noqa: ARG003
@@ -77,7 +81,8 @@ class TopK(Sparse):
 
     def readings(self, x: Float[Tensor, "*batch D"], indices: Sequence[int]) -> Float[Tensor, "*batch K"]:
         """Some latents of the code, exactly. On a processor tokens are encoded only where they matter: where `k` of the first
-        latents already read more, or nothing is read, the answer is 0 whatever the others are."""
+        latents already read more, or nothing is read, the answer is 0 whatever the others are. Where it multiplies bfloat16 in
+        hardware, a rough look at all latents, over half the bytes, tells which few are to be read in full."""
         first = CROWD * self.k
         if x.device.type != "cpu" or torch.compiler.is_compiling() or len(self.encoder) < 2 * first:
             return super().readings(x, indices)
@@ -86,8 +91,23 @@ class TopK(Sparse):
         out = torch.stack([(others > one[..., None]).sum(-1) >= self.k for one in own.unbind(-1)], -1) | (own <= 0)
         z, open_ = torch.zeros_like(own), ~out.all(-1)
         if open_.any():
-            z[open_] = self.encode(x[open_])[:, list(indices)]
+            code = self._looked(x[open_], own[open_]) if _multiplies_halves() else self.encode(x[open_])
+            z[open_] = code[:, list(indices)]
         return z
+
+    def _looked(self, x: Float[Tensor, "tokens D"], own: Float[Tensor, "tokens K"]) -> Float[Tensor, "tokens n"]:
+        """A code that is exact for latents of potential `own`: rough where it is surely above or below all of them."""
+        if self._halved is None:
+            every = self.rows(range(len(self.encoder)))
+            self._halved = every.read.bfloat16(), every.bias, every.read.norm(dim=-1).max()
+        read, bias, longest = self._halved
+        token = x.float() / scale(x, self.norm) if self.norm else x.float()
+        p = (token.bfloat16() @ read.T).float() + bias
+        margin = ROUGH * longest * token.norm(dim=-1, keepdim=True)
+        doubt = torch.stack([((p - one[:, None]).abs() <= margin).any(0) for one in own.unbind(-1)]).any(0)
+        doubtful = doubt.nonzero()[:, 0]
+        p[:, doubtful] = self.rows(doubtful.tolist()).potential(x)
+        return self.select(p)
 
     def _part(self, chosen: tuple[int, ...]) -> "TopK":
         """Some latents as an encoder of their own, kept for the next tokens."""
@@ -118,6 +138,12 @@ class TopK(Sparse):
         return type(self).from_tensors(
             self.to_tensors(), {**self.settings, "threshold": threshold, "disagreement": round(float(differ), 6)}
         )
+
+
+def _multiplies_halves() -> bool:
+    """Whether this processor multiplies bfloat16 in hardware; where it does not, torch imitates it slowly."""
+    known = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(known.get("avx512_bf16") or known.get("amx_bf16"))
 
 
 def top(p: Float[Tensor, "*batch n"], k: int) -> Float[Tensor, "*batch n"]:
