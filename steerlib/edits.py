@@ -50,6 +50,8 @@ class Edit:
     """The note that holds its reading, where that is taken at an earlier site."""
     gates: tuple[Gate, ...] = ()
     """Bounded (plans fill in what a bank stores); what they let through multiplies."""
+    shut: tuple[Gate, ...] = ()
+    """Those that let it through where they are closed: of concepts held at its site."""
     norm: float | None = None
     """Additions are multiplied by a token's length over this."""
     forecast: Mapping[Key, float] = field(default_factory=dict)
@@ -80,7 +82,7 @@ class Edit:
     def is_constant(self) -> bool:
         """Whether the change depends on nothing but the row and the part of the text."""
         i, floored = self.intervention, self.rows.is_sparse and _least(self.rule.shift) < 0
-        unconditional = i.when is None and i.mask is None and self.branch is None and not self.gates
+        unconditional = i.when is None and i.mask is None and self.branch is None and not (self.gates or self.shut)
         return (
             unconditional
             and not (

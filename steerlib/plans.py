@@ -70,7 +70,8 @@ def resolve(bank: ConceptBank, host: Host, edits: Edits, options: Options) -> Pl
     ]
     for edit in made:
         notices += [(text, OutOfRange) for text in _beyond(edit, options)]
-    made += _held(bank, host, chosen.values(), options)
+    held = _held(bank, host, chosen.values(), options)
+    made = [_beside(edit, held) for edit in made] + held
     made += _forecasts(bank, host, made, options, scope)
     by_site: dict[str, list[Edit]] = {}
     for edit in made:
@@ -292,10 +293,29 @@ def _held(bank: ConceptBank, host: Host, chosen: Iterable[Concept], options: Opt
         host.site(bank.site_of(concept))
         if bank.read_at(concept) != bank.site_of(concept):
             raise Unanswerable(f"do='hold' cannot hold {concept.name!r}, which is read at an earlier site than it is moved")
-    return [
-        Edit(**_read(bank, concept, options), concept=concept, rule=Rule(), intervention=Ablate(), held=True)
-        for concept in concepts
-    ]
+    held: list[Edit] = []
+    for concept in concepts:
+        intervention = Ablate(when=bank.window_of(concept))
+        edit = Edit(
+            **_read(bank, concept, options),
+            concept=concept,
+            rule=Rule(),
+            intervention=intervention,
+            gates=_gates(bank, concept, intervention),
+            held=True,
+        )
+        rows = [e.rows.read[0] for e in held if (e.concept.encoder, e.gates) == (concept.encoder, edit.gates)]
+        if edit.rows.is_sparse or int(torch.linalg.matrix_rank(torch.stack([*rows, edit.rows.read[0]]))) > len(rows):
+            held.append(edit)  # else others hold it, whose directions its own is made of
+    return held
+
+
+def _beside(edit: Edit, held: Sequence[Edit]) -> Edit:
+    """An edit that is not written where concepts that it would move are held, if they have a place that it does not share:
+    one coordinate there does not know all that an edit writes."""
+    concerned = [other for other in held if other.concept.encoder == edit.concept.encoder]
+    own = {gate.concept for gate in edit.gates}
+    return replace(edit, shut=tuple(dict.fromkeys(g for other in concerned for g in other.gates if g.concept not in own)))
 
 
 def _forecasts(bank: ConceptBank, host: Host, made: Sequence[Edit], options: Options, scope: object) -> list[Edit]:
@@ -336,7 +356,7 @@ def _readings(bank: ConceptBank, made: Sequence[Edit], options: Options) -> dict
         found[site] = [Kept(("kept", site))]
     for edit in made:
         asked: list[tuple[Key, Concept, float]] = [
-            (("gate", edit.key, gate), place := gate_at(bank, gate, edit.concept), place.unit) for gate in edit.gates
+            (("gate", edit.key, gate), place := gate_at(bank, gate, edit.concept), place.unit) for gate in (*edit.gates, *edit.shut)
         ]
         if edit.heard is not None:
             asked.append((edit.heard, edit.concept, 1.0))
@@ -365,7 +385,7 @@ def _check_order(bank: ConceptBank, host: Host, made: Sequence[Edit]) -> None:
                     f"the mask of {edit.concept.name!r} asks {word.at!r}, which is not before {moved.name!r}; name "
                     "an attention of an earlier block"
                 )
-        for gate in edit.gates:
+        for gate in (*edit.gates, *edit.shut):
             read = host.site(bank.read_at(gate_at(bank, gate, edit.concept)))
             if host.order(read) > host.order(moved) or host.clocks(read) != host.clocks(moved):
                 raise Unanswerable(

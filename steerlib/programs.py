@@ -16,7 +16,7 @@ from .encoders.base import Encoder, fired, scale
 from .errors import ConflictingEdits, RowMismatch, Unanswerable, WrongWidth
 from .interventions import Patch
 from .replay import Replay
-from .schedules import StepState, gain
+from .schedules import StepState, Window, Within, gain
 
 SAMPLE_EVERY = 256
 """Passes between two looks at how far off its natural range a concept is; the first two passes are looked at."""
@@ -70,12 +70,13 @@ class Program:
         self.merged: tuple[Program, int] | None = None
         """The program that runs in place of this one where several sessions edit a site, and where its edits begin there."""
         self.table = Table.of(edits, cap) if edits else None
-        targets = [edit.rows.read[0] for edit in edits if edit.is_target and not edit.rows.is_sparse]
         self.has_targets = any(edit.is_target for edit in edits)
         self.has_latents = any(edit.rows.is_sparse for edit in edits)
-        if len(targets) > 1 and int(torch.linalg.matrix_rank(torch.stack(targets))) < len(targets):
-            names = ", ".join(repr(edit.concept.name) for edit in edits if edit.is_target)
-            raise ConflictingEdits(f"{names} cannot all be given a value: their directions depend on each other; set fewer")
+        targets = [edit for edit in edits if edit.is_target and not edit.rows.is_sparse]
+        for together in {_span(edit): [e for e in targets if _meet(edit, e)] for edit in targets}.values():
+            if int(torch.linalg.matrix_rank(torch.stack([edit.rows.read[0] for edit in together]))) < len(together):
+                names = ", ".join(repr(edit.concept.name) for edit in together)
+                raise ConflictingEdits(f"{names} cannot all be given a value: their directions depend on each other; set fewer")
         parts: list[Any] = list(dict.fromkeys(edit.intervention.tokens for edit in edits if edit.is_constant))
         constant = len(parts) == 1 and all(edit.is_constant for edit in edits) and not readings
         self.part: str | None = parts[0] if constant else None
@@ -279,7 +280,7 @@ class Program:
         if edit.intervention.when is not None and (weights := edit.intervention.when.weigh(state)) is not None:
             weights = weights.to(x.device)
             share = weights if share is None else share * weights
-        for gate in edit.gates:
+        for gate in (*edit.gates, *edit.shut):
             noted = state.notes.get(("gate", edit.key, gate))
             if noted is None:
                 raise Unanswerable(
@@ -290,6 +291,7 @@ class Program:
                 passed = ((noted - gate.above) / (gate.full - gate.above)).clamp(0, 1)
             else:
                 passed = ((noted > gate.above) & (noted < gate.below)).float()
+            passed = 1 - passed if gate in edit.shut else passed
             share = passed if share is None else share * passed
         if edit.norm is not None:
             length = x.float().norm(dim=-1) / edit.norm
@@ -343,6 +345,19 @@ class Program:
             tally.changed = tally.changed + (length.clamp(max=self.cap) * seen).sum()
             tally.off = off if tally.off is None else tally.off + off
             tally.largest = largest if tally.largest is None else tally.largest.maximum(largest)
+
+
+def _span(edit: Edit) -> Window:
+    """The part of denoising outside of which an edit does nothing."""
+    when = edit.intervention.when
+    span = when.window if isinstance(when, Within) else when
+    return span if isinstance(span, Window) else Window()
+
+
+def _meet(edit: Edit, other: Edit) -> bool:
+    """Whether there may be a pass in which both act."""
+    one, two = _span(edit), _span(other)
+    return one.start < two.stop and two.start < one.stop
 
 
 def why_not(edit: Edit, tally: Tally) -> str:
