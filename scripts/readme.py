@@ -120,6 +120,7 @@ def pictures(text: str) -> str:
     parts = {"model": scene_card.examined_line(bank), "levers": scene_card.by_factor(bank)}
     parts |= {"methods": scene_card.methods_table(found["methods"]), "off": scene_card.off_table(found["off"])}
     parts["follow"] = scene_card.followed_table(bank)
+    parts |= {"hold": scene_card.holding_table(found["holding"]), "guided": scene_card.guided_table(found["guided"])}
     parts["mediation"] = scene_card.mediation_table(found["mediation"])
     for name, content in (parts | {"windows": scene_card.windows_table(found["windows"])}).items():
         text = put(text, f"scenes-{name}", content)

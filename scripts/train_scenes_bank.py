@@ -21,6 +21,7 @@ from steerlib.evaluation.image import Do
 from steerlib.training import scene_card, scene_effects
 from steerlib.training.pictures import recorded
 from steerlib.training.scene_bank import SceneRecipe, activations, train_scene_bank, truth
+from steerlib.training.scene_do import guided, holding
 from steerlib.training.scene_graph import with_followers
 
 DESCRIPTION = """Levers and latents of a small text-to-image model of scenes whose every cause is known (`pipeline/`, trained by
@@ -76,6 +77,7 @@ def main(
         studio = ready(bank=bank)
     bank = with_followers(studio, 2 * test)
     studio = ready(bank=bank)
+    bank.provenance |= {"holding": holding(studio, dev=test, test=2 * test), "guided": guided(studio, dev=dev, test=test)}
     compared = {do.factor: scene_effects.Comparison(studio, do, dev=dev, test=test) for do in dos}
     methods = {name: comparison.run() for name, comparison in tqdm(compared.items(), desc="methods")}
     off = scene_effects.off_distribution(compared, recorded(work, lambda: activations(pipe, recipe, truth(recipe))))

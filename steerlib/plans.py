@@ -356,7 +356,8 @@ def _readings(bank: ConceptBank, made: Sequence[Edit], options: Options) -> dict
         found[site] = [Kept(("kept", site))]
     for edit in made:
         asked: list[tuple[Key, Concept, float]] = [
-            (("gate", edit.key, gate), place := gate_at(bank, gate, edit.concept), place.unit) for gate in (*edit.gates, *edit.shut)
+            (("gate", edit.key, gate), place := gate_at(bank, gate, edit.concept), place.unit)
+            for gate in (*edit.gates, *edit.shut)
         ]
         if edit.heard is not None:
             asked.append((edit.heard, edit.concept, 1.0))

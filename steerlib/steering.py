@@ -374,8 +374,9 @@ def steer(
 
     `edits` maps concept names to a number (an addition, in units of the concept), one number per row, or an
     intervention. With `do="hold"` the concept's descendants, but for those in `free`, and the concepts in `hold` keep
-    their unsteered reading; with `do="graph"` the bank's graph moves descendants too. Edits are capped where the bank
-    knows what is natural, unless `allow_ood`. Latents of TopK encoders are read beside all others; with `exact=False` by the
+    their unsteered reading; where one has a place of its own (a stored gate), edits of other places are not written there.
+    With `do="graph"` the bank's graph moves descendants too. Edits are capped where the bank knows what is natural, unless
+    `allow_ood`. Latents of TopK encoders are read beside all others; with `exact=False` by the
     threshold that the bank stores, which costs no more than a direction. Raises `BadEdit`, `BadBank` or `UnknownConcept`
     before anything is touched.
     """

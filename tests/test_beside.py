@@ -1,5 +1,6 @@
 """Steering beside what diffusers can do with a pipeline: schedulers, caches, offloading, compiling, adapters."""
 
+from dataclasses import replace
 from typing import Any
 
 import diffusers
@@ -404,6 +405,67 @@ def test_a_held_concept_keeps_what_an_unsteered_twin_reads_on_the_same_latent():
         into += [z for _, z in tape["late"]]
     torch.testing.assert_close(held[0], plain_reading[0], rtol=1e-4, atol=1e-4)
     assert not torch.allclose(moved[0], plain_reading[0], atol=1e-2)
+
+
+def placed(pipe, **facts):
+    """A cause, a place that half of the tokens are, and what follows the cause there; the reading of the place."""
+    site = site_of("sd1")
+    bank = bank_for(pipe, site, 16, "abcd")
+    with sl.record(pipe, bank, ["b"]) as tape:
+        run(pipe, steps=1)
+    _, z = tape["b"][0]
+    there = sl.Gate("b", above=float(z.median()))
+    concepts = [replace(bank["c"], gate=there), replace(bank["a"], **facts), bank["b"], bank["d"]]
+    graph = sl.CausalGraph([sl.Edge(src="a", dst="c", weight=1.0)])
+    made = sl.ConceptBank("placed", concepts, bank._encoders, base=bank.base, sites=bank.sites, graph=graph)
+    return made, there, z > there.above
+
+
+def test_a_cause_is_not_written_where_its_follower_is_held():
+    pipe = pipe_of("sd1")
+    bank, _, inside = placed(pipe)
+    site = site_of("sd1")
+    with sl.record(pipe, [site]) as plain:
+        run(pipe, steps=1)
+    with sl.steer(pipe, bank, {"a": 2.0}, do="hold"), sl.record(pipe, [site]) as tape:
+        run(pipe, steps=1)
+    changed = (tape[site][0][1] != plain[site][0][1]).any(-1)
+    assert torch.equal(changed, ~inside) and inside.any()
+    with sl.steer(pipe, bank, {"a": 2.0}, do="hold", free=["c"]), sl.record(pipe, [site]) as tape:
+        run(pipe, steps=1)
+    assert (tape[site][0][1] != plain[site][0][1]).any(-1).all()
+
+
+def test_a_cause_of_the_same_place_is_written_there_and_what_is_held_is_held_there():
+    pipe = pipe_of("sd1")
+    there = placed(pipe)[1]
+    bank, _, inside = placed(pipe, gate=there)
+    with sl.record(pipe, bank, ["a", "c"]) as plain:
+        run(pipe, steps=1)
+    with sl.steer(pipe, bank, {"a": 2.0}, do="hold"), sl.record(pipe, bank, ["a", "c"]) as tape:
+        run(pipe, steps=1)
+    moved, followed = (tape[name][0][1] - plain[name][0][1] for name in ("a", "c"))
+    torch.testing.assert_close(followed, torch.zeros_like(followed), rtol=0, atol=1e-4)
+    assert (moved[inside].abs() > 0.1).all() and (moved[~inside] == 0).all()
+
+
+def test_what_others_hold_between_them_needs_no_hold_of_its_own():
+    """Three directions in a plane: values of one factor, whose differences add up to nothing."""
+    pipe, site = pipe_of("sd1"), site_of("sd1")
+    rows = torch.randn(3, 16, generator=torch.Generator().manual_seed(2))
+    plane = {"a": rows[0], "b": rows[1], "c": rows[2], "ab": -rows[0] - rows[1]}
+    bank = sl.ConceptBank.from_directions(plane, site=site, base=pipe)
+    names = [*plane]
+    with sl.record(pipe, bank, names) as plain:
+        run(pipe, steps=1)
+    with (
+        sl.steer(pipe, bank, {"c": 3.0}, do="hold", hold=["a", "b", "ab"], allow_ood=True),
+        sl.record(pipe, bank, names) as tape,
+    ):
+        run(pipe, steps=1)
+    for name in names:
+        moved = (tape[name][0][1] - plain[name][0][1]).abs().max()
+        assert moved > 0.1 if name == "c" else moved < 1e-3, name
 
 
 def test_gates_read_where_the_concept_shows_in_the_image():

@@ -9,7 +9,7 @@ from tiny_pipelines import PIPELINES, run
 
 import steerlib as sl
 from steerlib.encoders import Directions
-from steerlib.errors import CorruptBank
+from steerlib.errors import ConflictingEdits, CorruptBank
 from steerlib.manifest import SiteFacts
 from steerlib.schedules import windows
 
@@ -88,6 +88,34 @@ def test_a_concept_of_several_levels_moves_each_in_its_own_window():
     )
     steps = made({"whole": sl.Add(2.0, when=sl.PerStep((1.0, 1.0, 0.0)))})
     assert torch.equal(steps, made({"early": sl.Add(2.0, when=sl.Steps(0, 2))}))
+
+
+def test_a_concept_is_held_in_the_window_of_its_level_alone():
+    """While it is, nothing else is moved any more, so that there is nothing to take back."""
+    pipe, bank = parts()
+
+    def made(**options):
+        with sl.steer(pipe, bank, {"early": 5.0}, **options):
+            return run(pipe, steps=10)
+
+    free = made()
+    torch.testing.assert_close(made(do="hold", hold=["late"]), free)
+    wide = sl.ConceptBank("wide", [*bank.concepts.values()], bank._encoders, base=bank.base, sites=bank.sites)
+    with sl.steer(pipe, wide, {"early": sl.Add(5.0, when=sl.Window(0.0, 0.3))}, do="hold", hold=["late"]):
+        assert (run(pipe, steps=10) - free).abs().max() > 1e-3
+
+
+def test_values_may_be_given_along_one_direction_at_times_that_do_not_meet():
+    pipe, bank = parts()
+    row = bank.encoder(bank["early"].encoder)
+    same = sl.ConceptBank(
+        "same", [*bank.concepts.values()], dict.fromkeys(bank.encoders, row), base=bank.base, sites=bank.sites
+    )
+    apart = {name: sl.Set(1.0, when=span) for name, span in (("early", sl.Window(0.0, 0.5)), ("late", sl.Window(0.5, 1.0)))}
+    with sl.steer(pipe, same, apart):
+        run(pipe, steps=4)
+    with pytest.raises(ConflictingEdits, match="'early', 'late'"):
+        sl.steer(pipe, same, apart | {"late": sl.Set(1.0, when=sl.Window(0.4, 1.0))}).__enter__()
 
 
 def test_levels_come_back_from_a_folder(tmp_path):

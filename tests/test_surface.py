@@ -36,7 +36,7 @@ STAGES = {
         "dense_step", "learner", "fit", "levers", "objectives", "methods", "studio", "calibrate", "card", "measure", "label",
         "quality", "verify", "lasso", "screen", "rows", "regress", "independence", "confirm", "minimality", "discover",
         "text_graph", "latents", "contrast", "wording", "noised", "pictures", "painting", "scene_bank", "scene_effects",
-        "scene_graph", "scene_card", "pipeline",
+        "scene_graph", "scene_do", "scene_card", "pipeline",
     ),
 }  # fmt: skip
 

@@ -38,6 +38,8 @@ def scene_card(bank: ConceptBank, description: str) -> str:
         f"## The levers\n\n{LEVERS}\n\n{levers_table(levers(bank))}",
         f"## Beside other methods\n\n{COMPARED}\n\n{methods_table(found['methods'])}\n\n![Methods and factors](methods.png)",
         f"## What follows what\n\n{FOLLOWED}\n\n{followed_table(bank)}" if "graph" in found else "",
+        f"{HELD}\n\n{holding_table(found['holding'])}" if "holding" in found else "",
+        f"{GUIDED}\n\n{guided_table(found['guided'])}" if "guided" in found else "",
         f"{MEDIATED}\n\n{mediation_table(found['mediation'])}",
         f"{OFF}\n\n{off_table(found['off'])}",
         f"{LAWS}\n\n{laws_table(found['laws'])}",
@@ -62,6 +64,11 @@ FOLLOWED = """`bank.graph`: each lever was moved alone, at its own dose, in the 
 Where the share of a value of another factor changes by 0.2 or more, and surely (95 % interval, 5 % false among all that were
 tested), it follows the lever. *Right* has a true effect of the same sign; *due* are true effects of 0.2 or more, and
 *recall* is the share of them found."""
+HELD = """`do="hold"`: of all that follows a lever one factor is free, the others are held. *Cut* is how much of the others'
+change is gone, *left* how much of the free factor's change there still is, over the lever alone at its own dose; the dose under
+`hold` was chosen on other scenes. Beside it, random directions held in the same places."""
+GUIDED = """A type of scene by latents of the flat sparse encoders, by its lever, and by its lever with its followers moved as
+the graph foretells; each at its best dose on other scenes. Effect / kept / follow."""
 OFF = """Share of activations, where the latent is set, further from the mean than 99.5 % of those that encoders
 learned from (Mahalanobis distance):"""
 LAWS = """Mean change of a picture's bytes by an edit of nothing (composition), by adding the lever, and by adding it and
@@ -136,6 +143,35 @@ def mediation_table(found: Mapping[str, Mapping[str, Mapping[str, float]]]) -> s
     lines = ["| | " + " | ".join(found) + " |", "|" + "---|" * (len(found) + 1)]
     lines.append("| total | " + " | ".join(f"{factor[ways[0]]['te']:.2f}" for factor in found.values()) + " |")
     return "\n".join([*lines, *(f"| {w} | " + " | ".join(f"{f[w]['tie']:.2f}" for f in found.values()) + " |" for w in ways)])
+
+
+def holding_table(found: Sequence[Mapping[str, Any]]) -> str:
+    """What holding leaves, a line a lever and free factor."""
+    names = ("cut", "kept", "random cut", "random kept")
+    lines = [
+        "| lever | free | dose | cut | left | random: cut | left | clears both bars |\n|---|---|---|---|---|---|---|---|",
+        *(
+            f"| {line['lever']} | {line['free']} | {line['dose']:g} | "
+            + " | ".join(f"{line[name]:.0%}" for name in names)
+            + f" | {'yes' if line['passes'] else 'no'} |"
+            for line in found
+        ),
+        "| **mean** | | | " + " | ".join(f"**{sum(line[n] for line in found) / len(found):.0%}**" for n in names)
+        + f" | {sum(line['passes'] for line in found)} of {len(found)} |",
+    ]  # fmt: skip
+    return "\n".join([*lines, "", f"{found[0]['scenes']} scenes; bars: 80 % cut, 50 % left."])
+
+
+def guided_table(found: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
+    """Types of scenes as columns, ways to reach them as rows."""
+    names = ("effectiveness", "preservation", "propagation")
+    ways = list(next(iter(found.values())))
+    lines = ["| | " + " | ".join(found) + " | mean |", "|" + "---|" * (len(found) + 2)]
+    for way in ways:
+        rows = [[scene[way][name] for name in names] for scene in found.values()]
+        cells = [*rows, [sum(column) / len(column) for column in zip(*rows, strict=True)]]
+        lines.append(f"| {way} | " + " | ".join(" / ".join(f"{value:.2f}" for value in cell) for cell in cells) + " |")
+    return "\n".join(lines)
 
 
 def laws_table(found: Mapping[str, Mapping[str, float]]) -> str:

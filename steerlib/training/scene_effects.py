@@ -116,7 +116,7 @@ def chosen(studio: Studio, case: Case) -> dict[str, Any]:
     for kind, amounts in DOSES.items():
         for amount in amounts:
             found = studio.effect(case, {case.do.value: edit_of(kind, amount)})
-            tried.append({"edit": kind, "amount": amount, **_figures(found)} | {"score": score(found)})
+            tried.append({"edit": kind, "amount": amount, **figures(found)} | {"score": score(found)})
     return {"best": max(tried, key=lambda line: line["score"]), "doses": tried}
 
 
@@ -149,7 +149,7 @@ def _measured(studio: Studio, do: Do, dev: int, test: int) -> dict[str, Any]:
     found = chosen(studio, studio.case(do, dev, 1))
     best = found["best"]
     effect = studio.effect(studio.case(do, test, 2), {do.value: edit_of(best["edit"], best["amount"])})
-    own = {"edit": best["edit"], "amount": best["amount"], "scenes": test, **_figures(effect)}
+    own = {"edit": best["edit"], "amount": best["amount"], "scenes": test, **figures(effect)}
     return own | {"doses": found["doses"], "passes": {name: own[name] >= bar for name, bar in BARS.items()}}
 
 
@@ -158,7 +158,7 @@ def every() -> list[Do]:
     return [Do(factor, value) for factor in places.LEVERS for value in places.values(factor)]
 
 
-def _figures(effect: image.Effect) -> dict[str, Any]:
+def figures(effect: image.Effect) -> dict[str, Any]:
     return {k: round(v, 4) if isinstance(v, float) else v for k, v in effect._asdict().items() if v == v}
 
 
@@ -202,7 +202,7 @@ class Comparison:
         found = {"lever": self._at({self.do.value: edit_of(best["edit"], best["amount"])}, "lever")}
         found |= {"prompt": self._prompt(), "random directions": self._random(best)}
         if self.latents:
-            found |= self._single()
+            found |= self.single()
             found["replaced where detected"] = self._at(self._patch(), "replaced where detected", self.bank)
         return found
 
@@ -212,7 +212,7 @@ class Comparison:
         return self._of(drawn)
 
     def _of(self, drawn: image.Pictures) -> dict[str, Any]:
-        return _figures(image.effect(self.do, self.test.asked, self.test.before, drawn, self.studio.judge))
+        return figures(image.effect(self.do, self.test.asked, self.test.before, drawn, self.studio.judge))
 
     def _prompt(self) -> dict[str, Any]:
         """What a caption that says the value makes of the same noise."""
@@ -232,7 +232,7 @@ class Comparison:
             found.append(self._at({self.do.value: Add(best["amount"])}, "random directions", bank))
         return _mean(found)
 
-    def _single(self) -> dict[str, dict[str, Any]]:
+    def single(self) -> dict[str, dict[str, Any]]:
         """One latent, the difference of means at one place, a few latents, and random ones."""
         few = self.latents[:8]
         alone, dose, _ = self._best(self.alone)
@@ -359,7 +359,7 @@ def by_window(studio: Studio, do: Do, n: int) -> dict[str, dict[str, Any]]:
     found = {}
     for name, window in WINDOWS.items():
         edit = replace(edit_of(best["edit"], best["amount"]), when=window)
-        found[name] = _figures(studio.effect(case, {do.value: edit}))
+        found[name] = figures(studio.effect(case, {do.value: edit}))
     return found
 
 
