@@ -89,7 +89,7 @@ def main(
     bank.pictures = {
         "methods.png": scene_card.methods_picture(compared),
         "windows.png": scene_card.windows_picture(studio, dos[-1]),
-    }
+    } | scene_card.thumbnails(studio)
     bank.card = scene_card.scene_card(bank, DESCRIPTION)
     ship(bank, pipeline, out)
     print(json.dumps({"held": scene_card.held(bank), "off": off}, indent=1))

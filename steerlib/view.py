@@ -1,6 +1,7 @@
 """A bank's graph as one page that opens from disk, without a network: levels as columns, effects as lines."""
 
 import json
+from base64 import b64encode
 from dataclasses import asdict
 from importlib.resources import files
 from typing import Any
@@ -9,6 +10,8 @@ from .bank import ConceptBank
 from .exports import joined, levels
 
 MARK = "/*graph*/"
+THUMBNAIL = "thumbnails/{}.png"
+"""Where a bank keeps the picture of a concept: what steering by it does."""
 
 
 def page(bank: ConceptBank) -> str:
@@ -42,4 +45,5 @@ def _concept(bank: ConceptBank, name: str) -> dict[str, Any]:
         "useful": concept.useful,
         "examples": list(concept.examples),
         "tokens": [str(token) for token in concept.effects.get("promotes", ())],
+        "picture": b64encode(bank.pictures.get(THUMBNAIL.format(name), b"")).decode(),
     }

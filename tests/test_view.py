@@ -1,5 +1,7 @@
 """A bank's graph as a page and in the formats of others; the page is clicked through in a browser where there is one."""
 
+import base64
+import io
 import json
 import re
 import shutil
@@ -10,13 +12,14 @@ from xml.etree import ElementTree as xml
 
 import pytest
 import torch
+from PIL import Image
 
 import steerlib as sl
 from steerlib.bank import SiteFacts
 from steerlib.encoders import Directions
 from steerlib.errors import BadBank
 from steerlib.exports import circuit_tracer, graphml, levels
-from steerlib.view import page
+from steerlib.view import THUMBNAIL, facts, page
 
 LEVELS = ("layers.3", "layers.10", "layers.21")
 EVIL = "</script><script>document.title='broken'</script>"
@@ -42,6 +45,15 @@ def bank():
     encoders = {level: Directions(torch.eye(3)) for level in LEVELS}
     sites = {level: SiteFacts(width=3) for level in LEVELS}
     return sl.ConceptBank("toy", concepts, encoders, base=sl.BaseModel(id="a/b"), sites=sites, graph=sl.CausalGraph(edges))
+
+
+@pytest.fixture
+def pictured(bank):
+    """The same, with a picture of one concept beside one of the card."""
+    file = io.BytesIO()
+    Image.new("RGB", (8, 4), "red").save(file, "PNG")
+    bank.pictures = {THUMBNAIL.format("layers.3 0"): file.getvalue(), "card.png": b"of the card"}
+    return bank
 
 
 def test_levels_are_in_the_order_of_their_causes(bank):
@@ -86,6 +98,11 @@ def test_the_page_asks_for_nothing_and_takes_nothing_as_markup(bank):
     assert data["levels"] == list(LEVELS) and data["concepts"][0]["label"] == EVIL and len(data["edges"]) == 3
 
 
+def test_a_concept_comes_with_its_picture(pictured):
+    found = {concept["name"]: base64.b64decode(concept["picture"]) for concept in facts(pictured)["concepts"]}
+    assert found.pop("layers.3 0") == pictured.pictures[THUMBNAIL.format("layers.3 0")] and not any(found.values())
+
+
 def test_the_page_is_the_same_for_the_same_bank(bank, tmp_path):
     again = sl.ConceptBank.from_pretrained(bank.save_pretrained(tmp_path / "toy"))
     assert page(again) == page(bank)
@@ -107,13 +124,13 @@ def test_the_command_writes_what_the_ending_asks_for(bank, tmp_path, suffix):
     assert out.read_text(encoding="utf-8") == {"html": page, "json": circuit_tracer, "graphml": graphml}[suffix](again)
 
 
-def test_the_page_can_be_clicked_through(bank, tmp_path):
+def test_the_page_can_be_clicked_through(pictured, tmp_path):
     playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright and a browser of its own")
     chromium = shutil.which("chromium")
     if chromium is None:
         pytest.skip("needs chromium on the path")
     path = tmp_path / "toy.html"
-    path.write_text(page(bank), encoding="utf-8")
+    path.write_text(page(pictured), encoding="utf-8")
     with playwright.sync_playwright() as play:
         browser = play.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         context = browser.new_context(offline=True)
@@ -124,6 +141,8 @@ def test_the_page_can_be_clicked_through(bank, tmp_path):
         assert tab.title() == "toy: causal graph" and tab.locator(".node").count() == 5 and tab.locator(".edge").count() >= 3
         tab.locator('[data-name="layers.3 0"]').click()
         said = tab.locator("#about").inner_text()
+        assert tab.locator(".node image").count() == 1
+        assert tab.locator("#about img").evaluate("img => img.decode().then(() => img.naturalWidth)") == 8
         assert EVIL in said and "context 00" in said and "layers.10 1" in said and "+1.50" in said
         assert tab.locator(".node.dim").count() == 2  # a part and its whole, which it does not reach
         tab.locator("#about button", has_text="layers.10 1").click()

@@ -2,16 +2,19 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from io import BytesIO
 from typing import Any
 
 import numpy as np
+from tqdm.auto import tqdm
 
 from ..bank import ConceptBank
 from ..cards import front
 from ..concepts import Concept
 from ..evaluation import image, places
 from ..evaluation.report import latents_table
-from .scene_effects import WINDOWS, Comparison, Studio, edit_of
+from ..view import THUMBNAIL
+from .scene_effects import WINDOWS, Comparison, Studio, edit_of, every
 
 METHODS = ("prompt", "lever", "difference of means, one place", "one latent", "a few latents", "random latents",
            "random directions", "replaced where detected")  # fmt: skip
@@ -250,6 +253,22 @@ def windows_picture(studio: Studio, do: image.Do, count: int = 3) -> bytes:
         row = {name: studio.draw(case.captions, {do.value: replace(edit, when=window)}) for name, window in WINDOWS.items()}
         cells[f"{best['edit']}({best['amount'] * share:g})"] = row | {"always": studio.draw(case.captions, {do.value: edit})}
     return image.grid(cells, title=f"{do.factor}: {do.value}")
+
+
+def thumbnails(studio: Studio, count: int = 4) -> dict[str, bytes]:
+    """For the page of the graph, of each lever in it: scenes without it above, with it below."""
+    from PIL import Image
+
+    ends = {name for edge in studio.bank.graph.edges for name in (edge.src, edge.dst)}
+    found = {}
+    for do in tqdm([do for do in every() if do.value in ends], desc="thumbnails"):
+        case, best = studio.case(do, count, 11), studio.bank[do.value].effects
+        after = studio.draw(case.captions, {do.value: edit_of(best["edit"], best["amount"])})
+        rows = [np.concatenate([*pictures], axis=1) for pictures in (case.before, after)]
+        file = BytesIO()
+        Image.fromarray(np.concatenate(rows)).save(file, "PNG")
+        found[THUMBNAIL.format(do.value)] = file.getvalue()
+    return found
 
 
 def held(bank: ConceptBank) -> list[str]:
