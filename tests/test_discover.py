@@ -10,6 +10,7 @@ from scipy.sparse import hstack
 from scipy.stats import norm
 
 import steerlib as sl
+from steerlib.bank import SiteFacts
 from steerlib.errors import BadRecipe, Unanswerable
 from steerlib.evaluation.compiled import Compiled
 from steerlib.evaluation.edges import associated, calibration, edge_scores, matrix
@@ -18,7 +19,7 @@ from steerlib.evaluation.systems import Reading, Shuffled, System, ablated, csr,
 from steerlib.training.confirm import CONFIRMED, Pair, adjusted, confirmed
 from steerlib.training.discover import composition, discover, eligible
 from steerlib.training.lasso import Products, lasso, refit
-from steerlib.training.minimality import doubts
+from steerlib.training.minimality import doubts, merged
 from steerlib.training.regress import explains, sparsest
 from steerlib.training.rows import Folder
 from steerlib.training.screen import firing_together, pointing
@@ -319,6 +320,23 @@ def test_a_doubled_latent_is_said_to_be_one_and_parents_within_parents_are_point
     assert found.same == (("b/0", "b/1"),)
     assert found.within == (("b/0", "b/1"), ("b/1", "b/0"), ("b/2", "b/3"))
     assert doubts(graph, {"a": torch.eye(5), "b": torch.eye(5)}).same == ()  # the same neighbours, another direction
+
+
+def test_latents_that_are_one_become_one_lever_that_does_what_they_did_together():
+    edges = [
+        sl.Edge(src="a/0", dst="b/2", weight=1.0, tau=0.75, tau_lo=0.5, tau_hi=1.0, p_adj=0.25, n_verify=40),
+        sl.Edge(src="a/1", dst="b/2", weight=2.0, tau=0.5, tau_lo=0.25, tau_hi=0.75, p_adj=0.5, n_verify=20),
+        sl.Edge(src="a/3", dst="b/2", weight=0.5),
+    ]
+    concepts = [sl.Concept(name=f"{level}/{i}", encoder=level, index=i) for level in "ab" for i in range(4)]
+    encoders, sites = dict.fromkeys("ab", sl.Directions(torch.eye(4))), dict.fromkeys("ab", SiteFacts(width=4))
+    bank = sl.ConceptBank("twice", concepts, encoders, base=sl.BaseModel(), sites=sites, graph=sl.CausalGraph(edges))
+    found = merged(bank, [("a/0", "a/1")])
+    joined, other = sorted(found.graph.edges, key=lambda edge: edge.src)
+    assert (joined.src, joined.weight, joined.tau, joined.tau_lo, joined.tau_hi) == ("a/0", 3.0, 1.25, 0.75, 1.75)
+    assert (joined.n_verify, joined.p_adj, joined.evidence) == (20, 0.5, "verified") and other == edges[2]
+    assert [place.id for place in found["a/0"].places] == ["a/0", "a/1"] and "a/1" not in found.concepts
+    assert found.graph.forecast({"a/0": 2.0})["b/2"] == pytest.approx(2.5)
 
 
 # -- resuming ------------------------------------------------------------------------------------------------

@@ -3,7 +3,8 @@
 B  effects [parents, children]     z  readings [units, latents]     pa(c)  parents of c, ch(c)  children
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,8 +12,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from ..bank import ConceptBank
+from ..concepts import Part
 from ..evaluation.systems import Codes, Columns, csr
-from ..graph import CausalGraph
+from ..graph import EVIDENCE, CausalGraph, Edge
 
 ALONE = 5
 """Units that are needed to tell an echo."""
@@ -81,6 +84,44 @@ def doubts(graph: CausalGraph, decoders: dict[str, Tensor]) -> Doubts:
     same = [group for some in alike.values() for group in _pointing_alike(some, decoders)]
     within = [pair for level in {_level(name) for name in names} for pair in _subsets(level, parents)]
     return Doubts(tuple(sorted(same)), tuple(sorted(within)))
+
+
+def merged(bank: ConceptBank, same: Iterable[tuple[str, ...]]) -> ConceptBank:
+    """The bank with each group (`Doubts.same`) as one concept, the first, that moves all of its latents together.
+
+    It moves others as much as they do together, whose intervals add up, which is wider than need be; what moves the first
+    moves it.
+    """
+    concepts, first = dict(bank.concepts), {}
+    for name, *others in same:
+        first |= dict.fromkeys(others, name)
+        parts = tuple(Part(encoder=c.encoder, index=c.index, unit=c.unit) for c in map(bank.__getitem__, others))
+        concepts[name] = replace(bank[name], parts=parts)
+    together: dict[tuple[str, str, str], list[Edge]] = {}
+    for edge in bank.graph.edges:
+        if edge.dst not in first:
+            together.setdefault((first.get(edge.src, edge.src), edge.dst, edge.relation), []).append(edge)
+    edges = [_sum(src, edges) if len(edges) > 1 else replace(edges[0], src=src) for (src, *_), edges in together.items()]
+    return bank.with_concepts([c for name, c in concepts.items() if name not in first], graph=CausalGraph(edges))
+
+
+def _sum(src: str, edges: list[Edge]) -> Edge:
+    """One edge in place of several from latents that are moved together."""
+    known = {name: [getattr(edge, name) for edge in edges] for name in ("tau", "tau_lo", "tau_hi", "p_adj")}
+    tau, low, high, p = (None if None in values else values for values in known.values())
+    return replace(
+        edges[0],
+        src=src,
+        weight=sum(edge.weight for edge in edges),
+        tau=tau and sum(tau),
+        tau_lo=low and sum(low),
+        tau_hi=high and sum(high),
+        evidence=min((edge.evidence for edge in edges), key=EVIDENCE.index),
+        n_verify=min(edge.n_verify for edge in edges),
+        p_adj=p and max(p),
+        necessity=None,
+        sufficiency=None,
+    )
 
 
 def _level(name: str) -> str:
