@@ -50,7 +50,7 @@ def run(folder: Path) -> None:
 
     torch.set_num_threads(1)
     accelerator, tokens = Accelerator(cpu=True), source()
-    print("begun", accelerator.num_processes, flush=True)
+    print(f"begun {accelerator.num_processes}\n", end="", flush=True)  # in one piece: two processes write
     fit(RECIPES, tokens, steps=STEPS, folder=folder, save_every=10, accelerator=accelerator)
 
 

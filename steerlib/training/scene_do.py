@@ -34,11 +34,15 @@ class Ground(NamedTuple):
 
 
 def pairs(studio: Studio) -> Iterator[tuple[Do, str]]:
-    """Every lever with every factor that follows it at once, if others follow it too."""
-    for lever in every():
+    """Every measured lever with every factor that follows it at once, if others follow it too."""
+    for lever in _measured(studio):
         factors = {FACTOR[name] for name in studio.bank.graph.descendants(lever.value)}
         children = {FACTOR[edge.dst] for edge in studio.bank.graph.edges if edge.src == lever.value}
         yield from ((lever, factor) for factor in sorted(children) if len(factors) > 1)
+
+
+def _measured(studio: Studio) -> list[Do]:
+    return [do for do in every() if "amount" in studio.bank[do.value].effects]
 
 
 def holding(studio: Studio, *, dev: int = 32, test: int = 64) -> list[dict[str, Any]]:
@@ -108,7 +112,7 @@ def guided(studio: Studio, *, dev: int = 16, test: int = 32) -> dict[str, dict[s
     """For each type of scene, chosen on `dev` scenes and measured on `test` others: latents of the flat sparse encoders, the
     lever alone, and the lever with its followers moved as the graph foretells."""
     found = {}
-    for do in tqdm([do for do in every() if do.factor == "scene"], desc="guided"):
+    for do in tqdm([do for do in _measured(studio) if do.factor == "scene"], desc="guided"):
         comparison = Comparison(studio, do, dev=dev, test=test)
         flat = {f"flat: {name}": line for name, line in comparison.single().items() if name in ("one latent", "a few latents")}
         found[do.value] = flat | {
