@@ -42,7 +42,8 @@ def pairs(studio: Studio) -> Iterator[tuple[Do, str]]:
 
 
 def _measured(studio: Studio) -> list[Do]:
-    return [do for do in every() if "amount" in studio.bank[do.value].effects]
+    known = studio.bank.concepts
+    return [do for do in every() if do.value in known and "amount" in known[do.value].effects]
 
 
 def holding(studio: Studio, *, dev: int = 32, test: int = 64) -> list[dict[str, Any]]:
