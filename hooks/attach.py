@@ -21,7 +21,7 @@ from steerlib.hosts import Host
 from steerlib.schedules import StepState
 from steerlib.sites import Site
 
-from .families import arguments
+from .modules import arguments
 
 Edit = Callable[[Tensor, StepState], Tensor]
 Observer = Callable[[Tensor, StepState], None]

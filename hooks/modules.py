@@ -1,6 +1,7 @@
 """Any `torch.nn.Module`: the user names the sites by module path, and every pass is a prompt."""
 
 import hashlib
+import inspect
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -76,3 +77,9 @@ def digest(model: nn.Module, values: int = 16) -> str | None:
         chosen = flat[torch.arange(values, device=p.device) * (len(flat) - 1) // (values - 1)]
         sha.update(name.encode() + chosen.to(torch.bfloat16).cpu().view(torch.int16).numpy().tobytes())
     return sha.hexdigest()
+
+
+def arguments(module: nn.Module) -> tuple[str, ...]:
+    """Names of what a module's forward takes."""
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    return code.co_varnames[: code.co_argcount + code.co_kwonlyargcount] if code else ()

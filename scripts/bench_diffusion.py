@@ -16,7 +16,7 @@ import typer
 from bench_steering import Condition, interleaved, machine, print_table, ratios
 
 import steerlib as sl
-from steerlib.bank import SiteFacts
+from steerlib.bank.concept_bank import SiteFacts
 from steerlib.encoders import JumpReLU
 
 d: Any = diffusers  # whose annotations do not know that parts of a pipeline can be absent

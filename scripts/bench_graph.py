@@ -17,22 +17,22 @@ import numpy as np
 import torch
 import typer
 from bench_steering import machine
+from graphs.compiled import Compiled
+from graphs.edges import associated, calibration, edge_scores, forecast_r2, renamed
+from graphs.hierarchies import Encoded, Imperfect, Layers, Selection
+from graphs.synthetic import near_orthogonal
 from rich.console import Console
 from rich.table import Table
 
-from steerlib.evaluation.compiled import Compiled
-from steerlib.evaluation.edges import associated, calibration, edge_scores, forecast_r2, matrix, renamed
-from steerlib.evaluation.hierarchies import Encoded, Imperfect, Layers, Selection
 from steerlib.evaluation.representation import dictionary_match, random_dictionary
-from steerlib.evaluation.synthetic import near_orthogonal
-from steerlib.evaluation.systems import Shuffled, System
-from steerlib.training.confirm import Pair, adjusted, confirmed
-from steerlib.training.discover import Discovery, Method, composition, discover, rows_of
-from steerlib.training.encoder_recipe import EncoderRecipe
-from steerlib.training.fit import fit
-from steerlib.training.inputs import Tokens
-from steerlib.training.regress import PATH, fitted
-from steerlib.training.rows import Folder, Level, observed
+from steerlib.training.discover.confirm import Pair, adjusted, confirmed
+from steerlib.training.discover.discovery import Discovery, Method, composition, discover, rows_of
+from steerlib.training.discover.regress import PATH, fitted
+from steerlib.training.discover.rows import Folder, Level, observed
+from steerlib.training.discover.systems import Shuffled, System, matrix
+from steerlib.training.fit.encoder_recipe import EncoderRecipe
+from steerlib.training.fit.inputs import Tokens
+from steerlib.training.fit.run import fit
 
 ENDS = "level0", "level1"
 Figures = Mapping[str, float]

@@ -20,7 +20,7 @@ import typer
 from bench_steering import SOURCE, Condition, interleaved, machine, print_table, ratios
 
 import steerlib as sl
-from steerlib.bank import SiteFacts
+from steerlib.bank.concept_bank import SiteFacts
 from steerlib.encoders import Encoder, JumpReLU, ReLU, TopK
 
 SITE, MILLION, K = "layers.15", 1_000_000, 32

@@ -22,9 +22,9 @@ import typer
 from bench_steering import SOURCE, machine, print_table, ratios
 
 import steerlib as sl
-from steerlib.evaluation.text import progress
-from steerlib.training.activations import reading
-from steerlib.training.harvest import PRECISIONS, Precision, harvest, is_fast
+from steerlib.text import progress
+from steerlib.training.record.activations import reading
+from steerlib.training.record.harvest import PRECISIONS, Precision, harvest, is_fast
 
 CONTEXT = 128
 

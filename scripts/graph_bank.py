@@ -11,7 +11,7 @@ import torch
 import typer
 
 from steerlib import ConceptBank, load
-from steerlib.training.latents import with_graph_of
+from steerlib.training.package.latents import with_graph_of
 from steerlib.training.recipe import Recipe
 
 

@@ -17,7 +17,7 @@ import steerlib as sl
 from steerlib.cli import recipe_of, recipes
 from steerlib.errors import BadRecipe, MissingExtra
 from steerlib.evaluation.comparison import random_bank
-from steerlib.evaluation.text import progress
+from steerlib.text import progress
 
 try:
     evaluator, huggingface, tasks_of = map(import_module, ("lm_eval.evaluator", "lm_eval.models.huggingface", "lm_eval.tasks"))

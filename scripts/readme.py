@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from scenes import card as scene_card
 
 import steerlib as sl
 from steerlib.evaluation.report import latents_table, summary_table, table
-from steerlib.evaluation.text import chat, complete
-from steerlib.training import scene_card
-from steerlib.training.card import graph_table, verified
-from steerlib.training.measure import GATED
+from steerlib.text import chat, complete
+from steerlib.training.calibrate.measure import GATED
+from steerlib.training.package.card import graph_table, verified
 
 README = Path(__file__).parent.parent / "README.md"
 RECIPES = README.parent / "concept_banks" / "recipes"

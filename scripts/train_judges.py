@@ -8,9 +8,8 @@ from typing import Annotated
 
 import torch
 import typer
+from scenes import faces, judges, scenes
 from tqdm.auto import tqdm
-
-from steerlib.evaluation import faces, judges, scenes
 
 DRAW = {"scenes": scenes.draw, "faces": faces.draw}
 HELD_OUT, APART = 10_000, 10**9

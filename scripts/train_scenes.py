@@ -13,10 +13,9 @@ import torch
 import typer
 from accelerate import Accelerator
 from diffusers.models.attention_processor import AttnProcessor
-from scenes_pipeline import pipeline
-
-from steerlib.evaluation import judges
-from steerlib.training.painting import ASKED, PaintingRecipe, examine, paint
+from scenes import judges
+from scenes.painting import ASKED, PaintingRecipe, examine, paint
+from scenes.pipeline import pipeline
 
 
 def plot(folder: Path) -> None:

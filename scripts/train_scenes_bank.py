@@ -13,16 +13,17 @@ from typing import Annotated
 
 import torch
 import typer
+from scenes import card as scene_card
+from scenes import effects as scene_effects
+from scenes import judges
+from scenes.bank import SceneRecipe, activations, train_scene_bank, truth
+from scenes.do import guided, holding
+from scenes.graph import with_followers
+from scenes.image import Do
 from tqdm.auto import tqdm
 
 from steerlib import BaseModel, ConceptBank, load
-from steerlib.evaluation import judges
-from steerlib.evaluation.image import Do
-from steerlib.training import scene_card, scene_effects
-from steerlib.training.pictures import recorded
-from steerlib.training.scene_bank import SceneRecipe, activations, train_scene_bank, truth
-from steerlib.training.scene_do import guided, holding
-from steerlib.training.scene_graph import with_followers
+from steerlib.training.package.pictures import recorded
 
 DESCRIPTION = """Levers and latents of a small text-to-image model of scenes whose every cause is known (`pipeline/`, trained by
 `scripts/train_scenes.py`), at the noise levels 899, 500 and 100 of arXiv 2512.10720. Everything here is measured against the

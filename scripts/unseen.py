@@ -11,8 +11,8 @@ from typing import Annotated, Any
 import typer
 
 import steerlib as sl
+from steerlib.training.directions.studio import Studio
 from steerlib.training.pipeline import assemble, choose, evaluate, judge_for, layers_to_try
-from steerlib.training.studio import Studio
 
 RECIPES = Path(__file__).parent.parent / "concept_banks" / "recipes"
 KEPT = ("concept", "label", "method", "site", "amount", "moved", "answers", "conditions", "response", "also", "passes")

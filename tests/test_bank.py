@@ -13,8 +13,9 @@ from safetensors.torch import save_file
 from tiny_models import tiny
 
 import steerlib as sl
-from steerlib import errors, trust
-from steerlib.bank import SiteFacts
+from steerlib import errors
+from steerlib.bank import trust
+from steerlib.bank.concept_bank import SiteFacts
 
 WIDTH, MANY = 576, 3000
 

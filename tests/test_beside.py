@@ -14,6 +14,7 @@ from tiny_pipelines import WITH_TEXT, run
 
 import steerlib as sl
 from steerlib import errors
+from steerlib.bank import SiteFacts
 
 
 def bank_for(pipe, site, width, names="ab"):
@@ -392,7 +393,7 @@ def test_a_held_concept_keeps_what_an_unsteered_twin_reads_on_the_same_latent():
         [*a.concepts.values(), sl.Concept(name="late", encoder=later, index=0)],
         {first: a.encoder(first), later: sl.Directions(d)},
         base=a.base,
-        sites={first: a.sites[first], later: sl.bank.SiteFacts(width=width)},
+        sites={first: a.sites[first], later: SiteFacts(width=width)},
     )
     plain_reading, moved, held = [], [], []
     for edits, options, into in (

@@ -13,7 +13,7 @@ from tiny_models import tiny
 
 import steerlib as sl
 from steerlib import errors
-from steerlib.cards import for_hub
+from steerlib.bank.card import for_hub
 from steerlib.evaluation.report import table
 
 SHIPPED = "smollm2-135m-instruct"

@@ -5,11 +5,11 @@ from contextlib import ExitStack
 import numpy as np
 import pytest
 import torch
+from graphs.hierarchies import Layers
 
 import steerlib as sl
-from steerlib.causal import effects, mediated_share
-from steerlib.evaluation.hierarchies import Layers
-from steerlib.evaluation.systems import csr, held
+from steerlib.graph.effects import effects, mediated_share
+from steerlib.training.discover.systems import csr, held
 
 N = 5000
 

@@ -6,23 +6,23 @@ from threading import Barrier
 import numpy as np
 import pytest
 import torch
+from graphs.compiled import Compiled
+from graphs.edges import associated, calibration, edge_scores
+from graphs.hierarchies import Imperfect, Layers, Selection
 from scipy.sparse import hstack
 from scipy.stats import norm
 
 import steerlib as sl
-from steerlib.bank import SiteFacts
+from steerlib.bank.concept_bank import SiteFacts
 from steerlib.errors import BadRecipe, Unanswerable
-from steerlib.evaluation.compiled import Compiled
-from steerlib.evaluation.edges import associated, calibration, edge_scores, matrix
-from steerlib.evaluation.hierarchies import Imperfect, Layers, Selection
-from steerlib.evaluation.systems import Reading, Shuffled, System, ablated, csr, fixed, held
-from steerlib.training.confirm import CONFIRMED, Pair, adjusted, confirmed
-from steerlib.training.discover import composition, discover, eligible
-from steerlib.training.lasso import Products, lasso, refit
-from steerlib.training.minimality import doubts, merged
-from steerlib.training.regress import explains, sparsest
-from steerlib.training.rows import Folder
-from steerlib.training.screen import firing_together, pointing
+from steerlib.training.discover.confirm import CONFIRMED, Pair, adjusted, confirmed
+from steerlib.training.discover.discovery import composition, discover, eligible
+from steerlib.training.discover.lasso import Products, lasso, refit
+from steerlib.training.discover.minimality import doubts, merged
+from steerlib.training.discover.regress import explains, sparsest
+from steerlib.training.discover.rows import Folder
+from steerlib.training.discover.screen import firing_together, pointing
+from steerlib.training.discover.systems import Reading, Shuffled, System, ablated, csr, fixed, held, matrix
 
 EVERY = np.arange(200)
 
@@ -103,7 +103,7 @@ def test_the_sparsest_graph_within_a_standard_error_of_the_best_is_taken():
 
 
 def test_the_screen_equals_the_full_table(monkeypatch):
-    monkeypatch.setattr("steerlib.training.screen.CHUNK", 7)
+    monkeypatch.setattr("steerlib.training.discover.screen.CHUNK", 7)
     parents, children = (fires(500, n, 0.05) for n in (30, 20))
     children = csr(children + parents[:, :20].multiply(np.random.default_rng(0).random((500, 20)) < 0.7))
     p, c = ((z.toarray() > 0).astype(float) for z in (parents, children))

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 import steerlib as sl
-from steerlib.concepts import Concept
-from steerlib.edits import Edit, Table
+from steerlib.bank.concepts import Concept
 from steerlib.errors import BadEdit, ConflictingEdits
-from steerlib.programs import Program
 from steerlib.schedules import StepState, gain
+from steerlib.steering.edit import Edit, Table
+from steerlib.steering.program import Program
 
 D = 12
 

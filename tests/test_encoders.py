@@ -12,7 +12,7 @@ from torch import Tensor
 
 import steerlib as sl
 from steerlib import errors
-from steerlib.bank import SiteFacts
+from steerlib.bank.concept_bank import SiteFacts
 from steerlib.encoders import KINDS, BatchTopK, Gated, JumpReLU, Matryoshka, ReLU, Sparse, TopK, Transcoder, topk
 
 N, D = 12, 32

@@ -18,7 +18,8 @@ from steerlib import errors
 from steerlib.evaluation import comparison, report, text
 from steerlib.evaluation.comparison import Condition, Scores, Unrelated, best_prompt, joint, ratios
 from steerlib.evaluation.text import Judge, counter, distinct, embed, relevance
-from steerlib.training.levers import Lever, TokenGate, bank_of
+from steerlib.text import chat, complete
+from steerlib.training.directions.levers import Lever, TokenGate, bank_of
 from steerlib.training.pipeline import judge_for
 from steerlib.training.recipe import Recipe
 
@@ -188,7 +189,7 @@ def test_probabilities_are_shared_among_concepts_and_ordinary_text():
 
 
 def test_likelihood_equals_the_models_own_loss(model, tokenizer):
-    done = text.complete(model, tokenizer, PROMPTS[:2], new_tokens=6)
+    done = complete(model, tokenizer, PROMPTS[:2], new_tokens=6)
     for row in range(2):
         ids = done.ids[row][done.mask[row]]
         labels = ids.clone()
@@ -241,11 +242,11 @@ def test_answers_repeat_with_their_seed_and_leave_the_global_generator_alone(mod
 
 def test_answers_are_judged_as_answers_to_the_plain_request_by_the_unsteered_model(model, tokenizer, conditions, counted):
     some = comparison.answer(model, tokenizer, conditions, PROMPTS[:1], counted, seeds=[0], new_tokens=8, temperature=0)
-    plain = tokenizer(text.chat(tokenizer, PROMPTS[0]), add_special_tokens=False)["input_ids"]
+    plain = tokenizer(chat(tokenizer, PROMPTS[0]), add_special_tokens=False)["input_ids"]
     for k, condition in enumerate(conditions):
         with comparison.together(model, [condition], 1):
-            asked = text.chat(tokenizer, PROMPTS[0], condition.instruction)
-            done = text.complete(model, tokenizer, [asked], new_tokens=8)
+            asked = chat(tokenizer, PROMPTS[0], condition.instruction)
+            done = complete(model, tokenizer, [asked], new_tokens=8)
         new = done.ids[0, done.prompt :][done.mask[0, done.prompt :]].tolist()
         labels = torch.tensor([[-100] * len(plain) + new])
         with torch.no_grad():
@@ -257,7 +258,7 @@ def test_answers_are_judged_as_answers_to_the_plain_request_by_the_unsteered_mod
 def test_reading_each_request_once_changes_no_likelihood(family, tokenizer):
     """Whatever a family keeps between passes: the same as every request and answer in one pass."""
     model = tiny(family, vocab_size=len(tokenizer), initializer_range=0.3)
-    done = text.complete(model, tokenizer, [f"red {prompt}" for prompt in PROMPTS] * 12, new_tokens=8, temperature=1.0)
+    done = complete(model, tokenizer, [f"red {prompt}" for prompt in PROMPTS] * 12, new_tokens=8, temperature=1.0)
     found = comparison.nll_behind(model, tokenizer, done, PROMPTS)
     asked = tokenizer(list(PROMPTS) * 12, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
     ids = torch.cat((asked["input_ids"], done.ids[:, done.prompt :]), 1)

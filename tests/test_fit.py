@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from graphs.synthetic import superposed
 from torch.nn.functional import normalize
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -26,13 +27,12 @@ from steerlib.evaluation.representation import (
     stability,
     uniqueness,
 )
-from steerlib.evaluation.synthetic import superposed
-from steerlib.training.dense_step import BANDWIDTH, dense_step
-from steerlib.training.encoder_recipe import TRANSCODING, EncoderRecipe
-from steerlib.training.fit import CHECKPOINT, ahead, fit
-from steerlib.training.inputs import Tokens, geometric_median, normalising
-from steerlib.training.learner import Learner
-from steerlib.training.sparse_step import largest, sparse_step, top
+from steerlib.training.fit.dense_step import BANDWIDTH, dense_step
+from steerlib.training.fit.encoder_recipe import TRANSCODING, EncoderRecipe
+from steerlib.training.fit.inputs import Tokens, geometric_median, normalising
+from steerlib.training.fit.learner import Learner
+from steerlib.training.fit.run import CHECKPOINT, ahead, fit
+from steerlib.training.fit.sparse_step import largest, sparse_step, top
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "check_training.py"
 COMPETING = ("topk", "batchtopk", "matryoshka")

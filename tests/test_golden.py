@@ -9,8 +9,8 @@ import torch
 from bad_banks import OWN as LATENTS
 
 import steerlib as sl
+from steerlib.bank.manifest import FORMAT, SiteFacts
 from steerlib.encoders import KINDS
-from steerlib.manifest import FORMAT, SiteFacts
 
 GOLDEN = Path(__file__).parent / "golden"
 SEALED = {

@@ -7,10 +7,10 @@ import torch
 from safetensors.torch import load_file
 
 import steerlib as sl
-from steerlib.bank import SiteFacts
+from steerlib.bank.concept_bank import SiteFacts
 from steerlib.encoders import Directions
 from steerlib.errors import BadBank, CorruptBank
-from steerlib.training.discover import with_graph
+from steerlib.training.discover.discovery import with_graph
 
 EDGES = [("a", "b", 0.5), ("a", "c", -1.0), ("b", "c", 2.0), ("c", "d", 0.1), ("e", "d", 3.0)]
 

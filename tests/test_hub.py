@@ -16,8 +16,9 @@ from hub_server import LARGE, Hub, turn
 from test_bank import contents, make
 
 import steerlib as sl
-from steerlib import errors, trust
-from steerlib.hub import shipped_banks
+from steerlib import errors
+from steerlib.bank import trust
+from steerlib.bank.hub import shipped_banks
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # huggingface_hub's own
 ROOT = Path(__file__).parent.parent
@@ -222,7 +223,7 @@ def test_a_block_damaged_on_the_way_or_in_the_cache_is_never_used(hub, huge, tmp
 
 
 def test_a_server_without_ranges_sends_the_file_whole_once(hub, tmp_path, monkeypatch):
-    monkeypatch.setattr("steerlib.hub.SMALL", 0)
+    monkeypatch.setattr("steerlib.bank.hub.SMALL", 0)
     hub.ranges = False
     files = files_of(make(400, 256), tmp_path / "made")
     weights = "sites/layers.0-40-late-23-dir.safetensors"
@@ -241,7 +242,7 @@ def test_a_line_that_breaks_is_taken_up_again(hub, huge):
 
 
 def test_a_branch_that_moves_meanwhile_is_not_mixed_in(hub, tmp_path, monkeypatch):
-    monkeypatch.setattr("steerlib.hub.SMALL", 0)
+    monkeypatch.setattr("steerlib.bank.hub.SMALL", 0)
     old = make(3)
     hub.add("org/made", files_of(old, tmp_path / "old"))
     bank = sl.ConceptBank.from_pretrained("org/made")
@@ -255,7 +256,7 @@ def test_a_host_that_the_hub_sends_us_to_is_not_told_the_token(hub, tmp_path, mo
     hub.add("org/made", files, private=True)
     other.add("org/made", files)
     hub.elsewhere = other
-    monkeypatch.setattr("steerlib.hub.SMALL", 0)
+    monkeypatch.setattr("steerlib.bank.hub.SMALL", 0)
     bank = sl.ConceptBank.from_pretrained("org/made", token="secret")
     assert same(make(), bank)  # by range
     bank.verify()  # whole
@@ -419,7 +420,7 @@ def mirror(monkeypatch, tmp_path):
 
 def test_a_mirror_serves_banks_by_revision_then_nobody_does_and_damage_is_found(mirror, tmp_path, monkeypatch):
     commit = subprocess.run([*mirror, "rev-parse", "v1"], check=True, capture_output=True, text=True).stdout.strip()
-    monkeypatch.setattr("steerlib.hub.SMALL", 0)  # rows by range, were there ranges: this server sends files whole
+    monkeypatch.setattr("steerlib.bank.hub.SMALL", 0)  # rows by range, were there ranges: this server sends files whole
     for revision, count in (("main", 500), (commit, 600)):
         bank = sl.ConceptBank.from_pretrained("org/made", revision=revision)
         assert len(bank) == count and same(make(count, 128), bank)

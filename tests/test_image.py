@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from scenes import contrast, image, judges, places, scenes
+from scenes.image import Do
 
 from steerlib.errors import BadRecipe
-from steerlib.evaluation import image, judges, places, scenes
-from steerlib.evaluation.image import Do
-from steerlib.training import contrast
+from steerlib.evaluation.pictures import grid
 
 DOS = [Do("scene", "night"), Do("background", "pale"), Do("side", "left"), Do("shape", "circle"), Do("hue", "blue")]
 
@@ -69,7 +69,7 @@ def test_natural_activations_are_told_from_others():
 
 def test_a_grid_is_a_picture():
     pixels = scenes.draw(3).pixels
-    png = image.grid({"row": {"a": pixels, "b": pixels}}, title="t", label=lambda row, column: f"{row} {column}")
+    png = grid({"row": {"a": pixels, "b": pixels}}, title="t", label=lambda row, column: f"{row} {column}")
     assert png.startswith(b"\x89PNG") and len(png) > 1000
 
 

@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 import torch
-
-from steerlib.evaluation import faces, judges, scenes
+from scenes import faces, judges, scenes
 
 DRAW = {"scenes": scenes.draw, "faces": faces.draw}
 

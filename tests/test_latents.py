@@ -18,20 +18,20 @@ from tiny_models import WORDS, tiny, toy_tokenizer
 
 import steerlib as sl
 from steerlib import errors
-from steerlib.bank import SiteFacts
+from steerlib.bank.concept_bank import SiteFacts
 from steerlib.encoders import ReLU, Transcoder
 from steerlib.evaluation import representation
 from steerlib.evaluation.report import latents_table
-from steerlib.training import label as labels
-from steerlib.training import verify as verification
-from steerlib.training.activations import tokens
-from steerlib.training.attributes import select
-from steerlib.training.documents import sources
-from steerlib.training.fit import fit
-from steerlib.training.quality import evaluate_encoders
+from steerlib.training.fit.run import fit
+from steerlib.training.label import labels as labels
+from steerlib.training.label import verify as verification
+from steerlib.training.label.attributes import select
+from steerlib.training.label.verify import Followers, followers, next_tokens, opened, verify
+from steerlib.training.package.quality import evaluate_encoders
 from steerlib.training.recipe import Recipe
-from steerlib.training.shards import Shards
-from steerlib.training.verify import Followers, followers, next_tokens, opened, verify
+from steerlib.training.record.activations import tokens
+from steerlib.training.record.documents import sources
+from steerlib.training.record.shards import Shards
 
 RECIPE = """
 name = "toy-latents"

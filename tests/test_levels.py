@@ -8,9 +8,9 @@ import torch
 from tiny_pipelines import PIPELINES, run
 
 import steerlib as sl
+from steerlib.bank.manifest import SiteFacts
 from steerlib.encoders import Directions
 from steerlib.errors import ConflictingEdits, CorruptBank
-from steerlib.manifest import SiteFacts
 from steerlib.schedules import windows
 
 SITE, LEVELS = "unet.mid_block.attentions.0", ("899", "500", "100")

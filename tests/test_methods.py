@@ -10,13 +10,13 @@ from test_text import snapshot
 from tiny_models import tiny, toy_tokenizer
 
 import steerlib as sl
-from steerlib.evaluation.text import chat
-from steerlib.recording import record
-from steerlib.training import objectives
-from steerlib.training.activations import answers, tokens
-from steerlib.training.levers import Lever, Task, bank_of
-from steerlib.training.methods import METHODS, difference_of_means, gated, norm_matched, orthogonal
+from steerlib.steering.recording import record
+from steerlib.text import chat
+from steerlib.training.directions import objectives
+from steerlib.training.directions.levers import Lever, Task, bank_of
+from steerlib.training.directions.methods import METHODS, difference_of_means, gated, norm_matched, orthogonal
 from steerlib.training.recipe import Pair
+from steerlib.training.record.activations import answers, tokens
 
 SITES = ["layers.0", "layers.1"]
 LEARNED = sorted(name for name, method in METHODS.items() if hasattr(method, "RATE"))

@@ -10,11 +10,9 @@ from accelerate import Accelerator
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 from safetensors.torch import load_file
-
-from scripts.scenes_pipeline import autoencoder, pipeline, tokenizer
-from steerlib.evaluation import faces, judges, scenes
-from steerlib.training import painting, wording
-from steerlib.training.painting import PaintingRecipe, batch_of
+from scenes import faces, judges, painting, scenes, wording
+from scenes.painting import PaintingRecipe, batch_of
+from scenes.pipeline import autoencoder, pipeline, tokenizer
 
 RECIPE = PaintingRecipe(images=48, batch=8, words=3, warmup=2)
 SINCE = ("images_per_second", "loss")

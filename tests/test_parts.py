@@ -10,7 +10,9 @@ from test_pipelines import PIPELINES, pipe_of, seen, site_of, traces
 from tiny_pipelines import WITH_TEXT, autoencoder, quantizer, run
 
 import steerlib as sl
-from steerlib import errors, masks
+from steerlib import errors
+from steerlib.bank import SiteFacts
+from steerlib.steering import masks
 
 
 def words(pipe, edits: Any = None, bank=None, **options) -> Any:
@@ -220,7 +222,7 @@ def test_an_addition_grows_with_each_tokens_own_length_at_every_step():
     plain = bank_for(pipe, site, 16)
     bank = sl.ConceptBank(
         "normed", [*plain.concepts.values()], {site: plain.encoder(site)}, base=plain.base,
-        sites={site: sl.bank.SiteFacts(width=16, norm=2.0)},
+        sites={site: SiteFacts(width=16, norm=2.0)},
     )  # fmt: skip
     with sl.record(pipe, [site]) as before:
         run(pipe, steps=1)

@@ -6,14 +6,16 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from scenes import bank as scene_bank
+from scenes import scenes
+from scenes.pipeline import pipeline
 
 import steerlib as sl
-from scripts.scenes_pipeline import pipeline
 from steerlib.errors import BadRecipe, SiteNotReached
-from steerlib.evaluation import scenes
-from steerlib.training import noised, pictures, scene_bank
-from steerlib.training.encoder_recipe import EncoderRecipe
+from steerlib.training.fit.encoder_recipe import EncoderRecipe
+from steerlib.training.package import pictures
 from steerlib.training.recipe import SiteEncoder
+from steerlib.training.record import noised
 
 SITE = "unet.up_blocks.0.attentions.0.transformer_blocks.0.attn2"
 RECIPE = """

@@ -13,9 +13,10 @@ from test_pipelines import PIPELINES, pipe_of, plain, site_of, traces
 from tiny_pipelines import WITH_TEXT, run
 
 import steerlib as sl
-from steerlib import errors, masks
-from steerlib.hooks.calls import asking
+from steerlib import errors
+from steerlib.hooks.diffusers.calls import asking
 from steerlib.schedules import Grid, StepState
+from steerlib.steering import masks
 
 d: Any = diffusers
 MID = "unet.mid_block.attentions.0"

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import steerlib as sl
-from steerlib.bank import SiteFacts
+from steerlib.bank.concept_bank import SiteFacts
 from steerlib.encoders import BatchTopK, Directions, JumpReLU, Matryoshka, ReLU, TopK, Transcoder
 from steerlib.errors import BadBank, CorruptBank, UnknownFormat, UnknownSite, WrongWidth
 from steerlib.readers import FORMATS, hookpoints, lm_eval, repeng, saelens

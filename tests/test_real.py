@@ -14,10 +14,10 @@ import steerlib as sl
 from steerlib.cli import recipe_of
 from steerlib.evaluation.comparison import RANDOM_DIRECTIONS
 from steerlib.evaluation.report import summary, table
-from steerlib.evaluation.text import chat
-from steerlib.training.measure import ANSWERING
+from steerlib.text import chat
+from steerlib.training.calibrate.measure import ANSWERING
+from steerlib.training.label.verify import dose, gains, next_tokens, opened
 from steerlib.training.pipeline import evaluate
-from steerlib.training.verify import dose, gains, next_tokens, opened
 
 pytestmark = pytest.mark.real
 NEW = 10

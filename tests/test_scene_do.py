@@ -5,12 +5,13 @@ from typing import Any
 
 import pytest
 import torch
+from scenes import do as scene_do
+from scenes import effects as scene_effects
+from scenes.card import guided_table, holding_table
+from scenes.image import Do
 
 import steerlib as sl
-from steerlib.bank import SiteFacts
-from steerlib.evaluation.image import Do
-from steerlib.training import scene_do, scene_effects
-from steerlib.training.scene_card import guided_table, holding_table
+from steerlib.bank.concept_bank import SiteFacts
 
 NIGHT = Do("scene", "night")
 VALUES = ("night", "violet", "stone", "pink", "day")

@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from scenes import graph as scene_graph
+from scenes.graph import _joined, marked, share, shuffled, truth
+from scenes.image import Do
 
-from steerlib.evaluation.image import Do
-from steerlib.graph import CausalGraph, Edge
-from steerlib.training import scene_graph
-from steerlib.training.confirm import effects
-from steerlib.training.scene_graph import _joined, marked, share, shuffled, truth
+from steerlib.graph.causal_graph import CausalGraph, Edge
+from steerlib.training.discover.confirm import effects
 
 
 @pytest.fixture(scope="module")

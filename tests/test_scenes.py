@@ -4,8 +4,7 @@ import hashlib
 
 import numpy as np
 import pytest
-
-from steerlib.evaluation import faces, scenes
+from scenes import faces, scenes
 
 WORLDS = {"scenes": scenes, "faces": faces}
 

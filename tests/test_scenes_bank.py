@@ -7,14 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scenes import judges, places, scenes
+from scenes.card import levers
+from scenes.effects import Studio, randomised
+from scenes.image import Do
 
 import steerlib as sl
 from steerlib.errors import OutOfRange
-from steerlib.evaluation import judges, places, scenes
-from steerlib.evaluation.image import Do
-from steerlib.training.painting import draw_as_told
-from steerlib.training.scene_card import levers
-from steerlib.training.scene_effects import Studio, edit_of, randomised
+from steerlib.evaluation.pictures import draw_as_told, edit_of
 
 ROOT = Path(__file__).parent.parent
 LEAST = {"scene": 0.75, "ground": 0.8, "hue": 0.75}

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 import steerlib as sl
-from steerlib import search, sentences
-from steerlib.bank import SiteFacts
+from steerlib.bank import search, sentences
+from steerlib.bank.concept_bank import SiteFacts
 
 LABELS = ("on “the”, “of”", "on “king”, “queen”", "on “tea”, “cup”", "towards “palace”, “throne”", "on “seven”, “nine”", "")
 CONTEXTS = (("out «of» season",), (), ("a royal «tea»",), (), ("all «seven» of them",), ("a violin «plays»",))

@@ -19,11 +19,11 @@ from tiny_models import WORDS, tiny, toy_tokenizer
 
 import steerlib as sl
 from steerlib.errors import BadRecipe, SiteNotReached, SteeringWarning, UnknownSite
-from steerlib.training import harvest as harvesting
-from steerlib.training.activations import reading
-from steerlib.training.documents import Keep, documents, pieces, rendered
-from steerlib.training.harvest import harvest
-from steerlib.training.shards import Shards
+from steerlib.training.record import harvest as harvesting
+from steerlib.training.record.activations import reading
+from steerlib.training.record.documents import Keep, documents, pieces, rendered
+from steerlib.training.record.harvest import harvest
+from steerlib.training.record.shards import Shards
 
 SITES = ["layers.0", "layers.1.attn"]
 

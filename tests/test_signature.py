@@ -8,7 +8,7 @@ from test_bank import contents, flip, make
 
 import steerlib as sl
 from steerlib import errors
-from steerlib.hub import SIGNATURE
+from steerlib.bank.hub import SIGNATURE
 
 
 def openssl(*arguments):

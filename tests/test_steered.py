@@ -5,13 +5,13 @@ import pytest
 import torch
 
 import steerlib as sl
-from steerlib.bank import SiteFacts
+from steerlib.bank.concept_bank import SiteFacts
 from steerlib.encoders import JumpReLU
 from steerlib.errors import BadRecipe, ConflictingEdits
-from steerlib.evaluation.steered import SteeredText
-from steerlib.evaluation.systems import Shuffled, ablated, csr, fixed, held
-from steerlib.recording import replacing
-from steerlib.training.discover import discover, with_graph
+from steerlib.steering.recording import replacing
+from steerlib.training.discover.discovery import discover, with_graph
+from steerlib.training.discover.steered import SteeredText
+from steerlib.training.discover.systems import Shuffled, ablated, csr, fixed, held
 
 SIZE, CONTEXTS, LENGTH = 24, 512, 12
 EVERY = np.arange(CONTEXTS)

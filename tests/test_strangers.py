@@ -18,7 +18,8 @@ from safetensors.torch import save_file
 from test_bank import edit_manifest, make
 
 import steerlib as sl
-from steerlib import errors, trust
+from steerlib import errors
+from steerlib.bank import trust
 
 ROOT = Path(__file__).parent.parent
 DRAWN, MANY = 2_000, 20_000
@@ -56,7 +57,7 @@ def test_nor_does_one_of_many_more_made_without_the_shape_checker_of_tests():
 
 
 def test_a_reader_that_forgets_to_check_is_found_out(court, monkeypatch):
-    monkeypatch.setattr("steerlib.hub.check_whole", lambda *_: None)
+    monkeypatch.setattr("steerlib.bank.hub.check_whole", lambda *_: None)
     monkeypatch.setattr(trust.Tensors, "_check_cover", lambda *_: None)
     with pytest.raises(AssertionError):
         for seed in range(2000):

@@ -11,7 +11,7 @@ from transformers import TextIteratorStreamer
 
 import steerlib as sl
 from steerlib import errors
-from steerlib.bank import SiteFacts
+from steerlib.bank.concept_bank import SiteFacts
 from steerlib.hooks.attach import _ATTACHED
 
 GREEDY = {"do_sample": False, "max_new_tokens": 12}

@@ -7,14 +7,14 @@ import pytest
 import torch
 
 import steerlib as sl
-from steerlib.bank import SiteFacts
+from steerlib.bank.concept_bank import SiteFacts
 from steerlib.encoders import JumpReLU
 from steerlib.errors import BadRecipe
-from steerlib.graph import CausalGraph, Edge
-from steerlib.training import text_graph
-from steerlib.training.card import graph_table
+from steerlib.graph.causal_graph import CausalGraph, Edge
+from steerlib.training.discover import text_graph
+from steerlib.training.discover.text_graph import Foretold, best_known, carried, contexts, foretold, graphed, scores
+from steerlib.training.package.card import graph_table
 from steerlib.training.recipe import GraphRecipe, Recipe
-from steerlib.training.text_graph import Foretold, best_known, carried, contexts, foretold, graphed, scores
 
 SIZE = 24
 RECIPE = GraphRecipe(contexts=720, length=12, parents=12, controls=4)

@@ -21,12 +21,13 @@ import steerlib as sl
 from steerlib import errors
 from steerlib.evaluation import report
 from steerlib.evaluation.comparison import Unrelated
-from steerlib.training import calibrate, pipeline
-from steerlib.training.activations import answers
-from steerlib.training.levers import Lever
-from steerlib.training.measure import ANSWERING
+from steerlib.training import pipeline
+from steerlib.training.calibrate import doses as calibrate
+from steerlib.training.calibrate.measure import ANSWERING
+from steerlib.training.directions.levers import Lever
+from steerlib.training.directions.studio import PRESENT, Studio
 from steerlib.training.recipe import ConceptRecipe, Recipe
-from steerlib.training.studio import PRESENT, Studio
+from steerlib.training.record.activations import answers
 
 
 def test_units_are_the_spread_of_the_reading_on_reference_text():

@@ -15,11 +15,11 @@ import torch
 from PIL import Image
 
 import steerlib as sl
-from steerlib.bank import SiteFacts
+from steerlib.bank.concept_bank import SiteFacts
 from steerlib.encoders import Directions
 from steerlib.errors import BadBank
-from steerlib.exports import circuit_tracer, graphml, levels
-from steerlib.view import THUMBNAIL, facts, page
+from steerlib.graph.exports import circuit_tracer, graphml, levels
+from steerlib.graph.page import THUMBNAIL, facts, page
 
 LEVELS = ("layers.3", "layers.10", "layers.21")
 EVIL = "</script><script>document.title='broken'</script>"

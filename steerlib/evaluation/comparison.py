@@ -27,13 +27,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..bank import BaseModel, ConceptBank, SiteFacts
-from ..concepts import Concept, Gate, Part
+from ..bank.concept_bank import BaseModel, ConceptBank, SiteFacts
+from ..bank.concepts import Concept, Gate, Part
 from ..encoders import Directions
 from ..errors import OutOfRange
-from ..interventions import Add
-from ..steering import steer
-from .text import Completions, Judge, chat, complete, distinct, nll, progress, relevance
+from ..steering.interventions import Add
+from ..steering.session import steer
+from ..text import Completions, chat, complete, progress
+from .text import Judge, distinct, nll, relevance
 
 ROWS = 128
 """Answers written at once."""

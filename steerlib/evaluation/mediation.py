@@ -6,12 +6,12 @@ from typing import Any
 
 from torch import Tensor
 
-from ..bank import ConceptBank
-from ..causal import Effects, effects
-from ..concepts import Concept
-from ..interventions import Patch
-from ..recording import record
-from ..steering import steer
+from ..bank.concept_bank import ConceptBank
+from ..bank.concepts import Concept
+from ..graph.effects import Effects, effects
+from ..steering.interventions import Patch
+from ..steering.recording import record
+from ..steering.session import steer
 
 
 def mediation(

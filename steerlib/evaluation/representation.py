@@ -17,8 +17,8 @@ from ..encoders import Sparse, TopK
 from ..errors import MissingExtra
 from ..hooks.attach import LOCK, attachment
 from ..hosts import host_for
-from ..recording import observing
 from ..schedules import StepState
+from ..steering.recording import observing
 
 
 def explained_variance(x: Float[Tensor, "N D"], kept: Float[Tensor, "N D"]) -> float:

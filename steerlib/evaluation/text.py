@@ -7,16 +7,15 @@ texts of its own, or a count of words. Fluency is the likelihood of a text under
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float
-from torch import Tensor
-from tqdm.auto import tqdm
 
+from ..bank.sentences import embed
 from ..errors import BadRecipe
-from ..sentences import embed
+from ..text import Completions
 
 Scorer = Callable[[Sequence[str]], Float[np.ndarray, " texts"]]
 
@@ -113,45 +112,6 @@ def distinct(text: str, n: int = 2) -> float:
 # -- texts ---------------------------------------------------------------------------------------------------
 
 
-class Completions(NamedTuple):
-    """What a model wrote, and how it is laid out for scoring."""
-
-    texts: list[str]
-    ids: Tensor
-    """`[rows, prompt + new]`, padded on both sides."""
-    mask: Tensor
-    """Real tokens."""
-    prompt: int
-    """Columns of the prompt."""
-
-
-def chat(tokenizer: Any, prompt: str, instruction: str = "") -> str:
-    """A user's message as the model was trained to read it."""
-    message = [{"role": "user", "content": f"{prompt} {instruction}".strip()}]
-    return tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-
-
-@torch.no_grad()
-def complete(
-    model: Any, tokenizer: Any, prompts: Sequence[str], *, new_tokens: int, temperature: float = 0.0, seed: int = 0
-) -> Completions:
-    """Answers to chat prompts, in one batch: greedy, or sampled at a temperature, leaving the global generator as it was."""
-    batch = tokenizer(list(prompts), return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
-    batch = {name: value.to(model.device) for name, value in batch.items() if name in ("input_ids", "attention_mask")}
-    how: dict[str, Any] = {"do_sample": False}
-    if temperature > 0:
-        how = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-    with torch.random.fork_rng(enabled=temperature > 0):
-        torch.manual_seed(seed) if temperature > 0 else None
-        out = model.generate(**batch, max_new_tokens=new_tokens, pad_token_id=tokenizer.pad_token_id, **how)
-    start = batch["input_ids"].shape[1]
-    new = out[:, start:]
-    ended = (new == tokenizer.eos_token_id).long().cumsum(1)
-    real = (ended - (new == tokenizer.eos_token_id).long()) == 0  # up to and including the first end
-    mask = torch.cat((batch["attention_mask"].bool(), real), dim=1)
-    return Completions([text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)], out, mask, start)
-
-
 @torch.no_grad()
 def nll(model: Any, done: Completions) -> Float[np.ndarray, " rows"]:
     """Mean negative log-likelihood of each answer under the model as it is, in nats per token."""
@@ -163,8 +123,3 @@ def nll(model: Any, done: Completions) -> Float[np.ndarray, " rows"]:
         real = mask[:, done.prompt :]
         out.append(-(own * real).sum(1) / real.sum(1).clamp(min=1))
     return torch.cat(out).cpu().numpy()
-
-
-def progress(items: Sequence[Any], what: str) -> Any:
-    """A progress bar over work that takes a while."""
-    return tqdm(items, desc=what, leave=False)

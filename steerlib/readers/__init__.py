@@ -10,7 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from ..bank import ConceptBank
+from ..bank.concept_bank import ConceptBank
 from ..errors import BadBank, UnknownFormat
 from . import (
     dictionary_learning,

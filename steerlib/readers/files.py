@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from .. import trust
+from ..bank import trust
 from ..errors import BadBank, CorruptBank
 
 MAX_JSON = 1 << 28

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ..bank import BaseModel, ConceptBank, SiteFacts
-from ..concepts import Concept
+from ..bank.concept_bank import BaseModel, ConceptBank, SiteFacts
+from ..bank.concepts import Concept
 from ..encoders import Encoder
 from ..errors import BadBank, UnknownFormat, WrongWidth
 from ..hosts import host_for

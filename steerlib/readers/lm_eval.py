@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..bank import ConceptBank
-from ..concepts import Concept
+from ..bank.concept_bank import ConceptBank
+from ..bank.concepts import Concept
 from ..encoders import Directions, Sparse
 from ..errors import BadBank, CorruptBank
-from ..interventions import Add, Intervention, Set
+from ..steering.interventions import Add, Intervention, Set
 from . import files, saelens, sparsify
 from .foreign import Foreign, Found, refuse
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..bank import ConceptBank
-from ..concepts import Concept, Part
+from ..bank.concept_bank import ConceptBank
+from ..bank.concepts import Concept, Part
 from ..encoders import Directions
 from ..errors import BadBank, CorruptBank, MissingExtra
 from . import files

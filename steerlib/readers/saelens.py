@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .. import trust
-from ..bank import ConceptBank
+from ..bank import trust
+from ..bank.concept_bank import ConceptBank
 from ..encoders import BatchTopK, Encoder, Gated, JumpReLU, Matryoshka, ReLU, Sparse, TopK, Transcoder
 from ..encoders.base import Norm
 from ..errors import BadBank, CorruptBank

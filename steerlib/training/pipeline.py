@@ -11,22 +11,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..bank import BaseModel, ConceptBank, SiteFacts
-from ..concepts import Concept, Gate, Part
+from ..bank.concept_bank import BaseModel, ConceptBank, SiteFacts
+from ..bank.concepts import Concept, Gate, Part
 from ..encoders import Directions
 from ..errors import BadRecipe
 from ..evaluation.report import picture
-from ..evaluation.text import Judge, counting, progress
+from ..evaluation.text import Judge, counting
 from ..hosts import host_for, load
-from .calibrate import Choice, Search, statistics
-from .card import PICTURE, card
-from .latents import train_latents
-from .levers import Lever, TokenGate
-from .measure import ANSWERING, measure
-from .methods import METHODS
-from .pictures import train_pictures
+from ..text import progress
+from .calibrate.doses import Choice, Search, statistics
+from .calibrate.measure import ANSWERING, measure
+from .directions.levers import Lever, TokenGate
+from .directions.methods import METHODS
+from .directions.studio import PRESENT, Detector, Studio, remembered
+from .package.card import PICTURE, card
+from .package.latents import train_latents
+from .package.pictures import train_pictures
 from .recipe import ConceptRecipe, Recipe
-from .studio import PRESENT, Detector, Studio, remembered
 
 FEW = 8
 """With fewer concepts than this, a scorer learns ordinary texts as a class of their own."""

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from ..errors import BadRecipe
 from ..evaluation.probing import LEAST
 from ..evaluation.text import counting
-from .encoder_recipe import TRANSCODING, EncoderRecipe
+from .fit.encoder_recipe import TRANSCODING, EncoderRecipe
 
 TEMPLATES = ("Answer in this way: {}.", "Your whole answer has to show this: {}.", "Let your answer be full of it: {}.")
 """How a prompt asks for a concept of which only the label is known."""

@@ -1,0 +1,1 @@
+"""diffusers pipelines: their sites, denoising steps, guidance."""

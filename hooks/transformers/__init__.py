@@ -1,0 +1,1 @@
+"""transformers models: their sites, `generate()`, caches, padding, beams."""

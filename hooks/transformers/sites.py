@@ -1,0 +1,277 @@
+"""Where the named sites of a transformers model are, found from the model itself.
+
+A family that needs special care is one entry in `FAMILIES`; everything else follows from how transformers builds its
+models: blocks in one `ModuleList`, an attention and a feed-forward part in each.
+"""
+
+from contextlib import suppress
+from dataclasses import dataclass
+from types import NoneType
+from typing import Any
+
+from torch import nn
+
+from steerlib.sites import Layout, Site
+
+from ..modules import arguments
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """What cannot be read off a block; paths start at the block. None means: find it, and "": it has none."""
+
+    attn: str | None = None
+    mlp: str | None = None
+    layout: Layout = "BND"
+    stream: bool = True
+    """Whether `[B, N, D]` flows between blocks; if not, they have no name, and a user names a module inside."""
+    tokens: bool = True
+    """Whether what flows are the tokens given, with nothing before, after or beside them; if not, nothing has a name."""
+    copies: str | None = None
+    """The configuration field that counts copies of the residual stream, where they lie side by side in one tensor."""
+    norm: str | None = None
+    """Beside the blocks, the norm after the last one."""
+    masked: bool = True
+    """Whether the stack is told what is padding; if not, the model that calls it is."""
+    blocks: str | None = None
+    """The `ModuleList` whose elements give the residual stream, where there are no blocks as such; the parts are lists too."""
+
+
+FAMILIES = {
+    # the residual is added inside, by a module that does not say so
+    "XLNetLayer": Family(attn="", mlp="ff.layer_2", layout="NBD"),
+    "ZambaHybridLayer": Family(attn="mamba_decoder.mamba", mlp=""),
+    "Zamba2HybridLayer": Family(attn="mamba_decoder.mamba", mlp=""),
+    # rows and tokens are one axis there
+    "Llama4TextDecoderLayer": Family(mlp=""),
+    "OPTDecoderLayer": Family(mlp=""),
+    # several streams side by side
+    "DeepseekV4DecoderLayer": Family(stream=False),
+    "Gemma3nTextDecoderLayer": Family(stream=False),
+    "HYV4DecoderLayer": Family(stream=False),
+    "Qwen4ExpTextDecoderLayer": Family(copies="hc_count"),
+    # tokens before, beside and after those given
+    "CpmAntTransformerBlock": Family(tokens=False),
+    "ProphetNetDecoderLayer": Family(tokens=False),
+    "ReformerLayer": Family(tokens=False),
+    # a norm that the embeddings, or every round of a loop, pass through too
+    "HrmTextModel": Family(norm=""),
+    "NanoChatModel": Family(norm=""),
+    # padding is told to the model, and goes no further
+    "RwkvModel": Family(masked=False),
+    # no blocks as such
+    "XLMModel": Family(blocks="layer_norm2", attn="attentions", mlp="ffns"),
+}
+"""By the class of the block, or of the stack."""
+
+ATTENTION = ("self_attn", "attn", "attention", "self_attention", "multi_head_attention")
+MIXERS = ("linear_attn", "mlstm_layer", "temporal_block", "mixer", "mamba", "conv")
+"""What stands where attention stands elsewhere; it has no heads that are slices of a projection's input."""
+CHILDREN = {
+    "attn": (*ATTENTION, *MIXERS),
+    "mlp": ("mlp", "feed_forward", "ffn", "block_sparse_moe", "moe", "shared_mlp", "mlp_block", "ff", "fc2", "output"),
+}
+AFTER = {
+    "attn": (
+        *("attn_sconv", "post_attention_convolution", "post_self_attn_layernorm", "post_norm1", "post_operator_norm"),
+        "post_attention_layernorm",
+    ),
+    "mlp": (
+        *("mlp_sconv", "post_mlp_convolution", "post_mlp_layernorm", "post_norm2", "post_ffn_norm"),
+        "post_feedforward_layernorm",
+    ),
+}
+"""A norm or a convolution after a part, where a block has one after both: what it gives joins the residual stream."""
+PROJECTION = ("o_proj", "out_proj", "c_proj", "dense", "wo", "o", "out_lin", "resid_proj")
+HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
+TOKENS = ("input_ids", "decoder_input_ids", "inputs_embeds")
+"""Main inputs of models that read text; towers that see or hear have others."""
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A decoder or an encoder: the module that is called with tokens, and its blocks."""
+
+    prefix: str
+    path: str
+    blocks: tuple[str, ...]
+    clocks: tuple[str, ...]
+    """Modules whose call tells where a pass stands, from the inside out; the outermost that is called knows best."""
+
+
+def stacks(model: Any) -> tuple[Stack, ...]:
+    """The text stacks of a model: one, or `encoder.` and `decoder.`."""
+    names = {module: name for name, module in model.named_modules()}
+    if getattr(model.config, "is_encoder_decoder", False):
+        parts = {"encoder.": model.get_encoder(), "decoder.": model.get_decoder()}
+    else:
+        parts = {"": _decoder(model)}
+    found = []
+    for prefix, part in parts.items():
+        if part is not None and (blocks := _blocks(part)) and _family(blocks[0]).tokens:
+            clocks = (names[part],) if prefix else tuple(dict.fromkeys((names[part], names[_caller(model, part)])))
+            found.append(Stack(prefix, names[part], tuple(names[block] for block in blocks), clocks))
+    return tuple(found)
+
+
+def _caller(model: Any, part: nn.Module) -> nn.Module:
+    """Where the mask still tells what is padding: a body that sees as well as reads makes another mask for what it calls."""
+    if not _family(part).masked:
+        return model
+    body = model.base_model
+    return body if {"input_ids", "attention_mask"} <= {*arguments(body)} else part
+
+
+def _decoder(model: Any) -> nn.Module:
+    """What decodes: transformers' own answer if that takes tokens, else the body, under whatever name."""
+    candidates = [model.base_model, *model.children()]
+    with suppress(AttributeError, NotImplementedError):
+        candidates.insert(0, model.get_decoder())
+    bodies = (part for part in candidates if part is not model and "input_ids" in arguments(part))
+    return next((part for part in bodies if hasattr(part, "config") and _blocks(part)), model)
+
+
+def _family(module: nn.Module) -> Family:
+    return FAMILIES.get(type(module).__name__, Family())
+
+
+def _blocks(stack: Any) -> list[nn.Module]:
+    """The blocks whose outputs are the residual stream: the outermost list of layers that can be checkpointed, else of
+    as many modules as the configuration has layers; never in a tower that reads no text."""
+    if (given := _family(stack).blocks) is not None:
+        return list(stack.get_submodule(given))
+    inner = dict(stack.named_modules())
+    lists = {name: list(m) for name, m in inner.items() if isinstance(m, nn.ModuleList) and len(m)}
+    towers = [name for name, m in inner.items() if name and getattr(m, "main_input_name", "input_ids") not in TOKENS]
+    within = tuple(f"{name}." for name in (*lists, *towers))
+    outer = [blocks for name, blocks in lists.items() if not name.startswith(within)]
+    for blocks in outer:
+        if any(cls.__name__ == "GradientCheckpointingLayer" for cls in type(blocks[0]).__mro__):
+            return blocks
+    depth = _first(_config(stack), "num_hidden_layers", "n_layer", "num_layers", "n_layers")
+    return next((b for b in outer if len(b) == depth and any(b[0].children())), [])
+
+
+def _config(stack: Any) -> Any:
+    return stack.config.get_text_config(decoder=True)
+
+
+def _first(source: Any, *names: str) -> Any:
+    return next((value for name in names if (value := getattr(source, name, None)) is not None), None)
+
+
+def named_sites(model: nn.Module) -> dict[str, Site]:
+    """Every named site: `layers.3`, its `.in`, `.update`, `.attn`, `.mlp`, `.attn.heads.2`, `embed`, `norm`, with a prefix."""
+    sites: dict[str, Site] = {}
+    found = stacks(model)
+    for stack in found:
+        for i in range(len(stack.blocks)):
+            sites |= _block_sites(model, stack, i)
+        if (norm := _final_norm(model, stack)) is not None:
+            sites[f"{stack.prefix}norm"] = Site(name=f"{stack.prefix}norm", module=norm, layout=_layout(sites))
+    for name, path in _embeddings(model, found).items():
+        sites[name] = Site(name=name, module=path, layout=_layout(sites))
+    return sites
+
+
+def _embeddings(model: Any, found: tuple[Stack, ...]) -> dict[str, str]:
+    """Paths of the token embeddings: one for all stacks that read tokens, or each its own."""
+    names = {module: name for name, module in model.named_modules()}
+    parts: dict[str, Any] = {stack.prefix: model.get_submodule(stack.path) for stack in found}
+    own = {prefix: part.get_input_embeddings() for prefix, part in parts.items() if "input_ids" in arguments(part)}
+    paths = {f"{prefix}embed": names[m] for prefix, m in own.items() if not isinstance(m, nn.ModuleList)}
+    return {"embed": min(paths.values())} if len({*paths.values()}) == 1 else paths
+
+
+def _layout(sites: dict[str, Site]) -> Layout:
+    return next(iter(sites.values())).layout if sites else "BND"
+
+
+def _block_sites(model: Any, stack: Stack, i: int) -> dict[str, Site]:
+    path, name = stack.blocks[i], f"{stack.prefix}layers.{i}"
+    block, beside = model.get_submodule(path), _family(model.get_submodule(stack.path))
+    if beside.blocks is None:
+        family, start = _family(block), path
+        parts = {part: _part(block, part, getattr(family, part)) for part in CHILDREN}
+        added = {part: f"{path}.{_added(block, part, where)}" for part, where in parts.items() if where}
+        attends, feeds = (f"{path}.{parts[part]}" if parts[part] else None for part in CHILDREN)
+    else:  # the i-th block is the i-th element of several lists
+        family = beside
+        added = {part: f"{stack.path}.{getattr(family, part)}.{i}".strip(".") for part in CHILDREN}
+        start, attends, feeds = added["attn"], added["attn"], None
+    sites = [Site(name=f"{name}.{part}", module=where, layout=family.layout) for part, where in added.items()]
+    if family.stream:
+        sites.insert(0, Site(name=name, module=path, layout=family.layout))
+        sites.insert(1, Site(name=f"{name}.in", module=start, side="input", layout=family.layout))
+        if start == path:
+            sites.insert(2, Site(name=f"{name}.update", module=path, side="update", layout=family.layout))
+    if feeds is not None:
+        sites.append(Site(name=f"{name}.mlp.in", module=feeds, side="input", layout=family.layout))
+    if attends is not None:
+        sites += _heads(model.get_submodule(attends), attends, name, _config(model.get_submodule(stack.path)))
+    return {site.name: site for site in sites}
+
+
+def _part(block: nn.Module, part: str, given: str | None) -> str | None:
+    """The path, inside a block, of the module that attends or feeds forward."""
+    if given is not None:
+        return given or None
+    children = dict(block.named_children())
+    if isinstance(sublayers := children.get("layer"), nn.ModuleList):  # as in T5: each computes, and adds
+        at = 0 if part == "attn" else len(sublayers) - 1
+        return next((f"layer.{at}.{name}" for name, _ in sublayers[at].named_children()), None)
+    return next((name for name in CHILDREN[part] if not isinstance(children.get(name), NoneType | nn.ModuleList)), None)
+
+
+def _added(block: nn.Module, part: str, where: str) -> str:
+    """The path, inside a block, of what joins the residual stream: what comes after a part; where the part is handed the
+    residual and adds it inside, its last projection; else the part itself."""
+    inner = dict(block.named_modules())
+    if any(name in inner for name in AFTER["mlp"]):
+        return next((name for name in AFTER[part] if name in inner), where)
+    for path in (where, f"{where}.output"):
+        if path in inner and {"residual", "input_tensor"} & {*arguments(inner[path])}:
+            projections = [name for name, m in inner[path].named_children() if hasattr(m, "in_features")]
+            return f"{path}.{projections[-1]}" if projections else where
+    return where
+
+
+def _heads(attention: nn.Module, path: str, name: str, config: Any) -> list[Site]:
+    """All heads together, the output projection's input, and each, a slice of it."""
+    if path.rpartition(".")[2] in MIXERS:
+        return []
+    inner = dict(attention.named_modules())
+    projections = [where for where in inner if where.rpartition(".")[2].lower() in PROJECTION]
+    where, width = next(((w, n) for w in projections if (n := _first(inner[w], "in_features", "nx"))), ("", 0))
+    told = next((told for module in inner.values() if isinstance(told := _first(module, *HEADS), int)), None)
+    size = getattr(attention, "head_dim", None)
+    count = told or (width // size if size else _first(config, *HEADS)) or 1
+    size, rest = divmod(width, count)
+    if not width or rest:
+        return []
+    names = [f"{name}.attn.heads.{h}" for h in range(count)]
+    cuts = [(h * size, (h + 1) * size) for h in range(count)]
+    return [
+        Site(name=f"{name}.attn.heads", module=f"{path}.{where}", side="input"),
+        *(Site(name=head, module=f"{path}.{where}", side="input", columns=cut) for head, cut in zip(names, cuts, strict=True)),
+    ]
+
+
+def _final_norm(model: nn.Module, stack: Stack) -> str | None:
+    """Beside the blocks, the first norm after them, else the last before; never that of an embedding."""
+    if (given := _family(model.get_submodule(stack.path)).norm) is not None:
+        return f"{stack.path}.{given}".strip(".") if given else None
+    holder, _, blocks = stack.blocks[-1].rpartition(".")[0].rpartition(".")
+    children = dict(model.get_submodule(holder).named_children())
+    norms = [n for n, m in children.items() if "norm" in type(m).__name__.lower() and not n.endswith(("emb", "embedding"))]
+    after = [*children][[*children].index(blocks) :]
+    chosen = next((name for name in norms if name in after), norms[-1] if norms else None)
+    return None if chosen is None else f"{holder}.{chosen}".strip(".")
+
+
+def stream_width(model: nn.Module, site: Site) -> int | None:
+    """Width of the residual stream at a block, and of what its parts add to it."""
+    stack = next(stack for stack in stacks(model) if site.name.startswith(f"{stack.prefix}layers."))
+    config, copies = _config(model.get_submodule(stack.path)), _family(model.get_submodule(site.module)).copies
+    width = getattr(config, "hidden_size", None)
+    return width if width is None or copies is None else width * getattr(config, copies)

@@ -1,0 +1,1 @@
+"""Hierarchies of latents with known edges: what graph discovery is measured on."""

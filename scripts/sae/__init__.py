@@ -1,0 +1,1 @@
+"""Other trainers of sparse autoencoders, at equal settings."""

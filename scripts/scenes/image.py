@@ -1,0 +1,181 @@
+"""How well edits of pictures do what they should, where every cause is known.
+
+Judges read the unsteered and the steered picture from the same noise, *before* and *after*. An intervention sets one factor,
+of objects that of all of them. `B` pictures.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
+from torch import Tensor
+
+from scenes import places, scenes
+from scenes.judges import ABSENT, OF_OBJECTS, Readings, truth
+from steerlib.errors import BadRecipe
+from steerlib.evaluation.pictures import Pictures
+
+WHOLE = ("scene", "light", "side", "height", "background", "ground")
+"""Factors that judges read once a picture."""
+
+
+class Do(NamedTuple):
+    """An intervention."""
+
+    factor: str
+    value: str
+
+    @property
+    def index(self) -> int:
+        """The value as judges write it."""
+        return places.values(self.factor).index(self.value) + (self.factor == "shape")
+
+    @property
+    def sets(self) -> dict[str, str]:
+        """Factors of `scenes` that it sets."""
+        of_objects = self.factor in scenes.OBJECT
+        return {
+            f"{self.factor}.{k}" if of_objects else self.factor: self.value for k in range(scenes.MOST if of_objects else 1)
+        }
+
+    @property
+    def followers(self) -> set[str]:
+        """Factors that follow the one that is set, as judges name them."""
+        return {name.partition(".")[0] for name in scenes.descendants(next(iter(self.sets)))} - {self.factor}
+
+
+# -- from readings -----------------------------------------------------------------------------------------------
+
+
+def effectiveness(before: Readings, after: Readings, do: Do) -> float:
+    """Share of pictures, or of the objects that were there, that show the value afterwards."""
+    shows = after[do.factor] == do.index
+    return float((shows if do.factor in WHOLE else shows[before["shape"] > 0]).float().mean())
+
+
+def preservation(before: Readings, after: Readings, do: Do) -> dict[str, float]:
+    """For each factor that should stay: share of pictures, or of objects still there, where it reads as before.
+
+    `cells`: pictures with objects in the same places as before.
+    """
+    there = before["shape"] > 0
+    still = there & (after["shape"] > 0)
+    stay = [name for name in (*WHOLE, *OF_OBJECTS) if name != do.factor and name not in do.followers]
+    same = {name: after[name] == before[name] for name in stay}
+    found = {name: _share(s if name in WHOLE else s[still]) for name, s in same.items()}
+    return found | {"cells": float(((after["shape"] > 0) == there).all(-1).float().mean())}
+
+
+def _share(same: Tensor) -> float:
+    """Nothing is kept of objects that are gone."""
+    return float(same.float().mean()) if len(same) else 0.0
+
+
+def propagation(after: Readings, do: Do, asked: scenes.Scenes) -> dict[str, float]:
+    """For each factor that follows: share that reads as it would be, had the scene's cause been set (`scenes.redraw`)."""
+    due = truth("scenes", scenes.redraw(asked, do.sets).factors)
+    found = {
+        name: (after[name] == due[name])[due[name] != ABSENT if name in WHOLE else due["shape"] > 0] for name in do.followers
+    }
+    return {name: float(share.float().mean()) for name, share in found.items() if len(share)}
+
+
+# -- from pixels -------------------------------------------------------------------------------------------------
+
+
+def sliced_wasserstein(a: Pictures, b: Pictures, *, directions: int = 256, seed: int = 0) -> float:
+    """Mean distance of sorted projections on random directions (Rabin et al. 2011); pixels from 0 to 1, as many of each."""
+    g = torch.Generator().manual_seed(seed)
+    x, y = (torch.from_numpy(p.reshape(len(p), -1)).float() / 255 for p in (a, b))
+    rays = torch.nn.functional.normalize(torch.randn(x.shape[1], directions, generator=g), dim=0)
+    return float(((x @ rays).sort(0).values - (y @ rays).sort(0).values).abs().mean())
+
+
+def outside(before: Pictures, after: Pictures, do: Do, asked: scenes.Scenes) -> float:
+    """Mean change of pixels where neither the true scene nor its counterfactual shows the factor, over that where one does."""
+    inside = painted(do, asked) | painted(do, scenes.redraw(asked, do.sets))
+    change = np.abs(after.astype(np.float32) - before).mean(-1)
+    if inside.all() or not change[inside].any():
+        return 0.0
+    return float(change[~inside].mean() / change[inside].mean())
+
+
+def painted(do: Do, drawn: scenes.Scenes) -> NDArray[np.bool_]:
+    """`[B, 32, 32]`: where a factor or one that follows it shows."""
+    names = {*do.sets}.union(*(scenes.descendants(name) for name in do.sets))
+    regions = {region for name in names for region in scenes.PAINTS[name]}
+    return np.isin(drawn.regions, [scenes.REGIONS.index(region) for region in regions])
+
+
+# -- from activations --------------------------------------------------------------------------------------------
+
+
+class Natural(NamedTuple):
+    """How far activations at a site lie from their mean, in standard deviations of every direction (Mahalanobis)."""
+
+    mean: Float[Tensor, " D"]
+    whiten: Float[Tensor, "D D"]
+    limit: float
+    """What 99.5 % of them do not exceed."""
+
+    @classmethod
+    def of(cls, x: Float[Tensor, "N D"]) -> "Natural":
+        mean = x.mean(0)
+        values, vectors = torch.linalg.eigh((x - mean).T.cov())
+        whiten = vectors / (values.clamp(min=0) + 1e-4 * values.mean()).sqrt()
+        return cls(mean, whiten, float(((x - mean) @ whiten).norm(dim=-1).quantile(0.995)))
+
+    def off(self, x: Float[Tensor, "N D"]) -> float:
+        """Share of activations beyond the limit: 0.005 where nothing was done."""
+        return float((((x.float() - self.mean) @ self.whiten).norm(dim=-1) > self.limit).float().mean())
+
+
+# -- one intervention --------------------------------------------------------------------------------------------
+
+
+class Effect(NamedTuple):
+    """What an edit did, shares from 0 to 1."""
+
+    effectiveness: float
+    preservation: float
+    propagation: float
+    """Not a number where nothing follows the factor."""
+    outside: float
+    realism: float
+    """Sliced Wasserstein distance to the true counterfactuals, over that of the unsteered pictures."""
+    least: str
+    """The factor that was preserved least."""
+
+
+def effect(do: Do, asked: scenes.Scenes, before: Pictures, after: Pictures, judge: Any) -> Effect:
+    """All that the pictures tell of an edit."""
+    was, now, true = judge.read(before), judge.read(after), scenes.redraw(asked, do.sets).pixels
+    kept, followed = preservation(was, now, do), propagation(now, do, asked)
+    return Effect(
+        effectiveness(was, now, do),
+        float(np.mean(list(kept.values()))),
+        float(np.mean(list(followed.values()))) if followed else float("nan"),
+        outside(before, after, do, asked),
+        sliced_wasserstein(after, true) / sliced_wasserstein(before, true),
+        min(kept, key=lambda name: kept[name]),
+    )
+
+
+def cases(do: Do, n: int, *, seed: scenes.Seed) -> scenes.Scenes:
+    """`n` scenes that do not show a value yet, though their causes admit it."""
+    drawn = scenes.draw(n * 24, seed=seed)
+    fits = np.ones(len(drawn.pixels), bool)
+    for name, value in do.sets.items():
+        index = scenes.VALUES[name].index(value)
+        fits &= scenes.admissible(name, drawn.factors, len(fits))[:, index] & (drawn.factors[name] != index)
+    chosen = np.flatnonzero(fits)[:n]
+    if len(chosen) < n:
+        raise BadRecipe(f"expected {n} scenes in which {do.factor} may become {do.value}, found {len(chosen)} of {len(fits)}")
+    noise = {name: x[chosen] for name, x in drawn.noise.items()}
+    factors = {name: x[chosen] for name, x in drawn.factors.items()}
+    return scenes.Scenes(noise, factors, drawn.pixels[chosen], drawn.regions[chosen])
+
+
+# -- to look at --------------------------------------------------------------------------------------------------

@@ -1,0 +1,347 @@
+"""Train a text-to-image pipeline on scenes whose causes are known, until judges see in its pictures what was asked for.
+
+Any pipeline with a U-Net, a text encoder, an autoencoder and a scheduler that has velocities. A run that is killed goes on from
+its last checkpoint; every batch is a function of seed and step, so it ends as if nothing had happened. `B` pictures.
+
+    folder/words.safetensors      the text encoder after `wording`
+    folder/state.safetensors      weights, their running mean and the optimizer's memory
+    folder/curve.jsonl            a line a look: loss, images/s, share of each factor drawn as asked
+    folder/samples/000100000.png  what was asked for, over what was drawn
+    folder/pipeline/              the pipeline with the running mean, to be loaded with `from_pretrained`
+"""
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from numpy.typing import NDArray
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from scenes import faces, scenes
+from scenes.judges import Judge, accuracy, truth
+from scenes.wording import APART, learn_words
+from steerlib.evaluation.pictures import draw_as_told
+from steerlib.training.record.noised import tokens
+
+ASKED = ("shape", "hue", "size", "scene")
+"""Factors that decide when a model is good enough."""
+
+
+@dataclass(frozen=True)
+class PaintingRecipe:
+    """All that the result depends on, but for the pipeline."""
+
+    images: int = 500_000
+    """Pictures to learn from, at most."""
+    batch: int = 32
+    """Pictures a step, all processes together."""
+    lr: float = 8e-4
+    """Of the denoiser; from here it falls to nothing over the last fifth."""
+    lr_text: float = 1e-4
+    """Of the text encoder."""
+    words: int = 2000
+    """Steps of 128 captions for the text encoder, before."""
+    warmup: int = 300
+    ema: float = 0.999
+    """How much of the running mean of weights a step leaves."""
+    drop: float = 0.15
+    """How often a caption leaves each thing unsaid."""
+    unconditional: float = 0.1
+    """How often it says nothing at all, for guidance."""
+    faces: float = 0.1
+    """Share of pictures that are parts of faces."""
+    emphasis: float = 4.0
+    """Weight of pixels of objects, shadows, lights and parts in the loss: a tenth of all, and most of what captions say."""
+    gamma: float = 5.0
+    """Where the weight of noise levels stops growing with their signal-to-noise ratio (Hang et al. 2023, eq. 7)."""
+    seed: int = 0
+
+    @property
+    def steps(self) -> int:
+        """Of the whole run."""
+        return self.images // self.batch
+
+    def rate_at(self, step: int) -> float:
+        """Share of the learning rate at a step."""
+        return min(1.0, (step + 1) / self.warmup, 5 * (1 - step / self.steps))
+
+
+# -- batches ---------------------------------------------------------------------------------------------------
+
+
+class Batch(NamedTuple):
+    """Pictures and what is said of them."""
+
+    pixels: NDArray[np.uint8]
+    """`[B, 32, 32, 3]`"""
+    weight: NDArray[np.float32]
+    """`[B, 32, 32]`, 1 on average."""
+    captions: list[str]
+
+
+def batch_of(recipe: PaintingRecipe, n: int, *seed: int) -> Batch:
+    """`n` pictures, the same for the same seed."""
+    few = round(n * recipe.faces)
+    drawn = scenes.draw(n - few, seed=(recipe.seed, *seed)), faces.draw(few, seed=(recipe.seed, *seed))
+    said = [
+        world.captions(pictures.factors, seed=(recipe.seed, *seed), drop=recipe.drop)
+        for world, pictures in zip((scenes, faces), drawn, strict=True)
+    ]
+    silent = scenes.stream(5, (recipe.seed, *seed)).random(n) < recipe.unconditional
+    plain = [np.isin(drawn[0].regions, [scenes.REGIONS.index(name) for name in ("background", "ground")]), drawn[1].regions < 2]
+    weight = np.where(np.concatenate(plain), 1.0, recipe.emphasis)
+    captions = ["" if quiet else caption for quiet, caption in zip(silent, sum(said, []), strict=True)]
+    return Batch(np.concatenate([d.pixels for d in drawn]), (weight / weight.mean()).astype(np.float32), captions)
+
+
+def levels(scheduler: Any, gamma: float) -> Float[Tensor, " T"]:
+    """How often each noise level is trained on: velocity errors weighed by `min(SNR + 1, gamma) / (SNR + 1)`."""
+    a = scheduler.alphas_cumprod.double()
+    share = 1 / (1 - a)  # SNR + 1
+    return (share.clamp(max=gamma) / share).float()
+
+
+class Painter(nn.Module):
+    """The parts of a pipeline that learn, and what they learn from a batch."""
+
+    def __init__(self, pipe: Any, gamma: float):
+        super().__init__()
+        self.text, self.unet = pipe.text_encoder, pipe.unet
+        self.scheduler, self.odds = pipe.scheduler, levels(pipe.scheduler, gamma)
+
+    def forward(
+        self, latents: Float[Tensor, "B C H W"], ids: Int[Tensor, "B N"], weight: Float[Tensor, "B H W"], g: torch.Generator
+    ) -> Tensor:
+        """Mean squared error of the velocity (Salimans & Ho 2022), at noise levels drawn for each picture."""
+        t = torch.multinomial(self.odds, len(latents), replacement=True, generator=g).to(latents.device)
+        noise = torch.randn(latents.shape, generator=g).to(latents)
+        noisy, aim = self.scheduler.add_noise(latents, noise, t), self.scheduler.get_velocity(latents, noise, t)
+        found = self.unet(noisy, t, encoder_hidden_states=self.text(ids)[0]).sample
+        return ((found - aim).square().mean(1) * weight).mean()
+
+
+@torch.no_grad()
+def inputs(pipe: Any, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """Latents, token ids and weights of a batch, on the pipeline's device."""
+    device, scale = pipe.unet.device, pipe.vae.config.scaling_factor
+    x = torch.from_numpy(batch.pixels).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
+    latents = pipe.vae.encode(x.to(pipe.vae.dtype)).latent_dist.mean.float() * scale
+    return latents, tokens(pipe.tokenizer, batch.captions).to(device), torch.from_numpy(batch.weight).to(device)
+
+
+# -- training --------------------------------------------------------------------------------------------------
+
+
+class Run:
+    """A run in a folder: where it is, and all that its next step depends on."""
+
+    def __init__(self, pipe: Any, recipe: PaintingRecipe, folder: Path, accelerator: Any):
+        self.pipe, self.recipe, self.folder, self.accelerator = pipe, recipe, folder, accelerator
+        self.step, self.first = 0, accelerator.is_main_process
+        self.painter = Painter(pipe, recipe.gamma).train().requires_grad_(True)
+        groups = [{"params": list(part.parameters()), "full": lr} for part, lr in self._parts]
+        adam = torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+        self.whole, self.adam = accelerator.prepare(self.painter, adam)
+        self.weights = dict(self.painter.named_parameters())
+        self.mean = {name: weight.detach().clone() for name, weight in self.weights.items()}
+
+    @property
+    def _parts(self) -> list[tuple[nn.Module, float]]:
+        return [(self.painter.unet, self.recipe.lr), (self.painter.text, self.recipe.lr_text)]
+
+    def learn(self) -> Tensor:
+        """One step; its loss."""
+        recipe, rank = self.recipe, self.accelerator.process_index
+        batch = batch_of(recipe, recipe.batch // self.accelerator.num_processes, self.step, rank)
+        g = torch.Generator().manual_seed((recipe.seed * 2**32 + self.step) * 1024 + rank)
+        loss = self.whole(*inputs(self.pipe, batch), g)
+        self.accelerator.backward(loss)
+        self.accelerator.clip_grad_norm_(self.painter.parameters(), 1.0)
+        for group in self.adam.param_groups:
+            group["lr"] = group["full"] * recipe.rate_at(self.step)
+        self.adam.step()
+        self.adam.zero_grad()
+        self.step += 1
+        keep = min(recipe.ema, self.step / (10 + self.step))
+        for name, weight in self.weights.items():
+            self.mean[name].lerp_(weight.detach(), 1 - keep)
+        return loss.detach()
+
+    @contextmanager
+    def averaged(self) -> Iterator[Any]:
+        """The pipeline with the running mean of its weights, for as long as it is looked at."""
+        own = {name: weight.detach().clone() for name, weight in self.weights.items()}
+        try:
+            self._put(self.mean)
+            self.painter.eval()
+            yield self.pipe
+        finally:
+            self._put(own)
+            self.painter.train()
+
+    @torch.no_grad()
+    def _put(self, values: Mapping[str, Tensor]) -> None:
+        for name, weight in self.weights.items():
+            weight.copy_(values[name])
+
+    # -- what is kept ------------------------------------------------------------------------------------------
+
+    def save(self) -> None:
+        """A checkpoint that is there whole, or not at all."""
+        if self.first:
+            kept = {f"weight {name}": weight.detach() for name, weight in self.weights.items()}
+            kept |= {f"mean {name}": mean for name, mean in self.mean.items()}
+            for name, weight in self.weights.items():
+                kept |= {f"{key} {name}": value for key, value in self.adam.state[weight].items()}
+            about = {"step": str(self.step), "recipe": json.dumps(asdict(self.recipe))}
+            part = self.folder / "state.part"
+            save_file({name: t.cpu().contiguous() for name, t in kept.items()}, part, about)
+            part.replace(self.folder / "state.safetensors")
+        self.accelerator.wait_for_everyone()
+
+    def restore(self) -> None:
+        """Go on from the checkpoint, if there is one."""
+        path = self.folder / "state.safetensors"
+        if not path.exists():
+            return
+        with safe_open(path, "pt") as file:
+            self.step = int(file.metadata()["step"])
+        kept = load_file(path, device=str(self.accelerator.device))
+        self._put({name: kept[f"weight {name}"] for name in self.weights})
+        self.mean = {name: kept[f"mean {name}"] for name in self.weights}
+        for name, weight in self.weights.items():
+            memory = {key.partition(" ")[0]: t for key, t in kept.items() if key.endswith(f" {name}")}
+            self.adam.state[weight] = {key: t for key, t in memory.items() if key not in ("weight", "mean")}
+
+
+def paint(
+    pipe: Any,
+    recipe: PaintingRecipe,
+    folder: Path,
+    judge: Judge,
+    *,
+    accelerator: Any,
+    goal: float = 0.96,
+    look_every: int = 20_000,
+    save_every: int = 400,
+    look_at: int = 64,
+    looked: Callable[[Path], None] = lambda _: None,
+) -> dict[str, float]:
+    """Train until the least of `ASKED` is drawn right in `goal` of the objects, twice in a row, or for all of `recipe.images`.
+
+    Looks at `look_at` pictures every `look_every`, and calls `looked` with the folder; keeps a checkpoint every `save_every`
+    steps. Gives the figures of the last look.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    pipe.to(accelerator.device)
+    begin(pipe, recipe, folder, accelerator)
+    run = Run(pipe, recipe, folder, accelerator)
+    run.restore()
+    curve = [line for line in _lines(folder / "curve.jsonl") if line["images"] <= run.step * recipe.batch]
+    steps_a_look, losses, since = max(1, look_every // recipe.batch), [], time.perf_counter()
+    with tqdm(total=recipe.images, initial=run.step * recipe.batch, unit="img", disable=not run.first) as bar:
+        while run.step < recipe.steps and not good_enough(curve, goal):
+            losses.append(run.learn())
+            bar.update(recipe.batch)
+            if run.step % 20 == 0:
+                bar.set_postfix(loss=f"{float(torch.stack(losses[-20:]).mean()):.4f}", refresh=False)
+            if run.step % steps_a_look == 0 or run.step == recipe.steps:
+                pace = len(losses) * recipe.batch / (time.perf_counter() - since)
+                figures = {"images": run.step * recipe.batch, "images_per_second": pace}
+                figures["loss"] = float(torch.stack(losses).mean())
+                curve.append(figures | look(run, judge, look_at))
+                run.save()
+                if run.first:
+                    _keep(run, curve)
+                    looked(folder)
+                    bar.write(json.dumps(curve[-1]))
+                losses, since = [], time.perf_counter()
+            elif run.step % save_every == 0:
+                run.save()
+    return curve[-1] if curve else {}
+
+
+def begin(pipe: Any, recipe: PaintingRecipe, folder: Path, accelerator: Any) -> None:
+    """A text encoder that has learned its words, from the folder if it is there."""
+    path = folder / "words.safetensors"
+    if accelerator.is_main_process and not path.exists():
+        found = learn_words(pipe, steps=recipe.words, seed=recipe.seed)
+        (folder / "words.json").write_text(json.dumps(found, indent=1) + "\n")
+        save_file(pipe.text_encoder.state_dict(), folder / "words.part")
+        (folder / "words.part").replace(path)
+    accelerator.wait_for_everyone()
+    pipe.text_encoder.load_state_dict(load_file(path))
+
+
+def good_enough(curve: Sequence[Mapping[str, float]], goal: float) -> bool:
+    """Whether the last two looks found what was asked for."""
+    return len(curve) >= 2 and all(line[name] >= goal for line in curve[-2:] for name in ASKED)
+
+
+def _lines(path: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def _keep(run: Run, curve: Sequence[Mapping[str, float]]) -> None:
+    """The curve, and a pipeline to try out."""
+    part = run.folder / "curve.part"
+    part.write_text("".join(json.dumps(line) + "\n" for line in curve))
+    part.replace(run.folder / "curve.jsonl")
+    fresh = run.folder / "pipeline.part"
+    shutil.rmtree(fresh, ignore_errors=True)
+    with run.averaged() as pipe:
+        pipe.save_pretrained(fresh)
+    shutil.rmtree(run.folder / "pipeline", ignore_errors=True)
+    fresh.rename(run.folder / "pipeline")
+
+
+# -- looking ---------------------------------------------------------------------------------------------------
+
+
+def look(run: Run, judge: Judge, n: int) -> dict[str, float]:
+    """What judges see in pictures for captions never trained on; writes some of them down."""
+    if not run.first:
+        return _shared(run, {})
+    asked = scenes.draw(n, seed=(run.recipe.seed, APART))
+    with run.averaged() as pipe:
+        drawn = draw_as_told(pipe, scenes.captions(asked.factors, seed=APART))
+    folder = run.folder / "samples"
+    folder.mkdir(exist_ok=True)
+    save_grid(asked.pixels[:32], drawn[:32], folder / f"{run.step * run.recipe.batch:09d}.png")
+    return _shared(run, accuracy(judge.read(drawn), truth("scenes", asked.factors)))
+
+
+def _shared(run: Run, found: dict[str, float]) -> dict[str, float]:
+    """The first process's figures, in all processes."""
+    if run.accelerator.num_processes > 1:
+        box = [found]
+        torch.distributed.broadcast_object_list(box)
+        return box[0]
+    return found
+
+
+def examine(pipe: Any, judge: Judge, n: int = 1000, *, seed: int = 0, guidance: float = 2.0) -> dict[str, float]:
+    """Share of factors drawn as asked, for `n` captions that say everything; none of them trained on."""
+    asked = scenes.draw(n, seed=(seed, APART + 1))
+    drawn = draw_as_told(pipe, scenes.captions(asked.factors, seed=(seed, APART + 1)), guidance=guidance)
+    return accuracy(judge.read(drawn), truth("scenes", asked.factors))
+
+
+def save_grid(above: NDArray[np.uint8], below: NDArray[np.uint8], path: Path, *, columns: int = 16, zoom: int = 3) -> None:
+    """Rows of pictures, each over its counterpart."""
+    from PIL import Image
+
+    rows = [row[k : k + columns] for k in range(0, len(above), columns) for row in (above, below)]
+    sheet = np.concatenate([np.concatenate(list(row), 1) for row in rows if len(row) == min(columns, len(above))], 0)
+    Image.fromarray(sheet).resize((sheet.shape[1] * zoom, sheet.shape[0] * zoom), 0).save(path)

@@ -1,0 +1,75 @@
+"""Pictures to look at: drawn for captions, and laid out as a table."""
+
+from collections.abc import Callable, Mapping, Sequence
+from io import BytesIO
+from textwrap import fill
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ..errors import MissingExtra
+from ..steering.interventions import Add, Intervention, Set
+
+Pictures = NDArray[np.uint8]
+"""`[B, H, W, 3]`"""
+
+
+def grid(
+    cells: Mapping[str, Mapping[str, Pictures]], *, title: str = "", label: Callable[[str, str], str] | None = None
+) -> bytes:
+    """A table of pictures as PNG: rows and columns by name, in every cell a strip of some; `label` says what is under one."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise MissingExtra("pictures need matplotlib: pip install 'steerlib[eval]'") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    columns = list(next(iter(cells.values())))
+    figure, axes = pyplot.subplots(
+        len(cells),
+        len(columns),
+        figsize=(1.9 * len(columns) + 0.8, 0.9 * len(cells) + 0.6),
+        squeeze=False,
+        layout="constrained",
+    )
+    for row, (name, strip) in zip(axes, cells.items(), strict=True):
+        for axis, column in zip(row, columns, strict=True):
+            axis.imshow(strip_of(strip[column]), interpolation="nearest")
+            axis.set(xticks=[], yticks=[], xlabel=label(name, column) if label else "")
+            axis.xaxis.label.set_size("xx-small")
+        row[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize="small")
+    for axis, column in zip(axes[0], columns, strict=True):
+        axis.set_title(fill(column, 26), fontsize="small" if len(column) < 26 else "xx-small")
+    figure.suptitle(title)
+    with BytesIO() as file:
+        figure.savefig(file, format="png", dpi=110)
+        pyplot.close(figure)
+        return file.getvalue()
+
+
+def strip_of(pictures: Sequence[NDArray[np.uint8]] | Pictures) -> NDArray[np.uint8]:
+    """Pictures side by side, a light line between them."""
+    line = np.full((len(pictures[0]), 1, 3), 255, np.uint8)
+    return np.concatenate([part for picture in pictures for part in (picture, line)][:-1], 1)
+
+
+def draw_as_told(
+    pipe: Any, captions: Sequence[str], *, steps: int = 20, guidance: float = 2.0, seed: int = 0, batch: int = 64
+) -> NDArray[np.uint8]:
+    """Bytes `[B, H, W, 3]`; picture `k` starts from a noise of its own."""
+    drawn = []
+    pipe.set_progress_bar_config(disable=True)
+    for start in range(0, len(captions), batch):
+        some = list(captions[start : start + batch])
+        generators = [torch.Generator().manual_seed(seed + start + k) for k in range(len(some))]
+        options = {"num_inference_steps": steps, "guidance_scale": guidance, "generator": generators, "output_type": "np"}
+        drawn.append(pipe(some, **options).images)
+    return (np.concatenate(drawn) * 255).round().astype(np.uint8)
+
+
+def edit_of(kind: str, amount: float) -> Intervention:
+    """`Set` or `Add`, by name."""
+    return Set(amount) if kind == "Set" else Add(amount)

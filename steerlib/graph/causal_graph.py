@@ -1,0 +1,161 @@
+"""Which concept moves which: a directed acyclic graph with an effect on every edge."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from graphlib import CycleError, TopologicalSorter
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from ..errors import BadBank, CorruptBank
+
+Relation = Literal["compute", "selection"]
+Evidence = Literal["observed", "randomised", "verified"]
+RELATIONS: tuple[Relation, ...] = get_args(Relation)
+EVIDENCE: tuple[Evidence, ...] = get_args(Evidence)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Edge:
+    """One concept's effect on another, measured by intervention."""
+
+    src: str
+    dst: str
+    weight: float
+    """Change of `dst` per unit change of `src`, both in units of the concept, with no other concept between them."""
+    relation: Relation = "compute"
+    """`compute`: moving the one moves the other, along the order of generation. `selection`: the one is a part of the other, by
+    the data, against that order; no such edge is followed when something is moved."""
+    evidence: Evidence = "verified"
+    """`observed` in readings, `randomised`: found by random ablations of many at once, `verified`: by ablating it alone."""
+    tau: float | None = None
+    """`E[z_dst - z_dst | do(z_src = 0)] / E[z_src]` on contexts that nothing was fitted to, in units of the concepts."""
+    tau_lo: float | None = None
+    tau_hi: float | None = None
+    """Its 95 % interval, by bootstrap over contexts."""
+    necessity: float | None = None
+    """`1 - E[z_dst | do(z_src = 0)] / E[z_dst]` where both fire."""
+    sufficiency: float | None = None
+    """`E[z_dst | do(z_src = q90)] / q90_dst` where the source does not fire."""
+    n_verify: int = 0
+    """Contexts in which it was ablated alone."""
+    p_adj: float | None = None
+    """That `tau` is 0, adjusted for all edges that were tested (Benjamini & Hochberg 1995)."""
+
+    @property
+    def effect(self) -> float:
+        """What forecasts go by: `tau` where the edge is verified, else `weight`."""
+        return self.weight if self.tau is None or self.evidence != "verified" else self.tau
+
+
+class CausalGraph:
+    """Concepts joined by edges; what follows from what is told by those of relation `compute`, in the order of generation."""
+
+    def __init__(self, edges: Iterable[Edge] = ()):
+        self.edges = tuple(sorted(edges, key=lambda edge: (edge.relation, edge.src, edge.dst)))
+        orders = {relation: _order([e for e in self.edges if e.relation == relation]) for relation in RELATIONS}
+        self._parents, self._order = orders["compute"]
+
+    def parents(self, name: str) -> Mapping[str, float]:
+        """Direct causes of a concept, with their effects."""
+        return self._parents.get(name, {})
+
+    def descendants(self, name: str) -> tuple[str, ...]:
+        """All that a concept moves, nearest causes first."""
+        reached = {name}
+        for concept in self._order:
+            if reached & self.parents(concept).keys():
+                reached.add(concept)
+        return tuple(concept for concept in self._order if concept in reached - {name})
+
+    def forecast(self, changes: Mapping[str, float], *, fixed: Iterable[str] = ()) -> dict[str, float]:
+        """Changes of all concepts that follow from some, in units of the concept.
+
+        A `fixed` concept passes its own change on but receives none: Pearl's do-operator for a linear model.
+        """
+        held = set(fixed)
+        result = dict(changes)
+        for concept in self._order:
+            carried = sum(weight * result.get(parent, 0.0) for parent, weight in self.parents(concept).items())
+            if concept not in held and carried:
+                result[concept] = result.get(concept, 0.0) + carried
+        return result
+
+    def __len__(self) -> int:
+        return len(self.edges)
+
+    def to_tensors(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """The columns of `graph.safetensors`, an entry an edge; ends are places among `names`."""
+        line = {name: i for i, name in enumerate(names)}
+        if missing := [end for edge in self.edges for end in (edge.src, edge.dst) if end not in line]:
+            raise BadBank(f"the graph joins {missing[0]!r}, which is none of the bank's concepts; list it among them")
+        columns = {
+            "src": [line[edge.src] for edge in self.edges],
+            "dst": [line[edge.dst] for edge in self.edges],
+            "n_verify": [edge.n_verify for edge in self.edges],
+        }
+        codes = {
+            "relation": [RELATIONS.index(edge.relation) for edge in self.edges],
+            "evidence": [EVIDENCE.index(edge.evidence) for edge in self.edges],
+            "known": [sum(1 << i for i, name in enumerate(MEASURED) if getattr(e, name) is not None) for e in self.edges],
+        }
+        figures = {name: [getattr(edge, name) or 0.0 for edge in self.edges] for name in ("weight", *MEASURED)}
+        return {
+            **{name: torch.tensor(column, dtype=torch.int64) for name, column in columns.items()},
+            **{name: torch.tensor(column, dtype=torch.uint8) for name, column in codes.items()},
+            **{name: torch.tensor(column, dtype=torch.float32) for name, column in figures.items()},
+        }
+
+    @classmethod
+    def from_tensors(cls, columns: Mapping[str, Tensor], names: Sequence[str]) -> "CausalGraph":
+        """From the columns of a file, which may come from a stranger, or from before there was more than a weight."""
+        known = {name: column for name, column in columns.items() if name in COLUMNS}
+        if not {"src", "dst", "weight"} <= known.keys():
+            raise CorruptBank("graph.safetensors lacks ends or weights")
+        if bad := [n for n, c in known.items() if c.ndim != 1 or c.is_complex() or c.is_floating_point() != COLUMNS[n]]:
+            raise CorruptBank(f"graph.safetensors: expected columns of numbers, got others for {', '.join(bad)}")
+        values = {name: column.tolist() for name, column in known.items()}
+        if len({len(column) for column in values.values()}) != 1:
+            raise CorruptBank("graph.safetensors has columns of several lengths")
+        return cls(_edge({name: column[i] for name, column in values.items()}, names) for i in range(len(values["src"])))
+
+
+MEASURED = ("tau", "tau_lo", "tau_hi", "necessity", "sufficiency", "p_adj")
+"""Figures that an edge may lack; the bits of the column `known` say which it has."""
+COUNTS = ("src", "dst", "n_verify", "relation", "evidence", "known")
+COLUMNS: dict[str, bool] = {**dict.fromkeys(COUNTS, False), **dict.fromkeys(("weight", *MEASURED), True)}
+"""What a graph is read from, and whether it is a figure; other columns are left alone."""
+
+
+def _edge(row: Mapping[str, Any], names: Sequence[str]) -> Edge:
+    """One entry of the columns."""
+    if not all(0 <= row[end] < len(names) for end in ("src", "dst")):
+        raise CorruptBank("graph.safetensors has an edge to a concept that the bank does not have")
+    relation, evidence = row.get("relation", 0), row.get("evidence", EVIDENCE.index("verified"))
+    if not (0 <= relation < len(RELATIONS) and 0 <= evidence < len(EVIDENCE)):
+        raise CorruptBank(f"graph.safetensors has an edge of unknown relation or evidence: {relation}, {evidence}")
+    return Edge(
+        src=names[int(row["src"])],
+        dst=names[int(row["dst"])],
+        weight=row["weight"],
+        relation=RELATIONS[relation],
+        evidence=EVIDENCE[evidence],
+        n_verify=row.get("n_verify", 0),
+        **{name: row[name] for i, name in enumerate(MEASURED) if row.get("known", 0) >> i & 1 and name in row},
+    )
+
+
+def _order(edges: Iterable[Edge]) -> tuple[dict[str, dict[str, float]], tuple[str, ...]]:
+    """Parents of each concept, and all concepts behind their parents."""
+    parents: dict[str, dict[str, float]] = {}
+    for edge in edges:
+        own = parents.setdefault(edge.dst, {})
+        if edge.src in own:
+            raise CorruptBank(f"expected one edge {edge.src!r} -> {edge.dst!r}, got two")
+        own[edge.src] = edge.effect
+        parents.setdefault(edge.src, {})
+    try:
+        return parents, tuple(TopologicalSorter(parents).static_order())
+    except CycleError as error:
+        raise CorruptBank(f"expected a graph without cycles, got {' -> '.join(error.args[1])}") from None

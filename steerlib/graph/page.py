@@ -1,0 +1,49 @@
+"""A bank's graph as one page that opens from disk, without a network: levels as columns, effects as lines."""
+
+import json
+from base64 import b64encode
+from dataclasses import asdict
+from importlib.resources import files
+from typing import Any
+
+from ..bank.concept_bank import ConceptBank
+from .exports import joined, levels
+
+MARK = "/*graph*/"
+THUMBNAIL = "thumbnails/{}.png"
+"""Where a bank keeps the picture of a concept: what steering by it does."""
+
+
+def page(bank: ConceptBank) -> str:
+    """The page. What a bank's maker wrote is text in it, never markup."""
+    text = json.dumps(facts(bank), sort_keys=True, ensure_ascii=False, allow_nan=False)
+    frame = (files("steerlib") / "view.html").read_text(encoding="utf-8")
+    return frame.replace(MARK, text.replace("<", "\\u003c"))
+
+
+def facts(bank: ConceptBank) -> dict[str, Any]:
+    """What the page shows."""
+    return {
+        "name": bank.name,
+        "base": bank.base.id,
+        "levels": levels(bank),
+        "concepts": [_concept(bank, name) for name in joined(bank)],
+        "edges": [asdict(edge) for edge in bank.graph.edges],
+    }
+
+
+def _concept(bank: ConceptBank, name: str) -> dict[str, Any]:
+    concept = bank[name]
+    return {
+        "name": name,
+        "level": concept.encoder,
+        "index": concept.index,
+        "label": concept.label,
+        "source": concept.source,
+        "unit": concept.unit,
+        "range": concept.range,
+        "useful": concept.useful,
+        "examples": list(concept.examples),
+        "tokens": [str(token) for token in concept.effects.get("promotes", ())],
+        "picture": b64encode(bank.pictures.get(THUMBNAIL.format(name), b"")).decode(),
+    }

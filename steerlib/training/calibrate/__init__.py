@@ -1,0 +1,1 @@
+"""Stage 5: useful amounts, safe ranges and measured effects."""

@@ -1,0 +1,206 @@
+"""What one concept of a bank does, beside everything it has to be compared with."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from ...bank.concept_bank import ConceptBank
+from ...bank.concepts import Concept, Gate
+from ...evaluation.comparison import (
+    Condition,
+    Joint,
+    Scores,
+    answer,
+    dose_response,
+    excess,
+    joint,
+    lexicon,
+    random_bank,
+    specificity,
+)
+from ...evaluation.text import Judge
+from ..directions.studio import Studio
+from ..recipe import ConceptRecipe
+from .doses import Choice, Search, condition
+
+ANSWERING = "answering"
+GATED = "steered, gated"
+"""What was chosen, where a gate lets it act only in answers."""
+EXAMPLES = 3
+DOSES = (-1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5)
+"""Multiples of the useful amount in the dose–response."""
+
+
+def measure(bank: ConceptBank, concept: ConceptRecipe, judge: Judge, studio: Studio, choice: Choice | None) -> dict[str, Any]:
+    """Scores of a concept at its useful amount and of its controls, side effects, dose–response, examples: plain values."""
+    recipe, fact, column = studio.recipe, bank[concept.name], judge.names.index(concept.name)
+    which = choice.prompt if choice else Search(studio.model, studio.tokenizer, concept, judge, recipe).prompt
+    methods, same = _methods(studio, concept, choice)
+    conditions = [
+        Condition(name="unsteered"),
+        Condition(name="prompted", instruction=concept.asked[which]),
+        *_steered_and_controls(bank, fact, studio, concept, choice),
+        *_gated(bank, fact),
+        *methods,
+    ]
+    prompts, scores = recipe.read_prompts("evaluation"), _answers(studio, judge, conditions)
+    found, rows = joint(scores, column), {c.name: i for i, c in enumerate(conditions)}
+    rows |= {name: rows["steered"] for name in same}
+    response = dose_response(
+        studio.model,
+        studio.tokenizer,
+        bank,
+        concept.name,
+        [round(dose * (fact.useful or 1.0), 4) for dose in DOSES],
+        prompts,
+        lexicon(*zip(*((pair.positive, pair.negative) for pair in recipe.read_pairs(concept)), strict=True)),
+    )
+    table = {name: _line(scores, found, column, i) for name, i in rows.items()}
+    for name, effects in _side_effects(studio, conditions).items():
+        for target in (name, *(same if name == "steered" else ())):
+            table[target] = {**table.get(target, {}), **effects}
+    totals = {name: found.total[i].mean(0).tolist() for name, i in rows.items()}
+    before, after = (scores.concepts[rows[name], ..., column].mean(0) for name in ("unsteered", "steered"))
+    record: dict[str, Any] = {
+        "concept": concept.name,
+        "label": concept.label,
+        "site": " ".join(bank.site_of(place) for place in fact.places),
+        "method": choice.method if choice else fact.source.partition(",")[0],
+        "amount": fact.useful,
+        "instruction": concept.asked[which],
+        "answers": len(prompts) * recipe.seeds,
+        "moved": float((after > before).mean()),
+        "conditions": table,
+        "joint": totals,
+        "response": response._asdict(),
+        "examples": _examples(prompts, scores),
+        "tried": [[*trial.setting, trial.joint] for trial in choice.trials] if choice else [],
+    }
+    return _rounded({**record, "passes": _passes(record), "also": _also(record)})
+
+
+def _steered_and_controls(
+    bank: ConceptBank, fact: Concept, studio: Studio, concept: ConceptRecipe, choice: Choice | None
+) -> list[Condition]:
+    amount = {fact.name: fact.useful or 0.0}
+    controls = random_bank(fact, bank, seed=studio.recipe.seed)
+    others = [c.name for c in bank.concepts.values() if c.useful is not None]
+    wrong = others[(others.index(fact.name) + 1) % len(others)]
+    if choice is None or all(trial.method != "difference-of-means" for trial in choice.trials):
+        site, unit = bank.site_of(fact), fact.unit * float(bank.rows(fact).write.norm())
+        strength = (fact.useful or 0.0) * unit / studio.norms[site]
+    else:
+        site, strength = choice.site, choice.best_of("difference-of-means").strength
+    found = [
+        Condition(name="steered", bank=bank, edits=amount),
+        Condition(name="no-op", bank=bank, edits={fact.name: 0.0}),
+        Condition(name="shuffled labels", bank=studio.shuffled(concept, site), edits={"lever": strength}),
+    ]
+    if wrong != fact.name:
+        found.append(Condition(name="wrong concept", bank=bank, edits={wrong: bank[wrong].useful or 0.0}))
+    randoms = [name for name in controls if name.startswith("random-")]
+    return found + [Condition(name=name, bank=controls, edits={name: fact.useful or 0.0}) for name in randoms]
+
+
+def _methods(studio: Studio, concept: ConceptRecipe, choice: Choice | None) -> tuple[list[Condition], list[str]]:
+    """Every method at the strength the development prompts chose; and the names of those that are what was chosen."""
+    if choice is None:
+        return [], []
+
+    def bank(method: str, site: str) -> ConceptBank:
+        return studio.bank(concept, concept.asked[choice.prompt], method, site)
+
+    found, same = [], []
+    for method in dict.fromkeys(trial.method for trial in choice.trials):
+        best = choice.best_of(method).setting
+        if best == (choice.method, choice.site, choice.strength):
+            same.append(method)
+        else:
+            made = condition(best, bank)
+            found.append(Condition(name=method, bank=made.bank, edits=made.edits))
+    return found, same
+
+
+def _side_effects(studio: Studio, conditions: Sequence[Condition]) -> dict[str, dict[str, float]]:
+    """On ordinary text."""
+    measured = [c for c in conditions if c.bank is not None and c.name not in ("no-op", "shuffled labels", "wrong concept")]
+    measured = [c for c in measured if not c.name.startswith("random-") or c.name == "random-1"]
+    return {c.name: studio.unrelated.side_effects(c)._asdict() for c in measured}
+
+
+def _gated(bank: ConceptBank, fact: Concept) -> list[Condition]:
+    """Nothing where the bank does not know what an answer is."""
+    if ANSWERING not in bank.concepts:
+        return []
+    return [Condition(name=GATED, bank=bank, edits={fact.name: fact.useful or 0.0}, gate=Gate(ANSWERING))]
+
+
+def _answers(studio: Studio, judge: Judge, conditions: Sequence[Condition]) -> Scores:
+    recipe = studio.recipe
+    return answer(
+        studio.model,
+        studio.tokenizer,
+        conditions,
+        recipe.read_prompts("evaluation"),
+        judge,
+        seeds=range(recipe.seed, recipe.seed + recipe.seeds),
+        new_tokens=recipe.new_tokens,
+        what="answers",
+    )
+
+
+def _line(scores: Scores, found: Joint, column: int, i: int) -> dict[str, float]:
+    spread = found.total.mean((1, 2))
+    return {
+        "score": float(scores.concepts[i, ..., column].mean()),
+        "concept": float(found.concept[i].mean()),
+        "relevance": float(found.relevance[i].mean()),
+        "fluency": float(found.fluency[i].mean()),
+        "joint": float(spread[i]),
+        "ratio": float(excess(spread[i], spread[0], spread[1])),
+        "nll": float(scores.nll[i].mean()),
+        "distinct": float(scores.distinct[i].mean()),
+        "specificity": specificity(scores, column, i),
+    }
+
+
+def _passes(record: Mapping[str, Any]) -> dict[str, bool]:
+    """The bars that a shipped concept has to clear."""
+    table = record["conditions"]
+    steered, prompted = table["steered"], table["prompted"]
+    return {
+        "raises the concept on at least 80 % of prompts": record["moved"] >= 0.8,
+        "beats every random direction": all(
+            steered["joint"] > table[name]["joint"] for name in table if name.startswith("random-")
+        ),
+        "at most 0.5 nats worse than prompting": steered["nll"] - prompted["nll"] <= 0.5,
+        "at least half as good as prompting": steered["ratio"] >= 0.5,
+    }
+
+
+def _also(record: Mapping[str, Any]) -> dict[str, bool]:
+    """Bars that are reported and not required."""
+    table = record["conditions"]
+    return {
+        "specificity at least 0.7": table["steered"]["specificity"] >= 0.7,
+        "at most 20 % of prompts anti-steerable": record["response"]["anti_steerable"] <= 0.2,
+        "at most 0.35 nats per token on unrelated text": table["steered"]["kl"] <= 0.35,
+        "at most 0.05 nats per token there when gated": table.get(GATED, table["steered"])["kl"] <= 0.05,
+    }
+
+
+def _examples(prompts: Sequence[str], scores: Scores) -> list[dict[str, str]]:
+    names = ("unsteered", "prompted", "steered")
+    return [
+        {"prompt": prompt, **{name: scores.texts[i][0][k] for i, name in enumerate(names)}}
+        for k, prompt in enumerate(prompts[:EXAMPLES])
+    ]
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float | np.floating):
+        return round(float(value), 4)
+    if isinstance(value, dict):
+        return {key: _rounded(inner) for key, inner in value.items()}
+    return [_rounded(inner) for inner in value] if isinstance(value, list | tuple) else value

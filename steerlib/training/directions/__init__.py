@@ -1,0 +1,1 @@
+"""Stage 2, the other kind of bank: directions from labelled texts."""

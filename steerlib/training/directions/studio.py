@@ -1,0 +1,202 @@
+"""What levers are made from: activations of contrast pairs and of ordinary text, read once, and levers, fitted once."""
+
+import json
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ...bank.concept_bank import ConceptBank
+from ...evaluation.comparison import Unrelated
+from ...text import progress
+from ..recipe import ConceptRecipe, Recipe
+from ..record.activations import answers, tokens
+from .levers import Lever, Task, TokenGate, bank_of
+from .methods import METHODS
+from .methods.gated import discriminant
+
+
+class Detector(NamedTuple):
+    """A reading that is 1 on average where something is present and 0 where it is not, and how well it tells, by token."""
+
+    gate: TokenGate
+    precision: float
+    recall: float
+    tokens: int
+    """Tokens of texts it was not made from, with and without."""
+
+
+TESTED = 20
+"""Texts of each kind that a detector is tested on."""
+PRESENT = 0.5
+"""Reading above which a detector says yes."""
+
+
+class Studio:
+    """A model, a recipe, and everything measured on the way to levers. `folder` keeps it for a run that goes on."""
+
+    def __init__(self, model: Any, tokenizer: Any, recipe: Recipe, sites: Sequence[str], folder: Path | None = None):
+        self.model, self.tokenizer, self.recipe, self.sites, self.folder = model, tokenizer, recipe, list(sites), folder
+        self._tasks: dict[str, Task] = {}
+        self._levers: dict[tuple[str, str, str], Lever] = {}
+
+    @cached_property
+    def activations(self) -> dict[str, Tensor]:
+        """Mean activations of every answer of the pairs, `side|concept|site`, and tokens of ordinary text, `reference|site`."""
+        path = self.folder and self.folder / "activations.safetensors"
+        if path is not None and path.is_file():
+            return load_file(path)
+        texts = self.recipe.read_texts(self.recipe.reference)
+        found = tokens(self.model, self.tokenizer, texts, self.sites, what="reference text")
+        stored = {f"reference|{site}": x for site, x in found.items()}
+        for concept in progress(self.recipe.concepts, "reading contrast pairs"):
+            pairs = self.recipe.read_pairs(concept)
+            for side in ("positive", "negative"):
+                texts = [(pair.prompt, getattr(pair, side)) for pair in pairs]
+                read = answers(self.model, self.tokenizer, texts, self.sites, what=concept.name)
+                stored |= {f"{side}|{concept.name}|{site}": torch.stack([t.mean(0) for t in x]) for site, x in read.items()}
+        write(path, stored)
+        return stored
+
+    @cached_property
+    def norms(self) -> dict[str, float]:
+        """Median length of an activation at each site."""
+        return {site: float(self.reference[site].norm(dim=-1).median()) for site in self.sites}
+
+    @cached_property
+    def reference(self) -> dict[str, Float[Tensor, "tokens D"]]:
+        """Activations of ordinary text."""
+        return {site: self.activations[f"reference|{site}"] for site in self.sites}
+
+    @cached_property
+    def unrelated(self) -> Unrelated:
+        """Ordinary text on which side effects are measured."""
+        return Unrelated(self.model, self.tokenizer, self.recipe.read_texts(self.recipe.unrelated))
+
+    def _means(self, side: str, concept: str) -> dict[str, Tensor]:
+        return {site: self.activations[f"{side}|{concept}|{site}"] for site in self.sites}
+
+    def task(self, concept: ConceptRecipe, instruction: str) -> Task:
+        """What methods may look at for a concept."""
+        if concept.name not in self._tasks:
+            others = [other.name for other in self.recipe.concepts if other.name != concept.name]
+            task = Task(
+                model=self.model,
+                tokenizer=self.tokenizer,
+                instruction=instruction,
+                pairs=self.recipe.read_pairs(concept),
+                prompts=self.recipe.read_prompts("train"),
+                texts=self.recipe.read_texts(self.recipe.reference)[: self.recipe.train_prompts],
+                site=self.sites[0],
+                sites=self.sites,
+                positive=self._means("positive", concept.name),
+                negative=self._means("negative", concept.name),
+                reference=self.reference,
+                norms=self.norms,
+                keep={site: self._differences(others, site) for site in self.sites} if others else {},
+                seed=self.recipe.seed,
+            )
+            self._tasks[concept.name] = task
+        return self._tasks[concept.name]
+
+    def _differences(self, concepts: Sequence[str], site: str) -> Float[Tensor, "k D"]:
+        sides = (torch.stack([self._means(side, name)[site].mean(0) for name in concepts]) for side in ("positive", "negative"))
+        found = torch.sub(*sides)
+        return found / found.norm(dim=-1, keepdim=True)
+
+    def lever(self, concept: ConceptRecipe, instruction: str, method: str, site: str) -> Lever:
+        """The lever of a concept by a method at a site, fitted or remembered."""
+        key = concept.name, method, site
+        if key not in self._levers:
+            path = self.folder and self.folder / "levers" / concept.name / f"{method}@{site}.safetensors"
+            if path is not None and path.is_file():
+                self._levers[key] = Lever.from_tensors(load_file(path))
+            else:
+                self._levers[key] = METHODS[method].fit(self.task(concept, instruction).elsewhere(site))
+                write(path, self._levers[key].to_tensors())
+        return self._levers[key]
+
+    def bank(self, concept: ConceptRecipe, instruction: str, method: str, site: str) -> ConceptBank:
+        """The same as a bank to try it with: its one concept is `lever`."""
+        return bank_of([("lever", self.lever(concept, instruction, method, site))], self.norms)
+
+    def shuffled(self, concept: ConceptRecipe, site: str) -> ConceptBank:
+        """Such a bank of the difference of means after the labels of all texts were dealt at random: a control."""
+        task = self.task(concept, "").elsewhere(site)
+        both = torch.cat((task.positive[site], task.negative[site]))
+        both = both[torch.randperm(len(both), generator=torch.Generator().manual_seed(self.recipe.seed))]
+        half = len(both) // 2
+        difference = both[:half].mean(0) - both[half:].mean(0)
+        return bank_of([("lever", task.at(difference))], self.norms)
+
+    def forget(self, concept: ConceptRecipe) -> None:
+        """Free what only this concept needed."""
+        self._tasks.pop(concept.name, None)
+
+    # -- detectors -------------------------------------------------------------------------------------------
+
+    def detector(self, concept: ConceptRecipe) -> Detector | None:
+        """Tells tokens of texts with the concept from tokens of texts without it; None without texts to test it on."""
+        positive, negative, others = self.recipe.read_scoring(concept)
+        if not others:
+            return None
+        site = self.sites[0]
+        means = [self._means(side, concept.name)[site].mean(0) for side in ("positive", "negative")]
+        gate = discriminant(site, means[0], means[1], self.reference[site])
+        return self._tested(concept.name, gate, lambda: [self._said(texts[:TESTED], site) for texts in (positive, negative)])
+
+    def answering(self) -> Detector:
+        """Tells tokens of answers in a chat from ordinary text."""
+        site, names = self.sites[0], [concept.name for concept in self.recipe.concepts]
+        means = torch.cat([self._means(side, name)[site] for name in names for side in ("positive", "negative")])
+        gate = discriminant(site, means.mean(0), self.reference[site].mean(0), self.reference[site])
+        said = [text for concept in self.recipe.concepts for text in self.recipe.read_scoring(concept)[1]]
+        ordinary = self.recipe.read_texts(self.recipe.unrelated)
+
+        def texts() -> Sequence[Tensor]:
+            found = tokens(self.model, self.tokenizer, ordinary, [site], what="unrelated text")
+            return self._said(said[:: max(1, len(said) // (2 * TESTED))], site), found[site]
+
+        return self._tested("answering", gate, texts)
+
+    def _said(self, texts: Sequence[str], site: str) -> Float[Tensor, "tokens D"]:
+        """Texts as answers to ordinary prompts."""
+        prompts = self.recipe.read_prompts("train")
+        asked = [(prompts[i % len(prompts)], text) for i, text in enumerate(texts)]
+        return torch.cat(answers(self.model, self.tokenizer, asked, [site], what="held-out text")[site])
+
+    def _tested(self, name: str, gate: TokenGate, texts: Callable[[], Sequence[Tensor]]) -> Detector:
+        """`texts` gives the activations of tokens that should open the gate, and of tokens that should not."""
+
+        def test() -> dict[str, Any]:
+            present, absent = texts()
+            right, wrong = (int(((x @ gate.read + gate.bias) > PRESENT).sum()) for x in (present, absent))
+            total = len(present) + len(absent)
+            return {"precision": right / max(1, right + wrong), "recall": right / len(present), "tokens": total}
+
+        return Detector(gate, **remembered(self.folder and self.folder / "detectors" / f"{name}.json", test))
+
+
+def remembered(path: Path | None, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What an earlier run wrote, or what `make` gives, written whole or not at all."""
+    if path is not None and path.is_file():
+        return json.loads(path.read_text(encoding="utf-8"))
+    made = json.dumps(make(), indent=1, sort_keys=True) + "\n"
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.with_suffix(".part").write_text(made, encoding="utf-8")
+        path.with_suffix(".part").replace(path)
+    return json.loads(made)  # as a run that goes on would read it
+
+
+def write(path: Path | None, tensors: dict[str, Tensor]) -> None:
+    """Tensors into a file, whole or not at all."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path.with_suffix(".part"))
+        path.with_suffix(".part").replace(path)

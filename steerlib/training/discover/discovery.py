@@ -1,0 +1,253 @@
+"""Which latent moves which: proposals from random ablations, or from readings alone.
+
+z  readings [units, latents]     x  of the parents     y  of the children
+
+Every latent of a level is regressed on its candidates in the levels before. *Randomised*: `x` and `y` are what ablations at
+random changed, so that effects are causal whatever else moves both. *Observational*: they are readings, and effects positive.
+*Independence*: readings too, but candidates are tested, not fitted; for a few dozen latents.
+"""
+
+import os
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.sparse import diags, hstack
+
+from ...bank.concept_bank import ConceptBank
+from ...bank.concepts import Concept
+from ...graph.causal_graph import CausalGraph, Edge
+from .confirm import Confirmation, Pair, adjusted, confirmed
+from .independence import Test, by_independence, fisher_z
+from .minimality import without_echoes
+from .regress import Fit, Rows, fitted
+from .rows import Folder, Level, ablated_at_random, observed
+from .screen import firing_together, pointing
+from .systems import Codes, Contexts, System, csr, entries
+
+Method = Literal["randomised", "observational", "independence"]
+RATES = (1e-5, 0.1)
+"""How often a latent has to fire, and may at most, to take part."""
+FDR = 0.05
+"""Share of accepted edges that may be false."""
+CHANGED = 0.05
+"""Share of what a latent usually reads by which it has to change to count as changed."""
+
+
+def eligible(z: Codes, rates: tuple[float, float] = RATES) -> NDArray[Any]:
+    """Latents that fire neither too rarely to tell nor all the time."""
+    rate = np.bincount(z.indices, minlength=z.shape[1]) / z.shape[0]
+    return (rate >= rates[0]) & (rate <= rates[1])
+
+
+def proposed(
+    system: System,
+    seen: Mapping[str, Level],
+    contexts: Contexts,
+    *,
+    method: Method = "randomised",
+    skips: bool = False,
+    test: Test | None = None,
+) -> dict[tuple[str, str], Fit]:
+    """A fit for every level but the first, and the levels it was fitted to; with `skips` also the ones two levels before."""
+    names, found = list(system.levels), {}
+    for k in range(1, len(names)):
+        sources = names[max(0, k - 1 - skips) : k]
+        rows = rows_of(system, seen, sources, names[k], contexts, method)
+        if method == "independence":
+            fit = by_independence(rows, test or fisher_z())
+        else:
+            fit = fitted(rows, signed=method == "randomised", centred=method == "observational")
+        start = 0
+        for source in sources:
+            size = system.levels[source]
+            found[source, names[k]] = _heard(fit, slice(start, start + size), seen[source].z, seen[names[k]].z)
+            start += size
+    return found
+
+
+def _heard(fit: Fit, rows: slice, parents: Codes, children: Codes) -> Fit:
+    """The effects of some parents, without echoes."""
+    whole = fit.effects[rows]
+    effects = without_echoes(whole, parents, children)
+    return fit._replace(effects=effects, echoes=csr(whole - effects))
+
+
+def rows_of(
+    system: System, seen: Mapping[str, Level], sources: list[str], child: str, contexts: Contexts, method: Method
+) -> Rows:
+    """The regression of a level on others."""
+    own, changes = seen[child], method == "randomised"
+    x = [
+        csr(hstack([system.carried(route, seen[s].x if changes else seen[s].z, contexts) for s in sources]))
+        for route in system.routes
+    ]
+    candidates = []
+    for source in sources:
+        near = csr((own.z.shape[1], seen[source].z.shape[1]), dtype=bool)
+        for route in system.routes:
+            near = near + firing_together(system.carried(route, seen[source].z, contexts), own.z)
+            if changes:
+                near = near + firing_together(system.carried(route, seen[source].x, contexts), _changed(own), least=2, lift=1.0)
+        if (weights := system.weights(source, child)) is not None:
+            near = near + pointing(weights)
+        usable = diags(eligible(own.z).astype(np.float32)) @ near @ diags(eligible(seen[source].z).astype(np.float32))
+        candidates.append(csr(usable))
+    return Rows(tuple(x), own.y if changes else own.z, csr(hstack(candidates)))
+
+
+def _changed(level: Level) -> Codes:
+    """Where a level's latents changed by more than a little."""
+    usual = np.asarray(level.z.sum(0)).ravel() / np.maximum(np.bincount(level.z.indices, minlength=level.z.shape[1]), 1)
+    return entries(level.y, np.abs(level.y.data) > CHANGED * usual[level.y.indices])
+
+
+class Discovery(NamedTuple):
+    """A graph over latents named `level/index`, and how it came about. Effects are in the units of the readings."""
+
+    graph: CausalGraph
+    proposed: int
+    untested: int
+    refused: int
+    """Edges that single ablations did not confirm; they are in no graph."""
+    fits: Mapping[tuple[str, str], Fit]
+
+    @property
+    def echoes(self) -> list[tuple[str, str]]:
+        """Edges that were left out because the later latent only echoes a neighbour that is mixed into it."""
+        ends = ((pair, fit.echoes.nonzero()) for pair, fit in self.fits.items() if fit.echoes is not None)
+        return [(f"{src}/{a}", f"{dst}/{b}") for (src, dst), (p, c) in ends for a, b in zip(p, c, strict=True)]
+
+
+def discover(
+    system: System,
+    *,
+    method: Method = "randomised",
+    skips: bool = False,
+    share: float = 0.15,
+    held_out: float = 0.25,
+    verify: Collection[str] | None = None,
+    folder: str | os.PathLike[str] | None = None,
+    seed: int = 0,
+    test: Test | None = None,
+    accelerator: Any = None,
+) -> Discovery:
+    """Find and verify the causal graph of a system.
+
+    The first contexts are ablated at random (`share` of all firings) and fitted; in the last, a share `held_out`, each parent
+    is ablated alone; with `verify` only these, by `level/index`, while edges of others stay `randomised`. `skips`: also look
+    for edges over a level, that are there while the level in between keeps its readings.
+    `test` is what method `independence` asks (default: causal-learn's Fisher z; extra `graph`).
+    `folder` keeps what was run, from which the same call goes on; the processes of an `accelerator` share the runs through it.
+    Raises `BadRecipe` where that was of other settings.
+    """
+    settings = {"method": method, "skips": skips, "share": share, "held_out": held_out, "seed": seed, "contexts": len(system)}
+    settings |= {} if verify is None else {"verify": sorted(verify)}
+    kept = Folder(None if folder is None else Path(folder), settings | {"levels": dict(system.levels)}, accelerator)
+    contexts, first = np.arange(len(system)), len(system) - int(len(system) * held_out)
+    fits = proposed(
+        system,
+        ablated_at_random(system, contexts[:first], kept, share=share, seed=seed),
+        contexts[:first],
+        method=method,
+        skips=skips,
+        test=test,
+    )
+    seen = observed(system, contexts[first:], kept)
+    results = {}
+    for (src, dst), fit in fits.items():
+        only = None if verify is None else {int(own.rpartition("/")[2]) for own in verify if own.rpartition("/")[0] == src}
+        pair = Pair(system, contexts[first:], seen, src, dst, fit.effects)
+        results[src, dst] = confirmed(pair, kept, seed=seed, only=only)
+    p = adjusted(np.concatenate([found.p for found in results.values()]))
+    return _judged(fits, results, p, method)
+
+
+def _judged(
+    fits: Mapping[tuple[str, str], Fit], results: Mapping[tuple[str, str], Confirmation], p: Any, method: Method
+) -> Discovery:
+    """The edges that passed, and those that could not be tested."""
+    edges, refused, start = [], 0, 0
+    for (src, dst), fit in fits.items():
+        found, left = results[src, dst], fit.effects.todok()
+        for i, (parent, child) in enumerate(zip(found.parent, found.child, strict=True)):
+            weight, q = float(left.pop((parent, child))), float(p[start + i])
+            if q > FDR or not found.matters[i] or found.low[i] <= 0 <= found.high[i]:
+                refused += 1
+                continue
+            edges.append(
+                Edge(
+                    src=f"{src}/{parent}",
+                    dst=f"{dst}/{child}",
+                    weight=weight,
+                    tau=float(found.tau[i]),
+                    tau_lo=float(found.low[i]),
+                    tau_hi=float(found.high[i]),
+                    necessity=float(found.necessity[i]),
+                    sufficiency=float(found.sufficiency[i]),
+                    n_verify=int(found.contexts[i]),
+                    p_adj=q,
+                )
+            )
+        start += len(found.parent)
+        evidence = "randomised" if method == "randomised" else "observed"
+        edges += [Edge(src=f"{src}/{a}", dst=f"{dst}/{b}", weight=float(w), evidence=evidence) for (a, b), w in left.items()]
+    whole = sum(fit.effects.nnz for fit in fits.values())
+    return Discovery(CausalGraph(edges), whole, sum(edge.n_verify == 0 for edge in edges), refused, fits)
+
+
+def composition(system: System, *, folder: str | os.PathLike[str] | None = None, contexts: Contexts | None = None) -> Discovery:
+    """Which latents of a level are parts of which of the level before: relation `selection`, from readings alone.
+
+    Wholes are selected by their parts, and parts of one whole come together without an edge between them; so each whole is
+    fitted to its parts, against the order of generation. Necessity is `1 - P(whole | no part) / P(whole | part)`,
+    sufficiency `P(whole | part)`.
+    """
+    contexts = np.arange(len(system)) if contexts is None else contexts
+    kept = Folder(None if folder is None else Path(folder), {"contexts": len(contexts), "levels": dict(system.levels)})
+    seen = {name: Level(z, z, z) for name, z in observed(system, contexts, kept).items()}
+    names, edges, fits = list(system.levels), [], {}
+    for whole, part in pairwise(names):
+        fit = fitted(rows_of(system, seen, [part], whole, contexts, "observational"), signed=False, centred=True)
+        fits[part, whole] = fit = _heard(fit, slice(None), seen[part].z, seen[whole].z)
+        edges += _parts(fit.effects, seen, part, whole)
+    return Discovery(CausalGraph(edges), len(edges), len(edges), 0, fits)
+
+
+def _parts(effects: Codes, seen: Mapping[str, Level], part: str, whole: str) -> Iterator[Edge]:
+    """The edges from parts to wholes, and how often the one is there without the other."""
+    fires = [entries(seen[name].z, np.ones(seen[name].z.nnz)) for name in (part, whole)]
+    often, n = [np.asarray(z.sum(0)).ravel() for z in fires], fires[0].shape[0]
+    both = csr((fires[0].T @ fires[1]).multiply(effects != 0)).todok()
+    for (a, b), weight in effects.todok().items():
+        together = both.get((a, b), 0.0)
+        given, without = together / often[0][a], (often[1][b] - together) / (n - often[0][a])
+        yield Edge(
+            src=f"{part}/{a}",
+            dst=f"{whole}/{b}",
+            weight=float(weight),
+            relation="selection",
+            evidence="observed",
+            necessity=float(1 - without / max(given, 1e-12)),
+            sufficiency=float(given),
+        )
+
+
+def with_graph(bank: ConceptBank, graph: CausalGraph) -> ConceptBank:
+    """The bank with a graph over its latents, whose levels are its encoders; effects are brought to units of the concepts, and
+    latents that the bank said nothing of are listed."""
+    ends = {end: bank[end] for edge in graph.edges for end in (edge.src, edge.dst)}
+    concepts = {**bank.concepts, **{concept.name: concept for concept in ends.values()}}
+    edges = [_in_units(edge, ends[edge.src], ends[edge.dst]) for edge in graph.edges]
+    return bank.with_concepts(list(concepts.values()), graph=CausalGraph(edges))
+
+
+def _in_units(edge: Edge, src: Concept, dst: Concept) -> Edge:
+    """`weight` and `tau` are of one unit of the one, in units of the other."""
+    figures = {name: getattr(edge, name) for name in ("weight", "tau", "tau_lo", "tau_hi")}
+    scaled = {name: None if value is None else value * src.unit / dst.unit for name, value in figures.items()}
+    return replace(edge, src=src.name, dst=dst.name, **scaled)

@@ -1,0 +1,102 @@
+"""A language model as a system of latents: what its layers read, and how it goes on where latents were moved."""
+
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ...bank.concept_bank import ConceptBank
+from ...encoders import Sparse
+from ...errors import BadRecipe
+from ...schedules import StepState
+from ...steering.recording import Replace, replacing
+from .systems import Codes, Contexts, Do, Reading, System, csr, csr_matrix
+
+
+class Enough(Exception):  # noqa: N818 - nothing went wrong
+    """Every layer was read; nobody needs the rest of the pass."""
+
+
+class SteeredText(System):
+    """Latents of a bank's layers, in order. A context is a piece of text, a unit one of its tokens but the first, on which
+    attention rests whatever it is; another token is reached by attention, of which the token just before is told apart.
+
+    Latents are moved by adding the change of their decoder rows: what an encoder does not explain stays.
+    """
+
+    batch = 64
+
+    def __init__(self, model: Any, bank: ConceptBank, ids: Int[Tensor, "C N"], levels: Collection[str] | None = None):
+        """`ids`: the tokens of all contexts, as many of each; `levels`: encoders to look at, if not all. Raises `BadRecipe` for
+        a bank without two layers of latents."""
+        found = {name: bank.encoder(name) for name in bank.encoders if levels is None or name in levels}
+        self._encoders = {name: encoder for name, encoder in found.items() if isinstance(encoder, Sparse)}
+        if len(self._encoders) < 2 or ids.ndim != 2 or ids.shape[1] < 2:
+            raise BadRecipe(f"expected latents of two layers or more and ids [C, N >= 2], got {[*found]}, {tuple(ids.shape)}")
+        self._encoders = dict(sorted(self._encoders.items(), key=lambda item: _depth(bank.encoders[item[0]].site)))
+        self._sites = {bank.encoders[name].site: name for name in self._encoders}
+        self.model, self.ids = model, ids
+
+    @property
+    def levels(self) -> Mapping[str, int]:
+        return {name: len(encoder.encoder) for name, encoder in self._encoders.items()}
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def owners(self, contexts: Contexts) -> NDArray[Any]:
+        return np.repeat(np.arange(len(contexts)), self.ids.shape[1] - 1)
+
+    @property
+    def routes(self) -> Sequence[str]:
+        return "same", "before"
+
+    def carried(self, route: str, z: Codes, contexts: Contexts) -> Codes:  # noqa: ARG002
+        """`before`: of the token just before, in the same context."""
+        if route == "same":
+            return z
+        units = np.arange(z.shape[0])
+        later = units[units % (self.ids.shape[1] - 1) > 0]
+        return csr(csr((np.ones(len(later), z.dtype), (later, later - 1)), shape=(len(units), len(units))) @ z)
+
+    def weights(self, src: str, dst: str) -> tuple[Tensor, Tensor]:
+        return self._encoders[src].decoder, self._encoders[dst].encoder
+
+    @torch.no_grad()
+    def run(self, contexts: Contexts, do: Mapping[str, Do] | None = None) -> Mapping[str, Reading]:
+        found: dict[str, Reading] = {}
+
+        def at(name: str) -> Replace:
+            encoder, change = self._encoders[name], (do or {}).get(name)
+
+            def replace(x: Tensor, state: StepState) -> Tensor:  # noqa: ARG001
+                own = x[:, 1:]
+                natural = sparse(encoder.encode(own).flatten(0, 1))
+                flows = change(natural) if change else natural
+                found[name] = Reading(natural, flows)
+                if len(found) == len(self._encoders):
+                    raise Enough
+                if change is None:
+                    return x
+                moved = csr(flows - natural) @ encoder.decoder.float().numpy()
+                return torch.cat([x[:, :1], own + torch.from_numpy(moved).view(own.shape).to(x)], 1)
+
+            return replace
+
+        with replacing(self.model, {site: at(name) for site, name in self._sites.items()}), suppress(Enough):
+            self.model.base_model(self.ids[contexts].to(self.model.device), use_cache=False)
+        return {name: found[name] for name in self.levels}
+
+
+def sparse(z: Float[Tensor, "U n"]) -> Codes:
+    """Readings by row."""
+    return csr_matrix(z.cpu().numpy())
+
+
+def _depth(site: str) -> int:
+    return int("".join(filter(str.isdigit, site)) or -1)

@@ -1,0 +1,1 @@
+"""Stage 2: sparse encoders, fitted to activations."""

@@ -1,0 +1,179 @@
+"""Train sparse encoders, several from one pass over activations, on any number of processes.
+
+A run that was killed goes on where its last checkpoint was written and ends with the same bytes. Processes share each batch and
+add up what they find, so that their number does not matter.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ...encoders import Sparse
+from ...errors import BadRecipe
+from .encoder_recipe import EncoderRecipe
+from .inputs import Batch, Source, first_tokens, pair
+from .learner import Learner
+from .sparse_step import Outcome
+
+CHECKPOINT = "encoders.safetensors"
+LOOK = 50
+"""Steps between looks at the figures, which the processor has to wait for."""
+
+
+def fit(
+    recipes: Mapping[str, EncoderRecipe],
+    source: Source,
+    *,
+    steps: int,
+    folder: str | os.PathLike[str] | None = None,
+    save_every: int = 500,
+    accelerator: Any = None,
+) -> dict[str, Sparse]:
+    """Train an encoder for each recipe, all on the same batches.
+
+    `folder` keeps a checkpoint, from which the same call goes on. `accelerator` (accelerate's) brings the device, the other
+    processes and the trackers; without one, this process and the first GPU, if there is one. Raises `BadRecipe`.
+    """
+    batch = checked(recipes, steps, accelerator)
+    device = accelerator.device if accelerator else torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    learners = beginners(recipes, source, steps, device, accelerator)
+    about = json.dumps({"recipes": {n: asdict(r) for n, r in recipes.items()}, "steps": steps, "tokens": len(source)})
+    path = None if folder is None else Path(folder) / CHECKPOINT
+    step = restored(path, learners, about)
+    first = accelerator is None or accelerator.is_main_process
+    quiet: dict[str, Any] = {} if first else {"disable": True}
+    with tqdm(total=steps, initial=step, desc="encoders", leave=False, **quiet) as bar:
+        for x, y in islice(ahead(source.batches(step, batch), device, accelerator), steps - step):
+            seen = {name: stepped(learner, x, y, step, accelerator) for name, learner in learners.items()}
+            step += 1
+            bar.update()
+            if step % LOOK == 0 or step == steps:
+                show(figures(learners, seen), step, bar, accelerator)
+            if path is not None and first and (step % save_every == 0 or step == steps):
+                save(path, learners, step, about)
+    if step < steps:
+        raise BadRecipe(f"expected {steps} batches of {batch} tokens, the source ended after {step}")
+    if accelerator:
+        accelerator.wait_for_everyone()
+    return {name: learner.encoder() for name, learner in learners.items()}
+
+
+def checked(recipes: Mapping[str, EncoderRecipe], steps: int, accelerator: Any) -> int:
+    """The batch of all recipes, which have to be ones that can work."""
+    for recipe in recipes.values():
+        recipe.check()
+    sizes = sorted({recipe.batch for recipe in recipes.values()})
+    processes = accelerator.num_processes if accelerator else 1
+    if len(sizes) != 1 or sizes[0] % processes or steps < 1 or any("|" in name for name in recipes):
+        raise BadRecipe(
+            f"expected recipes of one batch size that {processes} processes can share, names without '|' and a step or more, "
+            f"got batches {sizes} for {', '.join(recipes) or 'no recipe'} and {steps} steps"
+        )
+    return sizes[0]
+
+
+def beginners(
+    recipes: Mapping[str, EncoderRecipe], source: Source, steps: int, device: torch.device, accelerator: Any
+) -> dict[str, Learner]:
+    """Learners that know the scale of the activations, but have not learned from them."""
+    x, y = first_tokens(source, next(iter(recipes.values())).batch)
+    sample = x.to(device), None if y is None else y.to(device)
+    gather = accelerator.gather if accelerator and accelerator.num_processes > 1 else None
+    return {name: Learner(recipe, *sample, steps, gather) for name, recipe in recipes.items()}
+
+
+def stepped(learner: Learner, x: Tensor, y: Tensor | None, step: int, accelerator: Any) -> Outcome:
+    """Learn from a batch; what was found, less the gradients."""
+    outcome = together(accelerator, learner.outcome(x, y, step))
+    learner.learn(outcome, step)
+    return outcome._replace(gradients={})
+
+
+# -- batches and processes -----------------------------------------------------------------------------------
+
+
+def ahead(batches: Iterator[Batch], device: torch.device, accelerator: Any) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """This process's part of each batch, on its way to the device while the one before is worked on."""
+    waiting = None
+    for x, y in map(pair, batches):
+        moved = moving(x, device, accelerator), None if y is None else moving(y, device, accelerator)
+        if waiting is not None:
+            yield waiting
+        waiting = moved
+    if waiting is not None:
+        yield waiting
+
+
+def moving(batch: Tensor, device: torch.device, accelerator: Any) -> Tensor:
+    """The rows of this process, copied to its device without anybody waiting."""
+    rows = len(batch) // (accelerator.num_processes if accelerator else 1)
+    part = batch[rows * accelerator.process_index :][:rows] if accelerator else batch
+    if device.type != "cuda" or part.is_cuda:
+        return part.to(device)
+    return part.pin_memory().to(device, non_blocking=True)
+
+
+def together(accelerator: Any, outcome: Outcome) -> Outcome:
+    """What all processes found, added up; the least potential is their mean."""
+    if accelerator is None or accelerator.num_processes == 1:
+        return outcome
+    whole = accelerator.reduce(outcome, reduction="sum")
+    return whole._replace(least=whole.least / accelerator.num_processes)
+
+
+# -- what is shown and kept ----------------------------------------------------------------------------------
+
+
+def figures(learners: Mapping[str, Learner], seen: Mapping[str, Outcome]) -> dict[str, dict[str, float]]:
+    """Of the last batch: loss, explained variance, latents that fire on a token, share of latents that are dead."""
+    named = {}
+    for name, learner in learners.items():
+        recipe, outcome = learner.recipe, seen[name]
+        dead = (learner.since >= recipe.dead_after).float().mean()
+        values = torch.stack((outcome.loss, 1 - outcome.error, outcome.fired.sum() / recipe.batch, dead)).tolist()
+        named[name] = dict(zip(("loss", "explained", "l0", "dead"), values, strict=True))
+    return named
+
+
+def show(figures: Mapping[str, Mapping[str, float]], step: int, bar: Any, accelerator: Any) -> None:
+    """On the progress bar, and in accelerate's trackers."""
+    worst = {key: f"{max(f[key] for f in figures.values()):.3f}" for key in ("loss", "dead")}
+    bar.set_postfix(worst | {"explained": f"{min(f['explained'] for f in figures.values()):.3f}"}, refresh=False)
+    if accelerator:
+        accelerator.log({f"{name}/{key}": value for name, f in figures.items() for key, value in f.items()}, step=step)
+
+
+def save(path: Path, learners: Mapping[str, Learner], step: int, about: str) -> None:
+    """All that the next step depends on, whole or not at all."""
+    tensors = {f"{name}|{key}": t.cpu().clone() for name, learner in learners.items() for key, t in learner.tensors.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    save_file(tensors, part, metadata={"state": json.dumps({"step": step, "of": about})})  # of several, the order would vary
+    with part.open("rb") as file:
+        os.fsync(file.fileno())
+    part.replace(path)
+
+
+def restored(path: Path | None, learners: Mapping[str, Learner], about: str) -> int:
+    """The step at which a checkpoint was written, after the learners were brought there."""
+    if path is None or not path.is_file():
+        return 0
+    with safe_open(path, "pt") as file:
+        found = json.loads(file.metadata()["state"])
+        if found["of"] != about:
+            raise BadRecipe(f"expected recipes, steps and tokens as {path.parent.name!r} was begun with; take another folder")
+        for name, learner in learners.items():
+            prefix = f"{name}|"
+            keys = [key for key in file.keys() if key.startswith(prefix)]  # noqa: SIM118
+            learner.restore({key.removeprefix(prefix): file.get_tensor(key) for key in keys})
+    return found["step"]

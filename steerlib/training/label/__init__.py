@@ -1,0 +1,1 @@
+"""Stage 3: what latents stand for, and whether steering them does it."""

@@ -1,0 +1,1 @@
+"""Stage 6: encoders, labels and figures as a bank with a card."""

@@ -1,0 +1,197 @@
+"""The card of a bank: what each concept means, what was measured, how to use it. Every number comes from the bank."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ...bank.card import example, front
+from ...bank.concept_bank import ConceptBank
+from ...bank.concepts import Concept
+from ...evaluation.report import latents_table, missed, summary_table, table
+from ..recipe import Recipe
+
+PICTURE = "effects.png"
+CONTROLS = """*Ratio to prompting* is a joint score of concept, relevance and fluency, 0 for the unsteered model and 1
+for the one of the recipe's prompts that has the best joint score on other requests (`steerlib/evaluation/comparison.py` has the
+formula). *Best random* is the best of three random
+directions as long as the concept's own, at the same sites. Nats per token are the text's negative log-likelihood under the
+unsteered model that was asked the plain request. KL is what steering does to next-token distributions of text that has nothing
+to do with it; *gated* the same with `gate=sl.Gate("answering")`. Every method was given the best of its strengths that changes
+ordinary text by at most 0.3 nats per token. *Anti-steerable* is the share of
+prompts on which a higher dose means less of the concept."""
+
+
+def card(bank: ConceptBank, recipe: Recipe, records: Sequence[dict[str, Any]], trust: str) -> str:
+    """The card, in Markdown with model-card metadata."""
+    kept = [record for record in records if record["concept"] in bank.concepts]
+    left_out = [record for record in records if record["concept"] not in bank.concepts]
+    levers = [concept for concept in bank.concepts.values() if concept.useful is not None]
+    parts = [
+        front(recipe.name, recipe.base, recipe.license, list(bank.concepts.values())).strip(),
+        f"# {recipe.name}\n\n{recipe.description.strip()}",
+        example(recipe.name, recipe.source, f'{{"{levers[0].name}": {levers[0].useful:+.2f}}}') if levers else "",
+        f"## The {len(levers)} concepts\n\nAmounts are in units of the concept: one standard deviation of its reading on "
+        f"reference text.\n\n{_concepts(levers)}",
+        f"## What was measured\n\nOn {recipe.evaluation_prompts} requests used for nothing else, {recipe.seeds} answers to "
+        f"each, {recipe.new_tokens} new tokens, each concept at its useful amount. {CONTROLS}\n\n{table(kept)}",
+        f"Over all concepts:\n\n{summary_table(kept)}" if kept else "",
+        f"![Dose and response of every concept; methods and controls beside prompting]({PICTURE})"
+        if PICTURE in bank.pictures
+        else "",
+        missed(records),
+        f"Tried and left out, because they miss a required bar:\n\n{table(left_out)}" if left_out else "",
+        trust,
+        _gates(bank),
+        "## As it comes out\n\n" + "\n\n".join(_example(record) for record in kept),
+        LIMITS.format(recipe=recipe.name),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def latents_card(bank: ConceptBank, recipe: Recipe) -> str:
+    """The card of a bank of sparse encoders, from what was measured of each."""
+    first = next(iter([*_best(bank), *bank.concepts.values()]))
+    parts = [
+        front(recipe.name, recipe.base, recipe.license, [], {"tags": ["sae"]}).strip(),
+        f"# {recipe.name}\n\n{recipe.description.strip()}",
+        example(recipe.name, recipe.source, f'{{"{first.name}": sl.Set(1.0)}}'),
+        '`bank.find("music")` finds latents by label and meaning.',
+        f"## What was measured\n\nOn documents that no encoder was trained on.\n\n{latents_table(bank.provenance['quality'])}",
+        f"## Latents that do what their contexts say\n\nThe {SHOWN} whose tokens gained most in log-probability:\n\n"
+        f"{verified(bank, SHOWN)}"
+        if _best(bank)
+        else "",
+        f"## What moves what\n\n{GRAPH}\n\n{graph_table(bank.provenance['graph'])}" if "graph" in bank.provenance else "",
+        f"## What it was trained on\n\n{bank.provenance['tokens']:,} tokens, recorded in random order of documents, of:\n\n"
+        + _sources(bank.provenance["corpus"]),
+        LABELS,
+        f"Made by `steerlib train concept_banks/recipes/{recipe.name}/recipe.toml`.",
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def pictures_card(bank: ConceptBank, description: str) -> str:
+    """The card of a bank of latents by noise level, from what was measured of each encoder."""
+    best = sorted(bank.concepts.values(), key=lambda concept: -concept.effects["correlation"])[:SHOWN]
+    rows = [f"| {c.name} | {c.label} | {c.effects['correlation']:.2f} | {c.effects['frequency']:.2%} |" for c in best]
+    parts = [
+        front(bank.name, bank.base.id, bank.license, [], {"tags": ["sae", "diffusers"]}).strip(),
+        f"# {bank.name}\n\n{description.strip()}",
+        f"## What was measured\n\nOn pictures that no encoder was trained on.\n\n{latents_table(bank.provenance['quality'])}",
+        "## Latents and the words they go with most\n\n| latent | word | correlation over pictures | fires on |\n"
+        + "|---|---|---|---|\n"
+        + "\n".join(rows),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+GRAPH = """Edges between latents of one encoder and the next, in `bank.graph`: proposed by ablating many latents at random, then
+verified one by one, by ablating the parent alone on texts that nothing was fitted to. Only verified edges are stored. *Carried
+on*: the effect lies within 20 % of the product of decoder and encoder row, the residual stream taking a concept along.
+Forecasts are `bank.graph.forecast` against what ablating a parent alone does to its children on a third part of the texts;
+*R²* is 1 − Σ(d − f)² / Σd² over the mean changes of edges, and over those of single prompts, in units of the child."""
+
+
+def graph_table(found: Mapping[str, Any]) -> str:
+    """How a graph was found, what it foretells, and the controls, as Markdown."""
+    said, control, null = found["recipe"], found["random model"], found["shuffled"]
+    lines = [
+        "| | proposed | not tested | refused | verified | of these carried on | negative |\n" + "|---" * 7 + "|",
+        _edges("this model", found),
+        _edges("random weights, encoders trained on them", control),
+        f"| first two layers, of different texts | {null['proposed']:,} | | | {null['verified']} | | |",
+        "",
+        "| foretold | edges | sign right | R² | R² by prompt |\n|---|---|---|---|---|",
+    ]
+    whole, apart = "more than carried on", "carried on"
+    lines += [
+        f"| {name} | {row['edges']} | {row['sign']:.0%} | {row['r2']:.2f} | {row['r2 by prompt']:.2f} |"
+        for name, row in sorted(found["forecast"].items(), key=lambda item: (item[0] == apart, item[0] != whole, item[0]))
+        if row["edges"]
+    ]
+    parts = f"{said['contexts']:,} texts of {said['length']} tokens: half fitted, a third verifying, a sixth foretold. "
+    parts += f"Ablated alone: up to {said['parents']} latents of this model, {said['controls']} of the random one."
+    return "\n".join([*lines, "", parts])
+
+
+def _edges(name: str, found: Mapping[str, Any]) -> str:
+    carried, negative = (sum(own[kind] for own in found["levels"].values()) for kind in ("carried", "negative"))
+    counts = [f"{found[kind]:,}" for kind in ("proposed", "untested", "refused", "verified")]
+    return f"| {name} | {' | '.join(counts)} | {carried} | {negative} |"
+
+
+SHOWN = 30
+"""Verified latents that the card shows."""
+
+
+def _best(bank: ConceptBank) -> list[Concept]:
+    """Verified latents, those first whose tokens gained most."""
+    held = [concept for concept in bank.concepts.values() if concept.effects.get("verified", {}).get("holds")]
+    return sorted(held, key=lambda concept: -concept.effects["verified"]["gain"])
+
+
+def verified(bank: ConceptBank, count: int) -> str:
+    """What moving the best of its latents did, as Markdown."""
+    lines = ["| latent | tokens that follow it | their gain when it is moved, nats | gain of other latents' tokens | seen in |"]
+    lines.append("|---|---|---|---|---|")
+    for concept in _best(bank)[:count]:
+        found = concept.effects["verified"]
+        tokens = ", ".join(f"“{token.strip() or '␣'}”" for token in found["tokens"])
+        context = (concept.examples or ("",))[0]
+        cells = [concept.name, tokens, f"{found['gain']:+.2f}", f"{found['others']:+.2f}", context]
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines)
+
+
+def _sources(corpus: Sequence[Mapping[str, Any]]) -> str:
+    lines = ["| source | licence | documents | share of the text |\n|---|---|---|---|"]
+    lines += [f"| {row['source']} | {row['licence']} | {row['documents']:,} | {row['share']:.1%} |" for row in corpus]
+    return "\n".join(lines)
+
+
+LABELS = """Labels of verified latents are tokens that follow them in held-out text; of others, tokens of their highest
+activations, or those that the model's own head makes of them. No person has checked them."""
+
+
+def _concepts(levers: Sequence[Concept]) -> str:
+    lines = ["| concept | meaning | made by | useful amount | safe range | beyond it |\n|---|---|---|---|---|---|"]
+    for c in levers:
+        low, high = c.range or (0.0, 0.0)
+        lines.append(
+            f"| {c.name} | {c.label} | {c.source} | {c.useful:+.2f} | {low:+.2f} to {high:+.2f} | {c.beyond or 'not seen'} |"
+        )
+    return "\n".join(lines)
+
+
+def _gates(bank: ConceptBank) -> str:
+    found = [concept for concept in bank.concepts.values() if concept.present is not None and "precision" in concept.effects]
+    if not found:
+        return ""
+    lines = [
+        f"| {c.name} | {c.label} | {c.effects['precision']:.2f} | {c.effects['recall']:.2f} | {c.effects['tokens']} |"
+        for c in found
+    ]
+    return (
+        "## Gates\n\nReadings that say where something is present, by token: "
+        '`Add(2.0, gate=sl.Gate("answering"))` acts only there. '
+        "Precision and recall are those of single tokens, on texts that nothing was made from.\n\n"
+        "| gate | opens on | precision | recall | tokens |\n|---|---|---|---|---|\n" + "\n".join(lines)
+    )
+
+
+def _example(record: Mapping[str, Any]) -> str:
+    e = record["examples"][0]
+    lines = [f"> {name}: {_line(e[name])}" for name in ("unsteered", "prompted", "steered")]
+    return f"**{record['concept']} {record['amount']:+.2f}** — {e['prompt']}\n\n" + "\n>\n".join(lines)
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split())
+
+
+LIMITS = """## Limits
+
+Effects belong to the weights they were measured on; a differently quantised copy gives a notice. A strong amount costs fluency
+(nats per token in the table). Concepts are correlated: moving one can move others (specificity). No person and no language
+model has judged these texts.
+
+Made by `steerlib train concept_banks/recipes/{recipe}/recipe.toml`."""

@@ -1,0 +1,1 @@
+"""Stage 1: activations of a model, streamed to disk."""

@@ -1,0 +1,172 @@
+"""Documents of any origin, cut into pieces of token ids that a model reads one by one."""
+
+import json
+import os
+import random
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+
+from ...errors import BadRecipe
+
+Texts = str | os.PathLike[str] | Iterable[Any]
+"""A .txt file, whose paragraphs are documents; a .jsonl file, one document a line; or documents themselves: texts, chats (lists
+of messages), or rows of a dataset that hold one or the other. Of paths there may be several."""
+Keep = Literal["first", "special"]
+COLUMNS = ("text", "messages")
+ROOM = 10_000
+"""Documents among which a stream is shuffled."""
+
+
+class Piece(NamedTuple):
+    """At most a context's length of one document, read without the rest of it."""
+
+    document: int
+    start: int
+    """Position in the document of the first id; -1 where that is a token that every piece begins with."""
+    ids: list[int]
+    kept: list[bool]
+    """Which tokens to record."""
+
+
+def pieces(
+    tokenizer: Any, texts: Texts, context: int, *, keep: Collection[Keep] = (), column: str | None = None, seed: int | None = 0
+) -> Iterator[Piece]:
+    """Every document in pieces of at most `context` tokens; a piece with nothing to record is left out.
+
+    Documents never share a piece: nothing is read behind a stranger's text. Where the tokenizer begins texts with a token
+    of its own, every piece begins with it. Not kept, unless `keep` says so, are the `first` token of a piece, on which
+    attention rests whatever it is, and `special` ones: the tokenizer's, and all of a chat that its messages do not say.
+    With a seed documents are shuffled: all of them where they can be counted, else a stream's within a buffer.
+    """
+    begin = tokenizer("")["input_ids"][:1] if tokenizer.bos_token_id is not None else []
+    begin = [int(token) for token in begin if token == tokenizer.bos_token_id]
+    special, size = set(tokenizer.all_special_ids), context - len(begin)
+    for number, document in enumerate(documents(texts, column, seed)):
+        ids, said = _tokens(tokenizer, document)
+        skip = len(begin) if ids[: len(begin)] == begin else 0  # a template may have begun with it already
+        ids, said = ids[skip:], said[skip:]
+        for start in range(0, len(ids), size):
+            own = ids[start : start + size]
+            kept = [
+                ("special" in keep) or (s and i not in special) for i, s in zip(own, said[start : start + size], strict=True)
+            ]
+            kept = ["special" in keep for _ in begin] + kept
+            kept[0] = kept[0] and "first" in keep
+            if any(kept):
+                yield Piece(number, start - len(begin), begin + own, kept)
+
+
+def documents(texts: Texts, column: str | None = None, seed: int | None = None) -> Iterator[Any]:
+    """Texts and chats, in the order they are numbered in."""
+    if isinstance(texts, (str, os.PathLike)):
+        texts = [Path(texts)]
+    if isinstance(texts, Mapping):
+        raise BadRecipe(f"expected documents, got a mapping of {', '.join(map(str, texts))}; choose one of these")
+    for found in _shuffled(_opened(texts), seed):
+        document = _cell(found, column) if isinstance(found, Mapping) else found
+        if not isinstance(document, str) and not _is_chat(document):
+            raise BadRecipe(f"expected texts, chats as lists of messages with role and content, or rows, got {document!r:.80}")
+        yield document
+
+
+def _opened(texts: Iterable[Any]) -> Iterable[Any]:
+    """The same, where paths are given as what their files hold."""
+    if isinstance(texts, Sequence) and texts and all(isinstance(text, os.PathLike) for text in texts):
+        return [document for path in texts for document in _read(Path(path))]
+    return texts
+
+
+def _read(path: Path) -> list[Any]:
+    if path.suffix not in (".txt", ".jsonl") or not path.is_file():
+        raise BadRecipe(f"expected a .txt or .jsonl file, found none at {path.name!r}; a single text is given as [text]")
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".txt":
+        return [paragraph.strip() for paragraph in re.split(r"\n\s*\n", text) if paragraph.strip()]
+    try:
+        return [json.loads(line) for line in text.split("\n") if line.strip()]
+    except ValueError as error:
+        raise BadRecipe(f"{path.name} is not JSON lines: {error}") from None
+
+
+def sources(paths: Iterable[Path]) -> list[dict[str, Any]]:
+    """What files are made of: documents and their share of all characters, by the `source` and `licence` that lines state."""
+    sizes: dict[tuple[str, str], list[int]] = {}
+    for path in paths:
+        for line in _read(path):
+            row = line if isinstance(line, Mapping) else {}
+            key = str(row.get("source", path.name)), str(row.get("licence", "not stated"))
+            sizes.setdefault(key, []).append(len(str(_cell(row, None) if row else line)))
+    whole = sum(map(sum, sizes.values()))
+    return [
+        {"source": source, "licence": licence, "documents": len(own), "share": round(sum(own) / whole, 4)}
+        for (source, licence), own in sorted(sizes.items(), key=lambda item: (-sum(item[1]), item[0]))
+    ]
+
+
+def _shuffled(texts: Any, seed: int | None) -> Iterator[Any]:
+    if seed is None:
+        yield from texts
+    elif hasattr(texts, "__len__") and hasattr(texts, "__getitem__"):
+        order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed))
+        yield from (texts[int(i)] for i in order)
+    else:
+        chance, waiting = random.Random(seed), []
+        for text in texts:
+            waiting.append(text)
+            if len(waiting) > ROOM:
+                i = chance.randrange(ROOM)
+                waiting[i], waiting[-1] = waiting[-1], waiting[i]
+                yield waiting.pop()
+        chance.shuffle(waiting)
+        yield from waiting
+
+
+def _cell(row: Mapping[str, Any], column: str | None) -> Any:
+    found = [name for name in ([column] if column else COLUMNS) if name in row]
+    if not found:
+        raise BadRecipe(f"expected a column {column or ' or '.join(COLUMNS)!r}, got {', '.join(row)}; name it by column=")
+    return row[found[0]]
+
+
+# -- tokens --------------------------------------------------------------------------------------------------
+
+
+def _is_chat(document: Any) -> bool:
+    return isinstance(document, Sequence) and all(
+        isinstance(m, Mapping) and isinstance(m.get("content"), str) and isinstance(m.get("role"), str) for m in document
+    )
+
+
+def _tokens(tokenizer: Any, document: Any) -> tuple[list[int], list[bool]]:
+    """The ids of a document, and for each whether the document says it, not the chat template."""
+    if isinstance(document, str):
+        ids = tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
+        return ids, [True] * len(ids)
+    if not tokenizer.is_fast:
+        raise BadRecipe("chats need a fast tokenizer, which knows where tokens lie in the text; load it with use_fast=True")
+    text, spans = rendered(tokenizer, document)
+    found = tokenizer(text, add_special_tokens=False, verbose=False, return_offsets_mapping=True)
+    said = bytearray(len(text))
+    for start, stop in spans:
+        said[start:stop] = b"\1" * (stop - start)
+    return found["input_ids"], [any(said[start:stop]) for start, stop in found["offset_mapping"]]
+
+
+def rendered(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> tuple[str, list[tuple[int, int]]]:
+    """A chat as its template writes it, and where in it the messages' own words lie."""
+    text = tokenizer.apply_chat_template(list(messages), tokenize=False)
+    marked = [{**message, "content": f"\ue000{i}\ue001"} for i, message in enumerate(messages)]
+    parts = re.split("\ue000(\\d+)\ue001", tokenizer.apply_chat_template(marked, tokenize=False))
+    for said in ([m["content"] for m in messages], [m["content"].strip() for m in messages]):
+        spans, built = [], ""
+        for i, part in enumerate(parts):
+            words = said[int(part)] if i % 2 else part
+            spans += [(len(built), len(built) + len(words))] if i % 2 else []
+            built += words
+        if built == text:
+            return text, spans
+    raise BadRecipe("the chat template rewrites what messages say; render the chats yourself and give them as texts")

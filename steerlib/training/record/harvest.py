@@ -1,0 +1,225 @@
+"""`harvest`: activations of many texts at several sites, from text to shards on disk."""
+
+import hashlib
+import os
+import warnings
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ...errors import BadRecipe, SteeringWarning
+from ...hosts import host_for
+from .activations import Read, reading
+from .documents import Keep, Piece, Texts, pieces
+from .shards import HEADER, LABELS, Shards, Shelf
+
+Precision = Literal["bf16", "fp16", "fp32"]
+PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+FAST = {"bf16": ("avx512_bf16", "amx_bf16", "bf16"), "fp16": ("avx512_fp16", "amx_fp16", "fp16_arith"), "fp32": ()}
+"""What a processor must be able to do, as torch names it, to be faster at a precision than at float32."""
+
+
+def harvest(
+    model: Any,
+    tokenizer: Any,
+    texts: Texts,
+    sites: Sequence[str],
+    folder: str | os.PathLike[str],
+    *,
+    tokens: int,
+    context: int = 128,
+    batch: int = 2048,
+    budget_bytes: int | None = None,
+    shard_bytes: int = 64 << 20,
+    dtype: Precision = "bf16",
+    compute: Precision | None = None,
+    keep: Collection[Keep] = (),
+    column: str | None = None,
+    seed: int | None = 0,
+) -> Shards:
+    """Record `tokens` tokens of texts at several sites, in passes over at most `batch` tokens that end at the deepest site.
+
+    What texts may be, how they are cut into pieces of `context` tokens, and which tokens are recorded: see `pieces`. Shards
+    hold `dtype`. Passes compute in `compute`, by default in `dtype` where the machine is fast at that, else as the model is.
+    A run that was broken off goes on behind the last whole shard, and, with more `tokens`, so does a finished one. Before
+    a shard that would exceed `budget_bytes` it stops and warns, as it does when the texts run out.
+    """
+    _check(model, sites, keep, {"tokens": tokens, "context": context, "batch": batch})
+    compute = compute or (dtype if is_fast(model.device, dtype) else None)
+    with reading(model, sites, compute and PRECISIONS[compute]) as read:
+        recorder = Recorder.of(read, sites, model.device, PRECISIONS[dtype], batch)
+        rows = recorder.rows_in(shard_bytes, context)
+        computed = PRECISIONS[compute] if compute else model.dtype
+        settings = {"sites": recorder.widths, "dtype": dtype, "compute": str(computed), "model": identity(model)}
+        settings |= {"context": context, "batch": batch, "keep": sorted(keep), "seed": seed, "rows": rows}
+        shelf = Shelf(Path(folder), settings)
+        if shelf.rows > tokens:
+            raise BadRecipe(f"{shelf.folder.name} holds {shelf.rows} tokens, got tokens={tokens}; ask for as many or more")
+        groups = _groups(pieces(tokenizer, texts, context, keep=keep, column=column, seed=seed), rows, tokens)
+        is_full = _fill(shelf, groups, recorder, tokens, budget_bytes)
+    if is_full or shelf.rows < tokens:
+        why = f"the next shard would exceed budget_bytes={budget_bytes}" if is_full else "the texts ran out"
+        warnings.warn(f"recorded {shelf.rows} of {tokens} tokens, {shelf.bytes} bytes: {why}", SteeringWarning, stacklevel=2)
+    if not shelf.rows:
+        raise BadRecipe(f"expected something to record, got none of {tokens} tokens; give more texts, or a larger budget")
+    return Shards(folder)
+
+
+def _check(model: Any, sites: Sequence[str], keep: Collection[str], counts: dict[str, int]) -> None:
+    if isinstance(sites, str) or not sites or len(set(sites)) < len(sites):
+        raise BadRecipe(f"expected a list of sites, each once, got {sites!r}")
+    if bad := {name: count for name, count in counts.items() if count < (2 if name == "context" else 1)}:
+        raise BadRecipe(f"expected positive numbers, and a context of two tokens or more, got {bad}")
+    if isinstance(keep, str) or set(keep) - {"first", "special"}:
+        raise BadRecipe(f"expected keep to list 'first', 'special' or neither, got {keep!r}")
+    if model.training:
+        raise BadRecipe("expected a model in evaluation mode, got one that trains; call model.eval() first")
+
+
+def is_fast(device: torch.device, precision: Precision) -> bool:
+    """Whether a device computes faster in a precision than in float32."""
+    if device.type == "cpu":
+        able = getattr(torch.cpu, "get_capabilities", dict)()
+        return any(able.get(name, False) for name in FAST[precision])
+    if device.type == "cuda" and precision == "bf16":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return precision != "fp32"
+
+
+def identity(model: Any) -> dict[str, Any]:
+    """Tells this model from others, as far as can be told."""
+    host = host_for(model)
+    return {**host.fingerprint(), "weights": host.weights_digest()}
+
+
+def _fill(shelf: Shelf, groups: Iterable[list[Piece]], recorder: "Recorder", tokens: int, budget: int | None) -> bool:
+    """Make the shards that are not there yet; gives back whether the budget ended it."""
+    with tqdm(total=tokens, desc="recording", unit=" tokens", unit_scale=True, leave=False) as bar:
+        for number, group in enumerate(groups):
+            labels, source = _labels(group), _digest(group)
+            count = len(labels["documents"])
+            if shelf.has(number, source):
+                bar.update(count)
+            elif budget is not None and shelf.bytes + HEADER + count * recorder.row_bytes > budget:
+                return True
+            else:
+                shelf.put(source, {**labels, **recorder.activations(group, count, bar)})
+    return False
+
+
+# -- one shard -----------------------------------------------------------------------------------------------
+
+
+def _groups(cut: Iterable[Piece], rows: int, tokens: int) -> Iterator[list[Piece]]:
+    """Pieces of one shard each, with at most `rows` tokens to record, `tokens` in all."""
+    group: list[Piece] = []
+    held = 0
+    for piece in cut:
+        kept = [k and c <= tokens for k, c in zip(piece.kept, accumulate(piece.kept), strict=True)]
+        count = sum(kept)
+        if held + count > rows:
+            yield group
+            group, held = [], 0
+        group.append(piece._replace(kept=kept))
+        held, tokens = held + count, tokens - count
+        if not tokens:
+            break
+    if group:
+        yield group
+
+
+def _labels(group: Sequence[Piece]) -> dict[str, Tensor]:
+    """Document, position in it, and id of every token to record."""
+    found = [(p.document, p.start + i, p.ids[i]) for p in group for i, kept in enumerate(p.kept) if kept]
+    columns = torch.tensor(found, dtype=torch.int32).unbind(1)
+    return dict(zip(LABELS, columns, strict=True))
+
+
+def _digest(group: Sequence[Piece]) -> str:
+    sha = hashlib.sha256()
+    for piece in group:
+        sha.update(
+            np.array([piece.document, piece.start, len(piece.ids), *piece.ids], dtype="<i8").tobytes() + bytes(piece.kept)
+        )
+    return sha.hexdigest()
+
+
+def _passes(group: Sequence[Piece], batch: int) -> Iterator[list[int]]:
+    """Pieces that are read together, by number: of like length, at most `batch` tokens with pads."""
+    together: list[int] = []
+    for i in sorted(range(len(group)), key=lambda i: len(group[i].ids)):
+        if together and (len(together) + 1) * len(group[i].ids) > batch:
+            yield together
+            together = []
+        together.append(i)
+    yield together
+
+
+@dataclass(frozen=True, eq=False)
+class Recorder:
+    """Reads pieces and keeps what is to be recorded of them."""
+
+    read: Read
+    widths: dict[str, int]
+    device: torch.device
+    dtype: torch.dtype
+    batch: int
+
+    @classmethod
+    def of(cls, read: Read, sites: Sequence[str], device: torch.device, dtype: torch.dtype, batch: int) -> "Recorder":
+        """Learns the widths of sites from a pass over two tokens."""
+        found = read(torch.zeros(1, 2, dtype=torch.long, device=device), None)
+        return cls(read, {site: found[site].shape[-1] for site in sites}, device, dtype, batch)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one token in a shard."""
+        return self.dtype.itemsize * sum(self.widths.values()) + 4 * len(LABELS)
+
+    def rows_in(self, shard_bytes: int, context: int) -> int:
+        """Tokens that a shard has room for."""
+        rows = (shard_bytes - HEADER) // self.row_bytes
+        if rows < context:
+            raise BadRecipe(
+                f"expected room for {context} tokens of {self.row_bytes} bytes, and a head of {HEADER}, in a shard, "
+                f"got shard_bytes={shard_bytes}"
+            )
+        return rows
+
+    def activations(self, group: Sequence[Piece], count: int, bar: Any) -> dict[str, Tensor]:
+        """`[count, D]` by site, in the order of the pieces."""
+        out = {site: torch.empty(count, width, dtype=self.dtype) for site, width in self.widths.items()}
+        ends = list(accumulate(sum(piece.kept) for piece in group))
+        for together in _passes(group, self.batch):
+            ids, mask, kept = self._padded([group[i] for i in together])
+            places = torch.cat([torch.arange(ends[i] - sum(group[i].kept), ends[i]) for i in together])
+            for site, x in self.read(ids, None if mask.all() else mask.long()).items():
+                out[site][places] = self._rows(site, x[kept])
+            bar.update(len(places))
+        return out
+
+    def _padded(self, group: Sequence[Piece]) -> list[Tensor]:
+        """Ids, which of them are real, and which to record, `[pieces, longest]` each."""
+        shape = len(group), len(group[-1].ids)
+        ids = torch.zeros(shape, dtype=torch.long)
+        mask, kept = torch.zeros(shape, dtype=torch.bool), torch.zeros(shape, dtype=torch.bool)
+        for row, piece in enumerate(group):
+            ids[row, : len(piece.ids)] = torch.tensor(piece.ids)
+            kept[row, : len(piece.ids)] = torch.tensor(piece.kept)
+            mask[row, : len(piece.ids)] = True
+        return [tensor.to(self.device) for tensor in (ids, mask, kept)]
+
+    def _rows(self, site: str, x: Tensor) -> Tensor:
+        x = x.to(self.dtype)
+        if not x.isfinite().all():
+            raise BadRecipe(
+                f"expected finite activations at {site!r}, got others in {x.dtype}; record and compute in bf16 or fp32"
+            )
+        return x.cpu()
