@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from steerlib.errors import CompiledModel, NoSession, WrongWidth
 from steerlib.hosts import Host
-from steerlib.schedules import StepState
+from steerlib.passes import DenoisingPass, StepState, TextPass
 from steerlib.sites import Site
 
 from .modules import arguments
@@ -57,7 +57,7 @@ class Clock:
         self.moments: list[Moment] = []
         self.outer: set[str] = set()
         """Clocks around this one: where one of them has just told, it knows better, and this one is silent."""
-        self.traced: StepState | None = None
+        self.traced: Any = None
         self.passes: Counter[int] = Counter()
         """Passes so far, by thread."""
 
@@ -70,8 +70,8 @@ class Clock:
         state = self.host.state(self.path, args, kwargs) if asked else None
         for moment in asked:
             moment.state = state
-        if state is not None and state.progress is not None:  # blocks may be compiled where what calls them is not
-            self.traced = state.told(self.traced)
+        if isinstance(state, DenoisingPass):  # blocks may be compiled where what calls them is not
+            self.traced = state.into_tensors(self.traced)
         for moment in self.moments:
             moment.teller = self.path
 
@@ -147,7 +147,7 @@ class Socket:
     def _run(self, edit: Edit | None, x: Tensor) -> Tensor:
         state = self.moment.state
         if state is None:  # called by hand, outside the model's own forward
-            state = StepState(x.shape[1], like=x)
+            state = TextPass(x.shape[1], like=x)
         elif state.length != x.shape[1]:
             state = state.at(x.shape[1])
         y = x if edit is None else edit(x, state)
@@ -166,7 +166,7 @@ class Socket:
                 f"site {self.site.name!r} is being compiled with a passing steer(); call "
                 "steering = sl.attach(model, bank) first, then compile, then steering.set(...)"
             )
-        return self.traced(x, state.at_traced(x))
+        return self.traced(x, state.at(x.shape[1]))
 
 
 class Dispatch:

@@ -10,7 +10,7 @@ from torch import nn
 
 from steerlib.errors import UnknownSite, nearest
 from steerlib.hosts import Host
-from steerlib.schedules import StepState
+from steerlib.passes import StepState, TextPass, TracedPass
 from steerlib.sites import Site
 
 SIDES: dict[str, Literal["input", "update", "output"]] = {".in": "input", ".update": "update", "": "output"}
@@ -36,11 +36,11 @@ class ModuleHost(Host):
 
     def state(self, clock: str, args: tuple, kwargs: dict[str, Any]) -> StepState:  # noqa: ARG002
         first = next((v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor) and v.ndim > 1), None)
-        return StepState(0 if first is None else first.shape[1], like=first)
+        return TextPass(0 if first is None else first.shape[1], like=first)
 
     def traced_state(self, clock: str, args: tuple, kwargs: dict[str, Any]) -> StepState:
         plain = self.state(clock, args, kwargs)
-        return StepState.traced(plain.columns, plain.steps, None)
+        return TracedPass(plain.columns, plain.steps, None)
 
     def order(self, site: Site) -> tuple[int, ...]:
         return (list(dict(self.model.named_modules())).index(site.module),)

@@ -12,12 +12,12 @@ from .graph.causal_graph import CausalGraph as CausalGraph
 from .graph.causal_graph import Edge as Edge
 from .hosts import Host as Host
 from .hosts import load as load
+from .passes import StepState as StepState
 from .readers import read_bank as read_bank
 from .schedules import PerStep as PerStep
 from .schedules import Ramp as Ramp
 from .schedules import Schedule as Schedule
 from .schedules import Steps as Steps
-from .schedules import StepState as StepState
 from .schedules import Window as Window
 from .sites import Site as Site
 from .steering.interventions import Ablate as Ablate

@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary
 from torch import nn
 
 from .errors import CompiledModel, UnsupportedTarget
-from .schedules import StepState
+from .passes import StepState
 from .sites import Site
 
 HOSTS = {

@@ -9,7 +9,8 @@ import torch
 import steerlib as sl
 from steerlib.bank.concepts import Concept
 from steerlib.errors import BadEdit, ConflictingEdits
-from steerlib.schedules import StepState, gain
+from steerlib.passes import TextPass
+from steerlib.schedules import gain
 from steerlib.steering.edit import Edit, Table
 from steerlib.steering.program import Program
 
@@ -37,7 +38,7 @@ def encoder():
 
 
 def run(x, *edits, state=None, cap=float("inf")):
-    return Program(edits, cap=cap)(x, state or StepState(x.shape[1]))
+    return Program(edits, cap=cap)(x, state or TextPass(x.shape[1]))
 
 
 def test_reading_is_the_projection_in_units_of_the_direction(encoder, x):
@@ -106,8 +107,8 @@ def test_the_constant_path_equals_the_general_formula(encoder, x):
     edits = [edit(0, encoder, sl.Add([1.0, -2.0])), edit(1, encoder, sl.Add(0.5))]
     program = Program(edits, cap=3.0)
     assert program.part == "all"
-    delta, *_ = Table.of(edits, 3.0).change(x, StepState(5))
-    torch.testing.assert_close(program(x, StepState(5)), x + delta)
+    delta, *_ = Table.of(edits, 3.0).change(x, TextPass(5))
+    torch.testing.assert_close(program(x, TextPass(5)), x + delta)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 2e-2), (torch.float16, 2e-3)])

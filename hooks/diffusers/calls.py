@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary, ref
 from torch import Tensor, nn
 
 from steerlib.errors import BadEdit, Unanswerable
-from steerlib.schedules import Branch
+from steerlib.passes import Branch
 
 from ..attach import ASIDE
 

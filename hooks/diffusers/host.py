@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from steerlib.errors import CompiledModel, UnsupportedTarget
 from steerlib.hosts import Host
-from steerlib.schedules import Grid, StepState
+from steerlib.passes import DenoisingPass, Grid, StepState, TextPass, TracedPass
 from steerlib.sites import Site
 
 from ..modules import arguments, digest
@@ -101,7 +101,7 @@ class PipelineHost(Host):
         if rest:  # inside an autoencoder: the finished image, or one tile of it
             tiled = getattr(self.model.get_submodule(component), "use_tiling", False)
             call = running(self.pipe, component, self.model.get_submodule(component))
-            return StepState.denoising(
+            return DenoisingPass(
                 1.0,
                 prompts=call.prompts if call else None,
                 images=call.images if call else None,
@@ -111,7 +111,7 @@ class PipelineHost(Host):
         mask = given.get("attention_mask")
         mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
         length = 0 if first is None else first.shape[-1 if first.ndim < 3 else 1]
-        return StepState(length, mask=mask, branches=asking(self.pipe), like=first)
+        return TextPass(length, mask=mask, branches=asking(self.pipe), like=first)
 
     def traced_state(self, clock: str, args: tuple, kwargs: dict[str, Any]) -> StepState:
         module = self.model.get_submodule(clock)
@@ -119,10 +119,8 @@ class PipelineHost(Host):
         sample = _sample(given)
         noise = noise_level(module, _time(given), self._train_steps)
         steps = torch.zeros((1, 1), dtype=torch.long, device=sample.device)
-        state = StepState.traced(steps, steps, None)
-        state.copies = 0  # nobody can be asked how often the rows lie in the batch
-        state.progress = 1 - torch.as_tensor(noise, dtype=torch.float32, device=sample.device).reshape(-1)[0]
-        return state
+        progress = 1 - torch.as_tensor(noise, dtype=torch.float32, device=sample.device).reshape(-1)[0]
+        return TracedPass(steps, steps, None, progress=progress, copies=0)  # how often the rows lie in the batch is unknown
 
     def _denoising(self, clock: str, module: nn.Module, given: dict[str, Any]) -> StepState:
         sample, call = _sample(given), running(self.pipe, clock, module)
@@ -130,7 +128,7 @@ class PipelineHost(Host):
         rows, images, first = len(sample), call.images if call else None, sample if isinstance(sample, Tensor) else sample[0]
         known = call is not None and images is not None and rows % images == 0
         turn = turn_of(call, time) if known else None
-        return StepState.denoising(
+        return DenoisingPass(
             progress,
             step=step,
             visit=turn.visit if turn else 0,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from steerlib.errors import BadEdit, MissingExtra, Unanswerable, UnsupportedTarget
 from steerlib.hosts import Host
-from steerlib.schedules import Branch, StepState
+from steerlib.passes import Branch, StepState, TextPass, TracedPass
 from steerlib.sites import Site
 
 from ..attach import ASIDE, is_compiled
@@ -134,7 +134,7 @@ class TransformersHost(Host):
         call = _RUNNING.call
         if call is None or call.model is not self.model or clock == self._encoder:
             start = _cached(kwargs) if mask is None else mask.shape[1] - length
-            return StepState(length, start=start, mask=mask, like=tokens)
+            return TextPass(length, start=start, mask=mask, like=tokens)
         branch = self._branch() if call.guided else None
         start = self._start(call, branch, clock, length, kwargs) if mask is None else mask.shape[1] - length
         if branch != "uncond" and not ASIDE.running:
@@ -146,7 +146,7 @@ class TransformersHost(Host):
             if mask is None and call.mask is not None:
                 mask = call.mask.repeat_interleave(len(tokens) // len(call.mask), dim=0)
         halves = () if branch is None else (branch,)
-        return StepState(length, start=start, prompt=prompt, mask=mask, prompts=call.prompts, branches=halves, like=tokens)
+        return TextPass(length, start=start, prompt=prompt, mask=mask, prompts=call.prompts, branches=halves, like=tokens)
 
     def _start(self, call: Generation, branch: Branch | None, clock: str, length: int, kwargs: dict[str, Any]) -> int:
         """The column of the first token of a pass that was given no mask."""
@@ -191,7 +191,7 @@ class TransformersHost(Host):
         steps = (positions - ends[row][:, None] + 1).clamp(min=0)
         if real is None and length > 1:  # left pads share position 0 with the first real token; only the last is real
             real = torch.cat((positions[:, 1:] > positions[:, :-1], torch.ones_like(positions[:, :1]).bool()), dim=1)
-        return StepState.traced(positions, steps, real)
+        return TracedPass(positions, steps, real)
 
     # -- generate() ------------------------------------------------------------------------------------------
 

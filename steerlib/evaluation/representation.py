@@ -17,7 +17,7 @@ from ..encoders import Sparse, TopK
 from ..errors import MissingExtra
 from ..hooks.attach import LOCK, attachment
 from ..hosts import host_for
-from ..schedules import StepState
+from ..passes import StepState
 from ..steering.recording import observing
 
 

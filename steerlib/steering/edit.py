@@ -26,7 +26,8 @@ from ..bank.concepts import Concept, Gate
 from ..encoders import Encoder, Rows
 from ..encoders.base import fired
 from ..errors import RowMismatch, Unanswerable
-from ..schedules import Branch, StepState, gain
+from ..passes import Branch, StepState
+from ..schedules import gain
 from .interventions import Intervention, Rule
 
 Key = Hashable

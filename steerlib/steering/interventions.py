@@ -12,7 +12,8 @@ from typing import Any, Literal, NamedTuple
 
 from ..bank.concepts import Gate
 from ..errors import BadEdit
-from ..schedules import Branch, Schedule
+from ..passes import Branch
+from ..schedules import Schedule
 from . import masks
 
 Amount = float | Sequence[float]

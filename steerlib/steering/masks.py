@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..errors import BadEdit, RowMismatch, Unanswerable
-from ..schedules import Grid, StepState
+from ..passes import Grid, StepState
 
 Box = tuple[float, float, float, float]
 """Left, top, right, bottom of a part of an image, each a share of its width or height."""

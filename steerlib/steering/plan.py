@@ -16,7 +16,8 @@ from ..bank.concepts import Concept, Gate
 from ..encoders import Encoder
 from ..errors import BadEdit, ConflictingEdits, OtherWeights, OutOfRange, Unanswerable
 from ..hosts import Host
-from ..schedules import Branch, Within
+from ..passes import Branch
+from ..schedules import Within
 from ..sites import Site
 from .edit import Edit, Kept, Key, Reading, Table
 from .interventions import Ablate, Add, Clamp, Intervention, Patch, Rule, Set

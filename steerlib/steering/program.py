@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ..encoders.base import Encoder, fired, scale
 from ..errors import ConflictingEdits, RowMismatch, Unanswerable, WrongWidth
-from ..schedules import StepState, Window, Within, gain
+from ..passes import StepState
+from ..schedules import PerStep, Window, Within, gain
 from . import masks
 from .edit import Edit, Kept, Key, Reading, Table
 from .interventions import Patch
@@ -277,8 +278,8 @@ class Program:
                 return x.new_zeros((), dtype=torch.float32)
             if not all(halves):
                 share = x.new_tensor(halves, dtype=torch.float32).repeat_interleave(len(x) // len(halves))[:, None]
-        if edit.intervention.when is not None and (weights := edit.intervention.when.weigh(state)) is not None:
-            weights = weights.to(x.device)
+        if isinstance(when := edit.intervention.when, PerStep | Within):
+            weights = torch.as_tensor(when.weight(state), dtype=torch.float32, device=x.device)
             share = weights if share is None else share * weights
         for gate in (*edit.gates, *edit.shut):
             noted = state.notes.get(("gate", edit.key, gate))

@@ -10,7 +10,7 @@ from ..bank.concepts import Concept
 from ..errors import ConflictingEdits
 from ..hooks.attach import LOCK, Attachment, attachment
 from ..hosts import Host, host_for
-from ..schedules import StepState
+from ..passes import StepState
 from ..sites import Site
 from .edit import Reading
 
@@ -96,10 +96,10 @@ def _reader(bank: ConceptBank, concept: Concept, out: list[tuple[StepState, Tens
     reading = Reading(concept.id, bank.rows(concept), 1.0, crowd, concept.index)
 
     def observe(x: Tensor, state: StepState) -> None:
-        out.append((state.kept(), reading.of(x)))
+        out.append((state.detached(), reading.of(x)))
 
     return observe
 
 
 def _keeper(out: list[tuple[StepState, Tensor]]) -> Callable[[Tensor, StepState], None]:
-    return lambda x, state: out.append((state.kept(), x.detach().clone()))
+    return lambda x, state: out.append((state.detached(), x.detach().clone()))

@@ -18,7 +18,8 @@ from ..bank.concept_bank import ConceptBank
 from ..errors import BadEdit, ConflictingEdits, ModelBusy, OutOfRange, SiteNotReached, Unanswerable
 from ..hooks.attach import ASIDE, LOCK, Attachment, Dispatch, Socket, attachment, before_forward, is_compiled, modules_on
 from ..hosts import host_for
-from ..schedules import Branch, PerStep, StepState, Within
+from ..passes import Branch, StepState
+from ..schedules import PerStep, Within
 from ..sites import Site
 from .edit import Table
 from .interventions import Patch

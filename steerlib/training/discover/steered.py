@@ -13,7 +13,7 @@ from torch import Tensor
 from ...bank.concept_bank import ConceptBank
 from ...encoders import Sparse
 from ...errors import BadRecipe
-from ...schedules import StepState
+from ...passes import StepState
 from ...steering.recording import Replace, replacing
 from .systems import Codes, Contexts, Do, Reading, System, csr, csr_matrix
 

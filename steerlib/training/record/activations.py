@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ...errors import SiteNotReached
-from ...schedules import StepState
+from ...passes import StepState
 from ...steering.recording import observing
 from ...text import chat, progress
 

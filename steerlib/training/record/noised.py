@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ...errors import SiteNotReached
-from ...schedules import StepState, Window, windows
+from ...passes import StepState
+from ...schedules import Window, windows
 from ...steering.recording import observing
 
 Seen = dict[str, Float[Tensor, "B N D"]]
