@@ -53,6 +53,10 @@ class Host(ABC):
     def traced_state(self, clock: str, args: tuple, kwargs: dict[str, Any]) -> StepState:
         """The same in tensors alone, for code that is being compiled."""
 
+    def counts_tokens(self, site: Site) -> bool:  # noqa: ARG002
+        """Whether positions at a site are those of text tokens, so that `tokens=` can be answered."""
+        return True
+
     @abstractmethod
     def order(self, site: Site) -> tuple[int, ...]:
         """Sorts sites as a pass reaches them."""

@@ -14,7 +14,7 @@ from ...bank.concept_bank import ConceptBank
 from ...errors import BadRecipe
 from ...evaluation.comparison import Condition, Scores, Unrelated, answer, best_prompt, joint, stacked
 from ...evaluation.text import Judge
-from ...steering.plan import SHARE
+from ...steering.lowering import SHARE
 from ..recipe import ConceptRecipe, Recipe
 
 DOSES = (-1.5, -0.75, 1.5, 2.0)

@@ -19,7 +19,7 @@ from ...bank.concept_bank import ConceptBank
 from ...bank.concepts import Concept
 from ...encoders import Directions, Sparse
 from ...steering.interventions import Add
-from ...steering.plan import SHARE
+from ...steering.lowering import SHARE
 from ...steering.session import steer
 from ...text import progress
 from ..record.shards import Shards
