@@ -3,7 +3,7 @@
     python scripts/golden.py record golden.safetensors      # before a change
     python scripts/golden.py compare golden.safetensors     # after it: equal bits, or a list of what differs
 
-The cases are in the files beside this one whose names begin with `golden_`. They use public names only, so that they run
+The cases are in the folder `goldens`. They use public names only, so that they run
 unchanged on both sides. An entry is a path such as `law 1/llama/add/bare`; its first part is its group. Small models have
 random weights; shipped banks act on the real models they were made for.
 """
@@ -22,19 +22,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import diffusers
-import golden_banks
-import golden_images
-import golden_text
 import torch
 import transformers
-from golden_text import Found
+from goldens import banks, images, text
+from goldens.text import Found
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 import steerlib as sl
 
-PARTS = [(f"{name}/", make) for module in (golden_text, golden_images, golden_banks) for name, make in module.PARTS]
+PARTS = [(f"{name}/", make) for module in (text, images, banks) for name, make in module.PARTS]
 VERSIONS = {lib.__name__: lib.__version__ for lib in (torch, transformers, diffusers)}
 
 

@@ -150,22 +150,23 @@ class EditTensors:
         if len(given) > 1:
             raise RowMismatch(f"expected amounts for one number of rows, got {' and '.join(map(str, sorted(given)))}")
         rows = max(given, default=1)
-        whole = Rows(*(torch.cat(parts) for parts in zip(*(edit.rows[:4] for edit in edits), strict=True)))
-        columns = zip(*(edit.aim.rule for edit in edits), strict=True)
-        numbers = [torch.tensor([each(a) if len(each(a)) == rows else each(a) * rows for a in column]).T for column in columns]
-        keys = [edit.key for edit in edits]
-        same = torch.tensor([[float(one == other) for other in keys] for one in keys])
+        read, bias, write, threshold = (torch.cat(rows) for rows in zip(*(edit.rows[:4] for edit in edits), strict=True))
+        scale, shift, low, high = (
+            torch.tensor([each(amount) if len(each(amount)) == rows else each(amount) * rows for amount in column]).T
+            for column in zip(*(edit.aim.rule for edit in edits), strict=True)
+        )
+        same = torch.tensor([[float(one.key == other.key) for other in edits] for one in edits])
         target = torch.tensor([float(edit.is_target) for edit in edits])
-        return cls(whole.read, whole.bias, whole.write, whole.threshold, same, *numbers, target, torch.tensor(cap))
+        return cls(read, bias, write, threshold, same, scale, shift, low, high, target, torch.tensor(cap))
 
     def to(self, device: torch.device) -> "EditTensors":
         """The same contents elsewhere."""
         return EditTensors(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
 
-    def constant(self) -> Float[Tensor, "R D"]:
-        """The change of every token where all edits are constant, capped."""
+    def constant(self, cap: float) -> Float[Tensor, "R D"]:
+        """The change of every token where all edits are constant, cut to a length."""
         delta = self.shift @ self.write
-        return delta * (self.cap / delta.norm(dim=-1, keepdim=True).clamp(min=1e-30)).clamp(max=1)
+        return delta * (cap / delta.norm(dim=-1, keepdim=True).clamp(min=1e-30)).clamp(max=1)
 
     def readings(self, x: Float[Tensor, "B N D"], given: Given) -> Float[Tensor, "B N K"]:
         """z of float32 activations."""

@@ -79,11 +79,10 @@ class Lowering:
         for parent in parents:
             if not self._is_before(self.bank.site_of(self.bank[parent]), self.bank.site_of(place)):
                 raise Unanswerable(f"do='graph' needs {name!r} at a later site of the same stack than its cause {parent!r}")
-        weights = {
-            (scope, self.key(self.bank[p])): w * place.unit / self.bank[p].unit for p, w in parents.items()
-        }  # fmt: skip
-        read = self._reader(concept, place)
-        return self._made(concept, place, read, Forecast(weights), (), (scope, self.key(place)))
+        weights: dict[Key, float] = {}
+        for parent, weight in ((self.bank[parent], weight) for parent, weight in parents.items()):
+            weights[scope, self.key(parent)] = weight * place.unit / parent.unit
+        return self._made(concept, place, self._reader(concept, place), Forecast(weights), (), (scope, self.key(place)))
 
     def notes(self, edit: Edit) -> list[tuple[str, Note]]:
         """What an edit has to know, and the sites at which that is read."""

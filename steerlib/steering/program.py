@@ -126,7 +126,7 @@ class Run:
         """The change of every token like x, `[D]` or `[R, 1, D]`."""
         assert self.program.tensors is not None
         self._check_width(x)
-        delta = self.program.tensors.constant().to(x.device, x.dtype)
+        delta = self.program.tensors.constant(self.program.cap).to(x.device, x.dtype)
         return delta[0] if len(delta) == 1 else delta[:, None]
 
     # -- in general --------------------------------------------------------------------------------------------

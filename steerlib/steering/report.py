@@ -171,7 +171,7 @@ class Report:
 
     def cells(self) -> list[tuple[str, ...]]:
         """The table: a head, then a row for each line."""
-        rows = [("concept", "site", "passes", "tokens", "change", "off range", "largest", "capped")]
+        rows: list[tuple[str, ...]] = [("concept", "site", "passes", "tokens", "change", "off range", "largest", "capped")]
         for line in self.lines:
             shares = ("–" if share is None else f"{share:.0%}" for share in (line.change, line.off_range))
             largest = "–" if line.largest is None else f"{line.largest:.1f}"

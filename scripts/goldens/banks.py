@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from golden_text import Edits, Entry, Text, steered
 from tiny_pipelines import seeded
 from torch import Tensor
 
 import steerlib as sl
+from goldens.text import Edits, Entry, Text, steered
 from steerlib.bank import BaseModel, SiteFacts
 from steerlib.encoders import BatchTopK, Gated, JumpReLU, Matryoshka, ReLU, TopK, Transcoder
 
-GOLDEN_BANKS = Path(__file__).resolve().parents[1] / "tests" / "golden"
+GOLDEN_BANKS = Path(__file__).resolve().parents[2] / "tests" / "golden"
 
 # -- sparse encoders -------------------------------------------------------------------------------------------
 

@@ -5,11 +5,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from golden_text import Edits, Entry, reported, steered
 from tiny_pipelines import ALL, PIPELINES, Streams, seeded
 from torch import Tensor
 
 import steerlib as sl
+from goldens.text import Edits, Entry, reported, steered
 from steerlib.bank import BaseModel, SiteFacts
 
 
