@@ -19,7 +19,7 @@ from ..hosts import Host, digest_of, host_for
 from ..schedules import Window
 from . import card as cards
 from . import hub, layout, signature, trust
-from .concepts import Concept, printable
+from .concepts import Concept, Place, printable
 from .manifest import BaseModel, EncoderFacts, Manifest, SiteFacts
 from .search import ranked
 
@@ -148,20 +148,20 @@ class ConceptBank:
         """Where its files are on this machine, if it was opened from files."""
         return None if self._home is None else self._home.path
 
-    def site_of(self, concept: Concept) -> str:
+    def site_of(self, concept: Concept | Place) -> str:
         """The name of the site at which a concept is read and moved."""
         return self.encoders[concept.encoder].site
 
-    def read_at(self, concept: Concept) -> str:
+    def read_at(self, concept: Concept | Place) -> str:
         """The name of the site at which a concept is read: for a transcoder, an earlier one."""
         facts = self.encoders[concept.encoder]
         return facts.reads or facts.site
 
-    def window_of(self, concept: Concept) -> Window | None:
+    def window_of(self, concept: Concept | Place) -> Window | None:
         """When a concept is moved unless an edit says otherwise: near its noise level, if it has one."""
         return self.levels.get(concept.encoder.partition("@")[2].partition("#")[0])
 
-    def competes(self, concept: Concept) -> bool:
+    def competes(self, concept: Concept | Place) -> bool:
         """Whether what a concept reads depends on the others of its encoder."""
         facts = self.encoders[concept.encoder]
         return KINDS[facts.kind].competes(facts.settings)
@@ -173,7 +173,7 @@ class ConceptBank:
         """
         return ranked(words, list(self.concepts.values()))[:limit]
 
-    def rows(self, concept: Concept) -> Rows:
+    def rows(self, concept: Concept | Place) -> Rows:
         """What steering needs of one concept, read from disk when first asked for, and checked."""
         if (found := self._rows.get(concept.id)) is None:
             kind, facts = KINDS[self.encoders[concept.encoder].kind], self.encoders[concept.encoder]
@@ -185,7 +185,7 @@ class ConceptBank:
             widths = {self.read_at(concept): found.read, self.site_of(concept): found.write}
             for site, tensor in widths.items():
                 if (width := self.sites[site].width) != tensor.shape[-1]:
-                    raise WrongWidth(f"{concept.name!r} has width {tensor.shape[-1]}, its site {site!r} {width}")
+                    raise WrongWidth(f"{concept.id!r} has width {tensor.shape[-1]}, its site {site!r} {width}")
             self._rows[concept.id] = found
         return found
 

@@ -5,6 +5,8 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from math import inf, isfinite
 from typing import Any
 
+from torch import Tensor
+
 from ..errors import BadEdit, CorruptBank
 
 MAX_NAME, MAX_TEXT = 256, 1 << 14
@@ -39,6 +41,12 @@ class Gate:
         """Whether it says itself where it opens."""
         return (self.above, self.below) != (-inf, inf)
 
+    def passed(self, z: Tensor) -> Tensor:
+        """The share of an edit, 0 to 1, that the gate lets through where its concept reads `z`, in units of that concept."""
+        if self.full is not None:
+            return ((z - self.above) / (self.full - self.above)).clamp(0, 1)
+        return ((z > self.above) & (z < self.below)).float()
+
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
@@ -48,6 +56,29 @@ class Part:
     index: int
     unit: float
     """What one unit of the concept is here, in raw coordinates."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """One coordinate at which a concept is read and moved: its own, or that of one of its parts.
+
+    Attributes:
+        encoder: id of the encoder.
+        index: row of the encoder.
+        unit: one unit of the concept here, in raw coordinates.
+        natural: raw coordinates between which 99 % of the reference data lie, as many units of the concept here as at
+            its own coordinate; None if they were not measured.
+    """
+
+    encoder: str
+    index: int
+    unit: float
+    natural: tuple[float, float] | None = None
+
+    @property
+    def id(self) -> str:
+        """`encoder/index`."""
+        return f"{self.encoder}/{self.index}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +119,19 @@ class Concept:
     def id(self) -> str:
         """The name that always works: `encoder/index`."""
         return f"{self.encoder}/{self.index}"
+
+    @property
+    def at(self) -> tuple[Place, ...]:
+        """Every coordinate that moves with the concept: first its own, then its parts."""
+        own = Place(self.encoder, self.index, self.unit, self.natural)
+        return own, *(Place(part.encoder, part.index, part.unit, self._natural_of(part)) for part in self.parts)
+
+    def _natural_of(self, part: Part) -> tuple[float, float] | None:
+        """The natural values at a part: as many units of it as of the concept."""
+        if self.natural is None:
+            return None
+        low, high = (end * (part.unit / self.unit) for end in self.natural)
+        return low, high
 
     @property
     def places(self) -> "tuple[Concept, ...]":
