@@ -18,7 +18,7 @@ from test_bank import contents, make
 import steerlib as sl
 from steerlib import errors
 from steerlib.bank import trust
-from steerlib.bank.hub import shipped_banks
+from steerlib.bank.hub import shipped
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # huggingface_hub's own
 ROOT = Path(__file__).parent.parent
@@ -309,8 +309,8 @@ def test_banks_are_listed_by_base_model(hub):
     hub.add("org/far", {}, tags=["steerlib", "base_model:org/other"])
     assert [bank.name for bank in sl.list_banks(base_model="org/model")] == ["org/ours"]
     names = [bank.name for bank in sl.list_banks()]
-    assert names == [*shipped_banks(), "org/far", "org/ours"]
-    assert [bank.name for bank in sl.list_banks(local_files_only=True)] == shipped_banks()
+    assert names == [*shipped(), "org/far", "org/ours"]
+    assert [bank.name for bank in sl.list_banks(local_files_only=True)] == [*shipped()]
 
 
 # -- processes -----------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..errors import CorruptBank
 
+HASHES = "hashes.safetensors"
 BLOCK = 1 << 16
 PER_GROUP = BLOCK // 32
 SUFFIXES = {".safetensors": 1 << 42, ".json": 4 << 20, ".jsonl": 1 << 30, ".md": 4 << 20, ".png": 16 << 20}

@@ -1,0 +1,157 @@
+"""How a bank is looked into: concepts by name, where each is read and moved, what a person sees of them."""
+
+from abc import ABC
+from collections.abc import Iterator, KeysView, Mapping, Sequence
+from html import escape
+
+from ..encoders import KINDS, Encoder, Rows
+from ..errors import CorruptBank, UnknownConcept, nearest
+from ..graph.causal_graph import CausalGraph
+from ..schedules import Window
+from .concepts import Concept, Place, printable
+from .manifest import BaseModel, EncoderFacts, SiteFacts
+from .search import ranked
+from .shelf import Shelf
+
+SHOWN = 20
+"""Concepts that are shown of a bank; of more, their number is."""
+
+
+class Bank(ABC):
+    """What is read of a bank; `ConceptBank` says how one is made, and sets the attributes.
+
+    Methods that take a concept also take one of its places (`concept.at`).
+    """
+
+    name: str
+    base: BaseModel
+    sites: dict[str, SiteFacts]
+    levels: dict[str, Window]
+    graph: CausalGraph
+    concepts: dict[str, Concept]
+    _by_id: dict[str, Concept]
+    _shelf: Shelf
+
+    def __getitem__(self, name: str) -> Concept:
+        """A concept by its name or `encoder/index`; raises `UnknownConcept` with the nearest names."""
+        concept = self.concepts.get(name) or self._by_id.get(name)
+        if concept is None and (concept := self._shelf.concept(name)) is not None:
+            concept = self._by_id.setdefault(concept.id, concept)
+        if concept is None:
+            raise UnknownConcept(f"bank {self.name!r} has no concept {name!r}; {nearest(name, self.concepts)}")
+        return concept
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.concepts)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.concepts
+
+    def __len__(self) -> int:
+        return len(self.concepts)
+
+    def __bool__(self) -> bool:
+        return True  # a bank of latents of which no more is known has concepts all the same
+
+    def keys(self) -> KeysView[str]:
+        """Names of the concepts. Rows of encoders of which no more is known have none: `bank["layers.15/17"]`."""
+        return self.concepts.keys()
+
+    def _ipython_key_completions_(self) -> list[str]:
+        return list(self.concepts)
+
+    def find(self, words: str, limit: int = 5) -> list[Concept]:
+        """At most `limit` concepts that share words with these in name, label or examples, or mean much the same, best first.
+
+        Meaning is compared by sentence embeddings, if the extra `eval` is installed.
+
+        >>> [concept.name for concept in bank.find("a")]
+        ['a']
+        """
+        return ranked(words, list(self.concepts.values()))[:limit]
+
+    @property
+    def encoder_facts(self) -> dict[str, EncoderFacts]:
+        """Kind, site and settings of each encoder by its id; reads no weights. `bank.encoders` is an older name for it."""
+        return self._shelf.facts
+
+    encoders = encoder_facts
+
+    def encoder(self, id: str) -> Encoder:
+        """A whole encoder; all its weights are read."""
+        return self._shelf.encoder(id)
+
+    def rows(self, concept: Concept | Place) -> Rows:
+        """What steering needs of one concept: its reading row `[1, D]`, bias `[1]`, writing row `[1, D]` and threshold `[1]`.
+
+        Read when first asked for, and checked; raises `CorruptBank` or `WrongWidth`.
+
+        >>> bank.rows(bank["a"]).write.shape == (1, model.config.hidden_size)
+        True
+        """
+        return self._shelf.rows(concept, self.sites)
+
+    def count(self, encoder: str) -> int:
+        """Rows of an encoder; each is a concept, `encoder/index`."""
+        return self._shelf.count(encoder)
+
+    def site_of(self, concept: Concept | Place) -> str:
+        """Name of the site at which a concept is moved, and read unless its encoder is a transcoder."""
+        return self.encoder_facts[concept.encoder].site
+
+    def read_at(self, concept: Concept | Place) -> str:
+        """Name of the site at which a concept is read; for a transcoder, an earlier one than it is moved at."""
+        facts = self.encoder_facts[concept.encoder]
+        return facts.reads or facts.site
+
+    def window_of(self, concept: Concept | Place) -> Window | None:
+        """When a concept is moved unless an edit says otherwise: near the noise level of its encoder, if it has one."""
+        return self.levels.get(concept.encoder.partition("@")[2].partition("#")[0])
+
+    def competes(self, concept: Concept | Place) -> bool:
+        """Whether the reading of a concept depends on the other latents of its encoder, as with TopK."""
+        facts = self.encoder_facts[concept.encoder]
+        return KINDS[facts.kind].competes(facts.settings)
+
+    def __repr__(self) -> str:
+        heading, rows, lines = shown(self)
+        listing = [f"{name:<16} {encoder:<12} {amounts:<36} {label}".rstrip() for name, encoder, amounts, label in rows]
+        return "\n  ".join([heading, *listing, *lines])
+
+    def _repr_html_(self) -> str:
+        heading, rows, lines = shown(self)
+        table = "".join(f"<tr>{''.join(f'<td>{escape(text)}</td>' for text in row)}</tr>" for row in rows)
+        head = "<tr><th>concept</th><th>encoder</th><th>amounts, in units</th><th>meaning</th></tr>"
+        return f"<p>{escape(heading)}</p><table>{head}{table}</table>" + "".join(f"<p>{escape(line)}</p>" for line in lines)
+
+
+def shown(bank: Bank) -> tuple[str, list[tuple[str, str, str, str]], list[str]]:
+    """A heading, a row for each of `SHOWN` concepts (name, encoder, amounts, label), and lines on the others."""
+    gates = [concept.name for concept in bank.concepts.values() if concept.present is not None]
+    others = [concept for concept in bank.concepts.values() if concept.present is None]
+    named = [concept for concept in others if concept.name != concept.id]
+    rows = [(c.name, c.encoder, c.amounts, printable(c.label, 60)) for c in named[:SHOWN]]
+    levels = {concept.encoder for concept in others if concept.name == concept.id}
+    lines = [f"and {len(named) - SHOWN} more"] if len(named) > SHOWN else []
+    if levels:
+        lines.append(f"{len(others) - len(named):,} latents of {printable(', '.join(sorted(levels)), 120)}")
+    if gates:
+        lines.append(f"gates: {printable(', '.join(gates), 400)}")
+    heading = f"ConceptBank {bank.name!r}: {len(others)} concepts for {bank.base.id or 'a model'}, {len(bank.graph)} edges"
+    return heading, rows, lines
+
+
+def by_name(concepts: Sequence[Concept], encoders: Mapping[str, EncoderFacts]) -> dict[str, Concept]:
+    """Concepts by name; raises `CorruptBank` where a name stands twice, or an encoder or a gate is none of the bank's."""
+    found: dict[str, Concept] = {}
+    for concept in concepts:
+        if concept.encoder not in encoders:
+            raise CorruptBank(f"concept {concept.name!r} names encoder {concept.encoder!r}, which the bank does not have")
+        if found.setdefault(concept.name, concept) is not concept:
+            raise CorruptBank(f"expected each concept name once, got {concept.name!r} twice")
+        if missing := [part.encoder for part in concept.parts if part.encoder not in encoders]:
+            raise CorruptBank(f"concept {concept.name!r} has a part in {missing[0]!r}, which the bank does not have")
+    for concept in concepts:
+        if concept.gate is not None and concept.gate.concept not in found:
+            raise CorruptBank(f"concept {concept.name!r} is gated by {concept.gate.concept!r}, which the bank does not have")
+    return found
