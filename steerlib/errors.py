@@ -1,33 +1,15 @@
 """Every error steerlib raises on purpose.
 
 SteerlibError
-├── UnknownName (KeyError)
-│   ├── UnknownConcept       no such concept in the bank
-│   └── UnknownSite          no such place in the model
-├── UnsupportedTarget (TypeError)  nothing here knows how to steer this object
-├── BadEdit (ValueError)
-│   ├── ConflictingEdits     one concept is given two values
-│   ├── RowMismatch          amounts for other rows than the batch has
-│   └── Unanswerable         the host cannot tell what a schedule, a gate or a mode asks for
-├── BadBank (ValueError)
-│   ├── WrongModel           the bank was made for another architecture
-│   ├── WrongWidth           a vector does not fit its site
-│   ├── CorruptBank          missing, truncated or altered file
-│   │   └── WrongSignature   not signed, or by another key
-│   ├── UnknownFormat        written by a newer steerlib
-│   ├── UnknownBank          the Hub has no such repository or revision, or it is no bank
-│   ├── NoAccess             the Hub has it, and this token does not open it
-│   └── NotReached           offline or no answer, and not in the cache
-├── BadRecipe (ValueError)   a recipe that cannot be carried out
-├── SiteNotReached (RuntimeError)  the model ran, but a steered place did not
-├── CompiledModel (RuntimeError)   torch would silently ignore a hook added now
-├── ModelBusy (RuntimeError)       another thread steers this compiled model
-├── NoSession (RuntimeError)       several threads steer, this one has no session
-└── MissingExtra (ImportError)     an optional dependency is not installed
-
-SteeringWarning (UserWarning)
-├── OutOfRange               an amount beyond what was measured to be safe
-└── OtherWeights             same architecture as the bank's base model, other weights
+├── UnknownName (KeyError)           UnknownConcept, UnknownSite
+├── UnsupportedTarget (TypeError)
+├── BadEdit (ValueError)             ConflictingEdits, RowMismatch, Unanswerable
+├── BadBank (ValueError)             WrongModel, WrongWidth, UnknownFormat, UnknownBank, NoAccess, NotReached
+│   └── CorruptBank                  WrongSignature
+├── BadRecipe (ValueError)
+├── SiteNotReached, CompiledModel, ModelBusy, NoSession (RuntimeError)
+└── MissingExtra (ImportError)
+SteeringWarning (UserWarning)        OutOfRange, OtherWeights
 """
 
 from collections.abc import Iterable
@@ -39,7 +21,7 @@ class SteerlibError(Exception):
 
 
 class UnknownName(SteerlibError, KeyError):
-    """A name that nothing answers to; the message offers the nearest ones."""
+    """No concept or site has this name; the message offers the nearest ones."""
 
     def __str__(self) -> str:  # KeyError would show the repr
         return str(self.args[0])
@@ -50,11 +32,11 @@ class UnknownConcept(UnknownName):
 
 
 class UnknownSite(UnknownName):
-    """No such place in the model."""
+    """No such site in the model."""
 
 
 class UnsupportedTarget(SteerlibError, TypeError):
-    """Nothing here knows how to steer this object."""
+    """Not a model or pipeline that can be steered."""
 
 
 class BadEdit(SteerlibError, ValueError):
@@ -70,7 +52,7 @@ class RowMismatch(BadEdit):
 
 
 class Unanswerable(BadEdit):
-    """The host cannot tell what a schedule, a gate or a mode asks for."""
+    """This model or pipeline lacks what a schedule, a gate or a mode needs."""
 
 
 class BadBank(SteerlibError, ValueError):
@@ -114,7 +96,7 @@ class BadRecipe(SteerlibError, ValueError):
 
 
 class SiteNotReached(SteerlibError, RuntimeError):
-    """The model ran, but a steered place did not."""
+    """The model ran, but a steered site was never reached."""
 
 
 class CompiledModel(SteerlibError, RuntimeError):
@@ -146,9 +128,8 @@ class OtherWeights(SteeringWarning):
 
 
 def nearest(name: str, known: Iterable[str], hidden: Iterable[str] = ()) -> str:
-    """The end of an "unknown name" message: near spellings, `hidden` ones included, then a listing."""
+    """The end of an "unknown name" message: near spellings, of `hidden` names too, then a listing of the `known`."""
     names = list(known)
-    near = get_close_matches(name, [*names, *hidden], n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
+    near = " or ".join(map(repr, get_close_matches(name, [*names, *hidden], n=3, cutoff=0.5)))
     shown = ", ".join(names[:24]) + (f", … ({len(names)} in all)" if len(names) > 24 else "")
-    return f"{hint}It has: {shown or 'nothing'}"
+    return f"{f'did you mean {near}? ' if near else ''}It has: {shown or 'nothing'}"

@@ -140,7 +140,7 @@ class Manifest(NamedTuple):
         return json.dumps(values, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def _check(name: str, base: BaseModel, sites: Mapping[str, SiteFacts], license: str, provenance: Any) -> None:
+def _check(name: Any, base: BaseModel, sites: Mapping[str, SiteFacts], license: Any, provenance: Any) -> None:
     texts = (name, license, base.id, "" if base.weights is None else base.weights)
     if not all(isinstance(text, str) and text.isprintable() and len(text) <= 256 for text in texts):
         raise CorruptBank(f"expected names of at most 256 printable letters in bank.json, got {texts!r:.200}")

@@ -18,30 +18,39 @@ EVIDENCE: tuple[Evidence, ...] = get_args(Evidence)
 
 @dataclass(frozen=True, kw_only=True)
 class Edge:
-    """One concept's effect on another, measured by intervention."""
+    """One concept's effect on another, measured by intervention. Figures are in units of the two concepts.
+
+    Args:
+        src: name of the cause.
+        dst: name of the effect.
+        weight: change of `dst` per unit of `src`, with no other concept between them.
+        relation: `compute`: moving the one moves the other, along the order of generation. `selection`: the one is a part of
+            the other in the data, against that order; steering follows no such edge.
+        evidence: `observed` in readings; `randomised`: found by ablating many at random; `verified`: by ablating it alone.
+        tau: `E[z_dst - z_dst | do(z_src = 0)] / E[z_src]` on contexts that nothing was fitted to.
+        tau_lo: lower end of its 95 % interval, by bootstrap over contexts.
+        tau_hi: upper end.
+        necessity: `1 - E[z_dst | do(z_src = 0)] / E[z_dst]` where both fire.
+        sufficiency: `E[z_dst | do(z_src = q90)] / q90_dst` where the source does not fire.
+        n_verify: number of contexts in which the source was ablated alone.
+        p_adj: p value of `tau` being 0, adjusted for all edges that were tested (Benjamini & Hochberg 1995).
+
+    >>> sl.Edge(src="a", dst="b", weight=0.5, tau=0.4).effect
+    0.4
+    """
 
     src: str
     dst: str
     weight: float
-    """Change of `dst` per unit change of `src`, both in units of the concept, with no other concept between them."""
     relation: Relation = "compute"
-    """`compute`: moving the one moves the other, along the order of generation. `selection`: the one is a part of the other, by
-    the data, against that order; no such edge is followed when something is moved."""
     evidence: Evidence = "verified"
-    """`observed` in readings, `randomised`: found by random ablations of many at once, `verified`: by ablating it alone."""
     tau: float | None = None
-    """`E[z_dst - z_dst | do(z_src = 0)] / E[z_src]` on contexts that nothing was fitted to, in units of the concepts."""
     tau_lo: float | None = None
     tau_hi: float | None = None
-    """Its 95 % interval, by bootstrap over contexts."""
     necessity: float | None = None
-    """`1 - E[z_dst | do(z_src = 0)] / E[z_dst]` where both fire."""
     sufficiency: float | None = None
-    """`E[z_dst | do(z_src = q90)] / q90_dst` where the source does not fire."""
     n_verify: int = 0
-    """Contexts in which it was ablated alone."""
     p_adj: float | None = None
-    """That `tau` is 0, adjusted for all edges that were tested (Benjamini & Hochberg 1995)."""
 
     @property
     def effect(self) -> float:
@@ -50,7 +59,18 @@ class Edge:
 
 
 class CausalGraph:
-    """Concepts joined by edges; what follows from what is told by those of relation `compute`, in the order of generation."""
+    """Concepts joined by edges. Causes and forecasts follow those of relation `compute`; of the others only `edges` tells.
+
+    Args:
+        edges: in any order; at most one for each pair and relation.
+
+    Raises:
+        CorruptBank: the edges of a relation form a cycle, or one stands twice.
+
+    >>> graph = sl.CausalGraph([sl.Edge(src="a", dst="b", weight=0.5), sl.Edge(src="b", dst="c", weight=2.0)])
+    >>> graph.descendants("a"), graph.forecast({"a": 1.0})
+    (('b', 'c'), {'a': 1.0, 'b': 0.5, 'c': 1.0})
+    """
 
     def __init__(self, edges: Iterable[Edge] = ()):
         self.edges = tuple(sorted(edges, key=lambda edge: (edge.relation, edge.src, edge.dst)))
@@ -58,11 +78,11 @@ class CausalGraph:
         self._parents, self._order = orders["compute"]
 
     def parents(self, name: str) -> Mapping[str, float]:
-        """Direct causes of a concept, with their effects."""
+        """Direct causes of a concept by name, with their effects: units of the concept per unit of the cause."""
         return self._parents.get(name, {})
 
     def descendants(self, name: str) -> tuple[str, ...]:
-        """All that a concept moves, nearest causes first."""
+        """Names of all concepts that a concept moves, causes before their effects."""
         reached = {name}
         for concept in self._order:
             if reached & self.parents(concept).keys():
@@ -70,7 +90,7 @@ class CausalGraph:
         return tuple(concept for concept in self._order if concept in reached - {name})
 
     def forecast(self, changes: Mapping[str, float], *, fixed: Iterable[str] = ()) -> dict[str, float]:
-        """Changes of all concepts that follow from some, in units of the concept.
+        """Changes of all concepts that follow from `changes` of some, by name, in units of each concept.
 
         A `fixed` concept passes its own change on but receives none: Pearl's do-operator for a linear model.
         """

@@ -6,7 +6,6 @@ v, v0  what the cause is set to, and the reference     M(v)  mediators under v  
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 Run = Callable[[Mapping[str, Any]], Mapping[str, Any]]
@@ -57,8 +56,3 @@ def effects(
         tie=mean(value, m) - direct,
         cde=None if controlled is None else mean(value, controlled) - mean(reference, controlled),
     )
-
-
-def mediated_share(found: Effects) -> Tensor:
-    """How much of a total effect goes through the mediators: `tie / te`."""
-    return found.tie / torch.where(found.te == 0, torch.nan, found.te)
