@@ -110,22 +110,15 @@ class CausalGraph:
         line = {name: i for i, name in enumerate(names)}
         if missing := [end for edge in self.edges for end in (edge.src, edge.dst) if end not in line]:
             raise BadBank(f"the graph joins {missing[0]!r}, which is none of the bank's concepts; list it among them")
-        columns = {
-            "src": [line[edge.src] for edge in self.edges],
-            "dst": [line[edge.dst] for edge in self.edges],
-            "n_verify": [edge.n_verify for edge in self.edges],
-        }
-        codes = {
+        told = ("src", "dst", "n_verify", "weight", *MEASURED)
+        columns: dict[str, list[Any]] = {name: [getattr(edge, name) or 0 for edge in self.edges] for name in told}
+        columns |= {end: [line[name] for name in columns[end]] for end in ("src", "dst")}
+        columns |= {
             "relation": [RELATIONS.index(edge.relation) for edge in self.edges],
             "evidence": [EVIDENCE.index(edge.evidence) for edge in self.edges],
             "known": [sum(1 << i for i, name in enumerate(MEASURED) if getattr(e, name) is not None) for e in self.edges],
         }
-        figures = {name: [getattr(edge, name) or 0.0 for edge in self.edges] for name in ("weight", *MEASURED)}
-        return {
-            **{name: torch.tensor(column, dtype=torch.int64) for name, column in columns.items()},
-            **{name: torch.tensor(column, dtype=torch.uint8) for name, column in codes.items()},
-            **{name: torch.tensor(column, dtype=torch.float32) for name, column in figures.items()},
-        }
+        return {name: torch.tensor(column, dtype=COLUMNS[name]) for name, column in columns.items()}
 
     @classmethod
     def from_tensors(cls, columns: Mapping[str, Tensor], names: Sequence[str]) -> "CausalGraph":
@@ -133,19 +126,23 @@ class CausalGraph:
         known = {name: column for name, column in columns.items() if name in COLUMNS}
         if not {"src", "dst", "weight"} <= known.keys():
             raise CorruptBank("graph.safetensors lacks ends or weights")
-        if bad := [n for n, c in known.items() if c.ndim != 1 or c.is_complex() or c.is_floating_point() != COLUMNS[n]]:
+        numbers = {n: c.ndim == 1 and not c.is_complex() for n, c in known.items()}
+        if bad := [n for n in known if not numbers[n] or known[n].is_floating_point() != COLUMNS[n].is_floating_point]:
             raise CorruptBank(f"graph.safetensors: expected columns of numbers, got others for {', '.join(bad)}")
-        values = {name: column.tolist() for name, column in known.items()}
-        if len({len(column) for column in values.values()}) != 1:
+        if len({len(column) for column in known.values()}) != 1:
             raise CorruptBank("graph.safetensors has columns of several lengths")
-        return cls(_edge({name: column[i] for name, column in values.items()}, names) for i in range(len(values["src"])))
+        rows = zip(*(column.tolist() for column in known.values()), strict=True)
+        return cls(_edge(dict(zip(known, row, strict=True)), names) for row in rows)
 
 
 MEASURED = ("tau", "tau_lo", "tau_hi", "necessity", "sufficiency", "p_adj")
 """Figures that an edge may lack; the bits of the column `known` say which it has."""
-COUNTS = ("src", "dst", "n_verify", "relation", "evidence", "known")
-COLUMNS: dict[str, bool] = {**dict.fromkeys(COUNTS, False), **dict.fromkeys(("weight", *MEASURED), True)}
-"""What a graph is read from, and whether it is a figure; other columns are left alone."""
+COLUMNS: dict[str, torch.dtype] = {
+    **dict.fromkeys(("src", "dst", "n_verify"), torch.int64),
+    **dict.fromkeys(("relation", "evidence", "known"), torch.uint8),
+    **dict.fromkeys(("weight", *MEASURED), torch.float32),
+}
+"""What a graph is written as and read from; other columns are left alone."""
 
 
 def _edge(row: Mapping[str, Any], names: Sequence[str]) -> Edge:
@@ -155,15 +152,9 @@ def _edge(row: Mapping[str, Any], names: Sequence[str]) -> Edge:
     relation, evidence = row.get("relation", 0), row.get("evidence", EVIDENCE.index("verified"))
     if not (0 <= relation < len(RELATIONS) and 0 <= evidence < len(EVIDENCE)):
         raise CorruptBank(f"graph.safetensors has an edge of unknown relation or evidence: {relation}, {evidence}")
-    return Edge(
-        src=names[int(row["src"])],
-        dst=names[int(row["dst"])],
-        weight=row["weight"],
-        relation=RELATIONS[relation],
-        evidence=EVIDENCE[evidence],
-        n_verify=row.get("n_verify", 0),
-        **{name: row[name] for i, name in enumerate(MEASURED) if row.get("known", 0) >> i & 1 and name in row},
-    )
+    figures = {name: row[name] for i, name in enumerate(MEASURED) if row.get("known", 0) >> i & 1 and name in row}
+    codes: Any = {"relation": RELATIONS[relation], "evidence": EVIDENCE[evidence], "n_verify": row.get("n_verify", 0)}
+    return Edge(src=names[row["src"]], dst=names[row["dst"]], weight=row["weight"], **codes, **figures)
 
 
 def _order(edges: Iterable[Edge]) -> tuple[dict[str, dict[str, float]], tuple[str, ...]]:

@@ -1,6 +1,6 @@
 """Readers of other libraries' files, one format a file.
 
-A format is a module of this folder, named like it with `_` for `-`, that has `FILES`, the names of its files; `units(path)`, where
+A format is a module of this folder, named like it with `_` for `-`, with `FILES`, the names of its files; `units(path)`, where
 they lie; and `read(path, title, **options)`, what is in them. `OF` names the format of whose files its own are a special case.
 A format marked untested was checked against its documented layout and an independent formula, not against released files.
 """
