@@ -272,7 +272,7 @@ def test_what_is_published_loads_bit_equal(hub, tmp_path):
     bank = make(200, 64)
     commit = bank.push_to_hub("org/made", token="secret")
     received = hub.repos["org/made"]["commits"][commit]
-    bank.card = received["README.md"].decode()  # which has metadata now
+    bank = bank.with_concepts(card=received["README.md"].decode())  # which has metadata now
     assert bank.card.startswith("---\n") and bank.card.endswith("# made\n")
     expected = files_of(bank, tmp_path / "made")
     assert {path: data for path, data in received.items() if path != ".gitattributes"} == expected

@@ -65,8 +65,8 @@ class Bank(ABC):
 
         Meaning is compared by sentence embeddings, if the extra `eval` is installed.
 
-        >>> [concept.name for concept in bank.find("a")]
-        ['a']
+        >>> bank.find("a")[0].name
+        'a'
         """
         return ranked(words, list(self.concepts.values()))[:limit]
 
@@ -130,11 +130,15 @@ def shown(bank: Bank) -> tuple[str, list[tuple[str, str, str, str]], list[str]]:
     gates = [concept.name for concept in bank.concepts.values() if concept.present is not None]
     others = [concept for concept in bank.concepts.values() if concept.present is None]
     named = [concept for concept in others if concept.name != concept.id]
-    rows = [(c.name, c.encoder, c.amounts, printable(c.label, 60)) for c in named[:SHOWN]]
-    levels = {concept.encoder for concept in others if concept.name == concept.id}
+    rows = [
+        (printable(c.name, 40), f"…{c.encoder[-23:]}" if len(c.encoder) > 24 else c.encoder, c.amounts, printable(c.label, 60))
+        for c in named[:SHOWN]
+    ]
+    encoders = sorted({concept.encoder for concept in others if concept.name == concept.id})
     lines = [f"and {len(named) - SHOWN} more"] if len(named) > SHOWN else []
-    if levels:
-        lines.append(f"{len(others) - len(named):,} latents of {printable(', '.join(sorted(levels)), 120)}")
+    if encoders:
+        where = f"in {len(encoders)} encoders" if len(encoders) > 4 else f"of {', '.join(encoders)}"
+        lines.append(f"{len(others) - len(named):,} latents {where}")
     if gates:
         lines.append(f"gates: {printable(', '.join(gates), 400)}")
     heading = f"ConceptBank {bank.name!r}: {len(others)} concepts for {bank.base.id or 'a model'}, {len(bank.graph)} edges"

@@ -90,13 +90,7 @@ class ConceptBank(Stored):
 
     @classmethod
     def from_directions(
-        cls,
-        directions: Mapping[str, Tensor],
-        *,
-        site: str,
-        base: object,
-        name: str = "directions",
-        norm: float | None = None,
+        cls, directions: Mapping[str, Tensor], *, site: str, base: object, name: str = "directions", norm: float | None = None
     ) -> "ConceptBank":
         """A bank of one's own vectors at one site.
 
@@ -108,7 +102,8 @@ class ConceptBank(Stored):
             norm: median length of an activation at the site: additions are then capped to a share of it, or can match it.
 
         Raises:
-            WrongWidth: the vectors are not as wide as the site. UnknownSite: the model has no such site.
+            WrongWidth: the vectors are not as wide as the site.
+            UnknownSite: the model has no such site.
 
         >>> sl.ConceptBank.from_directions({"royal": torch.ones(model.config.hidden_size)}, site="layers.0", base=model).keys()
         dict_keys(['royal'])

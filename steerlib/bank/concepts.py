@@ -20,31 +20,25 @@ def printable(text: str, length: int | None = None) -> str:
 
 
 class Effects(TypedDict, total=False):
-    """Measured effects of a concept, as the evaluation stores them; amounts are in units of the concept. Every key is optional.
+    """Measured effects of a concept as the evaluation stores them, in `Concept.effects`; amounts are in units of the concept.
 
-    Steered by text recipes (`steerlib.training.calibrate`): `amount` (the useful amount at which everything was measured),
-    `answers` (their number), `conditions` (condition -> figure -> mean; "steered", "prompted" and the controls), `joint`
-    (condition -> score of each answer), `passes` and `also` (bar -> whether it is reached), `moved` (share of prompts on which
-    the score rises), `response` (scores over doses), `tried`, `examples`, and `concept`, `label`, `site`, `method`,
-    `instruction` as in the recipe. A gate: `precision`, `recall`, `tokens` (their number).
-    Latents: `frequency` (share of tokens or places at which it fires), `histogram` (of its positive readings), `promotes`
-    (tokens it makes likelier), `verified` (`holds`, `gain`, `highest`, `others`, `tokens`: steering the latent, to check its
-    label), `correlation` and `overlap` (with the attribute that its label names).
-    Levers of pictures: `edit` (the intervention's class), `amount`, `doses` (figures of each dose), `passes`, `effectiveness`,
-    `preservation`, `realism`, `outside`, `propagation`, `least` (the factor kept worst) and `scenes` (their number).
+    Text: `amount` at which all was measured; `answers`, how many; `conditions`: means of each figure, steered, prompted and for
+    each control; `joint`: scores of each answer; `passes` and `also`: bars that are reached; `moved`: share of prompts whose
+    score rises; `response`: figures over doses; `tried`, `examples`; `concept`, `label`, `site`, `method`, `instruction`.
+    Gates: `precision`, `recall`, `tokens`. Latents: `frequency`; `histogram` of positive readings; `promotes`: tokens made
+    likelier; `correlation` and `overlap` with what the label names; `verified`: `holds`, `gain`, ... of steering to check it.
+    Pictures: `edit`, the intervention, with `amount`, `doses`, `passes`, `effectiveness`, `preservation`, `realism`, `outside`,
+    `propagation`, `least`: the factor kept worst, and `scenes`, how many.
     """
 
     amount: float
-    answers: int
+    edit: str
     conditions: dict[str, dict[str, float]]
-    joint: dict[str, list[float]]
     passes: dict[str, bool]
     promotes: list[str]
     verified: dict[str, Any]
     frequency: float
     correlation: float
-    edit: str
-    effectiveness: float
 
 
 @dataclass(frozen=True)

@@ -154,7 +154,7 @@ def _edge(row: Mapping[str, Any], names: Sequence[str]) -> Edge:
         raise CorruptBank(f"graph.safetensors has an edge of unknown relation or evidence: {relation}, {evidence}")
     figures = {name: row[name] for i, name in enumerate(MEASURED) if row.get("known", 0) >> i & 1 and name in row}
     codes: Any = {"relation": RELATIONS[relation], "evidence": EVIDENCE[evidence], "n_verify": row.get("n_verify", 0)}
-    return Edge(src=names[row["src"]], dst=names[row["dst"]], weight=row["weight"], **codes, **figures)
+    return Edge(src=names[int(row["src"])], dst=names[int(row["dst"])], weight=row["weight"], **codes, **figures)
 
 
 def _order(edges: Iterable[Edge]) -> tuple[dict[str, dict[str, float]], tuple[str, ...]]:

@@ -45,11 +45,11 @@ def read_bank(
         reads: where they read, in the same way.
         base: the model, or its id.
         revision, token, cache_dir, local_files_only: of the Hub, as for `ConceptBank.from_pretrained`.
-        options: those of the format's own `read`, in its file in `steerlib/readers/`.
+        options: those of the format's own `read`.
 
     Raises:
         UnknownFormat: the files are of no known format, of several, or of a kind that no encoder here computes.
-        BadBank: there are no such files, or they say nothing of where they belong.
+        BadBank: there are no such files.
 
     >>> import json, pathlib, tempfile
     >>> file = pathlib.Path(tempfile.mkdtemp(), "royal.svec")
@@ -57,19 +57,24 @@ def read_bank(
     >>> sl.read_bank(file, base=model).keys()
     dict_keys(['royal'])
     """
-    local = Path(name_or_folder).exists()
-    if format not in FORMATS and (format is not None or not local):
-        raise UnknownFormat(f"expected a format, one of {', '.join(FORMATS)}, got {format!r}")
     hub = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
-    path = files.resolve(name_or_folder, FORMATS[format].FILES if format else (), folder=folder, **hub)
+    path, format = _located(name_or_folder, format, folder, hub)
+    title = str(path.resolve()) if Path(name_or_folder).exists() else f"{name_or_folder}/{folder}"
+    foreign = FORMATS[format].read(path, title, **options)
+    return bank_of(foreign, Path(name_or_folder).name, format, site=site, reads=reads, base=base)
+
+
+def _located(name: str | os.PathLike[str], format: str | None, folder: str, hub: dict[str, Any]) -> tuple[Path, str]:
+    """Where the files are, and their format."""
+    if format not in FORMATS and (format is not None or not Path(name).exists()):
+        raise UnknownFormat(f"expected a format, one of {', '.join(FORMATS)}, got {format!r}")
+    path = files.resolve(name, FORMATS[format].FILES if format else (), folder=folder, **hub)
     format = format or _detected(path)
     if not (own := _units(format, path)):
         raise BadBank(f"{path.name!r} has no files of format {format!r}: {', '.join(FORMATS[format].FILES)}")
     if len(own) < len(FORMATS[format].units(path)):
         raise BadBank(f"{path.name!r} has files of several formats; read a folder= of {format!r} alone")
-    title = f"{path.resolve() if local else name_or_folder}" + ("" if local else f"/{folder}")
-    foreign = FORMATS[format].read(path, title, **options)
-    return bank_of(foreign, Path(name_or_folder).name, format, site=site, reads=reads, base=base)
+    return path, format
 
 
 def _units(format: str, path: Path) -> list[Path]:
