@@ -13,11 +13,10 @@ from ..graph.causal_graph import CausalGraph
 from ..hosts import host_for
 from ..schedules import Window
 from . import hub, layout
-from .bank import by_name
+from .bank import Stored, by_name
 from .concepts import Concept
 from .manifest import BaseModel, SiteFacts
 from .shelf import Shelf
-from .stored import Stored
 
 
 class ConceptBank(Stored):

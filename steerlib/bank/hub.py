@@ -93,12 +93,18 @@ class Home:
     def read(self, name: str, record: Mapping[str, Any], start: int, stop: int, sha256: str | None) -> bytes:
         """Bytes of a file of at least the right size: from the file if it is here, else from those kept, else from the Hub."""
         if self.repository and not (self.path / name).is_file():
-            kept = self._kept(sha256 or hashlib.sha256(f"{record['sha256']}:{start}-{stop}".encode()).hexdigest())
+            from huggingface_hub import cached_assets_path
+
+            assets = None if self.cache_dir is None else Path(self.cache_dir) / "assets"
+            blocks = cached_assets_path("steerlib", namespace=self.repository, subfolder="blocks", assets_dir=assets)
+            kept = blocks / (sha256 or hashlib.sha256(f"{record['sha256']}:{start}-{stop}".encode()).hexdigest())
             if kept.is_file() and _fits(data := kept.read_bytes(), stop - start, sha256):
                 return data
             if (found := self._range(name, start, stop)) is not None:
                 if _fits(found, stop - start, sha256):
-                    _keep(found, kept)
+                    with tempfile.TemporaryDirectory(dir=blocks, prefix=".") as scratch:  # written whole or not at all
+                        (Path(scratch) / "block").write_bytes(found)
+                        (Path(scratch) / "block").replace(kept)
                 return found
             self.fetch({name: record})
         if name not in self._sized:
@@ -108,13 +114,6 @@ class Home:
         with self._sized[name].open("rb") as file:
             file.seek(start)
             return file.read(stop - start)
-
-    def _kept(self, name: str) -> Path:
-        """Where bytes of files that are not here whole are kept, under their hash."""
-        from huggingface_hub import cached_assets_path
-
-        assets = None if self.cache_dir is None else Path(self.cache_dir) / "assets"
-        return cached_assets_path("steerlib", namespace=self.repository, subfolder="blocks", assets_dir=assets) / name
 
     def _range(self, name: str, start: int, stop: int) -> bytes | None:
         """Some bytes of a file on the Hub; nothing where the server sends whole files only."""
@@ -174,14 +173,6 @@ def _broken() -> type[Exception]:
     from huggingface_hub.errors import HfHubHTTPError
 
     return next(base for base in HfHubHTTPError.__mro__ if base.__name__ == "HTTPError")
-
-
-def _keep(data: bytes, path: Path) -> None:
-    """Write a file whole or not at all, whoever else writes it."""
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as scratch:
-        fresh = Path(scratch) / path.name
-        fresh.write_bytes(data)
-        fresh.replace(path)
 
 
 def _uncached(id: str) -> str:

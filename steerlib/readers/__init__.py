@@ -47,9 +47,7 @@ def read_bank(
         revision, token, cache_dir, local_files_only: of the Hub, as for `ConceptBank.from_pretrained`.
         options: those of the format's own `read`.
 
-    Raises:
-        UnknownFormat: the files are of no known format, of several, or of a kind that no encoder here computes.
-        BadBank: there are no such files.
+    Raises `UnknownFormat` for files of none or several formats or of a kind that no encoder computes, `BadBank` where none are.
 
     >>> import json, pathlib, tempfile
     >>> file = pathlib.Path(tempfile.mkdtemp(), "royal.svec")
@@ -69,25 +67,20 @@ def _located(name: str | os.PathLike[str], format: str | None, folder: str, hub:
     if format not in FORMATS and (format is not None or not Path(name).exists()):
         raise UnknownFormat(f"expected a format, one of {', '.join(FORMATS)}, got {format!r}")
     path = files.resolve(name, FORMATS[format].FILES if format else (), folder=folder, **hub)
-    format = format or _detected(path)
-    if not (own := _units(format, path)):
-        raise BadBank(f"{path.name!r} has no files of format {format!r}: {', '.join(FORMATS[format].FILES)}")
-    if len(own) < len(FORMATS[format].units(path)):
-        raise BadBank(f"{path.name!r} has files of several formats; read a folder= of {format!r} alone")
-    return path, format
+    fits = [format] if format else [name for name in FORMATS if _units(name, path)]
+    if len(fits) != 1:
+        raise UnknownFormat(
+            f"cannot tell the format of {path.name!r} from its files ({' and '.join(fits) or 'none'} would fit); "
+            f"give format=, one of {', '.join(FORMATS)}"
+        )
+    if not (own := _units(fits[0], path)):
+        raise BadBank(f"{path.name!r} has no files of format {format!r}: {', '.join(FORMATS[fits[0]].FILES)}")
+    if len(own) < len(FORMATS[fits[0]].units(path)):
+        raise BadBank(f"{path.name!r} has files of several formats; read a folder= of {fits[0]!r} alone")
+    return path, fits[0]
 
 
 def _units(format: str, path: Path) -> list[Path]:
     """Where files of a format lie that are not those of a special case of it."""
     special = [unit for module in FORMATS.values() if getattr(module, "OF", "") == format for unit in module.units(path)]
     return [unit for unit in FORMATS[format].units(path) if unit not in special]
-
-
-def _detected(path: Path) -> str:
-    fits = [name for name in FORMATS if _units(name, path)]
-    if len(fits) != 1:
-        raise UnknownFormat(
-            f"cannot tell the format of {path.name!r} from its files ({' and '.join(fits) or 'none'} would fit); "
-            f"give format=, one of {', '.join(FORMATS)}"
-        )
-    return fits[0]
