@@ -402,7 +402,7 @@ def test_banks_give_back_the_same_encoder_whole_or_one_row_at_a_time(model, kind
         for ours, theirs in zip(lazy.rows(concept)[:4], encoder.rows([i])[:4], strict=True):
             torch.testing.assert_close(ours, theirs)
         assert lazy.read_at(concept) == (reads.get("layers.1.mlp") or "layers.1.mlp")
-    assert not lazy._encoders and not lazy.concepts
+    assert not lazy._shelf._made and not lazy.concepts
     whole.save_pretrained(tmp_path / "b")
     assert all((tmp_path / "b" / p.name).read_bytes() == p.read_bytes() for p in (tmp_path / "a").iterdir() if p.is_file())
     with pytest.raises(errors.UnknownConcept, match="rows 0 to 11, got '12'"):

@@ -7,7 +7,8 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
-from ...bank.concept_bank import ConceptBank, EncoderFacts
+from ...bank.concept_bank import ConceptBank
+from ...bank.manifest import EncoderFacts
 from ...encoders import Sparse
 from ...evaluation.probing import Attribute
 from ...evaluation.representation import quality, stability
