@@ -21,7 +21,7 @@ from tiny_models import WORDS, tiny, toy_tokenizer
 import steerlib as sl
 from steerlib import errors
 from steerlib.evaluation import report
-from steerlib.evaluation.comparison import Unrelated
+from steerlib.evaluation.comparison import Condition, Unrelated
 from steerlib.training.calibrate import doses as calibrate
 from steerlib.training.calibrate.measure import ANSWERING
 from steerlib.training.directions.levers import Lever
@@ -157,7 +157,7 @@ def test_the_search_stays_within_its_budget_and_chooses_a_finalist(uninterrupted
         assert choice.answers == 32 and len(choice.trials) == 5
         assert calibrate.Choice.from_dict(choice.to_dict()) == choice
         best = sorted(choice.trials, key=lambda trial: -trial.joint)[: calibrate.FINALISTS]
-        assert (choice.method, choice.site, choice.strength) in [trial.setting for trial in best]
+        assert (choice.method, choice.site, choice.strength) in [trial[:3] for trial in best]
 
 
 def test_strengths_are_shares_of_the_strongest_that_leaves_ordinary_text_nearly_as_it_is(uninterrupted):
@@ -170,7 +170,7 @@ def test_strengths_are_shares_of_the_strongest_that_leaves_ordinary_text_nearly_
         choice, strongest = chosen(folder, concept.name), {}
         for trial in choice.trials:
             made = studio.bank(concept, concept.asked[choice.prompt], trial.method, trial.site)
-            kl = ordinary.side_effects(calibrate.condition(trial.setting, lambda *_, made=made: made)).kl
+            kl = ordinary.side_effects(Condition(name="tried", bank=made, edits={"lever": trial.strength})).kl
             moves = {
                 made.site_of(place): trial.strength * float(made.rows(place).write.norm()) for place in made["lever"].places
             }
@@ -202,7 +202,7 @@ def test_measurements_agree_with_what_they_were_made_from(uninterrupted):
                 expected = (means[name] - u) / (p - u) if p > u + 1e-4 else line["ratio"]
                 assert line["ratio"] == pytest.approx(expected, abs=1e-4 * (3 + 3 / max(p - u, 1e-4)))
         choice = chosen(folder, concept.name)
-        same = choice.best_of(choice.method).setting == (choice.method, choice.site, choice.strength)
+        same = choice.best_of(choice.method)[:3] == (choice.method, choice.site, choice.strength)
         assert (found[choice.method] == found["steered"]) is same and choice.method == effects["method"]
         assert found["steered"]["kl"] > 0 and found["random-1"]["kl"] > 0 and "kl" not in found["no-op"]
         assert effects["passes"]["at most 0.5 nats worse than prompting"] is (

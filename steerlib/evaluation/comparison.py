@@ -97,7 +97,6 @@ def answer(
     seeds: Sequence[int],
     new_tokens: int = 40,
     temperature: float = TEMPERATURE,
-    what: str = "writing",
 ) -> Scores:
     """Answer every request under every condition and seed, and score the answers.
 
@@ -109,7 +108,7 @@ def answer(
     groups = [kind[i : i + at_once] for kind in asking for i in range(0, len(kind), at_once)]
     texts: list[list[list[str]]] = [[[] for _ in seeds] for _ in conditions]
     likelihood = np.zeros((len(conditions), len(seeds), len(prompts)))
-    for g, s in progress([(g, s) for g in range(len(groups)) for s in range(len(seeds))], what):
+    for g, s in progress([(g, s) for g in range(len(groups)) for s in range(len(seeds))], "answers"):
         some = [conditions[k] for k in groups[g]]
         asked = [chat(tokenizer, prompt, c.instruction) for c in some for prompt in prompts]
         with together(model, some, len(prompts)):
@@ -210,33 +209,23 @@ def ratios(totals: Mapping[str, Float[np.ndarray, " cells"]]) -> dict[str, dict[
 def random_bank(concept: Concept, bank: ConceptBank, *, count: int = RANDOM_DIRECTIONS, seed: int = 0) -> ConceptBank:
     """Random directions wherever a concept is moved, as long as its own, sharing its units and its gate."""
     generator = torch.Generator().manual_seed(seed)
-    rows: dict[str, list[Tensor]] = {}
-    gate = None if concept.gate is None else bank[concept.gate.concept]
+
+    def drawn(own: Float[Tensor, " D"]) -> Float[Tensor, " D"]:
+        found = torch.randn(len(own), generator=generator)
+        return found * own.norm() / found.norm()
+
+    writes = [bank.rows(place).write[0] for place in concept.places]
+    found = [[drawn(own) for own in writes] for _ in range(count)]
+    where = {f"{bank.site_of(place)}#{k}": bank.site_of(place) for k, place in enumerate(concept.places)}
+    encoders = {id: Directions(torch.stack(rows)) for id, rows in zip(where, zip(*found, strict=True), strict=True)}
+    sites = {site: bank.sites[site] for site in where.values()}
     concepts = []
     for i in range(count):
-        places = []
-        for place in concept.places:
-            own = bank.rows(place).write[0]
-            drawn = torch.randn(len(own), generator=generator)
-            found = rows.setdefault(bank.site_of(place), [])
-            found.append(drawn * own.norm() / drawn.norm())
-            places.append(Part(encoder=bank.site_of(place), index=len(found) - 1, unit=place.unit))
-        first, *others = places
-        concepts.append(
-            Concept(
-                name=f"random-{i + 1}",
-                encoder=first.encoder,
-                index=first.index,
-                unit=concept.unit,
-                parts=tuple(others),
-                gate=concept.gate,
-                match_norm=concept.match_norm,
-            )
-        )
-    encoders = {site: Directions(torch.stack(vectors)) for site, vectors in rows.items()}
-    sites = {site: SiteFacts(width=encoder.decoder.shape[1], norm=bank.sites[site].norm) for site, encoder in encoders.items()}
-    where = {site: site for site in encoders}
-    if gate is not None:
+        first, *parts = (Part(encoder=id, index=i, unit=p.unit) for id, p in zip(where, concept.places, strict=True))
+        facts = {"parts": tuple(parts), "gate": concept.gate, "match_norm": concept.match_norm}
+        concepts.append(Concept(name=f"random-{i + 1}", encoder=first.encoder, index=i, unit=concept.unit, **facts))
+    if concept.gate is not None:
+        gate = bank[concept.gate.concept]
         read, bias, *_ = bank.rows(gate)
         site = bank.site_of(gate)
         # a direction d reads <x, d> / |d|^2 - mean

@@ -16,24 +16,12 @@ class Example(TypedDict):
 
 
 class MeasuredEffects(TypedDict):
-    """Of a concept of a language model, as `training.calibrate.measure` measured it on the recipe's evaluation prompts.
+    """Of a concept of a language model at its useful `amount`, in units (`training.calibrate.measure`).
 
-    Attributes:
-        concept, label: Its name and meaning.
-        site: Where it is moved; sites of several layers with spaces between.
-        method: The method that made it.
-        amount: Its useful amount, in units, at which everything was measured.
-        instruction: The words it is compared with.
-        answers: Answers of each condition.
-        moved: Share of prompts on which it raises the concept.
-        conditions: By condition (`unsteered`, `prompted`, `steered`, controls, methods): `score`, `concept`, `relevance`,
-            `fluency`, `joint`, `ratio`, `nll`, `distinct`, `specificity`, and side effects `kl`, `loss`, `agreement`.
-        joint: By condition, the joint score of each prompt.
-        response: How the concept follows the dose (`evaluation.comparison.Response`).
-        examples: Some answers.
-        tried: Every setting that was tried: method, site, strength, joint score.
-        passes: By bar that a shipped concept has to clear, whether it does.
-        also: The same of bars that are reported and not required.
+    By condition (unsteered, prompted, steered, controls, methods), `conditions` holds mean scores and side effects, and `joint`
+    the joint score of each prompt. `moved` is the share of prompts on which steering raises the concept, `response` a
+    `comparison.Response`, `tried` every setting with its joint score. `passes` and `also` say whether it clears each bar: those
+    that a shipped concept has to clear, and those that are only reported.
     """
 
     concept: str
@@ -74,13 +62,8 @@ class Verified(TypedDict):
 class LatentEffects(TypedDict, total=False):
     """Of a latent of a sparse encoder.
 
-    Attributes:
-        frequency: Share of tokens that it fires on.
-        promotes: Tokens that the model's own head makes likelier by its decoder row.
-        histogram: `first` filled bin and `counts` from there on, of its positive readings (`training.label.labels`).
-        verified: What moving it did.
-        correlation: Of its readings with what its label says.
-        overlap: Intersection over union of where it fires and where what its label says is.
+    `frequency` is the share of tokens that it fires on, `promotes` the tokens that the model's own head makes likelier by it.
+    `correlation` and `overlap` (intersection over union) are those of its readings with what its label says.
     """
 
     frequency: float
@@ -92,8 +75,7 @@ class LatentEffects(TypedDict, total=False):
 
 
 class PictureEffects(TypedDict, total=False):
-    """Of a lever of a diffusion model: the edit that was chosen (`"Set"` or `"Add"`) and its amount in units, the figures it
-    was measured by, and by bar whether it clears it."""
+    """Of a lever of a diffusion model: the edit that was chosen, `"Set"` or `"Add"`, its amount in units, and the bars it clears."""
 
     edit: str
     amount: float

@@ -117,16 +117,16 @@ def _next_tokens(model: Any, tokenizer: Any, texts: Sequence[str], length: int =
 # -- what latents tell, and what seeds agree on ----------------------------------------------------------------
 
 
-def probed(encoder: Sparse, labelled: Mapping[str, Attribute]) -> dict[str, dict[str, Any]]:
-    """By attribute: accuracies of probes by how many latents they look at, and the latents that go best with the attribute
-    with their selection scores."""
+def probed(encoder: Sparse, labelled: Mapping[str, Attribute]) -> dict[str, Any]:
+    """Under `probes`, by attribute: accuracies of probes by how many latents they look at, and the latents that go best with the
+    attribute with their selection scores. Nothing where there are no attributes."""
     found = {}
     for name, attribute in progress(list(labelled.items()), "probing latents"):
         probes = asdict(attribute.probes(encoder))
         by_size = {side: {str(k): a for k, a in value.items()} for side, value in probes.items() if side != "dense"}
         best = [[i, round(score, 4)] for i, score in zip(*map(Tensor.tolist, attribute.best(encoder, BEST)), strict=True)]
         found[name] = {**by_size, "dense": probes["dense"], "best": best}
-    return found
+    return {"probes": found} if found else {}
 
 
 def apart(runs: Sequence[Sparse], x: Float[Tensor, "N D"]) -> dict[str, float]:

@@ -37,8 +37,10 @@ def train(target: Any, recipe: Recipe, *, tokenizer: Any = None, work: str | os.
         >>> bank.save_pretrained("out/bank")                                     # doctest: +SKIP
     """
     recipe.check()
-    folder = None if work is None else Path(work) / recipe.digest[:16]  # so that results of another recipe are never mixed in
-    return WAYS[type(recipe)](target, tokenizer, recipe, folder)
+    if work is not None:
+        return WAYS[type(recipe)](target, tokenizer, recipe, Path(work) / recipe.digest[:16])  # apart from other recipes
+    with TemporaryDirectory() as place:
+        return WAYS[type(recipe)](target, tokenizer, recipe, Path(place))
 
 
 def best_device() -> torch.device:
@@ -49,28 +51,27 @@ def best_device() -> torch.device:
 # -- a way for each kind of recipe -----------------------------------------------------------------------------
 
 
-def _directions(target: Any, tokenizer: Any, recipe: DirectionRecipe, folder: Path | None) -> ConceptBank:
+def _directions(target: Any, tokenizer: Any, recipe: DirectionRecipe, folder: Path) -> ConceptBank:
     from .package.directions import check_methods, train_directions
 
     check_methods(recipe)
     return train_directions(*_language_model(target, tokenizer, recipe), recipe, folder)
 
 
-def _text_encoders(target: Any, tokenizer: Any, recipe: TextEncoderRecipe, folder: Path | None) -> ConceptBank:
+def _text_encoders(target: Any, tokenizer: Any, recipe: TextEncoderRecipe, folder: Path) -> ConceptBank:
     from .package.latents import train_latents
 
-    model, tokenizer = _language_model(target, tokenizer, recipe)
-    return _in_folder(folder, lambda place: train_latents(model, tokenizer, recipe, place))
+    return train_latents(*_language_model(target, tokenizer, recipe), recipe, folder)
 
 
-def _pipeline_encoders(target: Any, tokenizer: Any, recipe: PipelineEncoderRecipe, folder: Path | None) -> ConceptBank:  # noqa: ARG001
+def _pipeline_encoders(target: Any, tokenizer: Any, recipe: PipelineEncoderRecipe, folder: Path) -> ConceptBank:  # noqa: ARG001
     from .package.pictures import train_pictures
 
     pipe = load(recipe.source)[0].to(best_device()) if target is None else target
-    return _in_folder(folder, lambda place: train_pictures(pipe, recipe, place))
+    return train_pictures(pipe, recipe, folder)
 
 
-WAYS: dict[type[Recipe], Callable[[Any, Any, Any, Path | None], ConceptBank]] = {
+WAYS: dict[type[Recipe], Callable[[Any, Any, Any, Path], ConceptBank]] = {
     DirectionRecipe: _directions,
     TextEncoderRecipe: _text_encoders,
     PipelineEncoderRecipe: _pipeline_encoders,
@@ -83,11 +84,3 @@ def _language_model(target: Any, tokenizer: Any, recipe: Recipe) -> tuple[Any, A
         loaded, tokenizer = load(recipe.source)
         target = loaded.to(best_device()) if target is None else target
     return target, tokenizer
-
-
-def _in_folder(folder: Path | None, make: Callable[[Path], ConceptBank]) -> ConceptBank:
-    """Make a bank in a folder, or in a temporary one."""
-    if folder is not None:
-        return make(folder)
-    with TemporaryDirectory() as place:
-        return make(Path(place))

@@ -7,24 +7,13 @@ import numpy as np
 
 from ...bank.concept_bank import ConceptBank
 from ...bank.concepts import Concept, Gate
-from ...evaluation.comparison import (
-    Condition,
-    Joint,
-    Response,
-    Scores,
-    answer,
-    dose_response,
-    excess,
-    joint,
-    lexicon,
-    random_bank,
-    specificity,
-)
+from ...evaluation import comparison
+from ...evaluation.comparison import Condition, Joint, Response, Scores
 from ...evaluation.effects import Example, MeasuredEffects
 from ...evaluation.text import Judge
 from ..directions.studio import Studio
 from ..entries import ConceptRecipe
-from .doses import Choice, Search, condition
+from .doses import Choice, Search
 
 ANSWERING = "answering"
 GATED = "steered, gated"
@@ -37,7 +26,7 @@ DOSES = (-1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5)
 def measure(bank: ConceptBank, concept: ConceptRecipe, judge: Judge, studio: Studio, choice: Choice | None) -> MeasuredEffects:
     """Scores of a concept at its useful amount and of its controls, side effects, dose–response, examples: plain values."""
     recipe, fact, column = studio.recipe, bank[concept.name], judge.names.index(concept.name)
-    which = choice.prompt if choice else Search(studio.model, studio.tokenizer, concept, judge, recipe).prompt
+    which = choice.prompt if choice else Search(studio, concept, judge).prompt
     methods, same = _methods(studio, concept, choice)
     conditions = [
         Condition(name="unsteered"),
@@ -46,8 +35,9 @@ def measure(bank: ConceptBank, concept: ConceptRecipe, judge: Judge, studio: Stu
         *_gated(bank, fact),
         *methods,
     ]
-    scores = _answers(studio, judge, conditions)
-    found, rows = joint(scores, column), {c.name: i for i, c in enumerate(conditions)}
+    prompts, seeds = recipe.read_prompts("evaluation"), range(recipe.seed, recipe.seed + recipe.seeds)
+    scores = studio.scored(conditions, prompts, judge, seeds)
+    found, rows = comparison.joint(scores, column), {c.name: i for i, c in enumerate(conditions)}
     rows |= {name: rows["steered"] for name in same}
     before, after = (scores.concepts[rows[name], ..., column].mean(0) for name in ("unsteered", "steered"))
     record: dict[str, Any] = {
@@ -62,8 +52,8 @@ def measure(bank: ConceptBank, concept: ConceptRecipe, judge: Judge, studio: Stu
         "conditions": _table(scores, found, column, rows, same, _side_effects(studio, conditions)),
         "joint": {name: found.total[i].mean(0).tolist() for name, i in rows.items()},
         "response": _response(bank, fact, studio, concept)._asdict(),
-        "examples": _examples(recipe.read_prompts("evaluation"), scores),
-        "tried": [[*trial.setting, trial.joint] for trial in choice.trials] if choice else [],
+        "examples": _examples(prompts, scores),
+        "tried": [[*trial] for trial in choice.trials] if choice else [],
     }
     return _rounded({**record, "passes": _passes(record), "also": _also(record)})
 
@@ -71,10 +61,10 @@ def measure(bank: ConceptBank, concept: ConceptRecipe, judge: Judge, studio: Stu
 def _response(bank: ConceptBank, fact: Concept, studio: Studio, concept: ConceptRecipe) -> Response:
     """Dose and response, in words that tell the pairs' answers with the concept from those without it."""
     pairs = studio.recipe.read_pairs(concept)
-    words = lexicon([pair.positive for pair in pairs], [pair.negative for pair in pairs])
+    words = comparison.lexicon([pair.positive for pair in pairs], [pair.negative for pair in pairs])
     doses = [round(dose * (fact.useful or 1.0), 4) for dose in DOSES]
     prompts = studio.recipe.read_prompts("evaluation")
-    return dose_response(studio.model, studio.tokenizer, bank, concept.name, doses, prompts, words)
+    return comparison.dose_response(studio.model, studio.tokenizer, bank, concept.name, doses, prompts, words)
 
 
 def _table(
@@ -94,7 +84,7 @@ def _steered_and_controls(
     bank: ConceptBank, fact: Concept, studio: Studio, concept: ConceptRecipe, choice: Choice | None
 ) -> list[Condition]:
     amount = {fact.name: fact.useful or 0.0}
-    controls = random_bank(fact, bank, seed=studio.recipe.seed)
+    controls = comparison.random_bank(fact, bank, seed=studio.recipe.seed)
     others = [c.name for c in bank.concepts.values() if c.useful is not None]
     wrong = others[(others.index(fact.name) + 1) % len(others)]
     if choice is None or all(trial.method != "difference-of-means" for trial in choice.trials):
@@ -114,22 +104,17 @@ def _steered_and_controls(
 
 
 def _methods(studio: Studio, concept: ConceptRecipe, choice: Choice | None) -> tuple[list[Condition], list[str]]:
-    """Every method at the strength that did best on the development prompts; and the names of methods whose lever is the chosen
-    one."""
-    if choice is None:
-        return [], []
-
-    def bank(method: str, site: str) -> ConceptBank:
-        return studio.bank(concept, concept.asked[choice.prompt], method, site)
-
+    """Every method at its best strength on the development prompts, and the names of those that are the chosen lever."""
     found, same = [], []
+    if choice is None:
+        return found, same
     for method in dict.fromkeys(trial.method for trial in choice.trials):
-        best = choice.best_of(method).setting
-        if best == (choice.method, choice.site, choice.strength):
+        best = choice.best_of(method)
+        if best[:3] == (choice.method, choice.site, choice.strength):
             same.append(method)
         else:
-            made = condition(best, bank)
-            found.append(Condition(name=method, bank=made.bank, edits=made.edits))
+            bank = studio.bank(concept, concept.asked[choice.prompt], method, best.site)
+            found.append(Condition(name=method, bank=bank, edits={"lever": best.strength}))
     return found, same
 
 
@@ -147,20 +132,6 @@ def _gated(bank: ConceptBank, fact: Concept) -> list[Condition]:
     return [Condition(name=GATED, bank=bank, edits={fact.name: fact.useful or 0.0}, gate=Gate(ANSWERING))]
 
 
-def _answers(studio: Studio, judge: Judge, conditions: Sequence[Condition]) -> Scores:
-    recipe = studio.recipe
-    return answer(
-        studio.model,
-        studio.tokenizer,
-        conditions,
-        recipe.read_prompts("evaluation"),
-        judge,
-        seeds=range(recipe.seed, recipe.seed + recipe.seeds),
-        new_tokens=recipe.new_tokens,
-        what="answers",
-    )
-
-
 def _line(scores: Scores, found: Joint, column: int, i: int) -> dict[str, float]:
     spread = found.total.mean((1, 2))
     return {
@@ -169,10 +140,10 @@ def _line(scores: Scores, found: Joint, column: int, i: int) -> dict[str, float]
         "relevance": float(found.relevance[i].mean()),
         "fluency": float(found.fluency[i].mean()),
         "joint": float(spread[i]),
-        "ratio": float(excess(spread[i], spread[0], spread[1])),
+        "ratio": float(comparison.excess(spread[i], spread[0], spread[1])),
         "nll": float(scores.nll[i].mean()),
         "distinct": float(scores.distinct[i].mean()),
-        "specificity": specificity(scores, column, i),
+        "specificity": comparison.specificity(scores, column, i),
     }
 
 

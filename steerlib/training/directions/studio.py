@@ -10,8 +10,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ...bank.concept_bank import ConceptBank
-from ...evaluation.comparison import Unrelated
+from ...evaluation.comparison import Condition, Scores, Unrelated, answer
 from ...evaluation.effects import DetectorEffects
+from ...evaluation.text import Judge
 from ...text import progress
 from ..entries import ConceptRecipe
 from ..recipe import DirectionRecipe
@@ -86,6 +87,11 @@ class Studio:
         """Ordinary text on which side effects are measured."""
         return Unrelated(self.model, self.tokenizer, self.recipe.read_texts(self.recipe.unrelated))
 
+    def scored(self, conditions: Sequence[Condition], prompts: Sequence[str], judge: Judge, seeds: Sequence[int]) -> Scores:
+        """Answers to prompts under conditions, as long as the recipe says, and their scores."""
+        new = self.recipe.new_tokens
+        return answer(self.model, self.tokenizer, conditions, prompts, judge, seeds=seeds, new_tokens=new)
+
     def _means(self, side: str, concept: str) -> dict[str, Tensor]:
         return {site: self.activations[f"{side}|{concept}|{site}"] for site in self.sites}
 
@@ -93,7 +99,7 @@ class Studio:
         """What methods may look at for a concept."""
         if concept.name not in self._tasks:
             others = [other.name for other in self.recipe.concepts if other.name != concept.name]
-            task = Task(
+            self._tasks[concept.name] = Task(
                 model=self.model,
                 tokenizer=self.tokenizer,
                 instruction=instruction,
@@ -109,7 +115,6 @@ class Studio:
                 keep={site: self._differences(others, site) for site in self.sites} if others else {},
                 seed=self.recipe.seed,
             )
-            self._tasks[concept.name] = task
         return self._tasks[concept.name]
 
     def _differences(self, concepts: Sequence[str], site: str) -> Float[Tensor, "k D"]:

@@ -41,11 +41,8 @@ def check_methods(recipe: DirectionRecipe) -> None:
         raise BadRecipe(f"unknown methods {', '.join(unknown)}; known are {', '.join(METHODS)}")
 
 
-def train_directions(model: Any, tokenizer: Any, recipe: DirectionRecipe, folder: Path | None) -> ConceptBank:
-    """A concept for each entry of the recipe: its lever chosen by what it does to text, calibrated and measured.
-
-    `folder` keeps what each stage made; None keeps nothing.
-    """
+def train_directions(model: Any, tokenizer: Any, recipe: DirectionRecipe, folder: Path) -> ConceptBank:
+    """A concept for each entry of the recipe: its lever chosen by what it does to text, calibrated and measured."""
     sites = [f"layers.{layer}" for layer in layers_to_try(model, recipe)]
     studio, judge = Studio(model, tokenizer, recipe, sites, folder), judge_for(recipe.scorers)
     choices = {concept.name: choose(studio, judge, concept) for concept in progress(recipe.concepts, "concepts")}
@@ -70,9 +67,7 @@ def choose(studio: Studio, judge: Judge, concept: ConceptRecipe) -> Choice:
     """The best method, site and strength for a concept, or what an earlier run chose."""
 
     def search() -> dict[str, Any]:
-        run = Search(studio.model, studio.tokenizer, concept, judge, studio.recipe)
-        instruction = concept.asked[run.prompt]
-        choice = run.run(studio.sites, lambda method, site: studio.bank(concept, instruction, method, site))
+        choice = Search(studio, concept, judge).run()
         studio.forget(concept)
         return choice.to_dict()
 

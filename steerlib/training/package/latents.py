@@ -13,7 +13,6 @@ from ...bank.concepts import Concept
 from ...encoders import Sparse
 from ...errors import BadRecipe
 from ...evaluation.effects import LatentEffects, Verified
-from ...evaluation.probing import Attribute
 from ...evaluation.quality import apart, probed, quality
 from ...hosts import host_for
 from ..entries import GraphRecipe
@@ -55,16 +54,11 @@ def train_latents(model: Any, tokenizer: Any, recipe: TextEncoderRecipe, folder:
         concepts += described(id, encoders[id], seen, texts, promoted(model, tokenizer, runs[id].decoder))
         x, y = held_out(shards, site), held_out(shards, spec.site)
         found[id] = quality(model, tokenizer, encoders[id], spec.site, x, unrelated, reads=spec.reads, y=y)
-        found[id] |= probes_of(encoders[id], labelled[site]) | apart([runs[name] for name in spec.runs], x)
+        found[id] |= probed(encoders[id], labelled[site]) | apart([runs[name] for name in spec.runs], x)
         telling |= most_telling(followers(encoders[id], shards, site), id, spec.verify)
     bank = bank_of(model, recipe, encoders, concepts, shards, found)
     bank = with_verified(bank, verify(model, tokenizer, bank, telling, unrelated), recipe, tokenizer)
     return bank if recipe.graph is None else with_graph_of(model, tokenizer, bank, recipe, folder / "graph")
-
-
-def probes_of(encoder: Sparse, labelled: Mapping[str, Attribute]) -> dict[str, Any]:
-    """What latents tell of labelled texts, where there are any."""
-    return {"probes": probed(encoder, labelled)} if labelled else {}
 
 
 def with_graph_of(model: Any, tokenizer: Any, bank: ConceptBank, recipe: TextEncoderRecipe, folder: Path) -> ConceptBank:
@@ -173,16 +167,12 @@ def with_verified(
     return made
 
 
-def share(found: Sequence[Verification]) -> dict[str, Any]:
+def share(found: Sequence[Verification]) -> dict[str, int]:
     """How many latents were moved and held, and how many would have by chance."""
     if not found:
         return {}
-    sides = {
-        "verified": [v.holds for v in found],
-        "verified_random": [v.random for v in found],
-        "verified_swapped": [v.swapped for v in found],
-    }
-    return {"moved": len(found), **{name: sum(side) for name, side in sides.items()}}
+    held, random, swapped = (sum(getattr(v, name) for v in found) for name in ("holds", "random", "swapped"))
+    return {"moved": len(found), "verified": held, "verified_random": random, "verified_swapped": swapped}
 
 
 def labelled(concept: Concept, found: Verification, tokenizer: Any) -> Concept:
@@ -224,6 +214,5 @@ def evaluate_encoders(
             x, y = seen[reads], seen[facts.site]
             found[id] = quality(model, tokenizer, encoder, facts.site, x, unrelated, reads=facts.reads, y=y)
             twin = against.encoder(id) if against is not None and id in against.encoders else None
-            found[id] |= probes_of(encoder, labelled[reads])
-            found[id] |= apart([encoder, twin], x) if isinstance(twin, Sparse) else {}
+            found[id] |= probed(encoder, labelled[reads]) | apart([encoder, *[twin] * isinstance(twin, Sparse)], x)
     return found
