@@ -75,7 +75,7 @@ class LatentEffects(TypedDict, total=False):
 
 
 class PictureEffects(TypedDict, total=False):
-    """Of a lever of a diffusion model: the edit that was chosen, `"Set"` or `"Add"`, its amount in units, and the bars it clears."""
+    """Of a lever of a diffusion model: the chosen edit, `"Set"` or `"Add"`, its amount in units, and the bars it clears."""
 
     edit: str
     amount: float

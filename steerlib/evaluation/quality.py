@@ -118,8 +118,8 @@ def _next_tokens(model: Any, tokenizer: Any, texts: Sequence[str], length: int =
 
 
 def probed(encoder: Sparse, labelled: Mapping[str, Attribute]) -> dict[str, Any]:
-    """Under `probes`, by attribute: accuracies of probes by how many latents they look at, and the latents that go best with the
-    attribute with their selection scores. Nothing where there are no attributes."""
+    """Under `probes`, by attribute: accuracies of probes by how many latents they look at, and the latents that go best with
+    it, with their selection scores. Nothing where there are no attributes."""
     found = {}
     for name, attribute in progress(list(labelled.items()), "probing latents"):
         probes = asdict(attribute.probes(encoder))
