@@ -11,6 +11,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,11 +25,13 @@ from steerlib.evaluation import report
 from steerlib.evaluation.comparison import Condition, Unrelated
 from steerlib.training.calibrate import doses as calibrate
 from steerlib.training.calibrate.measure import ANSWERING
+from steerlib.training.directions import methods
 from steerlib.training.directions.levers import Lever
+from steerlib.training.directions.methods import METHODS
 from steerlib.training.directions.studio import PRESENT, Studio
 from steerlib.training.entries import ConceptRecipe
 from steerlib.training.package.directions import layers_to_try
-from steerlib.training.recipe import DirectionRecipe
+from steerlib.training.recipe import KINDS, DirectionRecipe, PipelineEncoderRecipe, TextEncoderRecipe
 from steerlib.training.record.activations import answers
 
 
@@ -318,6 +321,57 @@ def test_sentences_are_enough_beside_what_comes_with_steerlib(tmp_path):
     sl.ConceptBank.from_pretrained(bank.save_pretrained(tmp_path / "bank")).verify()
     assert list(bank) == ["tea", ANSWERING] and "the very examples it was made from" in bank.card
     assert len(bank["tea"].effects["examples"]) == 2 and bank["tea"].source.startswith("pca, ")
+
+
+def test_a_method_that_is_added_is_tried_chosen_and_shipped(tmp_path, monkeypatch):
+    """A file of the folder, to the registry: here one that always finds the same direction."""
+
+    def fit(task):
+        return task.at(torch.ones(len(task.positive[task.site][0])))
+
+    monkeypatch.setitem(METHODS, "all-ones", SimpleNamespace(fit=fit))
+    (tmp_path / "recipe.toml").write_text(SENTENCES.replace('["pca"]', '["all-ones"]'))
+    bank = sl.train(toy(), DirectionRecipe.from_file(tmp_path / "recipe.toml"), tokenizer=toy_tokenizer(), work=tmp_path)
+    assert bank["tea"].source.startswith("all-ones, ") and "| all-ones |" in bank.card
+    torch.testing.assert_close(bank.rows(bank["tea"]).write[0], torch.full((32,), 32**-0.5))
+    assert list(tmp_path.glob("*/levers/tea/all-ones@layers.*.safetensors"))
+
+
+def test_every_file_of_the_folder_of_methods_is_a_method():
+    names = [path.stem.replace("_", "-") for path in Path(methods.__file__).parent.glob("*.py") if path.stem != "__init__"]
+    assert list(METHODS) == sorted(names) and all(callable(METHODS[name].fit) for name in names)
+
+
+# -- kinds of recipes ----------------------------------------------------------------------------------------
+
+
+def test_a_file_is_read_as_the_kind_that_it_describes(tmp_path):
+    entry = '[[encoders]]\nsite = "layers.0"\nlatents = 64\n'
+    texts = {
+        DirectionRecipe: SENTENCES,
+        TextEncoderRecipe: f'name = "x"\nbase = "b"\nsource = "s"\ncorpus = ["c.txt"]\n{entry}',
+        PipelineEncoderRecipe: f'name = "x"\nbase = "b"\nsource = "s"\ncorpus = ["c.txt"]\n{entry}level = 500\n',
+    }
+    assert {*texts} == {*KINDS}
+    for kind, text in texts.items():
+        (tmp_path / "recipe.toml").write_text(text)
+        assert type(sl.Recipe.from_file(tmp_path / "recipe.toml", to_train=False)) is kind
+        assert type(kind.from_file(tmp_path / "recipe.toml", to_train=False)) is kind
+        for other in {*KINDS} - {kind}:
+            with pytest.raises(errors.BadRecipe, match=f"expected a {other.__name__}, got a {kind.__name__}"):
+                other.from_file(tmp_path / "recipe.toml", to_train=False)
+    (tmp_path / "recipe.toml").write_text(SENTENCES + entry)
+    with pytest.raises(errors.BadRecipe, match="at least one concept, or instead at least one encoder"):
+        sl.Recipe.from_file(tmp_path / "recipe.toml")
+    (tmp_path / "recipe.toml").write_text(f"budget = 3\n{texts[TextEncoderRecipe]}")
+    with pytest.raises(errors.BadRecipe, match="unknown fields budget; known to a TextEncoderRecipe are .*corpus"):
+        sl.Recipe.from_file(tmp_path / "recipe.toml", to_train=False)
+
+
+def test_a_shipped_bank_names_the_digest_of_its_recipe():
+    bank = sl.ConceptBank.from_pretrained("smollm2-135m-instruct")
+    path = Path(__file__).parent.parent / "concept_banks" / "recipes" / bank.provenance["recipe"] / "recipe.toml"
+    assert sl.Recipe.from_file(path).digest == bank.provenance["recipe_sha256"]
 
 
 # -- recipes that cannot work --------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ and strengths chosen on other prompts than those reported on, follow AxBench (Wu
 
 import copy
 import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -46,15 +47,16 @@ DRAWS = 2000
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Condition:
-    """One way to answer requests: edits, words, both or neither."""
+    """One way to answer requests: edits of a bank, words, both or neither.
+
+    Edits are additions, in units, where the gate is open; an amount of 0 is no edit.
+    """
 
     name: str
     bank: ConceptBank | None = None
     edits: Mapping[str, float] = field(default_factory=dict)
-    """Additions only, in units; an amount of 0 is no edit."""
     instruction: str = ""
     gate: Gate | None = None
-    """Where the edits act."""
 
 
 class Scores(NamedTuple):
@@ -263,14 +265,12 @@ def specificity(scores: Scores, concept: int, condition: int) -> float:
 
 
 class SideEffects(NamedTuple):
-    """What edits do to text that has nothing to do with them; teacher-forced, per token."""
+    """What edits do to text that has nothing to do with them, teacher-forced, per token: KL(p_0 || p_s) and the rise of the
+    cross-entropy in nats, and the share of positions at which the likeliest next token stays the same."""
 
     kl: float
-    """KL(p_0 || p_s) in nats."""
     loss: float
-    """Rise of the cross-entropy in nats."""
     agreement: float
-    """Share of positions at which the likeliest next token is the same."""
 
 
 class Unrelated:
@@ -307,19 +307,19 @@ class Unrelated:
 
 
 class Response(NamedTuple):
-    """How the leaning towards a concept follows the dose."""
+    """How the propensity towards a concept, a mean over prompts, follows the dose.
+
+    `slope`: least squares over all prompts, nats per unit of dose: steerability (Tan et al. 2024, arXiv 2407.12404).
+    `spearman`: rank correlation of dose and propensity. `anti_steerable`: share of prompts with a negative slope. `symmetry`:
+    slope of the negative doses over that of the positive ones; 1 where both pull alike.
+    """
 
     doses: tuple[float, ...]
     propensity: tuple[float, ...]
-    """Mean over prompts."""
     slope: float
-    """Least squares over all prompts, nats per unit of dose: steerability (Tan et al. 2024, arXiv 2407.12404)."""
     spearman: float
-    """Rank correlation of dose and mean propensity."""
     anti_steerable: float
-    """Share of prompts with a negative slope."""
     symmetry: float
-    """Slope of the negative doses over that of the positive ones; 1: the same pull both ways."""
 
 
 def lexicon(positive: Sequence[str], negative: Sequence[str], *, size: int = 20) -> list[str]:
@@ -327,19 +327,17 @@ def lexicon(positive: Sequence[str], negative: Sequence[str], *, size: int = 20)
     counts = [_documents(texts) for texts in (positive, negative)]
 
     def log_odds(word: str, side: int, texts: Sequence[str]) -> float:
-        n = counts[side].get(word, 0)
+        n = counts[side][word]
         return float(np.log((n + 0.5) / (len(texts) - n + 0.5)))
 
     odds = {word: log_odds(word, 0, positive) - log_odds(word, 1, negative) for word, n in counts[0].items() if n >= 2}
     return sorted(odds, key=lambda word: (-odds[word], word))[:size]
 
 
-def _documents(texts: Sequence[str]) -> dict[str, int]:
-    found: dict[str, int] = {}
-    for text in texts:
-        for word in {"".join(c for c in w if c.isalpha() or c in "'’-") for w in text.lower().split()} - {""}:
-            found[word] = found.get(word, 0) + 1
-    return found
+def _documents(texts: Sequence[str]) -> Counter[str]:
+    """In how many texts each word is."""
+    words = ({"".join(c for c in w if c.isalpha() or c in "'’-") for w in text.lower().split()} - {""} for text in texts)
+    return Counter(word for some in words for word in some)
 
 
 @torch.no_grad()

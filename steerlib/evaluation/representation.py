@@ -30,19 +30,19 @@ def dead_share(z: Float[Tensor, "N n"]) -> float:
     return float((z == 0).all(0).double().mean())
 
 
-def dense_share(z: Float[Tensor, "N n"], above: float = 0.1) -> float:
+def dense_share(z: Float[Tensor, "N n"]) -> float:
     """Share of latents that fire on more than a tenth of the tokens (SAEBench, 2503.09532)."""
-    return float(((z != 0).double().mean(0) > above).double().mean())
+    return float(((z != 0).double().mean(0) > 0.1).double().mean())
 
 
 class Match(NamedTuple):
-    """Truths and learned latents, one to one, so that they are alike in sum as much as can be (Kuhn 1955)."""
+    """Truths and learned latents, one to one, with the largest sum of likenesses (Kuhn 1955); `mcc` is the mean likeness over
+    all truths, of which those left over count 0."""
 
     truths: Int[Tensor, " pairs"]
     latents: Int[Tensor, " pairs"]
     likeness: Float[Tensor, " pairs"]
     mcc: float
-    """Mean likeness over all truths; those left over count 0."""
 
 
 def matched(likeness: Float[Tensor, "truths latents"]) -> Match:
@@ -85,11 +85,11 @@ def random_encoder(encoder: Sparse, x: Float[Tensor, "N D"], k: int, *, seed: in
 
 
 class Stability(NamedTuple):
-    """How much of one encoder another found that was trained from another seed."""
+    """How much of one encoder another found that was trained from another seed, and how much random directions, as many as
+    the other has, would have."""
 
     mcc: float
     control: float
-    """The same for random directions, as many as the other has."""
 
 
 def stability(first: Sparse, second: Sparse, x: Float[Tensor, "N D"], *, seed: int = 0) -> Stability:

@@ -127,6 +127,11 @@ class Recipe(ABC):
         )
         return positive, negative
 
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """What a bank says of the recipe it was made from."""
+        return {"recipe": self.name, "recipe_sha256": self.digest, "seed": self.seed}
+
     @cached_property
     def digest(self) -> str:
         """SHA-256 of everything the bank depends on: fields, and the contents of the files they name.

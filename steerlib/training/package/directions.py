@@ -167,7 +167,7 @@ def assemble(studio: Studio, choices: Mapping[str, Choice]) -> ConceptBank:
         base=BaseModel.of(studio.model, id=recipe.base),
         sites={site: SiteFacts(width=e.decoder.shape[1], norm=round(studio.norms[site], 4)) for site, e in encoders.items()},
         license=recipe.license,
-        provenance={"recipe": recipe.name, "recipe_sha256": recipe.digest, "seed": recipe.seed},
+        provenance=recipe.provenance,
     )
 
 

@@ -56,7 +56,16 @@ def train_latents(model: Any, tokenizer: Any, recipe: TextEncoderRecipe, folder:
         found[id] = quality(model, tokenizer, encoders[id], spec.site, x, unrelated, reads=spec.reads, y=y)
         found[id] |= probed(encoders[id], labelled[site]) | apart([runs[name] for name in spec.runs], x)
         telling |= most_telling(followers(encoders[id], shards, site), id, spec.verify)
-    bank = bank_of(model, recipe, encoders, concepts, shards, found)
+    bank = ConceptBank(
+        recipe.name,
+        concepts,
+        encoders,
+        base=BaseModel.of(model, id=recipe.base),
+        sites={site: site_facts(head(shards, site)) for site in shards.sites},
+        reads={spec.id: spec.reads for spec in recipe.encoders},
+        license=recipe.license,
+        provenance=recipe.provenance | {"quality": found, "tokens": shards.training, "corpus": sources(recipe.corpus_files())},
+    )
     bank = with_verified(bank, verify(model, tokenizer, bank, telling, unrelated), recipe, tokenizer)
     return bank if recipe.graph is None else with_graph_of(model, tokenizer, bank, recipe, folder / "graph")
 
@@ -120,28 +129,6 @@ def described(id: str, encoder: Sparse, seen: Sightings, texts: Texts, promotes:
         }
 
     return describe(id, encoder, about)
-
-
-def bank_of(
-    model: Any,
-    recipe: TextEncoderRecipe,
-    encoders: Mapping[str, Sparse],
-    concepts: Sequence[Concept],
-    shards: Shards,
-    found: Mapping[str, Mapping[str, Any]],
-) -> ConceptBank:
-    """The bank, without a card."""
-    return ConceptBank(
-        recipe.name,
-        concepts,
-        encoders,
-        base=BaseModel.of(model, id=recipe.base),
-        sites={site: site_facts(head(shards, site)) for site in shards.sites},
-        reads={spec.id: spec.reads for spec in recipe.encoders},
-        license=recipe.license,
-        provenance={"recipe": recipe.name, "recipe_sha256": recipe.digest, "seed": recipe.seed, "quality": found}
-        | {"tokens": shards.training, "corpus": sources(recipe.corpus_files())},
-    )
 
 
 def most_telling(found: Mapping[int, Followers], id: str, count: int) -> dict[str, Followers]:

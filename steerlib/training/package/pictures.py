@@ -5,7 +5,7 @@ folder/encoders/          what `fit` keeps of every encoder
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,8 @@ STEPS = 20
 """Scheduler steps of a picture."""
 BATCH = 8
 """Prompts that are drawn together."""
+LEAST = 4
+"""Prompts that have a word which latents are labelled by, and prompts that lack it."""
 LOOKED_AT, CALIBRATED = 1 << 16, 1 << 14
 """Tokens on which readings, and thresholds, are measured."""
 
@@ -50,16 +52,14 @@ def train_pictures(pipe: Any, recipe: PipelineEncoderRecipe, folder: Path) -> Co
     prompts = [text for text in documents(recipe.corpus_files()) if isinstance(text, str)]
     prompts = prompts[: max(2, recipe.tokens // TOKENS)]
     pipe.set_progress_bar_config(disable=True)
-    seen = recorded(folder / "seen.safetensors", prompts_seen(pipe, prompts, recipe))
+    seen = recorded(folder / "seen.safetensors", lambda: drawn(pipe, prompts, recipe))
     encoders, figures = fitted(recipe.encoders, seen, folder / "encoders", epochs=recipe.epochs)
-    named = words(prompts)
-    concepts = [
-        concept
-        for id, encoder in encoders.items()
-        for concept in described(id, encoder, *by_picture(encoder, seen[_key(id)], named))
-    ]
+    named, concepts = words(prompts), []
+    for id, encoder in encoders.items():
+        z = torch.stack([encoder.encode(picture.float()).mean(0) for picture in seen[_key(id)]])
+        concepts += described(id, encoder, *best(z, named))
     made = bank_of(pipe, recipe.name, recipe.base, concepts, encoders, seen, recipe.levels)
-    made.provenance = {"recipe": recipe.name, "recipe_sha256": recipe.digest, "seed": recipe.seed, "quality": figures}
+    made.provenance = {**recipe.provenance, "quality": figures}
     made.license = recipe.license
     return made.with_concepts(concepts, card=pictures_card(made, recipe.description))
 
@@ -71,19 +71,15 @@ def _key(id: str) -> str:
 # -- activations -------------------------------------------------------------------------------------------------
 
 
-def prompts_seen(pipe: Any, prompts: Sequence[str], recipe: PipelineEncoderRecipe) -> Callable[[], Seen]:
-    """A function that draws prompts and gives the activations meanwhile, of some tokens of every picture."""
-
-    def see() -> Seen:
-        parts = []
-        for start in tqdm(range(0, len(prompts), BATCH), desc="drawing", leave=False):
-            some = list(prompts[start : start + BATCH])
-            g = [torch.Generator().manual_seed(recipe.seed + start + k) for k in range(len(some))]
-            run = lambda: pipe(some, num_inference_steps=STEPS, generator=g, output_type="latent")  # noqa: B023, E731
-            parts.append(thinned(at_levels(pipe, recipe.encoder_sites, recipe.levels, run), TOKENS, recipe.seed + start))
-        return joined(parts)
-
-    return see
+def drawn(pipe: Any, prompts: Sequence[str], recipe: PipelineEncoderRecipe) -> Seen:
+    """Activations while prompts are drawn, of some tokens of every picture."""
+    parts = []
+    for start in tqdm(range(0, len(prompts), BATCH), desc="drawing", leave=False):
+        some = list(prompts[start : start + BATCH])
+        g = [torch.Generator().manual_seed(recipe.seed + start + k) for k in range(len(some))]
+        run = lambda: pipe(some, num_inference_steps=STEPS, generator=g, output_type="latent")  # noqa: B023, E731
+        parts.append(thinned(at_levels(pipe, recipe.encoder_sites, recipe.levels, run), TOKENS, recipe.seed + start))
+    return joined(parts)
 
 
 def thinned(seen: Seen, count: int, seed: int) -> Seen:
@@ -126,20 +122,12 @@ def fitted(
 # -- labels ------------------------------------------------------------------------------------------------------
 
 
-def words(prompts: Sequence[str], *, least: int = 4) -> dict[str, Bool[Tensor, " B"]]:
-    """For every word of several prompts, though not of all, which ones have it."""
+def words(prompts: Sequence[str]) -> dict[str, Bool[Tensor, " B"]]:
+    """For every word that `LEAST` prompts or more have, and as many lack, which ones have it."""
     have = [{*re.findall(r"\w+", prompt.lower())} for prompt in prompts]
     counted = {word: sum(word in some for some in have) for word in sorted(set[str]().union(*have))}
-    usual = {word for word, count in counted.items() if least <= count <= len(have) - least}
+    usual = {word for word, count in counted.items() if LEAST <= count <= len(have) - LEAST}
     return {word: torch.tensor([word in some for some in have]) for word in sorted(usual)}
-
-
-def by_picture(
-    encoder: Sparse, x: Float[Tensor, "B N D"], named: Mapping[str, Bool[Tensor, " B"]]
-) -> tuple[list[str], Float[Tensor, " n"]]:
-    """For each latent what its mean reading over a picture goes with most, and how much."""
-    z = torch.stack([encoder.encode(picture.float()).mean(0) for picture in x])
-    return best(z, named)
 
 
 def best(z: Float[Tensor, "T n"], named: Mapping[str, Bool[Tensor, " T"]]) -> tuple[list[str], Float[Tensor, " n"]]:
@@ -158,10 +146,7 @@ def described(id: str, encoder: Sparse, labels: Sequence[str], likeness: Float[T
     frequency = encoder.statistics["frequency"].float()
 
     def about(i: int) -> dict[str, Any]:
-        effects: LatentEffects = {
-            "frequency": round(float(frequency[i]), 6),
-            "correlation": round(float(likeness[i]), 4),
-        }
+        effects: LatentEffects = {"frequency": round(float(frequency[i]), 6), "correlation": round(float(likeness[i]), 4)}
         return {"label": labels[i], "source": "correlation of its readings", "effects": effects}
 
     return describe(id, encoder, about)
