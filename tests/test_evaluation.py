@@ -314,22 +314,22 @@ def gated(model, bias):
     """A concept at two sites that each token's reading lets through."""
     g = torch.Generator().manual_seed(3)
     a, b, read = torch.randn(3, model.config.hidden_size, generator=g)
-    return bank_of([("c", Lever(moves={"layers.0": 2 * a, "layers.1": b}, gate=Readout("layers.0", read, torch.tensor(bias))))])
+    return bank_of(Lever(moves={"layers.0": 2 * a, "layers.1": b}, gate=Readout("layers.0", read, torch.tensor(bias))))
 
 
 def test_random_directions_are_as_long_as_the_concept_everywhere_and_share_its_gate(model):
     bank = gated(model, 0.25)
-    controls = comparison.random_bank(bank["c"], bank, count=3, seed=1)
+    controls = comparison.random_bank(bank["lever"], bank, count=3, seed=1)
     drawn = [controls[f"random-{i}"] for i in (1, 2, 3)]
     for concept in drawn:
-        for own, place in zip(bank["c"].places, concept.places, strict=True):
+        for own, place in zip(bank["lever"].places, concept.places, strict=True):
             lengths = [float(b.rows(at).write.norm()) * at.unit for b, at in ((bank, own), (controls, place))]
             assert lengths[0] == pytest.approx(lengths[1], rel=1e-5) and controls.site_of(place) == bank.site_of(own)
-        assert concept.gate == bank["c"].gate
+        assert concept.gate == bank["lever"].gate
     x = torch.randn(20, model.config.hidden_size, generator=torch.Generator().manual_seed(0))
-    readings = [x @ b.rows(b["c.gate"]).read[0] + b.rows(b["c.gate"]).bias for b in (bank, controls)]
+    readings = [x @ b.rows(b["lever.gate"]).read[0] + b.rows(b["lever.gate"]).bias for b in (bank, controls)]
     torch.testing.assert_close(*readings, atol=1e-5, rtol=1e-5)
-    again = comparison.random_bank(bank["c"], bank, count=3, seed=1)
+    again = comparison.random_bank(bank["lever"], bank, count=3, seed=1)
     assert torch.equal(*(b.rows(b["random-2"]).write for b in (controls, again)))
     first, second = (controls.rows(concept).write for concept in drawn[:2])
     assert not torch.allclose(first, second)
@@ -341,21 +341,21 @@ def test_a_closed_gate_stops_random_directions_and_an_open_one_does_not(model):
         plain = model(ids).logits
         for bias, still in ((-1e3, True), (1e3, False)):
             bank = gated(model, bias)
-            with sl.steer(model, comparison.random_bank(bank["c"], bank), {"random-1": 1.0}, allow_ood=True):
+            with sl.steer(model, comparison.random_bank(bank["lever"], bank), {"random-1": 1.0}, allow_ood=True):
                 assert torch.equal(model(ids).logits, plain) is still
 
 
 def test_random_directions_know_the_threshold_of_a_gate_without_bounds(model):
     bank = gated(model, 0.0)
-    concepts = [replace(bank["c"], gate=sl.Gate("c.gate")), replace(bank["c.gate"], present=0.5)]
+    concepts = [replace(bank["lever"], gate=sl.Gate("lever.gate")), replace(bank["lever.gate"], present=0.5)]
     bank = bank.with_concepts(concepts)
-    controls = comparison.random_bank(bank["c"], bank)
+    controls = comparison.random_bank(bank["lever"], bank)
     ids = torch.arange(3, 13).view(2, 5)
     with torch.no_grad(), sl.steer(model, controls, {"random-1": 1.0}, allow_ood=True):
         gateless = model(ids).logits
     with (
         torch.no_grad(),
-        sl.steer(model, controls, {"random-1": sl.Add(1.0, gate=sl.Gate("c.gate", above=0.5))}, allow_ood=True),
+        sl.steer(model, controls, {"random-1": sl.Add(1.0, gate=sl.Gate("lever.gate", above=0.5))}, allow_ood=True),
     ):
         assert torch.equal(model(ids).logits, gateless)
 

@@ -120,7 +120,7 @@ def moved_by(lever, strength, model, ids):
     """Activations at a lever's first site, before and after."""
     with record(model, [lever.site]) as plain:
         model(ids)
-    with sl.steer(model, bank_of([("lever", lever)]), {"lever": strength}, allow_ood=True), record(model, [lever.site]) as tape:
+    with sl.steer(model, bank_of(lever), {"lever": strength}, allow_ood=True), record(model, [lever.site]) as tape:
         model(ids)
     return plain[lever.site][0][1], tape[lever.site][0][1]
 
@@ -144,7 +144,7 @@ def own_loss(name, task):
     """A learned method's own loss over all rows, at the lever it gives."""
     lever = METHODS[name].fit(task)
     lesson = objectives.shown(task) if name == "rank-one" else objectives.told(task)
-    with torch.no_grad(), sl.steer(task.model, bank_of([("lever", lever)]), {"lever": 1.0}, allow_ood=True):
+    with torch.no_grad(), sl.steer(task.model, bank_of(lever), {"lever": 1.0}, allow_ood=True):
         total = objectives.loss(task.model, lesson, torch.arange(len(lesson.ids)))
         if name == "gated":
             kept = objectives.untouched(task)
@@ -203,7 +203,7 @@ def test_ordinary_text_is_untouched_without_a_lever_and_touched_with_one(task, m
     rows = torch.arange(len(TEXTS))
     assert float(objectives.loss(model, lesson, rows)) == pytest.approx(0, abs=1e-3)
     lever = METHODS["difference-of-means"].fit(task)
-    with sl.steer(model, bank_of([("lever", lever)]), {"lever": 1.0}, allow_ood=True):
+    with sl.steer(model, bank_of(lever), {"lever": 1.0}, allow_ood=True):
         assert float(objectives.loss(model, lesson, rows)) > 0.1
 
 

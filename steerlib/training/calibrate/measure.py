@@ -32,7 +32,6 @@ def measure(bank: ConceptBank, concept: ConceptRecipe, judge: Judge, studio: Stu
         Condition(name="unsteered"),
         Condition(name="prompted", instruction=concept.asked[which]),
         *_steered_and_controls(bank, fact, studio, concept, choice),
-        *_gated(bank, fact),
         *methods,
     ]
     prompts, seeds = recipe.read_prompts("evaluation"), range(recipe.seed, recipe.seed + recipe.seeds)
@@ -100,7 +99,8 @@ def _steered_and_controls(
     if wrong != fact.name:
         found.append(Condition(name="wrong concept", bank=bank, edits={wrong: bank[wrong].useful or 0.0}))
     randoms = [name for name in controls if name.startswith("random-")]
-    return found + [Condition(name=name, bank=controls, edits={name: fact.useful or 0.0}) for name in randoms]
+    found += [Condition(name=name, bank=controls, edits={name: fact.useful or 0.0}) for name in randoms]
+    return found + [Condition(name=GATED, bank=bank, edits=amount, gate=Gate(ANSWERING))] * (ANSWERING in bank.concepts)
 
 
 def _methods(studio: Studio, concept: ConceptRecipe, choice: Choice | None) -> tuple[list[Condition], list[str]]:
@@ -123,13 +123,6 @@ def _side_effects(studio: Studio, conditions: Sequence[Condition]) -> dict[str, 
     measured = [c for c in conditions if c.bank is not None and c.name not in ("no-op", "shuffled labels", "wrong concept")]
     measured = [c for c in measured if not c.name.startswith("random-") or c.name == "random-1"]
     return {c.name: studio.unrelated.side_effects(c)._asdict() for c in measured}
-
-
-def _gated(bank: ConceptBank, fact: Concept) -> list[Condition]:
-    """Nothing where the bank has no gate for answers."""
-    if ANSWERING not in bank.concepts:
-        return []
-    return [Condition(name=GATED, bank=bank, edits={fact.name: fact.useful or 0.0}, gate=Gate(ANSWERING))]
 
 
 def _line(scores: Scores, found: Joint, column: int, i: int) -> dict[str, float]:

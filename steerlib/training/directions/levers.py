@@ -118,24 +118,20 @@ class DirectionRows:
         return {site: Directions(*map(torch.stack, zip(*rows, strict=True))) for site, rows in self.rows.items()}
 
 
-def bank_of(levers: Sequence[tuple[str, Lever]], norms: Mapping[str, float] | None = None) -> ConceptBank:
-    """Levers as a bank: one concept each, whose unit is the lever itself; a gate is a concept of its own.
+def bank_of(lever: Lever, norms: Mapping[str, float] | None = None) -> ConceptBank:
+    """A bank of one concept, `lever`, whose unit is the lever itself; a gate is a concept of its own.
 
-    With the `norms` of all sites, changes are capped in length as in a finished bank.
+    With the `norms` of its sites, changes are capped in length as in a finished bank.
     """
-    rows, concepts, zero = DirectionRows(), [], torch.zeros(())
-    for name, lever in levers:
-        (first, index), *others = [rows.add(site, vector, zero) for site, vector in lever.moves.items()]
-        gate = None
-        if lever.gate is not None:
-            encoder, row = rows.add(lever.gate.site, lever.gate.row, lever.gate.mean)
-            concepts.append(Concept(name=f"{name}.gate", encoder=encoder, index=row))
-            gate = Gate(f"{name}.gate", above=0.0, full=1.0)
-        parts = tuple(Part(encoder=site, index=i, unit=1.0) for site, i in others)
-        concepts.append(
-            Concept(name=name, encoder=first, index=index, parts=parts, gate=gate, match_norm=lever.norm is not None)
-        )
-    norms = norms or {lever.site: lever.norm for _, lever in levers if lever.norm is not None}
+    rows, concepts, gate, zero = DirectionRows(), [], None, torch.zeros(())
+    (first, index), *others = [rows.add(site, vector, zero) for site, vector in lever.moves.items()]
+    if lever.gate is not None:
+        encoder, row = rows.add(lever.gate.site, lever.gate.row, lever.gate.mean)
+        concepts.append(Concept(name="lever.gate", encoder=encoder, index=row))
+        gate = Gate("lever.gate", above=0.0, full=1.0)
+    facts = {"parts": tuple(Part(encoder=site, index=i, unit=1.0) for site, i in others), "gate": gate}
+    concepts.append(Concept(name="lever", encoder=first, index=index, match_norm=lever.norm is not None, **facts))
+    norms = norms or ({} if lever.norm is None else {lever.site: lever.norm})
     encoders = rows.encoders()
     sites = {site: SiteFacts(width=e.decoder.shape[1], norm=norms.get(site)) for site, e in encoders.items()}
     return ConceptBank("levers", concepts, encoders, base=BaseModel(), sites=sites)

@@ -115,7 +115,7 @@ def optimise(
     falling = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 1 / steps, total_iters=steps - 1)
     generator = torch.Generator().manual_seed(task.seed)
     for _ in progress(range(steps), what):
-        with _frozen(task.model), steer(task.model, bank_of([("lever", build(tensors))]), {"lever": 1.0}, allow_ood=True):
+        with _frozen(task.model), steer(task.model, bank_of(build(tensors)), {"lever": 1.0}, allow_ood=True):
             total = sum(
                 loss(task.model, some, torch.randperm(len(some.ids), generator=generator)[:BATCH])
                 for some in (lesson, retain)

@@ -134,7 +134,7 @@ class Studio:
 
     def bank(self, concept: ConceptRecipe, instruction: str, method: str, site: str) -> ConceptBank:
         """The same as a bank to try it with: its one concept is `lever`."""
-        return bank_of([("lever", self.lever(concept, instruction, method, site))], self.norms)
+        return bank_of(self.lever(concept, instruction, method, site), self.norms)
 
     def shuffled(self, concept: ConceptRecipe, site: str) -> ConceptBank:
         """Such a bank of the difference of means after the labels of all texts were permuted at random: a control."""
@@ -143,7 +143,7 @@ class Studio:
         both = both[torch.randperm(len(both), generator=torch.Generator().manual_seed(self.recipe.seed))]
         half = len(both) // 2
         difference = both[:half].mean(0) - both[half:].mean(0)
-        return bank_of([("lever", task.at(difference))], self.norms)
+        return bank_of(task.at(difference), self.norms)
 
     def forget(self, concept: ConceptRecipe) -> None:
         """Free what only this concept needed."""
