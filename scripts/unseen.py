@@ -39,7 +39,7 @@ def main(
     sites = [f"layers.{layer}" for layer in layers_to_try(model, recipe)]
     studio, judge = Studio(model, tokenizer, recipe, sites, folder), judge_for(recipe.scorers)
     scorer = validity(test)
-    records: list[dict[str, Any]] = []
+    records: list[Any] = []
     for concept in recipe.concepts:
         bank = assemble(studio, {concept.name: choose(studio, judge, concept)})
         records += evaluate(model, tokenizer, bank, test, work=folder, concepts=[concept.name])

@@ -138,9 +138,8 @@ class Recipe(ABC):
 
         Fields that only another kind has count with their defaults. So banks made before there were kinds keep their digest.
         """
-        every = {f.name: f.default for kind in KINDS for f in fields(kind)} | {
-            f.name: getattr(self, f.name) for f in fields(self)
-        }
+        every: dict[str, Any] = {f.name: f.default for kind in KINDS for f in fields(kind)}
+        every |= {f.name: getattr(self, f.name) for f in fields(self)}
         sha = hashlib.sha256(repr({name: every[name] for name in DIGESTED}).encode())
         names = [every["reference"], every["prompts"], every["unrelated"], *every["corpus"], *every["attributes"]]
         names += [f"{every[folder]}/{c.name}.jsonl" for folder in ("pairs", "scoring") for c in every["concepts"]]

@@ -201,5 +201,6 @@ def evaluate_encoders(
             x, y = seen[reads], seen[facts.site]
             found[id] = quality(model, tokenizer, encoder, facts.site, x, unrelated, reads=facts.reads, y=y)
             twin = against.encoder(id) if against is not None and id in against.encoders else None
-            found[id] |= probed(encoder, labelled[reads]) | apart([encoder, *[twin] * isinstance(twin, Sparse)], x)
+            twins = [twin] if isinstance(twin, Sparse) else []
+            found[id] |= probed(encoder, labelled[reads]) | apart([encoder, *twins], x)
     return found
