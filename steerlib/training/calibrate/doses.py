@@ -66,13 +66,8 @@ class Trial(NamedTuple):
 class Choice:
     """What the search chose, and all it tried.
 
-    Args:
-        method, site, strength: The lever and how strong it is.
-        low, high: Strengths between which text stays sound.
-        beyond: What was seen beyond them.
-        prompt: Index of the instruction that asks best for the concept.
-        answers: Answers generated in the search.
-        trials: Everything that was tried.
+    Text stays sound at strengths from `low` to `high`; `beyond` says what was seen beyond them. `prompt` is the index of the
+    instruction that asks best for the concept, `answers` how many were generated.
     """
 
     method: str

@@ -59,21 +59,11 @@ class Lever:
 class Task:
     """What a method may use to find the lever of one concept.
 
-    Args:
-        model, tokenizer: The language model.
-        instruction: How a prompt would ask for the concept.
-        pairs: Contrast pairs.
-        prompts: Requests to learn from; nothing is ever measured on them.
-        texts: Ordinary text, which a gate should leave alone.
-        site: Where methods of one site work.
-        sites: All sites that are tried, in the model's order.
-        positive: By site, mean activations over answers with the concept.
-        negative: The same over answers without it.
-        reference: By site, activations of ordinary text.
-        norms: By site, the median length of an activation.
-        keep: By site, directions of the other concepts.
-        seed: Seed of all random choices.
-        memo: What several methods need and one has made.
+    `instruction` is how a prompt would ask for it. Nothing is ever measured on `prompts`, requests to learn from; `texts` are
+    ordinary text, which a gate should leave alone. Methods of one site work at `site`; `sites` are all that are tried, in the
+    model's order. By site: `positive` and `negative`, mean activations over answers of the pairs with and without the concept;
+    `reference`, activations of ordinary text; `norms`, their median length; `keep`, directions of the other concepts. `memo`
+    keeps what several methods need and one has made.
     """
 
     model: Any

@@ -87,18 +87,10 @@ def evaluate(
     work: Path | None = None,
     concepts: Sequence[str] | None = None,
 ) -> list[MeasuredEffects]:
-    """Measure concepts of a bank on the recipe's evaluation prompts; one record a concept.
+    """Measure concepts of a bank, by default all that the recipe has too, on the recipe's evaluation prompts; one record each.
 
-    Args:
-        model: The language model.
-        tokenizer: Its tokenizer.
-        bank: The bank.
-        recipe: Prompts, scorers and instructions of its concepts.
-        judge: The recipe's judge, if it is there already.
-        studio: Of a training run, as `choices`.
-        choices: By concept, what a training run chose: every method that was tried is measured beside it.
-        work: Folder that keeps the records, from which the same call goes on.
-        concepts: Names. Default: all that bank and recipe have in common.
+    `judge`, `studio` and `choices` are those of a training run: every method that it tried is measured beside what was chosen.
+    `work` is a folder that keeps the records, from which the same call goes on.
     """
     known = {concept.name: concept for concept in recipe.concepts}
     scorer = judge or judge_for(recipe.scorers)

@@ -22,13 +22,8 @@ HELD_OUT = 0.1
 
 @dataclass(frozen=True, eq=False)
 class Readings:
-    """How each of `n` latents reads on what its encoder was trained on.
-
-    Args:
-        unit: Median of its positive readings.
-        high: The value that 99.5 % of its positive readings stay below.
-        frequency: Share of tokens that it fires on.
-    """
+    """How each of `n` latents reads on what its encoder was trained on: the median of its positive readings, the value that
+    99.5 % of them stay below, and the share of tokens that it fires on."""
 
     unit: Float[Tensor, " n"]
     high: Float[Tensor, " n"]

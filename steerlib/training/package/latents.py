@@ -177,17 +177,10 @@ def labelled(concept: Concept, found: Verification, tokenizer: Any) -> Concept:
 def evaluate_encoders(
     model: Any, tokenizer: Any, bank: ConceptBank, recipe: Recipe, *, against: ConceptBank | None = None
 ) -> dict[str, dict[str, Any]]:
-    """Figures of every sparse encoder of a bank of text latents, on a recipe's ordinary texts.
+    """The figures of a training run for every sparse encoder of a bank of text latents, by id (`evaluation.quality`).
 
-    Args:
-        model: The language model.
-        tokenizer: Its tokenizer.
-        bank: A bank with sparse encoders; others in it are left out.
-        recipe: Names the texts: `reference` to encode, `unrelated` to measure the model's loss on, and any attributes.
-        against: A bank of the same encoders trained from another seed; adds how much of each it found.
-
-    Returns:
-        By encoder id, the figures of `evaluation.quality`, those of a training run.
+    The recipe names the texts: `reference` to encode, `unrelated` to measure the model's loss on, and any attributes. With
+    `against`, a bank of the same encoders trained from another seed, also how much of each that one found.
     """
     bank.check(host_for(model))
     sites = sorted({site for facts in bank.encoders.values() for site in (facts.site, facts.reads) if site})
