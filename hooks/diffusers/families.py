@@ -1,7 +1,7 @@
 """What differs between families of pipelines: one entry in `DENOISERS` for a denoiser, one in `GUIDANCE` for a pipeline."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -54,34 +54,28 @@ class Denoiser:
     )
 
 
-def by_noise(t: Any, n: int) -> Any:  # noqa: ARG001
-    """For denoisers that are given the noise level itself."""
-    return t
-
-
-def by_image(t: Any, n: int) -> Any:  # noqa: ARG001
-    """For denoisers that are given the share of the image."""
-    return 1 - t
-
-
+GIVEN_NOISE = Denoiser(noise=lambda t, _: t)
+"""Its time is the noise level itself."""
+GIVEN_IMAGE = Denoiser(noise=lambda t, _: 1 - t)
+"""Its time is the share of the image."""
 DENOISERS = {
-    "AuraFlowTransformer2DModel": Denoiser(noise=by_noise, streams={"AuraFlowJointTransformerBlock": TEXT_FIRST}),
-    "BriaTransformer2DModel": Denoiser(noise=by_noise),
-    "ChromaTransformer2DModel": Denoiser(noise=by_noise, streams={"ChromaTransformerBlock": TEXT_FIRST}),
+    "AuraFlowTransformer2DModel": replace(GIVEN_NOISE, streams={"AuraFlowJointTransformerBlock": TEXT_FIRST}),
+    "BriaTransformer2DModel": GIVEN_NOISE,
+    "ChromaTransformer2DModel": replace(GIVEN_NOISE, streams={"ChromaTransformerBlock": TEXT_FIRST}),
     "CogVideoXTransformer3DModel": Denoiser(video=(1, 3, 4)),
-    "Flux2Transformer2DModel": Denoiser(noise=by_noise),
-    "FluxTransformer2DModel": Denoiser(noise=by_noise),
-    "HunyuanImageTransformer2DModel": Denoiser(noise=by_noise),
+    "Flux2Transformer2DModel": GIVEN_NOISE,
+    "FluxTransformer2DModel": GIVEN_NOISE,
+    "HunyuanImageTransformer2DModel": GIVEN_NOISE,
     "Kandinsky5Transformer3DModel": Denoiser(video=(1, 2, 3)),
-    "Krea2Transformer2DModel": Denoiser(noise=by_noise),
-    "LongCatImageTransformer2DModel": Denoiser(noise=by_noise),
-    "Lumina2Transformer2DModel": Denoiser(noise=by_image, drops_pads=True),
-    "LuminaNextDiT2DModel": Denoiser(noise=by_image),
+    "Krea2Transformer2DModel": GIVEN_NOISE,
+    "LongCatImageTransformer2DModel": GIVEN_NOISE,
+    "Lumina2Transformer2DModel": replace(GIVEN_IMAGE, drops_pads=True),
+    "LuminaNextDiT2DModel": GIVEN_IMAGE,
     "MochiTransformer3DModel": Denoiser(noise=lambda t, n: 1 - t / n),
-    "OvisImageTransformer2DModel": Denoiser(noise=by_noise),
-    "QwenImageTransformer2DModel": Denoiser(noise=by_noise),
+    "OvisImageTransformer2DModel": GIVEN_NOISE,
+    "QwenImageTransformer2DModel": GIVEN_NOISE,
     "UNetSpatioTemporalConditionModel": Denoiser(video=(1, 3, 4)),
-    "ZImageTransformer2DModel": Denoiser(noise=by_image),
+    "ZImageTransformer2DModel": GIVEN_IMAGE,
 }
 """By the class of the denoiser, or a class that it inherits from; others have the defaults."""
 

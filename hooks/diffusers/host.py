@@ -20,6 +20,7 @@ from .calls import Words, asking, branches, running, turn_of
 from .families import Denoiser, denoiser
 from .moments import DenoiserCall, grid_of
 from .sites import PipelineSites
+from .sockets import Plugged
 
 _HOLDERS: WeakKeyDictionary[Any, nn.Module] = WeakKeyDictionary()
 
@@ -64,9 +65,11 @@ class PipelineHost(Host):
 
     @classmethod
     def load(cls, source: str, **kwargs: Any) -> tuple[Any, Any]:
-        return load_pipeline(source, **kwargs), None
-
-    # -- sites -----------------------------------------------------------------------------------------------
+        try:
+            from diffusers import DiffusionPipeline
+        except ImportError:
+            raise MissingExtra("image pipelines need diffusers: pip install 'steerlib[diffusers]'") from None
+        return DiffusionPipeline.from_pretrained(source, **kwargs), None
 
     @cached_property
     def _sites(self) -> PipelineSites:
@@ -100,13 +103,8 @@ class PipelineHost(Host):
     def plug(self, module: nn.Module, socket: Any) -> Callable[[], None] | None:
         component, _, inside = socket.site.module.partition(".")
         # accelerate takes the hooks of a whole component away between two calls, and text encoders are transformers models
-        if not inside or type(self.model.get_submodule(component)).__module__.partition(".")[0] != "diffusers":
-            return None
-        from .sockets import plug
-
-        return plug(module, socket)
-
-    # -- where a pass stands ---------------------------------------------------------------------------------
+        ours = inside and type(self.model.get_submodule(component)).__module__.partition(".")[0] == "diffusers"
+        return Plugged(module, socket).remove if ours else None
 
     def state(self, clock: str, args: tuple, kwargs: dict[str, Any]) -> StepState:
         module = self.model.get_submodule(clock)
@@ -145,8 +143,6 @@ class PipelineHost(Host):
         progress = 1 - torch.as_tensor(asked.noise, dtype=torch.float32, device=device).reshape(-1)[0]
         return TracedPass(steps, steps, None, progress=progress, copies=0)  # how often the rows lie in the batch is unknown
 
-    # -- the unsteered twin, and identity --------------------------------------------------------------------
-
     def refuse_twin(self) -> str:
         cached = [name for name in self.denoisers if getattr(self.model.get_submodule(name), "is_cache_enabled", False)]
         return f"do='hold' needs {cached[0]} without its cache; call pipe.{cached[0]}.disable_cache()" if cached else ""
@@ -176,12 +172,3 @@ def _holder(pipe: Any) -> nn.Module:
     if parts != holder._modules:
         holder.__dict__["_modules"] = parts  # in one step: another thread may be running through it
     return holder
-
-
-def load_pipeline(source: str, **kwargs: Any) -> Any:
-    """A pipeline from a folder or a Hub id; options are those of `DiffusionPipeline.from_pretrained`."""
-    try:
-        from diffusers import DiffusionPipeline
-    except ImportError:
-        raise MissingExtra("image pipelines need diffusers: pip install 'steerlib[diffusers]'") from None
-    return DiffusionPipeline.from_pretrained(source, **kwargs)

@@ -132,12 +132,9 @@ class PipelineSites:
 
     def _stages(self, autoencoder: nn.Module) -> list[str]:
         """Where an autoencoder can be looked at: its two halves and their blocks."""
-        found = []
-        for half in ("encoder", "decoder"):
-            for path, _ in autoencoder.named_modules():
-                if re.fullmatch(rf"{half}(\.(mid_block|(down|up)_blocks\.\d+))?", path):
-                    found += [path, *([f"{path}.in"] if path == half else [])]
-        return found
+        halves = r"(encoder|decoder)(\.(mid_block|(down|up)_blocks\.\d+))?"
+        found = [path for path, _ in autoencoder.named_modules() if re.fullmatch(halves, path)]
+        return [*found, *(f"{half}.in" for half in ("encoder", "decoder") if half in found)]
 
     def order(self, site: Site) -> tuple[int, ...]:
         """Text encoders, denoisers, autoencoders; inside each the way down, the middle, the way up; then by number."""

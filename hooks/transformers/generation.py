@@ -151,52 +151,49 @@ def _half() -> Branch:
 
 def _generation(model: Any, args: tuple, kwargs: dict[str, Any]) -> Generation:
     """What `generate(*args, **kwargs)` was asked for."""
-    decoder_only = not model.config.is_encoder_decoder
-    given = kwargs.get("inputs", args[0] if args else None)
-    config = kwargs.get("generation_config", args[1] if len(args) > 1 else None) or model.generation_config
-    ids, embeds = kwargs.get("input_ids", given), kwargs.get("inputs_embeds")
-    main = ids if isinstance(ids, Tensor) and ids.shape[1:] != (0,) else embeds
-    mask = kwargs.get("attention_mask")
-    if decoder_only:
+    given = dict(zip(("inputs", "generation_config"), args, strict=False)) | kwargs
+    config = given.get("generation_config") or model.generation_config
+    asked = {**vars(config), **given}
+    is_pair, mask = model.config.is_encoder_decoder, given.get("attention_mask")
+    ids = given.get("input_ids", given.get("inputs"))
+    main = ids if isinstance(ids, Tensor) and ids.shape[1:] != (0,) else given.get("inputs_embeds")
+    if is_pair:
+        prompt, mask = None, given.get("decoder_attention_mask")
+        if main is None and (encoded := given.get("encoder_outputs")) is not None:
+            main = encoded[0]
+    else:
         prompt = main.shape[1] if isinstance(main, Tensor) else 1
         if isinstance(mask, Tensor):
             prompt = max(prompt, mask.shape[1])
-        elif (past := kwargs.get("past_key_values")) is not None and prompt <= past.get_seq_length():
+        elif (past := given.get("past_key_values")) is not None and prompt <= past.get_seq_length():
             prompt += int(past.get_seq_length())  # only the new part was given
         if mask is None and isinstance(ids, Tensor) and ids is main:
-            mask = _inferred_mask(config, ids, kwargs)
-    else:
-        prompt, mask = None, kwargs.get("decoder_attention_mask")
-        if main is None and (encoded := kwargs.get("encoder_outputs")) is not None:
-            main = encoded[0]
-    guidance = kwargs.get("guidance_scale", config.guidance_scale)
+            mask = _inferred_mask(ids, asked)
     return Generation(
         model=model,
         prompt=prompt,
         prompts=len(main) if isinstance(main, Tensor) else None,
         mask=mask if isinstance(mask, Tensor) and not mask.all() else None,
-        guided=guidance is not None and guidance != 1,
-        refuse_twin=_no_twin(config, kwargs) if decoder_only else "do='hold' cannot follow an encoder in generate()",
+        guided=asked.get("guidance_scale") not in (None, 1),
+        refuse_twin="do='hold' cannot follow an encoder in generate()" if is_pair else _no_twin(asked),
     )
 
 
-def _inferred_mask(config: Any, ids: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
+def _inferred_mask(ids: Tensor, asked: dict[str, Any]) -> Tensor | None:
     """The mask that `generate()` infers where none is given: pads are pads unless they also end a text."""
-    pad = kwargs.get("pad_token_id", config.pad_token_id)
-    eos = kwargs.get("eos_token_id", config.eos_token_id)
+    pad, eos = asked.get("pad_token_id"), asked.get("eos_token_id")
     if pad is None or pad in (eos if isinstance(eos, (list, tuple)) else [eos]) or ids.ndim != 2:
         return None
     return (ids != pad).long()
 
 
-def _no_twin(config: Any, kwargs: dict[str, Any]) -> str:
+def _no_twin(asked: dict[str, Any]) -> str:
     """Why `do="hold"` cannot work in this call."""
-    beams = kwargs.get("num_beams", config.num_beams) or 1
-    if beams > 1:
+    if (beams := asked.get("num_beams") or 1) > 1:
         return f"do='hold' cannot follow {beams} beams: their order changes between passes; use num_beams=1"
-    if kwargs.get("assistant_model") is not None or kwargs.get("prompt_lookup_num_tokens"):
+    if asked.get("assistant_model") is not None or asked.get("prompt_lookup_num_tokens"):
         return "do='hold' cannot follow assisted decoding, which takes tokens back; generate without an assistant"
-    static = kwargs.get("cache_implementation", config.cache_implementation)
+    static = asked.get("cache_implementation")
     if static and "static" in static:
         return f"do='hold' cannot copy a {static} cache; use the default cache"
     return ""

