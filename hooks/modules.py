@@ -1,8 +1,10 @@
 """Any `torch.nn.Module`: the user names the sites by module path, and every pass is a prompt."""
 
 import inspect
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from types import FrameType
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -72,6 +74,14 @@ def arguments(module: nn.Module) -> tuple[str, ...]:
 def named(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of a call by name, also those given by place."""
     return {**dict(zip(arguments(module)[1:], args, strict=False)), **kwargs}
+
+
+def frames() -> Iterator[FrameType]:
+    """The calls that lead here, the innermost first: what a library does not pass on is read off its local variables."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
 
 
 def entry_of(table: Mapping[str, Entry], thing: object, default: Entry) -> Entry:

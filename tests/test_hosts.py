@@ -41,7 +41,7 @@ def test_tokens_are_counted_where_text_is_read_and_not_in_a_tower_that_sees():
     assert counted(tiny("llama"), "layers.1", "model.layers.0.mlp.up_proj") == [True, True]
 
 
-def test_tokens_are_counted_where_a_model_that_hears_speaks():
+def test_tokens_are_counted_where_a_model_of_speech_writes():
     whisper = WhisperForConditionalGeneration(shrunk(WhisperConfig(), max_source_positions=16, num_mel_bins=8))
     assert counted(whisper, "encoder.layers.0", "decoder.layers.0") == [False, True]
 
@@ -75,7 +75,7 @@ def test_what_is_loaded_is_a_model_with_its_tokenizer_or_a_pipeline(tmp_path):
 
 
 def test_a_pipeline_is_loaded_from_the_hub_and_what_else_is_there_is_left_to_others(hub, tmp_path, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", hub.url)  # diffusers asks through an object made at import
+    monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", hub.url)  # diffusers calls an object made at import
     pipe = PIPELINES["ddpm"].build()
     pipe.save_pretrained(tmp_path / "ddpm")
     hub.add("org/ddpm", {str(p.relative_to(tmp_path / "ddpm")): p for p in (tmp_path / "ddpm").rglob("*") if p.is_file()})
@@ -134,7 +134,7 @@ class Floor(nn.Module):
 
 
 class Tower(nn.Module):
-    """A denoiser that is told how much of the image there is, and has words of its own for everything."""
+    """A denoiser that is given the share of the image, with names of its own for everything."""
 
     def __init__(self):
         super().__init__()
@@ -210,7 +210,7 @@ class Machine:
 
 
 class MachineHost(ModuleHost):
-    def __init__(self, target):
+    def __init__(self, target: Any):
         super().__init__(target.net)
 
     @classmethod

@@ -1,7 +1,6 @@
 """The call of a pipeline that is running. Where it stands is in its local variables, so they are read off its frame."""
 
-import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -13,6 +12,7 @@ from steerlib.errors import BadEdit, Unanswerable
 from steerlib.passes import Branch
 
 from ..attach import ASIDE
+from ..modules import frames
 from .families import halves
 
 
@@ -89,16 +89,9 @@ def branches(call: Call, turn: Turn, clock: str, copies: int) -> tuple[Branch, .
     return halves(call.pipe, copies)
 
 
-def _frames() -> Iterator[Any]:
-    frame = sys._getframe(1)
-    while frame is not None:
-        yield frame
-        frame = frame.f_back  # type: ignore[assignment]
-
-
 def running(pipe: Any, component: str, module: nn.Module) -> Call | None:
     """The call that runs this component: of the pipeline itself, or of another that shares the module."""
-    for frame in _frames():
+    for frame in frames():
         if frame.f_code.co_name == "__call__":
             names = frame.f_locals
             for owner in (names.get("self"), names.get("components")):
@@ -112,7 +105,7 @@ def running(pipe: Any, component: str, module: nn.Module) -> Call | None:
 def asking(pipe: Any) -> tuple[Branch, ...] | None:
     """Which prompt a text encoder reads: the one that is wanted, or the negative one; what is both counts as wanted."""
     read: list[list[str]] = []
-    for frame in _frames():
+    for frame in frames():
         names = frame.f_locals if frame.f_code.co_varnames[:1] == ("self",) else {}
         if names.get("self") is not pipe:
             continue

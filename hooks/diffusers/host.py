@@ -66,7 +66,7 @@ class PipelineHost(Host):
     @classmethod
     def load(cls, source: str, **kwargs: Any) -> tuple[Any, Any]:
         try:
-            from diffusers import DiffusionPipeline
+            from diffusers.pipelines.pipeline_utils import DiffusionPipeline
         except ImportError:
             raise MissingExtra("image pipelines need diffusers: pip install 'steerlib[diffusers]'") from None
         return DiffusionPipeline.from_pretrained(source, **kwargs), None
@@ -116,7 +116,7 @@ class PipelineHost(Host):
         if rest:  # inside an autoencoder: the finished image, or one tile of it
             autoencoder = self.model.get_submodule(component)
             call, tiled = running(self.pipe, component, autoencoder), getattr(autoencoder, "use_tiling", False)
-            known = {"prompts": call.prompts, "images": call.images} if call else {}
+            known: dict[str, Any] = {"prompts": call.prompts, "images": call.images} if call else {}
             return DenoisingPass(1.0, **known, grid=None if tiled else grid_of(first, Denoiser()), like=first)
         mask = given.get("attention_mask")
         mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None

@@ -59,7 +59,8 @@ class DenoiserCall:
     @property
     def moment(self) -> tuple[float, float, int]:
         """The time of this call, the progress it means, and which of the scheduler's noise levels it is."""
-        run, index, t = (self.names.get(name) for name in ("timesteps", "i", "t"))
+        names: Any = self.names
+        run, index, t = names.get("timesteps"), names.get("i"), names.get("t")
         counted = isinstance(run, Tensor) and isinstance(index, int) and index < len(run)
         times, whole = self._times("run", run if counted else None), self._times("all", self.pipe.scheduler.timesteps)
         if counted and isinstance(t, Tensor):

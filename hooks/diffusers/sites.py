@@ -132,9 +132,9 @@ class PipelineSites:
 
     def _stages(self, autoencoder: nn.Module) -> list[str]:
         """Where an autoencoder can be looked at: its two halves and their blocks."""
-        halves = r"(encoder|decoder)(\.(mid_block|(down|up)_blocks\.\d+))?"
-        found = [path for path, _ in autoencoder.named_modules() if re.fullmatch(halves, path)]
-        return [*found, *(f"{half}.in" for half in ("encoder", "decoder") if half in found)]
+        stages, whole = r"(encoder|decoder)(\.(mid_block|(down|up)_blocks\.\d+))?", ("encoder", "decoder")
+        found = [path for path, _ in autoencoder.named_modules() if re.fullmatch(stages, path)]
+        return [f"{path}{ending}" for path in found for ending in (("", ".in") if path in whole else ("",))]
 
     def order(self, site: Site) -> tuple[int, ...]:
         """Text encoders, denoisers, autoencoders; inside each the way down, the middle, the way up; then by number."""

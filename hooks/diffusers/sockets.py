@@ -20,7 +20,7 @@ class Plugged:
         self.module, self.socket = module, socket
         holder, name = _places(module)[-1]
         self.below = getattr(holder, name)
-        update_wrapper(self, self.below, updated=())  # some ask for the forward's signature
+        update_wrapper(self, self.below, updated=())  # diffusers inspects the signature
         setattr(holder, name, self)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -85,7 +85,7 @@ AFTER = {
 PROJECTION = ("o_proj", "out_proj", "c_proj", "dense", "wo", "o", "out_lin", "resid_proj")
 HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
 TOKENS = ("input_ids", "decoder_input_ids", "inputs_embeds")
-"""Main inputs of models that read text; towers that see or hear have others."""
+"""Main inputs of models that read text; towers for pictures or sound have others."""
 
 
 def family(module: nn.Module) -> Family:

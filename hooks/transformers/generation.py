@@ -1,6 +1,5 @@
 """What a call of `generate()` was asked for: the prompt, its pads, beams, guidance."""
 
-import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from steerlib.errors import BadEdit
 from steerlib.passes import Branch, TextPass
 
 from ..attach import ASIDE, is_compiled
+from ..modules import frames
 
 ROWS = 64
 """Rows for which a compiled model has room."""
@@ -120,8 +120,7 @@ def prompt_positions(model: nn.Module) -> Tensor:
     """What compiled code reads of `generate()`: real prompt tokens of each row, and, last, how many rows there are."""
     if model not in _PROMPT_POSITIONS:
         device = next((p.device for p in model.parameters() if not p.is_meta), None)
-        _PROMPT_POSITIONS[model] = torch.full((ROWS + 1,), NEVER, device=device)
-        _PROMPT_POSITIONS[model][ROWS] = 1
+        _PROMPT_POSITIONS[model] = torch.tensor([NEVER] * ROWS + [1], device=device)
     return _PROMPT_POSITIONS[model]
 
 
@@ -140,13 +139,8 @@ def _write_prompt_positions(model: nn.Module, call: Generation | None) -> None:
 
 
 def _half() -> Branch:
-    """Whether the prompt or guidance's other half is read; only the call stack shows it."""
-    frame = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code.co_name == "get_unconditional_logits":
-            return "uncond"
-        frame = frame.f_back  # type: ignore[assignment]
-    return "cond"
+    """The half of guidance that is computed; only the call stack shows it."""
+    return "uncond" if any(frame.f_code.co_name == "get_unconditional_logits" for frame in frames()) else "cond"
 
 
 def _generation(model: Any, args: tuple, kwargs: dict[str, Any]) -> Generation:

@@ -43,7 +43,7 @@ class TransformersHost(Host):
         return True
 
     @classmethod
-    def load(cls, source: str, *, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:  # type: ignore[override]
+    def load(cls, source: str, *, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
         try:
             from transformers import AutoModelForCausalLM, AutoTokenizer
         except ImportError:

@@ -52,7 +52,7 @@ def stacks(model: Any) -> tuple[Stack, ...]:
 
 
 def _caller(model: Any, part: nn.Module) -> nn.Module:
-    """What is given the padding mask itself: a body that sees as well as reads makes another mask for what it calls."""
+    """What is given the padding mask itself: a body of text and pictures makes another mask for what it calls."""
     if not family(part).masked:
         return model
     body = model.base_model
@@ -215,6 +215,6 @@ def order(site: Site, found: tuple[Stack, ...], count: int) -> tuple[int, ...]:
 
 
 def reads_text(model: nn.Module, path: str) -> bool:
-    """Whether the innermost part on a path that names its main input reads text: towers that see or hear do not."""
+    """Whether the innermost part on a path that names its main input reads text: towers for pictures or sound do not."""
     inputs = [m.main_input_name for m in modules_on(model, path) if hasattr(m, "main_input_name")]
     return bool(inputs) and inputs[-1] in TOKENS
