@@ -4,8 +4,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-from torch import nn
-
 from steerlib.passes import Branch
 
 from ..modules import entry_of
@@ -100,11 +98,6 @@ GUIDANCE: dict[str, Halves] = {
     "ZImagePipeline": REVERSED,
 }
 """By the class of the pipeline, or a class that it inherits from; others stack as `STACKED`."""
-
-
-def denoiser(module: nn.Module) -> Denoiser:
-    """What is special about a denoiser."""
-    return entry_of(DENOISERS, module, Denoiser())
 
 
 def halves(pipe: Any, copies: int) -> tuple[Branch, ...] | None:

@@ -1,6 +1,7 @@
 """The host of diffusers pipelines: denoisers under every guidance layout, text encoders, autoencoders."""
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,10 @@ from steerlib.hosts import Host, digest
 from steerlib.passes import DenoisingPass, StepState, TextPass, TracedPass
 from steerlib.sites import Site
 
-from ..modules import arguments, named
+from ..modules import arguments, entry_of, named
 from ..transformers.sites import reads_text
 from .calls import Words, asking, branches, running, turn_of
-from .families import Denoiser, denoiser
+from .families import DENOISERS, Denoiser
 from .moments import DenoiserCall, grid_of
 from .sites import PipelineSites
 from .sockets import Plugged
@@ -39,7 +40,7 @@ class PipelineHost(Host):
                     f"{name} is a wrapper made by torch.compile; attach to the plain pipeline first, then call "
                     f"pipe.{name}.compile() or pipe.{name}.compile_repeated_blocks()"
                 )
-        facts = {name: (denoiser(m), arguments(m)) for name, m in self.model.named_children()}
+        facts = {name: (entry_of(DENOISERS, m, Denoiser()), arguments(m)) for name, m in self.model.named_children()}
         self.denoisers = {name: known for name, (known, takes) in facts.items() if {*known.time} & {*takes}}
         """What is special about each component that is given a time, control networks among them."""
         if not self.denoisers or not hasattr(target, "scheduler"):
@@ -57,11 +58,9 @@ class PipelineHost(Host):
         from huggingface_hub import hf_hub_download
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-        try:
-            hf_hub_download(source, "model_index.json")
-        except (OSError, HfHubHTTPError, HFValidationError):
-            return False
-        return True
+        with suppress(OSError, HfHubHTTPError, HFValidationError):  # not there, not reached, or no id at all
+            return bool(hf_hub_download(source, "model_index.json"))
+        return False
 
     @classmethod
     def load(cls, source: str, **kwargs: Any) -> tuple[Any, Any]:

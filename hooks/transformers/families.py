@@ -72,14 +72,10 @@ CHILDREN = {
     "mlp": ("mlp", "feed_forward", "ffn", "block_sparse_moe", "moe", "shared_mlp", "mlp_block", "ff", "fc2", "output"),
 }
 AFTER = {
-    "attn": (
-        *("attn_sconv", "post_attention_convolution", "post_self_attn_layernorm", "post_norm1", "post_operator_norm"),
-        "post_attention_layernorm",
-    ),
-    "mlp": (
-        *("mlp_sconv", "post_mlp_convolution", "post_mlp_layernorm", "post_norm2", "post_ffn_norm"),
-        "post_feedforward_layernorm",
-    ),
+    "attn": ("attn_sconv", "post_attention_convolution", "post_self_attn_layernorm", "post_norm1", "post_operator_norm")
+    + ("post_attention_layernorm",),
+    "mlp": ("mlp_sconv", "post_mlp_convolution", "post_mlp_layernorm", "post_norm2", "post_ffn_norm")
+    + ("post_feedforward_layernorm",),
 }
 """A norm or a convolution after a part, where a block has one after both: what it gives joins the residual stream."""
 PROJECTION = ("o_proj", "out_proj", "c_proj", "dense", "wo", "o", "out_lin", "resid_proj")
