@@ -80,10 +80,6 @@ class Host(ABC):
     def order(self, site: Site) -> tuple[int, ...]:
         """A key that sorts sites as a pass reaches them."""
 
-    def counts_tokens(self, site: Site) -> bool:  # noqa: ARG002
-        """Whether positions at a site are those of text tokens, so that `tokens=` can be answered."""
-        return True
-
     def width(self, site: Site) -> int | None:
         """`D` of the activations `[B, N, D]` at a site; None where only a run would show it."""
         return None if site.columns is None else site.columns[1] - site.columns[0]

@@ -80,7 +80,7 @@ class Run:
         """The steered x."""
         tally, program = self.tally, self.program
         tally.passes += 1
-        tally.seen += x.shape[1]
+        tally.seen += now.length
         if now.progress is not None:
             tally.saw(now)
         if program.is_constant and now.is_plain:
@@ -110,7 +110,7 @@ class Run:
 
     def _added(self, x: Tensor, now: StepState) -> Tensor:
         tally, delta = self.tally, self.delta
-        tally.tokens += x.shape[1]
+        tally.tokens += now.length
         if delta.dtype is not x.dtype or delta.device != x.device:
             delta = self.delta = self._constant(x)
         acts = tally.acts = tally.acts + 1
