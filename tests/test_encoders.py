@@ -374,11 +374,14 @@ def test_a_gate_opens_where_a_latent_fires(model):
     torch.testing.assert_close(found - x, (z[..., i, None] > 0) * encoder.decoder[0], atol=1e-5, rtol=0)
 
 
-def test_a_positive_addition_is_as_cheap_as_a_vector(model):
-    session = sl.steer(model, bank_of(model, MADE["topk"]()), {"layers.0/0": 1.0, "layers.0/1": [0.5, 2.0]})
-    assert session._plan.programs["layers.0"].delta is not None
-    session = sl.steer(model, bank_of(model, MADE["topk"]()), {"layers.0/0": -1.0})
-    assert session._plan.programs["layers.0"].delta is None
+def test_a_positive_addition_encodes_nothing_and_a_negative_one_does(model, monkeypatch):
+    encoder, read = MADE["topk"](), []
+    readings = encoder.readings
+    monkeypatch.setattr(encoder, "readings", lambda *args: read.append(1) or readings(*args))
+    at(model, bank_of(model, encoder), {"layers.0/0": 1.0, "layers.0/1": [0.5, 2.0]})
+    assert not read
+    at(model, bank_of(model, encoder), {"layers.0/0": -1.0})
+    assert read
 
 
 # -- banks ---------------------------------------------------------------------------------------------------

@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from ...encoders import Sparse
 from ...errors import BadRecipe
+from ..store import save
 from .encoder_recipe import EncoderRecipe
 from .inputs import Batch, Source, first_tokens, pair
 from .learner import Learner
@@ -60,7 +60,7 @@ def fit(
             if step % LOOK == 0 or step == steps:
                 show(figures(learners, seen), step, bar, accelerator)
             if path is not None and first and (step % save_every == 0 or step == steps):
-                save(path, learners, step, about)
+                keep(path, learners, step, about)
     if step < steps:
         raise BadRecipe(f"expected {steps} batches of {batch} tokens, the source ended after {step}")
     if accelerator:
@@ -153,15 +153,10 @@ def show(figures: Mapping[str, Mapping[str, float]], step: int, bar: Any, accele
         accelerator.log({f"{name}/{key}": value for name, f in figures.items() for key, value in f.items()}, step=step)
 
 
-def save(path: Path, learners: Mapping[str, Learner], step: int, about: str) -> None:
+def keep(path: Path, learners: Mapping[str, Learner], step: int, about: str) -> None:
     """All that the next step depends on, whole or not at all."""
-    tensors = {f"{name}|{key}": t.cpu().clone() for name, learner in learners.items() for key, t in learner.tensors.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    save_file(tensors, part, metadata={"state": json.dumps({"step": step, "of": about})})  # of several, the order would vary
-    with part.open("rb") as file:
-        os.fsync(file.fileno())
-    part.replace(path)
+    tensors = {f"{name}|{key}": t.clone() for name, learner in learners.items() for key, t in learner.tensors.items()}
+    save(path, tensors, {"state": json.dumps({"step": step, "of": about})})
 
 
 def restored(path: Path | None, learners: Mapping[str, Learner], about: str) -> int:

@@ -111,7 +111,7 @@ def chosen(
     """Firings, those of dead latents, and the least potential that was kept."""
     low = recipe.precision == "bf16"
     inputs = [t.bfloat16() if low else t for t in (x, encoder, bias)]
-    apart = recipe.kind != "topk"
+    apart = recipe.objective.keeps == "batch"
     rows = len(x) if apart else max(64, BLOCK.get(x.device.type, BLOCK["cuda"]) // len(encoder))
     kept, spare = [], []
     for block in inputs[0].split(rows):
