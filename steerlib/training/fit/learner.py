@@ -150,8 +150,9 @@ class Learner:
         assert isinstance(made, Sparse)
         if not self.transcodes:
             return made
-        own = {**tensors, "threshold": made.thresholds(), "skip": skip}
-        return Transcoder(**own, k=recipe.k if objective.keeps == "token" else None)
+        own = {name: tensors[name] for name in (*Sparse.tensors, *Sparse.shared)}
+        k = recipe.k if objective.keeps == "token" else None
+        return Transcoder(**own, threshold=made.thresholds(), skip=skip, k=k)
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...bank.concept_bank import BaseModel, ConceptBank, SiteFacts
 from ...bank.concepts import Concept
-from ...encoders import Sparse
+from ...encoders import Sparse, TopK
 from ...errors import BadRecipe
 from ...hosts import host_for
 from ..discover.text_graph import contexts, graphed
@@ -102,7 +102,7 @@ def finished(encoder: Sparse, seen: Sightings, x: Tensor) -> Sparse:
     statistics = {"unit": seen.quantile(0.5), "frequency": seen.frequency.float(), "high": seen.quantile(0.995)}
     tensors = {name: tensor.detach().cpu().half() for name, tensor in (encoder.to_tensors() | statistics).items()}
     made = type(encoder).from_tensors(tensors, encoder.settings)
-    return made.calibrated(x)
+    return made.calibrated(x) if isinstance(made, TopK) else made
 
 
 def described(id: str, encoder: Sparse, seen: Sightings, texts: Texts, promotes: Sequence[Sequence[str]]) -> list[Concept]:

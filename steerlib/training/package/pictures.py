@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from ...bank.concept_bank import BaseModel, ConceptBank, SiteFacts
 from ...bank.concepts import Concept
-from ...encoders import Sparse
+from ...encoders import Sparse, TopK
 from ...errors import BadRecipe
 from ...evaluation.representation import dead_share, dense_share, explained_variance, l0, random_encoder
 from ..fit.inputs import Tokens
@@ -143,7 +143,7 @@ def finished(encoder: Sparse, x: Float[Tensor, "T D"]) -> Sparse:
     statistics = {"unit": unit, "frequency": fires.float().mean(0), "high": high}
     tensors = {name: t.detach().cpu().half() for name, t in (encoder.to_tensors() | statistics).items()}
     made = type(encoder).from_tensors(tensors, encoder.settings)
-    return made.calibrated(x[: 1 << 14])
+    return made.calibrated(x[: 1 << 14]) if isinstance(made, TopK) else made
 
 
 def measured(encoder: Sparse, x: Float[Tensor, "H D"]) -> dict[str, Any]:
