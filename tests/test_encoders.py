@@ -491,7 +491,8 @@ def floored(tmp_path, monkeypatch):
     monkeypatch.setattr(encoders, "__path__", [*encoders.__path__, str(tmp_path / "kinds")])
     encoders.__spec__.loader.exec_module(encoders)  # as an import would, with what is in the folder now
     yield KINDS["floored"]
-    del KINDS["floored"], sys.modules["steerlib.encoders.floored"], vars(encoders)["floored"]
+    del KINDS["floored"], sys.modules["steerlib.encoders.floored"]
+    delattr(encoders, "floored")
 
 
 def test_a_kind_in_a_file_of_its_own_is_trained_steered_saved_and_opened(floored, model, tmp_path):

@@ -15,15 +15,15 @@ Weights = dict[str, Tensor]
 
 
 class Cost(NamedTuple):
-    """What a batch costs: `(|rest|^2 + beside) / variance + price * paid`; the price rises during training."""
+    """What a batch costs: `(|rest|^2 + beside) / variance + price * paid`; the price rises during training.
+
+    `rest` is what the reconstruction lacks, `paid` is summed over tokens, `beside` are squares of a second reconstruction.
+    """
 
     rest: Float[Tensor, "N D2"]
-    """What the reconstruction lacks."""
     code: Float[Tensor, "N n"]
     paid: Float[Tensor, ""]
-    """What is paid for the latents that fire, summed over tokens."""
     beside: Float[Tensor, ""] | None = None
-    """Squares of a second reconstruction."""
 
 
 Loss = Callable[[Weights, Tensor, Tensor, float, float], Cost]

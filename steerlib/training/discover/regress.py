@@ -64,7 +64,8 @@ def fitted(rows: Rows, *, signed: bool, centred: bool = False, path: Sequence[fl
         """By price, the effects fitted to the first rows and to all."""
         columns, some = columns_of(rows.candidates[of], routes), y[:, of]
         before = products(first, some[:kept], columns, centred)
-        whole = mixed(before, products(last, some[kept:], columns, centred), kept / n)
+        after = products(last, some[kept:], columns, centred)
+        whole = Products(*(kept / n * one + (1 - kept / n) * other for one, other in zip(before, after, strict=True)))
         found = []
         for support in along(before, 2 * (log(max(parents, 2)) / kept) ** 0.5, order, routes=routes, signed=signed):
             support = support & explains(whole, support, routes)
@@ -107,11 +108,6 @@ def products(x: Columns, y: Columns, columns: NDArray[Any], centred: bool) -> Pr
             cross[child, :k] -= mean * middle
             power[child] -= middle**2
     return Products(*map(torch.from_numpy, (gram, cross, power)))
-
-
-def mixed(a: Products, b: Products, share: float) -> Products:
-    """Those of all rows, a `share` of which `a` is of."""
-    return Products(*(share * one + (1 - share) * other for one, other in zip(a, b, strict=True)))
 
 
 def along(p: Products, unit: float, path: Sequence[float], **how: Any) -> Iterator[Bool[Tensor, "B S"]]:

@@ -4,7 +4,6 @@ p -> c  an edge     M  contexts     d  how much less a child reads where its par
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,13 +18,13 @@ from ...bank.concept_bank import BaseModel, ConceptBank
 from ...encoders import Sparse
 from ...errors import BadRecipe
 from ...graph.causal_graph import CausalGraph, Edge
-from ...steering.recording import observing
 from ...text import progress
 from ..directions.studio import remembered
 from ..fit.encoder_recipe import EncoderRecipe
 from ..fit.inputs import Tokens
 from ..fit.run import fit
 from ..recipe import GraphRecipe
+from ..record.activations import reading
 from ..record.documents import pieces
 from .confirm import CONFIRMED, FEWEST, Pair
 from .discovery import Discovery, discover, with_graph
@@ -254,10 +253,7 @@ def _encoded(model: Any, bank: ConceptBank, ids: Int[Tensor, "C N"], recipe: Gra
 @torch.no_grad()
 def _activations(model: Any, sites: Sequence[str], ids: Int[Tensor, "C N"]) -> Mapping[str, Tensor]:
     """Of all tokens but the first of every context."""
-    parts: dict[str, list[Tensor]] = {site: [] for site in sites}
-    with ExitStack() as stack:
-        keep = {site: lambda x, _, site=site: parts[site].append(x[:, 1:].flatten(0, 1).float().cpu()) for site in sites}
-        stack.enter_context(observing(model, keep))
-        for some in progress(list(ids.split(64)), "reading the untrained model"):
-            model.base_model(some.to(model.device), use_cache=False)
-    return {site: torch.cat(own) for site, own in parts.items()}
+    with reading(model, sites) as read:
+        passes = (read(some.to(model.device), None) for some in progress(list(ids.split(64)), "reading the untrained model"))
+        parts = [{site: x[:, 1:].flatten(0, 1).float().cpu() for site, x in found.items()} for found in passes]
+    return {site: torch.cat([part[site] for part in parts]) for site in sites}

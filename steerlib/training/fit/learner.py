@@ -1,5 +1,7 @@
 """One encoder while it is trained: its weights, Adam's state, and which latents are dead."""
 
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -150,7 +152,7 @@ class Learner:
         assert isinstance(made, Sparse)
         if not self.transcodes:
             return made
-        own = {name: tensors[name] for name in (*Sparse.tensors, *Sparse.shared)}
+        own: dict[str, Any] = {name: tensors[name] for name in (*Sparse.tensors, *Sparse.shared)}
         k = recipe.k if objective.keeps == "token" else None
         return Transcoder(**own, threshold=made.thresholds(), skip=skip, k=k)
 

@@ -142,9 +142,7 @@ def _tokens(tokenizer: Any, document: Any) -> tuple[list[int], list[bool]]:
         ids = tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
         return ids, [True] * len(ids)
     if not tokenizer.is_fast:
-        raise BadRecipe(
-            "chats need a fast tokenizer, which tells where tokens lie in the text; load it with use_fast=True"
-        )
+        raise BadRecipe("chats need a fast tokenizer, which tells where tokens lie in the text; load it with use_fast=True")
     text, spans = rendered(tokenizer, document)
     found = tokenizer(text, add_special_tokens=False, verbose=False, return_offsets_mapping=True)
     said = bytearray(len(text))

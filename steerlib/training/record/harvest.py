@@ -42,18 +42,13 @@ def harvest(
     compute: Precision | None = None,
     seed: int | None = 0,
 ) -> Shards:
-    """Record activations of texts at several sites, in passes that end at the deepest site.
-
-    A run that was broken off goes on after the last whole shard and, with more `tokens`, so does a finished one. Where the
-    texts have fewer tokens it warns.
+    """Record activations of texts at several sites. A run that was stopped or gets more `tokens` goes on after its last shard.
 
     Args:
-        texts: Files, texts, chats or rows; `pieces` says how they are cut and which of their tokens are recorded.
-        tokens: How many to record.
-        context: Most tokens of a piece, which is read by itself.
-        batch: Most tokens of a pass, over several pieces.
-        dtype: Precision on disk.
-        compute: Precision of the passes; by default `dtype` where the machine is fast at it, else the model's.
+        texts: Files, texts, chats or rows; see `pieces`, which cuts them to `context` tokens, each piece read by itself.
+        tokens: How many to record; it warns where the texts have fewer.
+        batch: Most tokens of a pass, which ends at the deepest site.
+        dtype: On disk; passes compute in `compute`, by default `dtype` where the machine is fast at it, else as the model does.
         seed: Of the order of the documents; None: as they come.
 
     Raises `BadRecipe` for settings that cannot work, or that are not those that `folder` was recorded with.
@@ -63,14 +58,10 @@ def harvest(
     with reading(model, sites, compute and PRECISIONS[compute]) as read:
         recorder = Recorder.of(read, sites, model.device, PRECISIONS[dtype], batch)
         rows = recorder.rows_in(SHARD_BYTES, context)
-        computed = PRECISIONS[compute] if compute else model.dtype
-        settings = {"sites": recorder.widths, "dtype": dtype, "compute": str(computed), "model": identity(model)}
+        computed = str(PRECISIONS[compute] if compute else model.dtype)
+        settings = {"sites": recorder.widths, "dtype": dtype, "compute": computed, "model": identity(model)}
         shelf = Shelf(Path(folder), settings | {"context": context, "batch": batch, "seed": seed, "rows": rows})
-        if shelf.rows > tokens:
-            raise BadRecipe(f"{shelf.folder.name} holds {shelf.rows} tokens, got tokens={tokens}; ask for as many or more")
         _fill(shelf, _groups(pieces(tokenizer, texts, context, seed=seed), rows, tokens), recorder, tokens)
-    if not shelf.rows:
-        raise BadRecipe(f"expected something to record, got none of {tokens} tokens; give more texts")
     if shelf.rows < tokens:
         warnings.warn(f"recorded {shelf.rows} of {tokens} tokens: the texts ran out", SteeringWarning, stacklevel=2)
     return Shards(folder)
@@ -103,6 +94,8 @@ def identity(model: Any) -> dict[str, Any]:
 
 def _fill(shelf: Shelf, groups: Iterable[list[Piece]], recorder: "Recorder", tokens: int) -> None:
     """Make the shards that are not there yet."""
+    if shelf.rows > tokens:
+        raise BadRecipe(f"{shelf.folder.name} holds {shelf.rows} tokens, got tokens={tokens}; ask for as many or more")
     with tqdm(total=tokens, desc="recording", unit=" tokens", unit_scale=True, leave=False) as bar:
         for number, group in enumerate(groups):
             labels, source = _labels(group), _digest(group)
@@ -111,6 +104,8 @@ def _fill(shelf: Shelf, groups: Iterable[list[Piece]], recorder: "Recorder", tok
                 bar.update(count)
             else:
                 shelf.put(source, {**labels, **recorder.activations(group, count, bar)})
+    if not shelf.rows:
+        raise BadRecipe(f"expected something to record, got none of {tokens} tokens; give more texts")
 
 
 # -- one shard -----------------------------------------------------------------------------------------------
