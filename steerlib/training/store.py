@@ -55,7 +55,9 @@ def save(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, str] | N
     the same input has to give the same bytes.
     """
     with whole(path) as part:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, part, about and {**about})
+        save_file(
+            {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, part, {**about} if about else None
+        )
 
 
 def recorded(path: Path | None, make: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:

@@ -118,7 +118,7 @@ class Discovery(NamedTuple):
 
     @property
     def echoes(self) -> list[tuple[str, str]]:
-        """Edges that were left out because the later latent only echoes a neighbour that is mixed into it."""
+        """Edges that were dropped because they are explained by a correlated neighbour of the later latent."""
         ends = ((pair, fit.echoes.nonzero()) for pair, fit in self.fits.items() if fit.echoes is not None)
         return [(f"{src}/{a}", f"{dst}/{b}") for (src, dst), (p, c) in ends for a, b in zip(p, c, strict=True)]
 
@@ -231,8 +231,8 @@ def _parts(effects: Codes, seen: Mapping[str, Level], part: str, whole: str) -> 
 
 
 def with_graph(bank: ConceptBank, graph: CausalGraph) -> ConceptBank:
-    """The bank with a graph over its latents, whose levels are its encoders; effects are brought to units of the concepts, and
-    latents that the bank said nothing of are listed."""
+    """The bank with a graph over its latents, whose levels are its encoders. Effects are converted to units of the concepts;
+    latents that were not listed among the concepts are added."""
     ends = {end: bank[end] for edge in graph.edges for end in (edge.src, edge.dst)}
     concepts = {**bank.concepts, **{concept.name: concept for concept in ends.values()}}
     edges = [_in_units(edge, ends[edge.src], ends[edge.dst]) for edge in graph.edges]

@@ -39,7 +39,7 @@ class Rows(NamedTuple):
 
 
 class Fit(NamedTuple):
-    """The effects on one level, and how well effects foretell it on rows they were not fitted to."""
+    """The effects on one level, and how well they predict rows they were not fitted to."""
 
     effects: Codes
     """`[parents, children]`: change of a child where a parent changes by 1, by all routes."""
@@ -47,7 +47,7 @@ class Fit(NamedTuple):
     scores: Mapping[float, Sequence[float]]
     """By price, `R2 = 1 - sum |y - xb|^2 / sum |y|^2` on each block of held-out rows."""
     echoes: Codes | None = None
-    """Effects that were left out because the child only echoes a neighbour."""
+    """Effects that were dropped because a correlated neighbour of the child explains them."""
 
 
 def fitted(rows: Rows, *, signed: bool, centred: bool = False, path: Sequence[float] = PATH) -> Fit:

@@ -1,7 +1,7 @@
 """Train sparse encoders, several from one pass over activations, on any number of processes.
 
 A run that was killed goes on where its last checkpoint was written and ends with the same bytes. Processes share each batch and
-add up what they find, so that their number does not matter.
+add up their gradients, so that the result does not depend on their number.
 """
 
 import json
@@ -27,7 +27,7 @@ from .sparse_step import Outcome
 
 CHECKPOINT = "encoders.safetensors"
 LOOK = 50
-"""Steps between looks at the figures, which the processor has to wait for."""
+"""Steps between updates of the figures shown, for which the CPU has to wait for the accelerator."""
 
 
 def fit(
@@ -85,7 +85,7 @@ def checked(recipes: Mapping[str, EncoderRecipe], steps: int, accelerator: Any) 
 def beginners(
     recipes: Mapping[str, EncoderRecipe], source: Source, steps: int, device: torch.device, accelerator: Any
 ) -> dict[str, Learner]:
-    """Learners that know the scale of the activations, but have not learned from them."""
+    """Untrained learners, with the scale of the activations from a sample of them."""
     x, y = first_tokens(source, next(iter(recipes.values())).batch)
     sample = x.to(device), None if y is None else y.to(device)
     gather = accelerator.gather if accelerator and accelerator.num_processes > 1 else None
@@ -93,7 +93,7 @@ def beginners(
 
 
 def stepped(learner: Learner, x: Tensor, y: Tensor | None, step: int, accelerator: Any) -> Outcome:
-    """Learn from a batch; what was found, less the gradients."""
+    """Learn from a batch; returns the outcome without gradients."""
     outcome = together(accelerator, learner.outcome(x, y, step))
     learner.learn(outcome, step)
     return outcome._replace(gradients={})
@@ -115,7 +115,7 @@ def ahead(batches: Iterator[Batch], device: torch.device, accelerator: Any) -> I
 
 
 def moving(batch: Tensor, device: torch.device, accelerator: Any) -> Tensor:
-    """The rows of this process, copied to its device without anybody waiting."""
+    """The rows of this process, copied to its device; on CUDA the copy does not block."""
     rows = len(batch) // (accelerator.num_processes if accelerator else 1)
     part = batch[rows * accelerator.process_index :][:rows] if accelerator else batch
     if device.type != "cuda" or part.is_cuda:
@@ -124,7 +124,7 @@ def moving(batch: Tensor, device: torch.device, accelerator: Any) -> Tensor:
 
 
 def together(accelerator: Any, outcome: Outcome) -> Outcome:
-    """What all processes found, added up; the least potential is their mean."""
+    """The outcomes of all processes added up; the least potential is their mean."""
     if accelerator is None or accelerator.num_processes == 1:
         return outcome
     whole = accelerator.reduce(outcome, reduction="sum")
@@ -160,7 +160,7 @@ def keep(path: Path, learners: Mapping[str, Learner], step: int, about: str) -> 
 
 
 def restored(path: Path | None, learners: Mapping[str, Learner], about: str) -> int:
-    """The step at which a checkpoint was written, after the learners were brought there."""
+    """Load a checkpoint, if there is one, into the learners; returns its step, or 0."""
     if path is None or not path.is_file():
         return 0
     with safe_open(path, "pt") as file:
