@@ -15,6 +15,7 @@ from torch.nn.functional import normalize
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from steerlib.encoders import Matryoshka, ReLU, Transcoder
+from steerlib.encoders.jumprelu import BANDWIDTH
 from steerlib.errors import BadRecipe
 from steerlib.evaluation.representation import (
     dead_share,
@@ -25,8 +26,8 @@ from steerlib.evaluation.representation import (
     random_dictionary,
     stability,
 )
-from steerlib.training.fit.dense_step import BANDWIDTH, dense_step
-from steerlib.training.fit.encoder_recipe import TRANSCODING, EncoderRecipe
+from steerlib.training.fit.dense_step import dense_step
+from steerlib.training.fit.encoder_recipe import EncoderRecipe, objectives
 from steerlib.training.fit.inputs import Tokens, geometric_median, normalising
 from steerlib.training.fit.learner import Learner
 from steerlib.training.fit.run import CHECKPOINT, ahead, fit
@@ -34,8 +35,16 @@ from steerlib.training.fit.sparse_step import largest, sparse_step, top
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "check_training.py"
 COMPETING = ("topk", "batchtopk", "matryoshka")
+TRANSCODING = ("topk", "batchtopk", "relu", "jumprelu")
 ALL = (*COMPETING, "relu", "jumprelu", "gated")
 N, D, LATENTS = 96, 24, 256
+
+
+def test_every_kind_that_can_be_trained_is_tested():
+    found = objectives()
+    assert set(found) == set(ALL)
+    assert {kind for kind in found if found[kind].keeps} == set(COMPETING)
+    assert {kind for kind in found if found[kind].transcodes} == set(TRANSCODING)
 
 
 def recipe(kind="topk", **others):
@@ -457,7 +466,7 @@ def test_a_recipe_that_cannot_work_is_refused(wrong, said, few):
 def test_an_unknown_kind_is_refused():
     wrong = recipe()
     object.__setattr__(wrong, "kind", "tokp")
-    with pytest.raises(BadRecipe, match="topk, batchtopk"):
+    with pytest.raises(BadRecipe, match="batchtopk, gated, jumprelu, matryoshka, relu, topk, got 'tokp'"):
         wrong.check()
 
 

@@ -504,7 +504,7 @@ def test_a_transcoder_that_would_read_what_is_not_there_yet_is_refused(transcode
         sl.train(toy(), replace(recipe, encoders=(spec,)), tokenizer=toy_tokenizer(), work=tmp_path)
     assert not list(tmp_path.glob("*/activations"))
     refused = {
-        "of topk, batchtopk, relu": ('"jumprelu"', '"gated"'),
+        "of batchtopk, jumprelu, relu, topk": ('"jumprelu"', '"gated"'),
         "reads beside skip": ('reads = "layers.1.mlp.in"', ""),
     }
     for said, change in refused.items():

@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
 from ..errors import BadRecipe
-from .fit.encoder_recipe import TRANSCODING, EncoderRecipe
+from .fit.encoder_recipe import EncoderRecipe, transcoding
 
 TEMPLATES = ("Answer in this way: {}.", "Your whole answer has to show this: {}.", "Let your answer be full of it: {}.")
 """How a prompt asks for a concept of which only the label is known."""
@@ -87,8 +87,8 @@ class SiteEncoder:
             )
         if self.level is not None and (self.level < 0 or self.reads):
             raise BadRecipe(f"{self.id!r}: expected a timestep from 0 up, and no reads beside it, got {self.level}")
-        if self.reads and self.recipe.kind not in TRANSCODING:
-            raise BadRecipe(f"{self.id!r}: expected a transcoder of {', '.join(TRANSCODING)}, got {self.recipe.kind!r}")
+        if self.reads and not self.recipe.objective.transcodes:
+            raise BadRecipe(f"{self.id!r}: expected a transcoder of {transcoding()}, got {self.recipe.kind!r}")
         if self.recipe.skip and not self.reads:
             raise BadRecipe(f"{self.id!r}: expected a site that it reads beside skip; name it by reads, or leave skip out")
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...bank.concept_bank import SiteFacts
 from ...bank.concepts import Concept
-from ...encoders import Sparse, TopK
+from ...encoders import Sparse
 from ..entries import SiteEncoder
 from ..fit.inputs import Source
 from ..fit.run import fit
@@ -48,7 +48,7 @@ def finish(encoder: Sparse, readings: Readings, x: Float[Tensor, "T D"]) -> Spar
     """The encoder with the statistics of its latents, in half precision; where latents compete, with a threshold from `x`."""
     tensors = encoder.to_tensors() | vars(readings)
     made = type(encoder).from_tensors({name: t.detach().cpu().half() for name, t in tensors.items()}, encoder.settings)
-    return made.calibrated(x) if isinstance(made, TopK) else made
+    return made.calibrated(x)
 
 
 def describe(id: str, encoder: Sparse, about: Callable[[int], Mapping[str, Any]]) -> list[Concept]:
