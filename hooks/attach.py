@@ -10,11 +10,12 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
+from threading import get_ident
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from steerlib.errors import CompiledModel, WrongWidth
 from steerlib.hosts import Host
@@ -31,7 +32,7 @@ class Moment(threading.local):
     """Where the pass of this thread stands, as the clocks of a group of sites last said."""
 
     state: StepState | None = None
-    teller: str | None = None
+    clock: str | None = None
     """Path of the clock that ticked last."""
 
 
@@ -48,38 +49,37 @@ class Clock:
     """A pre-hook that reads where the pass stands."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Clock:  # noqa: ARG002
-        """A copied model is nobody's: its clock tells no one."""
+        """Deep copies carry no sessions."""
         return Clock(self.host, self.path)
 
     def __init__(self, host: Host, path: str):
         self.path, self.host = path, host
         self.moments: list[Moment] = []
         self.outer: set[str] = set()
-        """Clocks around this one: where one of them has just told, it knows better, and this one is silent."""
+        """Paths of the clocks around this one. If one of them ticked last, its answer stands."""
         self.traced: Any = None
         self.passes: Counter[int] = Counter()
         """Passes so far, by thread."""
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:  # noqa: ARG002
-        if torch.compiler.is_compiling():
+        if is_compiling():
             self.traced = self.host.traced_state(self.path, args, kwargs)
             return
-        self.passes[threading.get_ident()] += 1
-        asked = [moment for moment in self.moments if moment.teller not in self.outer] if self.outer else self.moments
-        state = self.host.state(self.path, args, kwargs) if asked else None
-        for moment in asked:
-            moment.state = state
+        self.passes[get_ident()] += 1
+        state = None
+        for moment in self.moments:
+            if moment.clock not in self.outer:
+                state = moment.state = state or self.host.state(self.path, args, kwargs)
+            moment.clock = self.path
         if isinstance(state, DenoisingPass):  # blocks may be compiled where what calls them is not
             self.traced = state.into_tensors(self.traced)
-        for moment in self.moments:
-            moment.teller = self.path
 
 
 class Socket:
     """A hook at one site whose contents can be swapped while it stays."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Socket:  # noqa: ARG002
-        """A copied model is nobody's: its sockets do nothing."""
+        """Deep copies carry no sessions."""
         return Socket(self.model, self.site, self.clocks, self.moment)
 
     def __init__(self, model: nn.Module, site: Site, clocks: tuple[Clock, ...], moment: Moment):
@@ -94,10 +94,9 @@ class Socket:
 
     def on_output(self, module: nn.Module, args: tuple, output: Any) -> Any:  # noqa: ARG002 - torch's signature
         """A forward hook. Every microsecond here is paid at every site of every token."""
-        edit = self.edit
-        if torch.compiler.is_compiling():
+        if is_compiling():  # asked first: compiled code must not depend on what is edited
             return self._compiled(output)
-        if edit is None:
+        if (edit := self.edit) is None:
             return None
         if self.is_plain and type(output) is Tensor:
             return self._run(edit, output)
@@ -107,8 +106,7 @@ class Socket:
 
     def on_update(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:  # noqa: ARG002
         """A forward hook of a block: the tensor is its output minus its input."""
-        compiling = torch.compiler.is_compiling()  # asked first: compiled code must not depend on what is edited
-        edit = self.edit
+        edit = None if (compiling := is_compiling()) else self.edit
         if not compiling and edit is None:
             return None
         whole, at = self.site.read(output), self._given(module, args, kwargs)
@@ -119,7 +117,7 @@ class Socket:
                 "it does not add to its input, so steer its output"
             )
         x = whole - before
-        y = self._traced(x) if compiling or edit is None else self._run(edit, x)
+        y = self._traced(x) if edit is None else self._run(edit, x)
         return None if y is x else self.site.write(output, whole + (y - x))
 
     def _given(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> int | str:
@@ -133,13 +131,12 @@ class Socket:
 
     def on_input(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         """A forward pre-hook on one argument."""
-        compiling = torch.compiler.is_compiling()
-        edit = self.edit
+        edit = None if (compiling := is_compiling()) else self.edit
         if not compiling and edit is None:
             return None
         at = self._given(module, args, kwargs)
         value = args[at] if isinstance(at, int) else kwargs[at]
-        if compiling or edit is None:
+        if edit is None:
             y = self._compiled(value)
         else:
             x = self.site.read(value)

@@ -93,8 +93,10 @@ def test_generation_on_a_compiled_model(attached):
 def test_latents_on_a_compiled_model(site):
     model = tiny("llama", initializer_range=0.4)
     g = torch.Generator().manual_seed(0)
-    rows = {name: torch.randn(12, 32, generator=g) / 6 for name in ("encoder", "decoder")}
-    bank = sl.ConceptBank.from_encoder(JumpReLU(**rows, bias=torch.zeros(12), threshold=torch.rand(12)), site=site, base=model)
+    rows, back = (torch.randn(12, 32, generator=g) / 6 for _ in range(2))
+    bank = sl.ConceptBank.from_encoder(
+        JumpReLU(encoder=rows, decoder=back, bias=torch.zeros(12), threshold=torch.rand(12)), site=site, base=model
+    )
     one, two = f"{site}/3", f"{site}/8"
     settings = [{one: sl.Set(2.0)}, {one: -0.5, two: sl.Ablate()}, {one: [2.0, -1.0]}, {two: sl.Scale(3.0)}, {}]
     expected, steering = [], sl.attach(model, bank, allow_ood=True)

@@ -178,7 +178,7 @@ def test_a_reused_cache_continues_as_one_conversation(llama, bank):
         whole = torch.cat((start.sequences, prompts(1, 4, seed=5)), 1)
         with sl.record(llama, bank, ["a"]) as tape:
             write(llama, whole, past_key_values=start.past_key_values)
-        states = [state for state, _ in tape["a"]]
+        states: list[Any] = [state for state, _ in tape["a"]]
     assert states[0].section == "prompt" and states[0].start + states[0].length == whole.shape[1]
     assert all(state.section == "generated" for state in states[1:])
     assert int(states[0].positions[0, 0]) == states[0].start > first.shape[1]
@@ -322,7 +322,7 @@ def test_positions_that_were_not_recorded_are_left_alone(llama, bank):
 def test_recording_under_generate_sees_every_position_once(llama):
     with sl.record(llama, ["layers.1"]) as tape:
         out = write(llama, prompts())
-    columns = torch.cat([state.columns[0] for state, _ in tape["layers.1"]])
+    columns = torch.cat([state.positions[0] for state, _ in tape["layers.1"]])
     assert columns.tolist() == list(range(out.shape[1] - 1))
 
 
@@ -684,7 +684,7 @@ def test_padded_prompts_of_models_without_attention_know_where_they_are(model_ty
     ids = torch.cat((torch.zeros(2, 3, dtype=torch.long), prompts()), 1)
     with sl.record(model, ["layers.0", "lm_head"]) as tape:
         write(model, ids, (ids > 0).long())
-    states = [state for state, _ in tape["layers.0"]]
+    states: list[Any] = [state for state, _ in tape["layers.0"]]
     assert [state.start for state in states] == [0, *range(9, 9 + 11)]
     assert [state.section for state in states] == ["prompt"] + ["generated"] * 11
     assert int(states[1].positions.max()) == 6 and states[1].steps.tolist() == [[1]]

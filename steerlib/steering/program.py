@@ -13,7 +13,7 @@ from ..errors import ConflictingEdits, RowMismatch, WrongWidth
 from ..passes import StepState
 from .edit import Change, Edit, EditTensors, Given
 from .reading import Key, Note
-from .report import Tally
+from .report import STEPS_EVERY, Tally
 
 
 class Program:
@@ -72,7 +72,7 @@ class Run:
 
     def __init__(self, program: Program):
         self.program, self.tally, self.twin = program, Tally(), Twin()
-        self.tensors, self.delta = program.tensors, torch.zeros(0, device="meta")
+        self.tensors, self.delta, self.place = program.tensors, torch.zeros(0), (None, None)
         self.joined: tuple[Run, int] | None = None
         """The run that acts in place of this one where several sessions edit a site, and where its edits begin there."""
 
@@ -111,14 +111,15 @@ class Run:
     def _added(self, x: Tensor, now: StepState) -> Tensor:
         tally, delta = self.tally, self.delta
         tally.tokens += now.length
-        if delta.dtype is not x.dtype or delta.device != x.device:
-            delta = self.delta = self._constant(x)
+        if self.place != (x.dtype, x.device):
+            delta, self.place = self._constant(x), (x.dtype, x.device)
+            self.delta = delta
         acts = tally.acts = tally.acts + 1
-        if delta.ndim > 1:
+        if self.program.rows > 1:
             self._check_rows(len(x), now)
             delta = delta if len(delta) == len(x) else delta[now.row(len(delta), len(x)).to(delta.device)]
         y = x + delta
-        if acts < 3 or tally.is_due(now, acts):
+        if acts < 3 or (not acts % STEPS_EVERY and tally.is_due(now, acts)):
             self._look(y, now, delta.norm(dim=-1).expand(y.shape[:2]))
         return y
 
