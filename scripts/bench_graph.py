@@ -16,7 +16,7 @@ from typing import Annotated, Any, NamedTuple
 import numpy as np
 import torch
 import typer
-from bench_steering import machine
+from benchmarks.measurement import machine
 from graphs.compiled import Compiled
 from graphs.edges import associated, calibration, edge_scores, forecast_r2, renamed
 from graphs.hierarchies import Encoded, Imperfect, Layers, Selection

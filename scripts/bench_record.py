@@ -19,7 +19,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from bench_steering import SOURCE, machine, print_table, ratios
+from benchmarks.measurement import SOURCE, machine, print_table, ratios
 
 import steerlib as sl
 from steerlib.text import progress

@@ -162,7 +162,7 @@ def main() -> None:
     """Print how long each takes, over steerlib's time."""
     import torch
     import typer
-    from bench_steering import SOURCE, machine
+    from benchmarks.measurement import SOURCE, machine
 
     from steerlib.text import progress
 
