@@ -116,13 +116,13 @@ def _demo_images(out: Path) -> None:
 
 
 def _demo_text(tokens: int) -> None:
+    from .evaluation.text import judge_for
     from .text import chat, complete, progress
-    from .training.pipeline import judge_for
 
     bank = ConceptBank.from_pretrained(DEMO_BANK)
     recipe = recipe_of(bank, None)
     model, tokenizer = loaded(recipe.source)
-    judge = judge_for(recipe)
+    judge = judge_for(recipe.scorers)
     column = {name: judge.names.index(name) for name in DEMO_CONCEPTS}
     asked = [chat(tokenizer, prompt) for prompt in DEMO_PROMPTS]
     complete(model, tokenizer, asked, new_tokens=2)  # warm up
@@ -357,7 +357,7 @@ def eval_(
     Of a bank of latents: what its encoders keep of ordinary text, and what their latents tell of the recipe's attributes.
     """
     from .evaluation.report import missed, picture, summary_table, table
-    from .training.pipeline import evaluate, with_effects
+    from .training.package.directions import evaluate, with_effects
 
     opened = ConceptBank.from_pretrained(bank)
     if any(issubclass(KINDS[facts.kind], Sparse) for facts in opened.encoders.values()):
@@ -388,14 +388,16 @@ def eval_(
 
 def _eval_latents(bank: ConceptBank, recipe: Path | None, source: str, against: str, stored: bool, out: Path | None) -> None:
     from .evaluation.report import latents_table
-    from .training.package.quality import evaluate_encoders
-    from .training.recipe import Recipe
+    from .training.package.latents import evaluate_encoders
+    from .training.recipe import TextEncoderRecipe
 
     found = bank.provenance.get("quality", {})
     if not stored:
         named = recipes() / str(bank.provenance.get("recipe", bank.name)) / "recipe.toml"
         is_known = recipe is not None or named.is_file()
-        read = recipe_of(bank, recipe) if is_known else Recipe(name=bank.name, base=bank.base.id, source=bank.base.id)
+        read = (
+            recipe_of(bank, recipe) if is_known else TextEncoderRecipe(name=bank.name, base=bank.base.id, source=bank.base.id)
+        )
         twin = ConceptBank.from_pretrained(against) if against else None
         model, tokenizer = loaded(source or read.source)
         found = evaluate_encoders(model, tokenizer, bank, read, against=twin)

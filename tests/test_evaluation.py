@@ -17,11 +17,11 @@ import steerlib as sl
 from steerlib import errors
 from steerlib.evaluation import comparison, report, text
 from steerlib.evaluation.comparison import Condition, Scores, Unrelated, best_prompt, joint, ratios
-from steerlib.evaluation.text import Judge, counter, distinct, embed, relevance
+from steerlib.evaluation.text import Judge, counter, distinct, embed, judge_for, relevance
 from steerlib.text import chat, complete
-from steerlib.training.directions.levers import Lever, TokenGate, bank_of
-from steerlib.training.pipeline import judge_for
-from steerlib.training.recipe import Recipe
+from steerlib.training.directions.levers import Lever, bank_of
+from steerlib.training.directions.readouts import Readout
+from steerlib.training.recipe import DirectionRecipe, Recipe
 
 ROOT = Path(__file__).parent.parent
 PROMPTS = ("the sun rises", "why", "tea . the red house sings now")
@@ -155,18 +155,18 @@ def test_the_lexicon_ranks_words_of_two_texts_or_more_by_log_odds():
 
 @pytest.fixture(scope="module")
 def recipe():
-    return Recipe.from_file(ROOT / "concept_banks" / "recipes" / "smollm2-135m-instruct" / "recipe.toml")
+    return DirectionRecipe.from_file(ROOT / "concept_banks" / "recipes" / "smollm2-135m-instruct" / "recipe.toml")
 
 
 @pytest.fixture(scope="module")
 def judge(recipe):
-    return judge_for(recipe)
+    return judge_for(recipe.scorers)
 
 
 def test_the_scorer_names_the_concept_of_texts_it_never_saw(recipe, judge):
     held_out = recipe.read_held_out()
     assert judge.accuracy(*held_out) >= 0.95
-    assert judge_for(recipe, shuffle=True).accuracy(*held_out) < 0.25
+    assert judge_for(recipe.scorers, shuffle=True).accuracy(*held_out) < 0.25
 
 
 def test_identical_texts_score_identically(recipe, judge):
@@ -314,9 +314,7 @@ def gated(model, bias):
     """A concept at two sites that each token's reading lets through."""
     g = torch.Generator().manual_seed(3)
     a, b, read = torch.randn(3, model.config.hidden_size, generator=g)
-    return bank_of(
-        [("c", Lever(moves={"layers.0": 2 * a, "layers.1": b}, gate=TokenGate("layers.0", read, torch.tensor(bias))))]
-    )
+    return bank_of([("c", Lever(moves={"layers.0": 2 * a, "layers.1": b}, gate=Readout("layers.0", read, torch.tensor(bias))))])
 
 
 def test_random_directions_are_as_long_as_the_concept_everywhere_and_share_its_gate(model):
@@ -442,7 +440,7 @@ def test_pictures_are_png_and_the_same_bytes_each_time():
 # -- the data of the recipes ---------------------------------------------------------------------------------
 
 FOUND = sorted((ROOT / "concept_banks" / "recipes").rglob("recipe.toml"))
-RECIPES = [path for path in FOUND if Recipe.from_file(path, to_train=False).concepts]
+RECIPES = [path for path in FOUND if isinstance(Recipe.from_file(path, to_train=False), DirectionRecipe)]
 
 
 def runs(texts, length=8):
@@ -457,7 +455,7 @@ def plain(prompt):
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.parent.name)
 def test_no_text_that_levers_are_made_from_is_one_that_scorers_learn_from_or_are_tested_on(path):
-    recipe = Recipe.from_file(path)
+    recipe = DirectionRecipe.from_file(path)
     pairs = runs(text for concept in recipe.concepts for pair in recipe.read_pairs(concept) for text in pair[1:])
     learned = [recipe.read_scoring(concept) for concept in recipe.concepts]
     scoring = runs(text for positive, negative, others in learned if others for text in (*positive, *negative))
@@ -470,7 +468,7 @@ def test_no_text_that_levers_are_made_from_is_one_that_scorers_learn_from_or_are
 
 def test_requests_serve_one_purpose_each(recipe):
     """To learn from, to choose with, to report on, or as the prompt of a contrast pair."""
-    lines = [json.loads(line) for line in recipe._path(recipe.prompts).read_text(encoding="utf-8").splitlines()]
+    lines = [json.loads(line) for line in recipe.path(recipe.prompts).read_text(encoding="utf-8").splitlines()]
     splits = [{plain(line["prompt"]) for line in lines if line["split"] == name} for name in ("train", "dev", "evaluation")]
     told = {plain(pair.prompt) for concept in recipe.concepts for pair in recipe.read_pairs(concept)}
     assert sum(map(len, splits)) == len(lines) and all(len(split) >= 10 for split in splits) and len(told) >= 24

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,12 +22,13 @@ import steerlib as sl
 from steerlib import errors
 from steerlib.evaluation import report
 from steerlib.evaluation.comparison import Unrelated
-from steerlib.training import pipeline
 from steerlib.training.calibrate import doses as calibrate
 from steerlib.training.calibrate.measure import ANSWERING
 from steerlib.training.directions.levers import Lever
 from steerlib.training.directions.studio import PRESENT, Studio
-from steerlib.training.recipe import ConceptRecipe, Recipe
+from steerlib.training.entries import ConceptRecipe
+from steerlib.training.package.directions import layers_to_try
+from steerlib.training.recipe import DirectionRecipe
 from steerlib.training.record.activations import answers
 
 
@@ -98,7 +100,7 @@ def contents(folder):
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
     folder = tmp_path_factory.mktemp("toy")
-    recipe = Recipe.from_file(write_recipe(folder / "recipe"))
+    recipe = DirectionRecipe.from_file(write_recipe(folder / "recipe"))
     bank = sl.train(toy(), recipe, tokenizer=toy_tokenizer(), work=folder / "work")
     return folder, bank, bank.save_pretrained(folder / "bank")
 
@@ -161,7 +163,7 @@ def test_the_search_stays_within_its_budget_and_chooses_a_finalist(uninterrupted
 def test_strengths_are_shares_of_the_strongest_that_leaves_ordinary_text_nearly_as_it_is(uninterrupted):
     """Or of the longest that the cap on lengths lets through; each lever's change of ordinary text is measured anew."""
     folder, bank, _ = uninterrupted
-    recipe, model = Recipe.from_file(folder / "recipe" / "recipe.toml"), toy()
+    recipe, model = DirectionRecipe.from_file(folder / "recipe" / "recipe.toml"), toy()
     studio = Studio(model, toy_tokenizer(), recipe, ["layers.0", "layers.1"])
     ordinary = Unrelated(model, toy_tokenizer(), recipe.read_texts(recipe.reference)[-calibrate.ORDINARY :])
     for concept in recipe.concepts:
@@ -221,7 +223,7 @@ def test_stored_measurements_can_be_shown_again(uninterrupted, tmp_path):
 def test_detectors_count_tokens_of_texts_they_were_not_made_from(uninterrupted):
     """Text by text, token by token."""
     folder, bank, _ = uninterrupted
-    recipe, model = Recipe.from_file(folder / "recipe" / "recipe.toml"), toy()
+    recipe, model = DirectionRecipe.from_file(folder / "recipe" / "recipe.toml"), toy()
     studio = Studio(model, toy_tokenizer(), recipe, ["layers.0", "layers.1"])
     found = studio.detector(recipe.concepts[1])
     assert found is not None and studio.detector(recipe.concepts[0]) is None
@@ -233,12 +235,12 @@ def test_detectors_count_tokens_of_texts_they_were_not_made_from(uninterrupted):
             yes[side] += sum(float(token @ found.gate.read + found.gate.bias) > 0.5 for token in x)
             total[side] += len(x)
     assert (found.precision, found.recall, found.tokens) == (yes[0] / sum(yes), yes[0] / total[0], sum(total))
-    assert bank["tea.present"].effects == pipeline._told_apart(found)
+    assert bank["tea.present"].effects == found.effects
 
 
 def test_the_same_recipe_gives_the_same_bytes(uninterrupted, tmp_path):
     folder, _, first = uninterrupted
-    again = sl.train(toy(), Recipe.from_file(folder / "recipe" / "recipe.toml"), tokenizer=toy_tokenizer())
+    again = sl.train(toy(), DirectionRecipe.from_file(folder / "recipe" / "recipe.toml"), tokenizer=toy_tokenizer())
     assert contents(again.save_pretrained(tmp_path / "again")) == contents(first)
 
 
@@ -251,7 +253,7 @@ import sys
 sys.path[:0] = [{str(Path(__file__).parent)!r}, {str(Path(__file__).parent.parent)!r}]
 from test_training import *
 torch.set_num_threads(1)
-recipe = Recipe.from_file({str(folder / "recipe" / "recipe.toml")!r})
+recipe = DirectionRecipe.from_file({str(folder / "recipe" / "recipe.toml")!r})
 sl.train(toy(), recipe, tokenizer=toy_tokenizer(), work={str(work)!r}).save_pretrained({str(tmp_path / "bank")!r})
 """
     for wanted in ("*/activations.safetensors", "*/levers/*/*.safetensors", "*/search/*.json", "*/effects/*.json"):
@@ -268,15 +270,15 @@ sl.train(toy(), recipe, tokenizer=toy_tokenizer(), work={str(work)!r}).save_pret
 
 def test_results_of_another_recipe_are_not_mixed_in(uninterrupted, tmp_path):
     folder, _, _ = uninterrupted
-    recipe = Recipe.from_file(folder / "recipe" / "recipe.toml")
+    recipe = DirectionRecipe.from_file(folder / "recipe" / "recipe.toml")
     digests = {recipe.digest}
     for name in ("reference.jsonl", "pairs/tea.jsonl", "scoring/tea.jsonl", "prompts.jsonl", "unrelated.jsonl", "recipe.toml"):
         path = write_recipe(tmp_path / name / "recipe")
-        assert Recipe.from_file(path).digest == recipe.digest
+        assert DirectionRecipe.from_file(path).digest == recipe.digest
         changed = path.parent / name
         old, new = ("drinks", "sips") if name == "recipe.toml" else ("the", "old")
         changed.write_text(changed.read_text().replace(old, new))
-        digests.add(Recipe.from_file(path).digest)
+        digests.add(DirectionRecipe.from_file(path).digest)
     assert len(digests) == 7
 
 
@@ -305,7 +307,7 @@ negative = ["the warm hill", "red stone road", "wind sings", "old rain boat"]
 def test_sentences_are_enough_beside_what_comes_with_steerlib(tmp_path):
     """A folder with nothing in it but the recipe; only two requests are reported on."""
     (tmp_path / "recipe.toml").write_text(SENTENCES)
-    recipe = Recipe.from_file(tmp_path / "recipe.toml")
+    recipe = DirectionRecipe.from_file(tmp_path / "recipe.toml")
     (concept,) = recipe.concepts
     pairs, prompts = recipe.read_pairs(concept), recipe.read_prompts("train")
     assert [pair.prompt for pair in pairs] == [*prompts, prompts[0]] and len(set(prompts)) == 3
@@ -351,22 +353,22 @@ def replaced(name, old, new):
 ])  # fmt: skip
 def test_a_recipe_that_cannot_work_is_refused_before_a_model_is_loaded(tmp_path, change, match):
     path = write_recipe(tmp_path / "recipe")
-    Recipe.from_file(path).check()
+    DirectionRecipe.from_file(path).check()
     change(path)
     with pytest.raises(errors.BadRecipe, match=match):
-        sl.train(None, Recipe.from_file(path))
+        sl.train(None, DirectionRecipe.from_file(path))
 
 
 def test_scoring_texts_need_both_labels(tmp_path):
     path = write_recipe(tmp_path / "recipe")
     lines(path.parent / "scoring" / "tea.jsonl", [{"text": "tea", "label": 1}])
     with pytest.raises(errors.BadRecipe, match="labels 0 and 1, got"):
-        Recipe.from_file(path).read_scoring(ConceptRecipe(name="tea", label="drinks"))
+        DirectionRecipe.from_file(path).read_scoring(ConceptRecipe(name="tea", label="drinks"))
 
 
 def test_layers_outside_the_model_and_unknown_methods_are_refused(uninterrupted):
-    recipe = Recipe.from_file(uninterrupted[0] / "recipe" / "recipe.toml")
+    recipe = DirectionRecipe.from_file(uninterrupted[0] / "recipe" / "recipe.toml")
     with pytest.raises(errors.BadRecipe, match="layers from 0 to 1"):
-        pipeline.layers_to_try(tiny("llama"), Recipe(**{**vars(recipe), "layers": (7,)}))
+        layers_to_try(tiny("llama"), replace(recipe, layers=(7,)))
     with pytest.raises(errors.BadRecipe, match="unknown methods magic"):
-        sl.train(None, Recipe(**{**vars(recipe), "methods": ("magic",)}))
+        sl.train(None, replace(recipe, methods=("magic",)))

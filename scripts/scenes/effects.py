@@ -27,8 +27,8 @@ from steerlib.schedules import Window
 from steerlib.steering.interventions import Add, Intervention, Patch, Set
 from steerlib.steering.recording import record
 from steerlib.steering.session import steer
-from steerlib.training.directions.studio import remembered
 from steerlib.training.record.noised import Seen, at_levels
+from steerlib.training.store import remembered
 
 ALONE = "difference of means, one place"
 """A coordinate at one site and level, beside a latent."""

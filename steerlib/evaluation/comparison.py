@@ -40,6 +40,8 @@ ROWS = 128
 """Answers written at once."""
 TEMPERATURE = 0.7
 RANDOM_DIRECTIONS = 3
+DRAWS = 2000
+"""Of the bootstrap."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -170,12 +172,10 @@ def nll_behind(model: Any, tokenizer: Any, done: Completions, requests: Sequence
     return torch.cat(out).cpu().numpy()
 
 
-def joint(scores: Scores, concept: int, *, unsteered: int = 0, prompted: Sequence[int] = (1,)) -> Joint:
-    """C, R, F and their harmonic mean (formulas above); `unsteered` and `prompted` are the conditions that anchor them.
-
-    With several prompts, each score is on the scale of the one that does best at it.
-    """
-    c, u, p = scores.concepts[..., concept], unsteered, list(prompted)
+def joint(scores: Scores, concept: int, *, prompted: Sequence[int] = (1,)) -> Joint:
+    """C, R, F and their harmonic mean (formulas above), anchored by the first condition, unsteered, and by those that are
+    `prompted`: with several prompts, each score is on the scale of the one that does best at it."""
+    c, u, p = scores.concepts[..., concept], 0, list(prompted)
     c_p, rel_p = (values[p].mean((1, 2)).max() for values in (c, scores.relevance))
     nll_p = scores.nll[p].mean((1, 2)).min()
     reach = c_p - c[u].mean()
@@ -190,16 +190,14 @@ def joint(scores: Scores, concept: int, *, unsteered: int = 0, prompted: Sequenc
     return Joint(C, R, F, total)
 
 
-def ratios(
-    totals: Mapping[str, Float[np.ndarray, " cells"]], *, draws: int = 2000, seed: int = 0
-) -> dict[str, dict[str, float]]:
+def ratios(totals: Mapping[str, Float[np.ndarray, " cells"]]) -> dict[str, dict[str, float]]:
     """Ratio to prompting of each condition and its 95 % interval, by paired bootstrap over cells (concept and prompt).
 
     `totals` holds JFS by condition, the same cells in the same order, `unsteered` and `prompted` among them.
     """
     table = np.stack(list(totals.values()))
     u, p = (list(totals).index(name) for name in ("unsteered", "prompted"))
-    picks = np.random.default_rng(seed).integers(0, table.shape[1], (draws, table.shape[1]))
+    picks = np.random.default_rng(0).integers(0, table.shape[1], (DRAWS, table.shape[1]))
     means = np.stack([row[picks].mean(1) for row in table])
     drawn, whole = excess(means, means[u], means[p]), table.mean(1)
     found = excess(whole, whole[u], whole[p])
@@ -264,9 +262,9 @@ def excess(joint: Any, unsteered: Any, prompted: Any) -> Any:
     return np.where(gain > 0, (joint - unsteered) / np.where(gain > 0, gain, 1), 0.0)
 
 
-def specificity(scores: Scores, concept: int, condition: int, *, unsteered: int = 0) -> float:
+def specificity(scores: Scores, concept: int, condition: int) -> float:
     """Gain of the concept over that gain plus the gains of all others: 1 where nothing else rises; 0 without a gain."""
-    gains = scores.concepts[condition].mean((0, 1)) - scores.concepts[unsteered].mean((0, 1))
+    gains = scores.concepts[condition].mean((0, 1)) - scores.concepts[0].mean((0, 1))
     own = max(0.0, float(gains[concept]))
     others = float(np.maximum(0, np.delete(gains, concept)).sum())
     return own / (own + others) if own > 0 else 0.0

@@ -15,7 +15,8 @@ from ...errors import BadRecipe
 from ...evaluation.comparison import Condition, Scores, Unrelated, answer, best_prompt, joint, stacked
 from ...evaluation.text import Judge
 from ...steering.plan import SHARE
-from ..recipe import ConceptRecipe, Recipe
+from ..entries import ConceptRecipe
+from ..recipe import DirectionRecipe
 
 DOSES = (-1.5, -0.75, 1.5, 2.0)
 """Multiples of the chosen strength at which the text is looked at for its range."""
@@ -84,22 +85,28 @@ class Trial:
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """What the search chose, and all it tried."""
+    """What the search chose, and all it tried.
+
+    Args:
+        method, site, strength: The setting.
+        low, high: Strengths between which text stays sound.
+        beyond: What was seen beyond them.
+        prompt: Index of the instruction that asks best for the concept.
+        answers: Answers generated in the search.
+        unsteered, prompted: Joint scores of the anchors.
+        trials: Every setting that was tried.
+    """
 
     method: str
     site: str
     strength: float
     low: float
     high: float
-    """Strengths between which text stays sound."""
     beyond: str
     prompt: int
-    """Which of the instructions asks best for the concept."""
     answers: int
-    """Answers written to find out."""
     unsteered: float
     prompted: float
-    """Joint scores of the anchors."""
     trials: tuple[Trial, ...]
 
     def best_of(self, method: str) -> Trial:
@@ -124,7 +131,7 @@ class Search:
     enough is kept for the last two; when the rest is used up, no more is tried.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, concept: ConceptRecipe, judge: Judge, recipe: Recipe):
+    def __init__(self, model: Any, tokenizer: Any, concept: ConceptRecipe, judge: Judge, recipe: DirectionRecipe):
         self.model, self.tokenizer, self.concept, self.recipe, self.judge = model, tokenizer, concept, recipe, judge
         self.prompts, self.column = recipe.read_prompts("dev"), judge.names.index(concept.name)
         self.answers = 0

@@ -10,6 +10,7 @@ from ...bank.concepts import Concept, Gate
 from ...evaluation.comparison import (
     Condition,
     Joint,
+    Response,
     Scores,
     answer,
     dose_response,
@@ -19,20 +20,21 @@ from ...evaluation.comparison import (
     random_bank,
     specificity,
 )
+from ...evaluation.effects import Example, MeasuredEffects
 from ...evaluation.text import Judge
 from ..directions.studio import Studio
-from ..recipe import ConceptRecipe
+from ..entries import ConceptRecipe
 from .doses import Choice, Search, condition
 
 ANSWERING = "answering"
 GATED = "steered, gated"
-"""What was chosen, where a gate lets it act only in answers."""
+"""The condition of the chosen lever with a gate that lets it act only in answers."""
 EXAMPLES = 3
 DOSES = (-1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5)
 """Multiples of the useful amount in the dose–response."""
 
 
-def measure(bank: ConceptBank, concept: ConceptRecipe, judge: Judge, studio: Studio, choice: Choice | None) -> dict[str, Any]:
+def measure(bank: ConceptBank, concept: ConceptRecipe, judge: Judge, studio: Studio, choice: Choice | None) -> MeasuredEffects:
     """Scores of a concept at its useful amount and of its controls, side effects, dose–response, examples: plain values."""
     recipe, fact, column = studio.recipe, bank[concept.name], judge.names.index(concept.name)
     which = choice.prompt if choice else Search(studio.model, studio.tokenizer, concept, judge, recipe).prompt
@@ -44,23 +46,9 @@ def measure(bank: ConceptBank, concept: ConceptRecipe, judge: Judge, studio: Stu
         *_gated(bank, fact),
         *methods,
     ]
-    prompts, scores = recipe.read_prompts("evaluation"), _answers(studio, judge, conditions)
+    scores = _answers(studio, judge, conditions)
     found, rows = joint(scores, column), {c.name: i for i, c in enumerate(conditions)}
     rows |= {name: rows["steered"] for name in same}
-    response = dose_response(
-        studio.model,
-        studio.tokenizer,
-        bank,
-        concept.name,
-        [round(dose * (fact.useful or 1.0), 4) for dose in DOSES],
-        prompts,
-        lexicon(*zip(*((pair.positive, pair.negative) for pair in recipe.read_pairs(concept)), strict=True)),
-    )
-    table = {name: _line(scores, found, column, i) for name, i in rows.items()}
-    for name, effects in _side_effects(studio, conditions).items():
-        for target in (name, *(same if name == "steered" else ())):
-            table[target] = {**table.get(target, {}), **effects}
-    totals = {name: found.total[i].mean(0).tolist() for name, i in rows.items()}
     before, after = (scores.concepts[rows[name], ..., column].mean(0) for name in ("unsteered", "steered"))
     record: dict[str, Any] = {
         "concept": concept.name,
@@ -69,15 +57,37 @@ def measure(bank: ConceptBank, concept: ConceptRecipe, judge: Judge, studio: Stu
         "method": choice.method if choice else fact.source.partition(",")[0],
         "amount": fact.useful,
         "instruction": concept.asked[which],
-        "answers": len(prompts) * recipe.seeds,
+        "answers": scores.nll[0].size,
         "moved": float((after > before).mean()),
-        "conditions": table,
-        "joint": totals,
-        "response": response._asdict(),
-        "examples": _examples(prompts, scores),
+        "conditions": _table(scores, found, column, rows, same, _side_effects(studio, conditions)),
+        "joint": {name: found.total[i].mean(0).tolist() for name, i in rows.items()},
+        "response": _response(bank, fact, studio, concept)._asdict(),
+        "examples": _examples(recipe.read_prompts("evaluation"), scores),
         "tried": [[*trial.setting, trial.joint] for trial in choice.trials] if choice else [],
     }
     return _rounded({**record, "passes": _passes(record), "also": _also(record)})
+
+
+def _response(bank: ConceptBank, fact: Concept, studio: Studio, concept: ConceptRecipe) -> Response:
+    """Dose and response, in words that tell the pairs' answers with the concept from those without it."""
+    pairs = studio.recipe.read_pairs(concept)
+    words = lexicon([pair.positive for pair in pairs], [pair.negative for pair in pairs])
+    doses = [round(dose * (fact.useful or 1.0), 4) for dose in DOSES]
+    prompts = studio.recipe.read_prompts("evaluation")
+    return dose_response(studio.model, studio.tokenizer, bank, concept.name, doses, prompts, words)
+
+
+def _table(
+    scores: Scores,
+    found: Joint,
+    column: int,
+    rows: Mapping[str, int],
+    same: Sequence[str],
+    side_effects: Mapping[str, Mapping[str, float]],
+) -> dict[str, dict[str, float]]:
+    """By condition, its mean scores and side effects; those in `same` are what was steered, under another name."""
+    effects = {**side_effects, **{name: side_effects["steered"] for name in same}}
+    return {name: {**_line(scores, found, column, i), **effects.get(name, {})} for name, i in rows.items()}
 
 
 def _steered_and_controls(
@@ -104,7 +114,8 @@ def _steered_and_controls(
 
 
 def _methods(studio: Studio, concept: ConceptRecipe, choice: Choice | None) -> tuple[list[Condition], list[str]]:
-    """Every method at the strength the development prompts chose; and the names of those that are what was chosen."""
+    """Every method at the strength that did best on the development prompts; and the names of methods whose lever is the chosen
+    one."""
     if choice is None:
         return [], []
 
@@ -130,7 +141,7 @@ def _side_effects(studio: Studio, conditions: Sequence[Condition]) -> dict[str, 
 
 
 def _gated(bank: ConceptBank, fact: Concept) -> list[Condition]:
-    """Nothing where the bank does not know what an answer is."""
+    """Nothing where the bank has no gate for answers."""
     if ANSWERING not in bank.concepts:
         return []
     return [Condition(name=GATED, bank=bank, edits={fact.name: fact.useful or 0.0}, gate=Gate(ANSWERING))]
@@ -190,10 +201,10 @@ def _also(record: Mapping[str, Any]) -> dict[str, bool]:
     }
 
 
-def _examples(prompts: Sequence[str], scores: Scores) -> list[dict[str, str]]:
-    names = ("unsteered", "prompted", "steered")
+def _examples(prompts: Sequence[str], scores: Scores) -> list[Example]:
+    unsteered, prompted, steered = (scores.texts[i][0] for i in range(3))
     return [
-        {"prompt": prompt, **{name: scores.texts[i][0][k] for i, name in enumerate(names)}}
+        {"prompt": prompt, "unsteered": unsteered[k], "prompted": prompted[k], "steered": steered[k]}
         for k, prompt in enumerate(prompts[:EXAMPLES])
     ]
 

@@ -21,12 +21,12 @@ from ...errors import BadRecipe
 from ...graph.causal_graph import CausalGraph, Edge
 from ...steering.recording import observing
 from ...text import progress
-from ..directions.studio import remembered
+from ..entries import GraphRecipe
 from ..fit.encoder_recipe import EncoderRecipe
 from ..fit.inputs import Tokens
 from ..fit.run import fit
-from ..recipe import GraphRecipe
 from ..record.documents import pieces
+from ..store import remembered
 from .confirm import CONFIRMED, FEWEST, Pair
 from .discovery import Discovery, discover, with_graph
 from .rows import Folder, observed

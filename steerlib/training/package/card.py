@@ -6,8 +6,9 @@ from typing import Any
 from ...bank.card import example, front
 from ...bank.concept_bank import ConceptBank
 from ...bank.concepts import Concept
+from ...evaluation.effects import MeasuredEffects
 from ...evaluation.report import latents_table, missed, summary_table, table
-from ..recipe import Recipe
+from ..recipe import DirectionRecipe, TextEncoderRecipe
 
 PICTURE = "effects.png"
 CONTROLS = """*Ratio to prompting* is a joint score of concept, relevance and fluency, 0 for the unsteered model and 1
@@ -20,7 +21,7 @@ ordinary text by at most 0.3 nats per token. *Anti-steerable* is the share of
 prompts on which a higher dose means less of the concept."""
 
 
-def card(bank: ConceptBank, recipe: Recipe, records: Sequence[dict[str, Any]], trust: str) -> str:
+def card(bank: ConceptBank, recipe: DirectionRecipe, records: Sequence[MeasuredEffects], trust: str) -> str:
     """The card, in Markdown with model-card metadata."""
     kept = [record for record in records if record["concept"] in bank.concepts]
     left_out = [record for record in records if record["concept"] not in bank.concepts]
@@ -47,7 +48,7 @@ def card(bank: ConceptBank, recipe: Recipe, records: Sequence[dict[str, Any]], t
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def latents_card(bank: ConceptBank, recipe: Recipe) -> str:
+def latents_card(bank: ConceptBank, recipe: TextEncoderRecipe) -> str:
     """The card of a bank of sparse encoders, from what was measured of each."""
     first = next(iter([*_best(bank), *bank.concepts.values()]))
     parts = [
@@ -178,7 +179,7 @@ def _gates(bank: ConceptBank) -> str:
     )
 
 
-def _example(record: Mapping[str, Any]) -> str:
+def _example(record: MeasuredEffects) -> str:
     e = record["examples"][0]
     lines = [f"> {name}: {_line(e[name])}" for name in ("unsteered", "prompted", "steered")]
     return f"**{record['concept']} {record['amount']:+.2f}** — {e['prompt']}\n\n" + "\n>\n".join(lines)
