@@ -17,9 +17,9 @@ from scenes import card as scene_card
 from scenes import effects as scene_effects
 from scenes import judges
 from scenes.bank import SceneRecipe, activations, train_scene_bank, truth
-from scenes.do import guided, holding
 from scenes.graph import with_followers
-from scenes.image import Do
+from scenes.graph_use import guided, holding
+from scenes.measures import Cause
 from tqdm.auto import tqdm
 
 from steerlib import BaseModel, ConceptBank, load
@@ -65,34 +65,40 @@ def main(
     torch.set_num_threads(threads)
     pipe = load(str(pipeline))[0].to(torch.bfloat16)
     recipe = SceneRecipe(**{field.name: given[field.name] for field in fields(SceneRecipe) if field.name in given})
-    ready = partial(scene_effects.Studio, pipe, judge=judges.load("scenes"), seed=seed)
-    dos = [Do(name, value) for name, value in scene_effects.TESTED.items() if name in (factor or scene_effects.TESTED)]
+    ready = partial(scene_effects.Experiment, pipe, judge=judges.load("scenes"), seed=seed)
+    causes = [Cause(name, value) for name, value in scene_effects.TESTED.items() if name in (factor or scene_effects.TESTED)]
     if again is None:
         bank = train_scene_bank(pipe, recipe, work)
         bank = scene_effects.measured(ready(bank=bank), dev=dev, test=test, work=work, only=factor)
-        studio = ready(bank=bank)
-        bank.provenance |= {"windows": {do.factor: scene_effects.by_window(studio, do, test) for do in dos}}
-        bank.provenance |= {"laws": {do.factor: scene_effects.laws(studio, do, dev) for do in dos}, "recipe": "scenes-32"}
+        experiment = ready(bank=bank)
+        bank.provenance |= {"windows": {cause.factor: scene_effects.by_window(experiment, cause, test) for cause in causes}}
+        bank.provenance |= {
+            "laws": {cause.factor: scene_effects.laws(experiment, cause, dev) for cause in causes},
+            "recipe": "scenes-32",
+        }
     else:
         bank = ConceptBank.from_pretrained(again)
-        studio = ready(bank=bank)
-    bank = with_followers(studio, 2 * test)
-    studio = ready(bank=bank)
-    bank.provenance |= {"holding": holding(studio, dev=test, test=2 * test), "guided": guided(studio, dev=dev, test=test)}
-    compared = {do.factor: scene_effects.Comparison(studio, do, dev=dev, test=test) for do in dos}
+        experiment = ready(bank=bank)
+    bank = with_followers(experiment, 2 * test)
+    experiment = ready(bank=bank)
+    bank.provenance |= {
+        "holding": holding(experiment, dev=test, test=2 * test),
+        "guided": guided(experiment, dev=dev, test=test),
+    }
+    compared = {cause.factor: scene_effects.Comparison(experiment, cause, dev=dev, test=test) for cause in causes}
     methods = {name: comparison.run() for name, comparison in tqdm(compared.items(), desc="methods")}
     off = scene_effects.off_distribution(
         compared, recorded(work / "seen.safetensors", lambda: activations(pipe, recipe, truth(recipe)))
     )
     bank.provenance |= {"methods": methods, "off": off}
-    bank.provenance["mediation"] = {do.factor: scene_effects.mediated(studio, do, dev) for do in dos}
+    bank.provenance["mediation"] = {cause.factor: scene_effects.mediated(experiment, cause, dev) for cause in causes}
     if (examined := pipeline.parent / "examined.json").is_file():
         bank.provenance["examined"] = json.loads(examined.read_text())
     bank.license = "apache-2.0"
     bank.pictures = {
         "methods.png": scene_card.methods_picture(compared),
-        "windows.png": scene_card.windows_picture(studio, dos[-1]),
-    } | scene_card.thumbnails(studio)
+        "windows.png": scene_card.windows_picture(experiment, causes[-1]),
+    } | scene_card.thumbnails(experiment)
     bank.card = scene_card.scene_card(bank, DESCRIPTION)
     ship(bank, pipeline, out)
     print(json.dumps({"held": scene_card.held(bank), "off": off}, indent=1))

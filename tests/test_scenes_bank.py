@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from scenes import judges, places, scenes
+from scenes import judges, places, world
 from scenes.card import levers
-from scenes.effects import Studio, randomised
-from scenes.image import Do
+from scenes.effects import Experiment, randomised
+from scenes.measures import Cause
 
 import steerlib as sl
 from steerlib.errors import OutOfRange
@@ -35,21 +35,21 @@ def pipe(bank):
 
 
 @pytest.fixture(scope="module")
-def studio(pipe, bank):
-    return Studio(pipe, bank, judges.load("scenes"), seed=9)
+def experiment(pipe, bank):
+    return Experiment(pipe, bank, judges.load("scenes"), seed=9)
 
 
 def test_the_model_draws_what_it_is_told(pipe):
-    judge, asked = judges.load("scenes"), scenes.draw(32, seed=(4, 4))
-    drawn = draw_as_told(pipe, scenes.captions(asked.factors), steps=10)
+    judge, asked = judges.load("scenes"), world.draw(32, seed=(4, 4))
+    drawn = draw_as_told(pipe, world.captions(asked.factors), steps=10)
     found = judges.accuracy(judge.read(drawn), judges.truth("scenes", asked.factors))
     assert min(found[name] for name in ("shape", "hue", "size", "scene")) >= 0.93, found
     shuffled = judges.accuracy(judge.read(asked.pixels[::-1].copy()), judges.truth("scenes", asked.factors))
     assert shuffled["scene"] < 0.6
     red = judge.read(np.array(pipe("a red square at night", num_inference_steps=10).images[0])[None])
-    assert red["scene"] == scenes.SCENES.index("night")
+    assert red["scene"] == world.SCENES.index("night")
     there = red["shape"][0] > 0
-    assert there.any() and (red["hue"][0][there] == list(scenes.HUES).index("red")).all()
+    assert there.any() and (red["hue"][0][there] == list(world.HUES).index("red")).all()
 
 
 def test_the_shipped_model_does_not_say_where_it_was_made(bank):
@@ -68,28 +68,28 @@ def test_every_lever_carries_a_measured_effect(bank):
 
 
 @pytest.mark.parametrize("factor", LEAST)
-def test_a_lever_moves_its_factor_and_a_random_direction_does_not(studio, bank, factor):
+def test_a_lever_moves_its_factor_and_a_random_direction_does_not(experiment, bank, factor):
     own = max((c for c in levers(bank) if c.label.startswith(f"{factor}:")), key=lambda c: c.effects["effectiveness"])
-    do, edit = Do(factor, own.name), edit_of(own.effects["edit"], own.effects["amount"])
-    case = studio.case(do, 12, 9)
-    found = studio.effect(case, {own.name: edit})
+    cause, edit = Cause(factor, own.name), edit_of(own.effects["edit"], own.effects["amount"])
+    case = experiment.case(cause, 12, 9)
+    found = experiment.effect(case, {own.name: edit})
     assert found.effectiveness >= LEAST[factor] and found.preservation >= 0.9
-    chance = studio.effect(case, {own.name: sl.Add(own.effects["amount"])}, randomised(bank, own, 0))
+    chance = experiment.effect(case, {own.name: sl.Add(own.effects["amount"])}, randomised(bank, own, 0))
     assert chance.effectiveness <= 0.35
 
 
-def test_no_edit_changes_nothing_and_an_edit_taken_back_neither(studio, bank):
-    case = studio.case(Do("hue", "blue"), 4, 8)
-    assert (studio.draw(case.captions, {"blue": sl.Add(0.0)}) == case.before).all()
-    with pytest.warns(OutOfRange), sl.steer(studio.pipe, bank, {"blue": sl.Add(-2.0)}, branch="cond", allow_ood=True):
-        back = studio.draw(case.captions, {"blue": sl.Add(2.0)})
+def test_no_edit_changes_nothing_and_an_edit_taken_back_neither(experiment, bank):
+    case = experiment.case(Cause("hue", "blue"), 4, 8)
+    assert (experiment.draw(case.captions, {"blue": sl.Add(0.0)}) == case.before).all()
+    with pytest.warns(OutOfRange), sl.steer(experiment.pipe, bank, {"blue": sl.Add(-2.0)}, branch="cond", allow_ood=True):
+        back = experiment.draw(case.captions, {"blue": sl.Add(2.0)})
     assert np.abs(back.astype(int) - case.before).mean() < 0.5
-    assert np.abs(studio.draw(case.captions, {"blue": sl.Add(2.0)}).astype(int) - case.before).mean() > 1
+    assert np.abs(experiment.draw(case.captions, {"blue": sl.Add(2.0)}).astype(int) - case.before).mean() > 1
 
 
 def test_latents_are_named_after_what_they_go_with(bank):
     found = {c.label: max(c.effects["correlation"], 0) for c in bank.concepts.values() if "overlap" in c.effects and c.label}
-    assert {f"hue: {hue}" for hue in scenes.HUES} | {f"scene: {scene}" for scene in scenes.SCENES} <= set(found)
+    assert {f"hue: {hue}" for hue in world.HUES} | {f"scene: {scene}" for scene in world.SCENES} <= set(found)
     for quality in bank.provenance["quality"].values():
         assert quality["explained"] > quality["control"] + 0.2 and quality["dead"] < 0.3
         assert quality["stability"] > quality["stability_control"]

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from scenes.scenes import HUES, SIDE, Factors, Seed, stream
+from scenes.world import HUES, SIDE, Factors, Seed, stream
 
 GREYS = {"white": (240, 240, 240), "grey": (150, 150, 150)}
 VALUES: dict[str, tuple[str, ...]] = {
@@ -39,7 +39,7 @@ MISSING = 0.25
 
 
 class Faces(NamedTuple):
-    """Pictures and everything behind them, as `scenes.Scenes`."""
+    """Pictures and everything behind them, as `world.Scenes`."""
 
     noise: Mapping[str, NDArray[np.float32]]
     factors: Factors
