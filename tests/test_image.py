@@ -9,7 +9,7 @@ from scenes.measures import Cause
 from steerlib.errors import BadRecipe
 from steerlib.evaluation.pictures import grid
 
-DOS = [
+CAUSES = [
     Cause("scene", "night"),
     Cause("background", "pale"),
     Cause("side", "left"),
@@ -23,7 +23,7 @@ def judge():
     return judges.load("scenes")
 
 
-@pytest.mark.parametrize("do", DOS, ids=lambda cause: cause.value)
+@pytest.mark.parametrize("cause", CAUSES, ids=lambda cause: cause.value)
 def test_a_true_counterfactual_is_perfect_and_nothing_is_none(judge, cause):
     asked = measures.cases(cause, 60, seed=1)
     true = world.redraw(asked, cause.sets)

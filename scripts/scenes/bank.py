@@ -93,7 +93,7 @@ class SceneRecipe:
 def train_scene_bank(pipe: Any, recipe: SceneRecipe, folder: Path) -> ConceptBank:
     """Directions for every value of `places.LEVERS` and latents for every site and level; yet without measured effects."""
     drawn = truth(recipe)
-    seen = recorded(folder / "seen.safetensors", lambda: activations(pipe, recipe, drawn))
+    seen = recorded(folder / "seen.safetensors", lambda: seen_by(pipe, recipe))
     latents, figures = fitted(recipe.encoders, seen, folder / "encoders", epochs=recipe.epochs)
     encoders: dict[str, Any] = {f"{key}#causes": causes(x, drawn) for key, x in seen.items()}
     encoders |= {f"{key}#places": presences(x, drawn) for key, x in seen.items()}
@@ -115,8 +115,9 @@ def truth(recipe: SceneRecipe) -> world.Scenes:
     return world.Scenes(noise, factors, *(np.concatenate([getattr(p, kind) for p in parts]) for kind in ("pixels", "regions")))
 
 
-def activations(pipe: Any, recipe: SceneRecipe, drawn: world.Scenes) -> Seen:
+def seen_by(pipe: Any, recipe: SceneRecipe) -> Seen:
     """What the model's cross-attention adds for all of these pictures, at every level."""
+    drawn = truth(recipe)
     said, parts = world.captions(drawn.factors, seed=(recipe.seed, 41)), []
     bounds = [0, *range(BATCH, recipe.pictures, BATCH), recipe.pictures]
     bounds += [*range(recipe.pictures + BATCH, len(said), BATCH), *([len(said)] if recipe.drawn else [])]

@@ -43,6 +43,10 @@ class Experiment:
     def __init__(self, pipe: Any, bank: ConceptBank, judge: PictureJudge, *, steps: int = 10, seed: int = 0):
         self.pipe, self.bank, self.judge, self.steps, self.seed = pipe, bank, judge, steps, seed
 
+    def of(self, bank: ConceptBank) -> "Experiment":
+        """The same with another bank."""
+        return Experiment(self.pipe, bank, self.judge, steps=self.steps, seed=self.seed)
+
     def case(self, cause: Cause, n: int, purpose: int) -> Case:
         """`n` scenes; those of another purpose are others."""
         asked = measures.cases(cause, n, seed=(self.seed, 53, purpose))
