@@ -19,7 +19,7 @@ from scenes.experiment import TESTED, Experiment
 from scenes.graph import with_followers
 from scenes.graph_use import guided, holding
 from scenes.measures import Cause
-from scenes.methods import Comparison, off_distribution
+from scenes.methods import TRIED, Comparison, off_distribution
 from tqdm.auto import tqdm
 
 from steerlib import BaseModel, ConceptBank, load
@@ -43,12 +43,12 @@ def with_levers(
 
 
 def with_comparison(
-    experiment: Experiment, causes: list[Cause], recipe: SceneRecipe, work: Path, *, dev: int, test: int
+    experiment: Experiment, causes: list[Cause], recipe: SceneRecipe, work: Path, *, dev: int, test: int, tried: int
 ) -> dict[str, Comparison]:
     """Measure what the graph is good for, other methods and mediation; all of it goes into the bank's provenance."""
     found = experiment.bank.provenance
     found |= {"holding": holding(experiment, dev=test, test=2 * test), "guided": guided(experiment, dev=dev, test=test)}
-    compared = {cause.factor: Comparison(experiment, cause, dev=dev, test=test) for cause in causes}
+    compared = {cause.factor: Comparison(experiment, cause, dev=dev, test=test, tried=tried) for cause in causes}
     found["methods"] = {name: comparison.run() for name, comparison in tqdm(compared.items(), desc="methods")}
     seen = recorded(work / "seen.safetensors", lambda: scene_bank.seen_by(experiment.pipe, recipe))
     found["off"] = off_distribution(compared, seen)
@@ -83,6 +83,7 @@ def main(
     dev: Annotated[int, typer.Option(help="scenes on which an edit is chosen")] = 16,
     test: Annotated[int, typer.Option(help="scenes on which it is measured")] = 32,
     steps: Annotated[int, typer.Option(help="scheduler steps of a picture")] = 10,
+    tried: Annotated[int, typer.Option(help="latents, and places, of which one is compared")] = TRIED,
     factor: Annotated[list[str], typer.Option(help="measure levers of these alone; may be repeated")] = [],  # noqa: B006
     again: Annotated[Path | None, typer.Option(help="a bank made before: only compare methods on it anew")] = None,
     threads: Annotated[int, typer.Option(help="processor cores")] = 1,
@@ -98,7 +99,7 @@ def main(
     if again is None:
         experiment = experiment.of(with_levers(experiment, causes, work, dev=dev, test=test, only=factor))
     experiment = experiment.of(with_followers(experiment, 2 * test))
-    compared = with_comparison(experiment, causes, recipe, work, dev=dev, test=test)
+    compared = with_comparison(experiment, causes, recipe, work, dev=dev, test=test, tried=tried)
     finish(experiment, compared, causes[-1], pipeline.parent / "examined.json")
     ship(experiment.bank, pipeline, out)
     print(json.dumps({"held": card.held(experiment.bank), "off": experiment.bank.provenance["off"]}, indent=1))

@@ -60,7 +60,7 @@ def test_what_changes_beside_the_factor_is_seen(judge):
 
 def test_the_wasserstein_distance_is_one_of_distributions():
     a, b = world.draw(100, seed=1).pixels, world.draw(100, seed=2).pixels
-    night = world.draw(100, seed=3, cause={"scene": "night"}).pixels
+    night = world.draw(100, seed=3, do={"scene": "night"}).pixels
     same, like, unlike = (measures.sliced_wasserstein(a, other) for other in (a[::-1].copy(), b, night))
     assert same == 0 < like < 0.5 * unlike
 

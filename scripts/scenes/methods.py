@@ -25,7 +25,7 @@ ALONE = "difference of means, one place"
 DOSES = (1.0, 2.0, 4.0, 8.0, 16.0)
 """What is tried of a single coordinate, in units of its own."""
 TRIED = 6
-"""Latents, and places of a difference of means, of which one is chosen by what it does."""
+"""Latents, and places of a difference of means, of which one is chosen for the shipped bank."""
 DRAWS = 3
 """Random directions, or latents, over which the mean is taken."""
 REFERENCE = 50_000
@@ -33,17 +33,25 @@ REFERENCE = 50_000
 
 
 class Comparison:
-    """One intervention by every method."""
+    """One intervention by every method, each at its best dose.
 
-    def __init__(self, experiment: Experiment, cause: Cause, *, dev: int = 16, test: int = 32):
-        self.experiment, self.bank, self.cause = experiment, experiment.bank, cause
+    Args:
+        experiment: the pipeline, the bank and the judge.
+        cause: the factor and the value that it is set to.
+        dev: scenes on which doses, latents and places are chosen.
+        test: other scenes, on which the methods are measured.
+        tried: latents, and places of a difference of means, of which one is chosen by what it does.
+    """
+
+    def __init__(self, experiment: Experiment, cause: Cause, *, dev: int, test: int, tried: int = TRIED):
+        self.experiment, self.bank, self.cause, self.tried = experiment, experiment.bank, cause, tried
         self.dev, self.test = experiment.case(cause, dev, 3), experiment.case(cause, test, 4)
         place = GATES.get(cause.factor)
         self.gate = Gate(place, above=0.25, full=0.75) if place else None
         self.pictures: dict[str, measures.Pictures] = {"unsteered": self.test.before}
         index = self.bank[cause.value].index  # of the lever, which is moved at several sites together
         self.alone = [
-            Concept(name=f"{ALONE}: {c.encoder}", encoder=f"{c.encoder}#causes", index=index) for c in self.latents[:TRIED]
+            Concept(name=f"{ALONE}: {c.encoder}", encoder=f"{c.encoder}#causes", index=index) for c in self.latents[:tried]
         ]
         self.bank = self.bank.with_concepts([*self.bank.concepts.values(), *self.alone])
 
@@ -121,7 +129,7 @@ class Comparison:
     @cached_property
     def one(self) -> tuple[Concept, float, float]:
         """Of the latents that go with the value most, that which does most on the scenes for it; its dose and its score."""
-        return self._best(self.latents[:TRIED])
+        return self._best(self.latents[: self.tried])
 
     def _best(self, concepts: Sequence[Concept]) -> tuple[Concept, float, float]:
         """The coordinate, the dose of it, and the score."""
