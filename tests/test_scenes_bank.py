@@ -17,6 +17,7 @@ from scenes.measures import Cause
 import steerlib as sl
 from steerlib.errors import OutOfRange
 from steerlib.evaluation.pictures import draw_as_told, edit_of
+from steerlib.training import store
 
 ROOT = Path(__file__).parent.parent
 LEAST = {"scene": 0.75, "ground": 0.8, "hue": 0.75}
@@ -110,29 +111,47 @@ def test_encoders_explain_more_than_a_random_dictionary_and_another_seed_finds_m
         assert quality["stability"] > quality["stability_control"]
 
 
-def test_the_same_commands_make_a_smaller_one(tmp_path, bank):
-    """A model from nothing that knows types of scenes, and a bank of the shipped one whose latents explain what they read."""
+# -- the same commands, smaller ----------------------------------------------------------------------------------
 
-    def run(script, *options):
-        command = [sys.executable, ROOT / "scripts" / script, *map(str, options)]
-        subprocess.run(command, check=True, cwd=ROOT, capture_output=True)
 
-    few = ("--images", 1600, "--words", 100, "--look-every", 1600, "--look-at", 32, "--check", 0)
-    run("train_scenes.py", tmp_path / "model", *few)
-    (look,) = [json.loads(line) for line in (tmp_path / "model" / "curve.jsonl").read_text().splitlines()]
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, pipe, bank):
+    """A folder with a model of few pictures, which starts from the shipped model's words, and a smaller bank of the shipped
+    model. Both commands run at the same time, each on one core."""
+    folder = tmp_path_factory.mktemp("made")
+    store.save(folder / "model" / "words.safetensors", pipe.text_encoder.state_dict())
+    model = ("--images", 1280, "--lr", 4e-3, "--look-every", 1280, "--look-at", 24, "--check", 0)
+    small = ("--pictures", 200, "--drawn", 0, "--latents", 96, "--epochs", 3, "--seeds", 1, "--factor", "ground")
+    few = ("--dev", 2, "--test", 6, "--steps", 5, "--tried", 2, "--out", folder / "bank", "--work", folder / "work")
+    commands = {
+        "train_scenes.py": (folder / "model", *model),
+        "train_scenes_bank.py": (bank.folder / "pipeline", *small, *few),
+    }
+    running = [
+        subprocess.Popen([sys.executable, ROOT / "scripts" / name, *map(str, options)], cwd=ROOT, stderr=subprocess.PIPE)
+        for name, options in commands.items()
+    ]
+    for process in running:
+        error = process.communicate()[1]
+        assert process.returncode == 0, error.decode()[-2000:]
+    return folder
+
+
+def test_a_model_of_few_pictures_knows_types_of_scenes(made):
+    (look,) = [json.loads(line) for line in (made / "model" / "curve.jsonl").read_text().splitlines()]
     assert look["scene"] >= 0.5 and look["light"] >= 0.5, look  # a quarter by chance
-    assert (tmp_path / "model" / "curve.png").is_file()
-    options = ("--pictures", 200, "--drawn", 0, "--latents", 96, "--epochs", 3, "--seeds", 1, "--factor", "ground")
-    small = ("--out", tmp_path / "bank", "--work", tmp_path / "work", "--dev", 4, "--test", 12)
-    run("train_scenes_bank.py", bank.folder / "pipeline", *options, *small)
-    made = sl.ConceptBank.from_pretrained(tmp_path / "bank")
-    made.verify()
-    graph = made.provenance["graph"]
-    assert graph["scenes"] == 24 and graph["levers"]["edges"] == len(made.graph) >= graph["random directions"]["edges"]
-    quality = made.provenance["quality"].values()
+    assert (made / "model" / "curve.png").is_file()
+
+
+def test_a_smaller_bank_has_latents_that_explain_what_they_read_and_levers_that_work(made):
+    smaller = sl.ConceptBank.from_pretrained(made / "bank")
+    smaller.verify()
+    graph = smaller.provenance["graph"]
+    assert graph["scenes"] == 12 and graph["levers"]["edges"] == len(smaller.graph) >= graph["random directions"]["edges"]
+    quality = smaller.provenance["quality"].values()
     assert np.mean([figures["explained"] for figures in quality]) > 0.55
     assert all(figures["explained"] > figures["control"] for figures in quality)
-    found = [concept.effects for concept in levers(made)]
+    found = [concept.effects for concept in levers(smaller)]
     assert len(found) == 4 and np.mean([effects["effectiveness"] for effects in found]) >= 0.75
     assert np.mean([effects["preservation"] for effects in found]) >= 0.9
-    assert {"methods.png", "windows.png", "README.md", "pipeline"} <= {path.name for path in (tmp_path / "bank").iterdir()}
+    assert {"methods.png", "windows.png", "README.md", "pipeline"} <= {path.name for path in (made / "bank").iterdir()}
