@@ -9,8 +9,8 @@
 
 One process each, one thread, one at a time; every round runs all of them, in another order; ratios are formed within a round.
 "steerlib again" is the noise floor; where other work shares the machine, ratios of processor time are the steadier. Memory is
-the height of one late step above what was there before it. What is left unexplained is measured on activations that nobody
-trains on, after as many tokens for each.
+the height of one late step above what was there before it. What is left unexplained is measured on activations
+that none of them trains on, after as many tokens for each.
 """
 
 import json

@@ -1,7 +1,7 @@
 """Pictures whose wholes are known: a face is there if an outline, eyes and a mouth are, and each of them is drawn for itself.
 
-Arrows run from parts to wholes, as in hierarchical selection models (arXiv 2512.10720): parts know nothing of each other, until
-one asks for pictures of a face. `B` pictures of 32 × 32 pixels, made and changed as in `scenes`.
+Arrows run from parts to wholes, as in hierarchical selection models (arXiv 2512.10720): parts are independent, but
+not among pictures that are selected because they show a face. `B` pictures of 32 × 32 pixels, made and changed as in `world`.
 """
 
 from collections.abc import Mapping

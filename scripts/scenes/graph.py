@@ -32,7 +32,7 @@ DEALT = 200
 
 
 class Followed(NamedTuple):
-    """The edges, with effects per unit of the lever, and those left out because they would close a circle of stronger ones."""
+    """The edges, with effects per unit of the lever, and how many were left out that close a cycle of stronger ones."""
 
     graph: CausalGraph
     circles: int
