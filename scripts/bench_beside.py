@@ -68,18 +68,19 @@ def worker(checkout: Path) -> Iterator[Ask]:
     env = {**os.environ, "PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
     command = [sys.executable, __file__, "--work"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env) as process:
-        assert process.stdin is not None and process.stdout is not None
+        asked, answers = process.stdin, process.stdout
+        assert asked is not None and answers is not None
 
         def ask(*what: str) -> Any:
-            print(json.dumps(what), file=process.stdin, flush=True)
-            if not (line := process.stdout.readline()):
+            print(json.dumps(what), file=asked, flush=True)
+            if not (line := answers.readline()):
                 raise SystemExit(f"the process that measured {checkout} ended; its error stands above")
             return json.loads(line)
 
         if (found := Path(ask("where"))) != checkout:
             raise SystemExit(f"expected the library of {checkout}, got that of {found}")
         yield ask
-        process.stdin.close()
+        asked.close()
 
 
 def compared(key: tuple[str, str], contest: str, sides: dict[str, Ask], rounds: int) -> dict[str, dict[str, list[float]]]:

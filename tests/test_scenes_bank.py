@@ -120,7 +120,7 @@ def made(tmp_path_factory, pipe, bank):
     model. Both commands run at the same time, each on one core."""
     folder = tmp_path_factory.mktemp("made")
     store.save(folder / "model" / "words.safetensors", pipe.text_encoder.state_dict())
-    model = ("--images", 1280, "--lr", 4e-3, "--look-every", 1280, "--look-at", 24, "--check", 0)
+    model = ("--images", 1120, "--lr", 4e-3, "--look-every", 1120, "--look-at", 24, "--check", 0)
     small = ("--pictures", 200, "--drawn", 0, "--latents", 96, "--epochs", 3, "--seeds", 1, "--factor", "ground")
     few = ("--dev", 2, "--test", 6, "--steps", 5, "--tried", 2, "--out", folder / "bank", "--work", folder / "work")
     commands = {
