@@ -16,7 +16,7 @@ from typing import Annotated, Any, NamedTuple
 import numpy as np
 import torch
 import typer
-from bench_steering import machine
+from benchmarks.measurement import machine
 from graphs.compiled import Compiled
 from graphs.edges import associated, calibration, edge_scores, forecast_r2, renamed
 from graphs.hierarchies import Encoded, Imperfect, Layers, Selection
@@ -56,7 +56,7 @@ def f1(found: Any, system: Layers) -> float:
 
 
 def layers(seed: int) -> Figures:
-    """G1, the hard setting, beside what association finds when it is told how many edges there are."""
+    """G1, the hard setting, beside measures of association, which are given the true number of edges."""
     system, found = hard(seed), hard_graph(seed)
     z = [reading.natural for reading in system.run(np.arange(len(system))).values()]
     measures = {m: associated(z[0], z[1], m, system.truth[ENDS].nnz) for m in ("correlation", "conditional", "lift")}
@@ -81,7 +81,7 @@ def selection(seed: int) -> Figures:
 
 
 def hidden(seed: int) -> Figures:
-    """G3: 4,000 rows, and 300 causes that nobody sees."""
+    """G3: 4,000 rows, and 300 hidden causes."""
     system = Layers((512, 384), 5334, hidden=300, reach=2, seed=seed)
     found = {m: discover(system, method=m, seed=seed) for m in ("randomised", "observational")}
     best = max(f1(effects, system) for effects in at_every_price(system, "observational"))

@@ -9,8 +9,8 @@
 
 One process each, one thread, one at a time; every round runs all of them, in another order; ratios are formed within a round.
 "steerlib again" is the noise floor; where other work shares the machine, ratios of processor time are the steadier. Memory is
-the height of one late step above what was there before it. What is left unexplained is measured on activations that nobody
-trains on, after as many tokens for each.
+the height of one late step above what was there before it. What is left unexplained is measured on activations
+that none of them trains on, after as many tokens for each.
 """
 
 import json
@@ -25,7 +25,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from bench_steering import machine
+from benchmarks.measurement import machine
 
 from steerlib.text import progress
 
@@ -39,7 +39,7 @@ class Worker:
     """One of those measured, in its own process."""
 
     def __init__(self, name: str, python: str, setting: tuple[int, ...], stack: ExitStack):
-        command = [python, str(Path(__file__).with_name("sae_contestants.py")), name, *map(str, setting), "1000000"]
+        command = [python, str(Path(__file__).parent / "sae" / "contestants.py"), name, *map(str, setting), "1000000"]
         quiet = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
         self.process = stack.enter_context(
             subprocess.Popen(
@@ -61,7 +61,7 @@ class Worker:
         for line in self.process.stdout:
             if line.startswith("ANSWER "):
                 return json.loads(line.removeprefix("ANSWER "))
-        raise SystemExit(f"{self.name} ended; run scripts/sae_contestants.py by hand to see why")
+        raise SystemExit(f"{self.name} ended; run scripts/sae/contestants.py by hand to see why")
 
 
 def measured(setting: tuple[int, ...], names: dict[str, str], rounds: int, curve: list[int], what: str) -> dict[str, Any]:

@@ -139,7 +139,7 @@ def asked(name: str, python: str, place: Path, layer: int, tokens: int) -> dict[
 
 def prepare(source: str, place: Path, tokens: int) -> None:
     """The model as a folder, and documents of about a thousand tokens."""
-    from bench_record import a_text
+    from benchmarks.recording import a_text
 
     import steerlib as sl
 
@@ -162,7 +162,7 @@ def main() -> None:
     """Print how long each takes, over steerlib's time."""
     import torch
     import typer
-    from bench_steering import SOURCE, machine
+    from benchmarks.measurement import SOURCE, machine
 
     from steerlib.text import progress
 

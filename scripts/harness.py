@@ -1,7 +1,7 @@
 """What steering breaks of what a model knows: `python scripts/harness.py [--concept french] [--limit 20] [--out damage.json]`.
 
 lm-evaluation-harness, unsteered, with each concept at its useful amount, and with a random direction of equal length at the
-same site. The default task needs no download. Never give the harness `use_cache`: its cache cannot know what was steered.
+same site. The default task needs no download. Never give the harness `use_cache`: its cache does not record what was steered.
 """
 
 import json

@@ -1,13 +1,13 @@
-"""Write the README's measured parts: `python scripts/readme.py`, with the files of whatever was measured anew.
+"""Write the measured parts of the READMEs: `python scripts/readme.py`, with the files of whatever was measured anew.
 
-Runs the README's first example for the output; takes tables of effects from the shipped bank, those of new
-concepts from what `unseen.py` wrote, the cost from `--out` of `bench_steering.py`, `bench_latents.py` and
-`bench_diffusion.py`, graphs from that of `bench_graph.py`, and the coverage from `coverage_table.py`.
+A part stands between `<!-- begin: NAME -->` and `<!-- end: NAME -->` in the README of the folder that it is about, and is
+replaced there. Without options: the first example is run for its answers, the other tables are taken from the shipped banks and
+from what `unseen.py` wrote. Each option names the file with the figures of one benchmark, made by its own `--out`.
 """
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,32 +15,29 @@ import typer
 from scenes import card as scene_card
 
 import steerlib as sl
-from steerlib.evaluation.report import latents_table, summary_table, table
 from steerlib.text import chat, complete
 from steerlib.training.calibrate.measure import GATED
-from steerlib.training.package.card import graph_table, verified
 
-README = Path(__file__).parent.parent / "README.md"
-RECIPES = README.parent / "concept_banks" / "recipes"
-PROMPT = "Tell me about the place where you live."
-SHOWN = ("science", "finance", "music", "french")
+ROOT = Path(__file__).parent.parent
+READMES = [ROOT / folder / "README.md" for folder in (".", "concept_banks", "hooks", "scripts", "steerlib/training")]
+RECIPES = ROOT / "concept_banks" / "recipes"
+ASKED = (("Tell me about your day.", ("sports", "science"), 2), ("Describe a perfect morning.", ("science", "fantasy"), 1))
+"""Prompts of the first example, the concepts that each is steered by, and how many sentences are shown."""
 
 
 def output(bank: sl.ConceptBank, source: str) -> str:
-    """The answers to one prompt, unsteered and steered."""
+    """Answers, unsteered and steered."""
     model, tokenizer = sl.load(source)
-    lines = []
-    for edits in ({}, *({name: round(bank[name].useful or 1.0, 2)} for name in SHOWN)):
-        with sl.steer(model, bank, edits):
-            text = complete(model, tokenizer, [chat(tokenizer, PROMPT)], new_tokens=40).texts[0]
-        name = ", ".join(f"`{name} {amount:+.2f}`" for name, amount in edits.items()) or "unsteered"
-        lines.append(f"| {name} | {' '.join(text.split())} … |")
-    return "\n".join(["| | answer |", "|---|---|", *lines])
-
-
-def records(bank: sl.ConceptBank) -> list[dict[str, Any]]:
-    """What was measured of the concepts of a bank."""
-    return [dict(concept.effects) for concept in bank.concepts.values() if "conditions" in concept.effects]
+    lines = ["| asked | steered by | answer |", "|---|---|---|"]
+    for prompt, names, sentences in ASKED:
+        for name in (None, *names):
+            edits = {name: round(bank[name].useful or 1.0, 2)} if name else {}
+            with sl.steer(model, bank, edits):
+                text = complete(model, tokenizer, [chat(tokenizer, prompt)], new_tokens=48).texts[0]
+            shown = " ".join(re.split(r"(?<=[.!?])\s+", " ".join(text.split()))[:sentences])
+            how = f"`{name}` {edits[name]:+.2f}" if name else "nothing"
+            lines.append(f"| {'' if name else prompt} | {how} | {shown} |".replace("|  |", "| |"))
+    return "\n".join(lines)
 
 
 def cost(figures: Mapping[str, Any]) -> str:
@@ -110,71 +107,54 @@ def bars(figures: Mapping[str, Any], scale: Mapping[str, Any]) -> str:
     return "\n".join([*lines, "", f"{about}, at scale one."])
 
 
-def pictures(text: str) -> str:
-    """The parts about the bank of scenes; draws its picture, too."""
-    from steerlib.cli import demo
-
-    bank = sl.ConceptBank.from_pretrained("scenes-32")
-    demo(only="images", out=README.parent / ".assets" / "scenes.png")
-    found = bank.provenance
-    parts = {"model": scene_card.examined_line(bank), "levers": scene_card.by_factor(bank)}
-    parts |= {"methods": scene_card.methods_table(found["methods"]), "off": scene_card.off_table(found["off"])}
-    parts["follow"] = scene_card.followed_table(bank)
-    parts |= {"hold": scene_card.holding_table(found["holding"]), "guided": scene_card.guided_table(found["guided"])}
-    parts["mediation"] = scene_card.mediation_table(found["mediation"])
-    for name, content in (parts | {"windows": scene_card.windows_table(found["windows"])}).items():
-        text = put(text, f"scenes-{name}", content)
-    return text
+def put(section: str, content: str) -> None:
+    """Replace what stands between a section's marks, in the README that has them."""
+    marks = re.compile(rf"(<!-- begin: {section} -->\n).*?(<!-- end: {section} -->)", re.DOTALL)
+    (home,) = [path for path in READMES if path.is_file() and marks.search(path.read_text(encoding="utf-8"))]
+    text = home.read_text(encoding="utf-8")
+    home.write_text(marks.sub(lambda m: f"{m[1]}{content}\n{m[2]}", text), encoding="utf-8")
 
 
-def put(text: str, section: str, content: str) -> str:
-    """The text with what stands between a section's marks replaced."""
-    marks = rf"(<!-- begin: {section} -->\n).*?(<!-- end: {section} -->)"
-    assert re.search(marks, text, re.DOTALL), section
-    return re.sub(marks, lambda m: f"{m[1]}{content}\n{m[2]}", text, flags=re.DOTALL)
+def from_banks() -> None:
+    """The parts that need no file: the first example, new concepts, and levers of pictures; draws the pictures, too."""
+    from steerlib.cli import demo, recipe_of
+
+    bank = sl.ConceptBank.from_pretrained("smollm2-135m-instruct")
+    put("output", output(bank, recipe_of(bank, None).source))
+    for name in ("fresh", "unseen"):
+        put(name, unseen(json.loads((RECIPES / name / "measured.json").read_text(encoding="utf-8"))))
+    put("scenes-levers", scene_card.by_factor(sl.ConceptBank.from_pretrained("scenes-32")))
+    demo(only="images", out=ROOT / ".assets" / "scenes.png")
 
 
 def main(
-    bench: Annotated[Path | None, typer.Option(help="figures of bench_steering.py")] = None,
+    steering: Annotated[Path | None, typer.Option(help="figures of bench_steering.py")] = None,
     latents: Annotated[Path | None, typer.Option(help="figures of bench_latents.py")] = None,
     diffusion: Annotated[Path | None, typer.Option(help="figures of bench_diffusion.py")] = None,
+    rebuilt: Annotated[Path | None, typer.Option(help="figures of bench_beside.py")] = None,
     record: Annotated[Path | None, typer.Option(help="figures of bench_record.py")] = None,
     sae: Annotated[Path | None, typer.Option(help="figures of bench_sae_train.py")] = None,
     whole: Annotated[Path | None, typer.Option(help="figures of bench_text_to_encoder.py")] = None,
+    graph: Annotated[Path | None, typer.Option(help="figures of bench_graph.py")] = None,
+    scale: Annotated[Path | None, typer.Option(help="figures of bench_graph.py --scale; both or none")] = None,
     coverage: Annotated[Path | None, typer.Option(help="output of coverage_table.py text")] = None,
     pipelines: Annotated[Path | None, typer.Option(help="output of coverage_table.py images")] = None,
-    graph: Annotated[Path | None, typer.Option(help="figures of bench_graph.py")] = None,
-    scale: Annotated[Path | None, typer.Option(help="figures of bench_graph.py --scale")] = None,
     damage: Annotated[Path | None, typer.Option(help="table that harness.py printed")] = None,
-    effects: Annotated[bool, typer.Option(help="run the model for the first example, and write the tables of effects")] = True,
+    banks: Annotated[bool, typer.Option(help="run the first example, and read the shipped banks")] = True,
 ) -> None:
-    """Write the measured parts of the README."""
-    from steerlib.cli import recipe_of
-
-    text = README.read_text(encoding="utf-8")
-    if effects:
-        bank = sl.ConceptBank.from_pretrained("smollm2-135m-instruct")
-        text, measured = put(text, "output", output(bank, recipe_of(bank, None).source)), records(bank)
-        text = put(put(text, "effects", table(measured)), "methods", summary_table(measured))
-        sparse = sl.ConceptBank.from_pretrained("smollm2-135m-latents")
-        text = put(text, "sparse", latents_table(sparse.provenance["quality"]).partition("\n\n")[0])
-        text = put(text, "verified", verified(sparse, 8))
-        text = put(text, "text-graph", graph_table(sparse.provenance["graph"]))
-        text = pictures(text)
-        for name in ("fresh", "unseen"):
-            text = put(text, name, unseen(json.loads((RECIPES / name / "measured.json").read_text(encoding="utf-8"))))
-    costs = {"cost": bench, "latents": latents, "diffusion": diffusion, "record": record, "whole": whole}
-    for section, path in costs.items():
+    """Write the measured parts of the READMEs."""
+    if banks:
+        from_banks()
+    costs = {"cost": steering, "latents": latents, "diffusion": diffusion, "rebuilt": rebuilt, "record": record, "whole": whole}
+    tables: dict[str, tuple[Callable[..., str], Path | None]] = {name: (cost, path) for name, path in costs.items()}
+    for section, (table, path) in (tables | {"sae": (training, sae)}).items():
         if path is not None:
-            text = put(text, section, cost(json.loads(path.read_text(encoding="utf-8"))))
-    if sae is not None:
-        text = put(text, "sae", training(json.loads(sae.read_text(encoding="utf-8"))))
+            put(section, table(json.loads(path.read_text(encoding="utf-8"))))
     if graph is not None and scale is not None:
-        text = put(text, "graphs", bars(*(json.loads(path.read_text(encoding="utf-8")) for path in (graph, scale))))
+        put("graphs", bars(*(json.loads(path.read_text(encoding="utf-8")) for path in (graph, scale))))
     for section, path in (("coverage", coverage), ("pipelines", pipelines), ("damage", damage)):
         if path is not None:
-            text = put(text, section, path.read_text(encoding="utf-8").strip())
-    README.write_text(text, encoding="utf-8")
+            put(section, path.read_text(encoding="utf-8").strip())
 
 
 if __name__ == "__main__":

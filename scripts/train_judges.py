@@ -8,18 +8,18 @@ from typing import Annotated
 
 import torch
 import typer
-from scenes import faces, judges, scenes
+from scenes import faces, judges, world
 from tqdm.auto import tqdm
 
-DRAW = {"scenes": scenes.draw, "faces": faces.draw}
+DRAW = {"scenes": world.draw, "faces": faces.draw}
 HELD_OUT, APART = 10_000, 10**9
 """How many renders, and a step that training never reaches."""
 
 
-def trained(kind: str, images: int, batch: int, seed: int) -> judges.Judge:
+def trained(kind: str, images: int, batch: int, seed: int) -> judges.PictureJudge:
     """A judge that has seen so many renders, none of them twice."""
     torch.manual_seed(seed)
-    generator, judge, steps = torch.Generator().manual_seed(seed), judges.Judge(kind), images // batch
+    generator, judge, steps = torch.Generator().manual_seed(seed), judges.PictureJudge(kind), images // batch
     adam = torch.optim.AdamW(judge.parameters(), lr=2e-3, fused=True)
     rate = torch.optim.lr_scheduler.OneCycleLR(adam, 2e-3, total_steps=steps, pct_start=0.1)
     with tqdm(total=steps * batch, desc=f"judge of {kind}", unit="img") as bar:
@@ -36,7 +36,7 @@ def trained(kind: str, images: int, batch: int, seed: int) -> judges.Judge:
     return judge.eval()
 
 
-def held_out(judge: judges.Judge, kind: str, seed: int) -> dict[str, float]:
+def held_out(judge: judges.PictureJudge, kind: str, seed: int) -> dict[str, float]:
     """Accuracy on renders whose seed was never drawn from."""
     drawn = DRAW[kind](HELD_OUT, seed=(seed, APART))
     return judges.accuracy(judge.read(drawn.pixels), judges.truth(kind, drawn.factors))

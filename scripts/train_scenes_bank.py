@@ -6,20 +6,20 @@ Activations and encoders stay in --work. The bank gets the pipeline, the effect 
 import json
 import shutil
 from dataclasses import fields
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated
 
 import torch
 import typer
-from scenes import card as scene_card
-from scenes import effects as scene_effects
-from scenes import judges
-from scenes.bank import SceneRecipe, activations, train_scene_bank, truth
-from scenes.do import guided, holding
+from scenes import bank as scene_bank
+from scenes import card, effects, judges
+from scenes.bank import SceneRecipe
+from scenes.experiment import TESTED, Experiment
 from scenes.graph import with_followers
-from scenes.image import Do
+from scenes.graph_use import guided, holding
+from scenes.measures import Cause
+from scenes.methods import TRIED, Comparison, off_distribution
 from tqdm.auto import tqdm
 
 from steerlib import BaseModel, ConceptBank, load
@@ -30,13 +30,39 @@ DESCRIPTION = """Levers and latents of a small text-to-image model of scenes who
 truth: on scenes that nothing was made from, read by judges that never saw the model."""
 
 
+def with_levers(
+    experiment: Experiment, causes: list[Cause], work: Path, *, dev: int, test: int, only: list[str]
+) -> ConceptBank:
+    """The bank with the effect of every lever, when it acts, and what edits of nothing leave."""
+    bank = effects.measured(experiment, dev=dev, test=test, work=work, only=only)
+    measured = experiment.of(bank)
+    windows = {cause.factor: effects.by_window(measured, cause, test) for cause in causes}
+    laws = {cause.factor: effects.laws(measured, cause, dev) for cause in causes}
+    bank.provenance |= {"windows": windows, "laws": laws, "recipe": "scenes-32"}
+    return bank
+
+
+def with_comparison(
+    experiment: Experiment, causes: list[Cause], recipe: SceneRecipe, work: Path, *, dev: int, test: int, tried: int
+) -> dict[str, Comparison]:
+    """Measure what the graph is good for, other methods and mediation; all of it goes into the bank's provenance."""
+    found = experiment.bank.provenance
+    found |= {"holding": holding(experiment, dev=test, test=2 * test), "guided": guided(experiment, dev=dev, test=test)}
+    compared = {cause.factor: Comparison(experiment, cause, dev=dev, test=test, tried=tried) for cause in causes}
+    found["methods"] = {name: comparison.run() for name, comparison in tqdm(compared.items(), desc="methods")}
+    seen = recorded(work / "seen.safetensors", lambda: scene_bank.seen_by(experiment.pipe, recipe))
+    found["off"] = off_distribution(compared, seen)
+    found["mediation"] = {cause.factor: effects.mediated(experiment, cause, dev) for cause in causes}
+    return compared
+
+
 def ship(bank: ConceptBank, pipeline: Path, out: Path) -> None:
-    """The bank with its pipeline beside it, the denoiser in half precision: as such it is what the bank belongs to."""
+    """Write the bank with its pipeline beside it, the denoiser in half precision: as such it is what the bank belongs to."""
     with TemporaryDirectory() as place:
         pipe = load(str(pipeline))[0]
         pipe.unet.half()
         pipe.save_pretrained(place)
-        for path in Path(place).rglob("*.json"):  # where it was loaded from is nobody's business
+        for path in Path(place).rglob("*.json"):  # without the folder that it was loaded from
             values = json.loads(path.read_text())
             if values.pop("_name_or_path", None) is not None:
                 path.write_text(json.dumps(values, indent=2) + "\n")
@@ -56,6 +82,8 @@ def main(
     seed: Annotated[int, typer.Option(help="of everything")] = 0,
     dev: Annotated[int, typer.Option(help="scenes on which an edit is chosen")] = 16,
     test: Annotated[int, typer.Option(help="scenes on which it is measured")] = 32,
+    steps: Annotated[int, typer.Option(help="scheduler steps of a picture")] = 10,
+    tried: Annotated[int, typer.Option(help="latents, and places, of which one is compared")] = TRIED,
     factor: Annotated[list[str], typer.Option(help="measure levers of these alone; may be repeated")] = [],  # noqa: B006
     again: Annotated[Path | None, typer.Option(help="a bank made before: only compare methods on it anew")] = None,
     threads: Annotated[int, typer.Option(help="processor cores")] = 1,
@@ -65,38 +93,29 @@ def main(
     torch.set_num_threads(threads)
     pipe = load(str(pipeline))[0].to(torch.bfloat16)
     recipe = SceneRecipe(**{field.name: given[field.name] for field in fields(SceneRecipe) if field.name in given})
-    ready = partial(scene_effects.Studio, pipe, judge=judges.load("scenes"), seed=seed)
-    dos = [Do(name, value) for name, value in scene_effects.TESTED.items() if name in (factor or scene_effects.TESTED)]
+    causes = [Cause(name, value) for name, value in TESTED.items() if name in (factor or TESTED)]
+    bank = ConceptBank.from_pretrained(again) if again else scene_bank.train_scene_bank(pipe, recipe, work)
+    experiment = Experiment(pipe, bank, judges.load("scenes"), steps=steps, seed=seed)
     if again is None:
-        bank = train_scene_bank(pipe, recipe, work)
-        bank = scene_effects.measured(ready(bank=bank), dev=dev, test=test, work=work, only=factor)
-        studio = ready(bank=bank)
-        bank.provenance |= {"windows": {do.factor: scene_effects.by_window(studio, do, test) for do in dos}}
-        bank.provenance |= {"laws": {do.factor: scene_effects.laws(studio, do, dev) for do in dos}, "recipe": "scenes-32"}
-    else:
-        bank = ConceptBank.from_pretrained(again)
-        studio = ready(bank=bank)
-    bank = with_followers(studio, 2 * test)
-    studio = ready(bank=bank)
-    bank.provenance |= {"holding": holding(studio, dev=test, test=2 * test), "guided": guided(studio, dev=dev, test=test)}
-    compared = {do.factor: scene_effects.Comparison(studio, do, dev=dev, test=test) for do in dos}
-    methods = {name: comparison.run() for name, comparison in tqdm(compared.items(), desc="methods")}
-    off = scene_effects.off_distribution(
-        compared, recorded(work / "seen.safetensors", lambda: activations(pipe, recipe, truth(recipe)))
-    )
-    bank.provenance |= {"methods": methods, "off": off}
-    bank.provenance["mediation"] = {do.factor: scene_effects.mediated(studio, do, dev) for do in dos}
-    if (examined := pipeline.parent / "examined.json").is_file():
+        experiment = experiment.of(with_levers(experiment, causes, work, dev=dev, test=test, only=factor))
+    experiment = experiment.of(with_followers(experiment, 2 * test))
+    compared = with_comparison(experiment, causes, recipe, work, dev=dev, test=test, tried=tried)
+    finish(experiment, compared, causes[-1], pipeline.parent / "examined.json")
+    ship(experiment.bank, pipeline, out)
+    print(json.dumps({"held": card.held(experiment.bank), "off": experiment.bank.provenance["off"]}, indent=1))
+    print(card.levers_table(card.levers(experiment.bank)), end="\n\n")
+    print(card.methods_table(experiment.bank.provenance["methods"]))
+
+
+def finish(experiment: Experiment, compared: dict[str, Comparison], cause: Cause, examined: Path) -> None:
+    """Give the bank its licence, its pictures and its card, and say how often the model draws what it is asked for."""
+    bank = experiment.bank
+    if examined.is_file():
         bank.provenance["examined"] = json.loads(examined.read_text())
     bank.license = "apache-2.0"
-    bank.pictures = {
-        "methods.png": scene_card.methods_picture(compared),
-        "windows.png": scene_card.windows_picture(studio, dos[-1]),
-    } | scene_card.thumbnails(studio)
-    bank.card = scene_card.scene_card(bank, DESCRIPTION)
-    ship(bank, pipeline, out)
-    print(json.dumps({"held": scene_card.held(bank), "off": off}, indent=1))
-    print(scene_card.levers_table(scene_card.levers(bank)), scene_card.methods_table(methods), sep="\n\n")
+    shown = {"methods.png": card.methods_picture(compared), "windows.png": card.windows_picture(experiment, cause)}
+    bank.pictures = shown | card.thumbnails(experiment)
+    bank.card = card.scene_card(bank, DESCRIPTION)
 
 
 if __name__ == "__main__":

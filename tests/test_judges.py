@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 import torch
-from scenes import faces, judges, scenes
+from scenes import faces, judges, world
 
-DRAW = {"scenes": scenes.draw, "faces": faces.draw}
+DRAW = {"scenes": world.draw, "faces": faces.draw}
 
 
 def test_the_truth_of_cells_is_that_of_the_objects_in_them():
-    factors = {name: np.zeros(1, np.int8) for name in scenes.VALUES}
+    factors = {name: np.zeros(1, np.int8) for name in world.VALUES}
     factors |= {"count": np.array([1], np.int8), "cell.0": np.array([4], np.int8), "cell.1": np.array([2], np.int8)}
     factors |= {"shape.0": np.array([3], np.int8), "hue.1": np.array([5], np.int8)}
     found = judges.truth("scenes", factors)
@@ -21,7 +21,7 @@ def test_the_truth_of_cells_is_that_of_the_objects_in_them():
 
 
 def test_accuracy_counts_objects_that_should_be_there():
-    true = judges.truth("scenes", scenes.draw(40).factors)
+    true = judges.truth("scenes", world.draw(40).factors)
     assert set(judges.accuracy(true, true).values()) == {1.0}
     read = {name: value.clone() for name, value in true.items()}
     k = int((true["shape"][0] > 0).nonzero()[0])
@@ -33,8 +33,8 @@ def test_accuracy_counts_objects_that_should_be_there():
 
 
 def test_windows_hold_the_whole_of_what_stands_in_a_cell():
-    drawn = scenes.redraw(scenes.draw(200), {"size.0": "large"})
-    objects = torch.from_numpy(drawn.regions == scenes.REGIONS.index("object.0")).float()[:, None].expand(-1, 3, -1, -1)
+    drawn = world.redraw(world.draw(200), {"size.0": "large"})
+    objects = torch.from_numpy(drawn.regions == world.REGIONS.index("object.0")).float()[:, None].expand(-1, 3, -1, -1)
     cells = judges.windows(objects)
     assert cells.shape == (200, 6, 3, *judges.WINDOW)
     inside = cells[torch.arange(200), torch.from_numpy(drawn.factors["cell.0"]).long()]
@@ -44,7 +44,7 @@ def test_windows_hold_the_whole_of_what_stands_in_a_cell():
 @pytest.mark.parametrize("kind", judges.KINDS)
 def test_a_judge_learns_and_is_the_same_when_loaded(kind, tmp_path):
     torch.manual_seed(0)
-    judge, generator = judges.Judge(kind), torch.Generator().manual_seed(0)
+    judge, generator = judges.PictureJudge(kind), torch.Generator().manual_seed(0)
     adam, drawn, losses = torch.optim.Adam(judge.parameters(), 3e-3), DRAW[kind](64), []
     for _ in range(12):
         losses.append(judges.loss(judge, drawn.pixels, judges.truth(kind, drawn.factors), generator))

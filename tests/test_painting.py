@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 from safetensors.torch import load_file
-from scenes import faces, judges, painting, scenes, wording
+from scenes import faces, judges, painting, wording, world
 from scenes.painting import PaintingRecipe, batch_of
 from scenes.pipeline import autoencoder, pipeline, tokenizer
 
@@ -28,10 +28,10 @@ def test_the_autoencoder_gives_back_what_it_is_given():
 
 def test_every_word_of_a_caption_is_a_token_and_others_are_spelt():
     words = tokenizer()
-    for word in {*scenes.vocabulary(), *faces.vocabulary()}:
+    for word in {*world.vocabulary(), *faces.vocabulary()}:
         assert words.tokenize(word) == [f"{word}</w>"]
     assert "".join(words.tokenize("zebra")) == "zebra</w>"
-    longest = max(scenes.captions(scenes.draw(2000).factors), key=lambda caption: len(caption.split()))
+    longest = max(world.captions(world.draw(2000).factors), key=lambda caption: len(caption.split()))
     assert len(words(longest).input_ids) <= words.model_max_length
 
 
@@ -78,7 +78,7 @@ def test_the_words_are_learned():
 def run(folder, stop_after=None, monkeypatch=None):
     """A short run with an untrained judge; it may be cut off after some steps."""
     torch.manual_seed(1)
-    judge = judges.Judge("scenes").eval()
+    judge = judges.PictureJudge("scenes").eval()
     if stop_after is not None and monkeypatch is not None:
         learn = painting.Run.learn
 
@@ -131,5 +131,5 @@ def test_a_run_stops_when_two_looks_in_a_row_are_good_enough():
 
 
 def test_pictures_of_a_pipeline_are_read(tmp_path):
-    found = painting.examine(pipeline("toy"), judges.Judge("scenes").eval(), 6)
+    found = painting.examine(pipeline("toy"), judges.PictureJudge("scenes").eval(), 6)
     assert set(painting.ASKED) < set(found) and all(0 <= share <= 1 for share in found.values())

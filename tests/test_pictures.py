@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from scenes import bank as scene_bank
-from scenes import scenes
+from scenes import world
 from scenes.pipeline import pipeline
 
 import steerlib as sl
@@ -56,7 +56,7 @@ def toy():
 
 @pytest.fixture
 def recipe(tmp_path):
-    said = scenes.captions(scenes.draw(25).factors)
+    said = world.captions(world.draw(25).factors)
     (tmp_path / "prompts.txt").write_text("\n\n".join(said))
     (tmp_path / "recipe.toml").write_text(RECIPE.format(source=tmp_path / "pipe", site=SITE))
     return PipelineEncoderRecipe.from_file(tmp_path / "recipe.toml")

@@ -5,7 +5,7 @@ import pytest
 import torch
 from scenes import graph as scene_graph
 from scenes.graph import _joined, marked, share, shuffled, truth
-from scenes.image import Do
+from scenes.measures import Cause
 
 from steerlib.graph.causal_graph import CausalGraph, Edge
 from steerlib.training.discover.confirm import effects
@@ -37,12 +37,12 @@ def test_edges_are_marked_by_sign_and_recall_counts_what_is_due(true):
 
 def test_the_share_of_an_objects_value_is_of_the_objects_there():
     read = {"hue": torch.tensor([[0, 1], [0, 0]]), "shape": torch.tensor([[1, 2], [3, 0]]), "scene": torch.tensor([1, 0])}
-    assert share(read, Do("hue", "red")).tolist() == [0.5, 1.0]
-    assert share(read, Do("scene", "night")).tolist() == [1.0, 0.0]
+    assert share(read, Cause("hue", "red")).tolist() == [0.5, 1.0]
+    assert share(read, Cause("scene", "night")).tolist() == [1.0, 0.0]
 
 
 def test_an_edge_has_to_be_large_and_sure_and_the_weaker_of_a_circle_is_left_out():
-    night, navy, azure = Do("scene", "night"), Do("background", "navy"), Do("background", "azure")
+    night, navy, azure = Cause("scene", "night"), Cause("background", "navy"), Cause("background", "azure")
     rng = np.random.default_rng(0)
     changed = np.stack([rng.random(64) < 0.6, rng.random(64) < 0.1], 1).astype(float)
     back = (rng.random(64) < 0.4).astype(float)[:, None]

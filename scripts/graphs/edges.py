@@ -85,8 +85,10 @@ def _means(readings: Mapping[str, Reading]) -> dict[str, NDArray[Any]]:
 
 
 def associated(parents: Codes, children: Codes, measure: str, edges: int) -> Codes:
-    """As many edges as are true, told to it, between the latents that are most associated: `correlation`, `conditional`
-    (`n_pc / n_p`) or `lift`. Dense: for a few thousand latents."""
+    """The `edges` pairs of latents that are most associated, by `correlation`, `conditional` (`n_pc / n_p`) or `lift`.
+
+    Dense: for a few thousand latents.
+    """
     n = parents.shape[0]
     if measure != "correlation":
         parents, children = ((z != 0).astype(np.float32) for z in (parents, children))

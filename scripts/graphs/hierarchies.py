@@ -1,7 +1,7 @@
 """Generators whose concepts and edges are known, to measure what discovery finds.
 
 `Layers`     levels of sparse latents, gated rectified mechanisms, groups that fire together; hidden common causes on request
-`Selection`  wholes that are selected by their parts: all of them, or all but some
+`Selection`  wholes that are selected by all of their parts
 `Imperfect`  any of these, read by a dictionary that mixes and misses
 `Encoded`    any of these in superposition, read and moved through encoders that were learned
 """
@@ -19,6 +19,10 @@ from steerlib.encoders import Sparse
 from steerlib.errors import Unanswerable
 from steerlib.training.discover.systems import Around, Codes, Contexts, Do, Reading, System, csr, entries
 
+SLOPES = (0.5, 1.5)
+"""Between which the effects of parents are drawn."""
+DEAF = 0.3
+"""What superposition lets through, and later levels do not read."""
 Truth = Mapping[tuple[str, str], Codes]
 """For two levels, the effect of each latent of one on each of the other: change of the mean per unit of change."""
 
@@ -36,7 +40,6 @@ class Layers(System):
         contexts: int,
         *,
         parents: tuple[int, int] = (1, 3),
-        slopes: tuple[float, float] = (0.5, 1.5),
         negative: float = 0.0,
         skips: float = 0.0,
         dropout: float = 0.0,
@@ -56,7 +59,7 @@ class Layers(System):
         self._contexts, self.dropout, self.seed, self.group = contexts, dropout, np.uint64(seed), group
         self._edges: dict[tuple[int, int], Codes] = {}
         for k in range(1, len(sizes)):
-            self._join(k, sizes, parents, slopes, negative, skips, fed, random)
+            self._join(k, sizes, parents, negative, skips, fed, random)
         own = [_in_groups(contexts, sizes[0], group, together, rate, random)]
         own += [_alone(contexts, size, spontaneous, random) for size in sizes[1:]]
         for k, moved in enumerate(_moved_by_hidden(contexts, sizes, hidden, reach, rate, random)):
@@ -68,7 +71,6 @@ class Layers(System):
         k: int,
         sizes: Sequence[int],
         parents: tuple[int, int],
-        slopes: tuple[float, float],
         negative: float,
         skips: float,
         fed: float,
@@ -78,7 +80,7 @@ class Layers(System):
         children = np.flatnonzero(random.random(sizes[k]) < fed)
         children = np.repeat(children, random.integers(parents[0], parents[1] + 1, len(children)))
         back = 1 + ((random.random(len(children)) < skips) & (k > 1))
-        w = random.uniform(*slopes, len(children)) * np.where(random.random(len(children)) < negative, -1, 1)
+        w = random.uniform(*SLOPES, len(children)) * np.where(random.random(len(children)) < negative, -1, 1)
         for step in np.unique(back):
             chosen, size = back == step, sizes[k - step]
             place = random.integers(size, size=chosen.sum()), children[chosen]
@@ -170,44 +172,35 @@ def _moved_by_hidden(
     return made
 
 
+ASKED, BY_ITSELF = 0.004, 0.01
+"""How often the parts of a whole come together, and how often each part comes by itself."""
+NEIGHBOUR = 0.7
+"""How often a part brings its neighbour, which is none of the whole's."""
+LEAK, MISSED = 0.002, 0.2
+"""How often a whole fires without its parts, and how often it does not with them."""
+
+
 class Selection(System):
-    """Wholes that fire where all of their parts do (or all but `spare`), but for `leak` and `miss`: data, not a mechanism.
+    """Wholes that fire where all of their two or three parts do, but for `LEAK` and `MISSED`: data, not a mechanism.
 
     In order of generation the wholes come first; they are caused by none and select their parts.
     """
 
-    def __init__(
-        self,
-        wholes: int,
-        parts: int,
-        contexts: int,
-        *,
-        of: tuple[int, int] = (2, 3),
-        spare: int = 0,
-        asked: float = 0.004,
-        rate: float = 0.01,
-        together: float = 0.7,
-        leak: float = 0.002,
-        miss: float = 0.2,
-        seed: int = 0,
-    ):
-        """`of`: parts of a whole; `asked`: how often the parts of a whole come together; `rate`: how often each comes by
-        itself; `together`: how often a part brings its neighbour, which is none of the whole's; `leak`: how often a whole
-        fires without its parts; `miss`: how often it does not with them."""
+    def __init__(self, wholes: int, parts: int, contexts: int, *, seed: int = 0):
         random = np.random.default_rng(seed)
-        count = random.integers(of[0], of[1] + 1, wholes)
+        count = random.integers(2, 4, wholes)
         member = np.concatenate([random.choice(parts, k, replace=False) for k in count])
         place = member, np.repeat(np.arange(wholes), count)
         self._joined = coo_matrix((np.ones(len(member), np.float32), place), shape=(parts, wholes)).tocsr()
-        scenes = _alone(contexts, wholes, asked, random)
-        shown = csr(scenes @ self._joined.T + _alone(contexts, parts, rate, random))
+        scenes = _alone(contexts, wholes, ASKED, random)
+        shown = csr(scenes @ self._joined.T + _alone(contexts, parts, BY_ITSELF, random))
         brought = shown[:, np.minimum(np.arange(parts) ^ 1, parts - 1)]
-        low = csr(shown + entries(brought, np.where(random.random(brought.nnz) < together, brought.data, 0)))
+        low = csr(shown + entries(brought, np.where(random.random(brought.nnz) < NEIGHBOUR, brought.data, 0)))
         low = entries(low, random.uniform(0.5, 1.5, low.nnz))
         present = csr(entries(low, np.ones(low.nnz)) @ self._joined)
-        whole = present.data >= (count - spare)[present.indices]
-        high = entries(present, np.where(whole & (random.random(present.nnz) >= miss), 1.0, 0.0))
-        high = csr(high + _alone(contexts, wholes, leak, random))
+        whole = present.data >= count[present.indices]
+        high = entries(present, np.where(whole & (random.random(present.nnz) >= MISSED), 1.0, 0.0))
+        high = csr(high + _alone(contexts, wholes, LEAK, random))
         self._levels = {"wholes": high, "parts": low}
 
     @property
@@ -269,11 +262,11 @@ class Encoded(System):
     """A system whose latents lie in superposition, `x = z D`, and are read and moved through encoders that were learned.
 
     What is done to a latent moves `x` along its decoder row; later levels read of that what lies along a true row `D_i` by more
-    than `deaf`, the rest being within what superposition lets through.
+    than `DEAF`, the rest being within what superposition lets through.
     """
 
-    def __init__(self, inner: System, dictionaries: Mapping[str, Tensor], encoders: Mapping[str, Sparse], *, deaf: float = 0.3):
-        self.inner, self.dictionaries, self.encoders, self.deaf = inner, dictionaries, encoders, deaf
+    def __init__(self, inner: System, dictionaries: Mapping[str, Tensor], encoders: Mapping[str, Sparse]):
+        self.inner, self.dictionaries, self.encoders = inner, dictionaries, encoders
 
     @property
     def levels(self) -> Mapping[str, int]:
@@ -292,7 +285,7 @@ class Encoded(System):
                 after = do[name](read) if do and name in do else read
                 seen[name] = Reading(read, after)
                 along = torch.from_numpy((after - read).toarray()) @ encoder.decoder @ dictionary.T
-                moved = torch.from_numpy(z.toarray()) + along * (along.abs() > self.deaf)
+                moved = torch.from_numpy(z.toarray()) + along * (along.abs() > DEAF)
                 return csr(moved.clamp(min=0).numpy())
 
             return act

@@ -8,6 +8,7 @@ Activations are those of noised true renders, whose masks are exact, and of pict
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from scenes import contrast, places, scenes
+from scenes import contrast, places, world
 from steerlib.bank.concept_bank import ConceptBank
 from steerlib.bank.concepts import Concept, Gate, Part
 from steerlib.encoders import Directions, Sparse
@@ -36,27 +37,36 @@ LATE = ("unet.up_blocks.0.attentions.1", "unet.up_blocks.1.attentions.0", "unet.
 """Blocks behind them, the last two at 16 × 16 pixels, which settle what they look like."""
 PLACES = {"object": "an object", "ground": "the ground", "background": "the sky or the wall", "light": "the disc of the light"}
 """Concepts that read where something is."""
-GATES = dict.fromkeys(scenes.OBJECT, "object") | {"ground": "ground", "background": "background"}
+GATES = dict.fromkeys(world.OBJECT, "object") | {"ground": "ground", "background": "background"}
 """Where the levers of a factor act."""
+BATCH = 100
+"""Pictures that are recorded together."""
 LIKE = 0.25
 """Correlation with a cause from which on a latent is named after it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SceneRecipe:
-    """All that the bank depends on, but for the pipeline."""
+    """All that the bank depends on, but for the pipeline.
+
+    Attributes:
+        pictures: true renders to learn from, with noise.
+        drawn: pictures to learn from that the pipeline draws.
+        levels: timesteps of the paper (arXiv 2512.10720).
+        latents: of each encoder.
+        k: of which so many fire at a token.
+        epochs: how often encoders see the pictures.
+        seeds: of each encoder; the second tells how much of it every seed finds.
+        seed: of everything drawn at random.
+    """
 
     pictures: int = 2000
-    """True renders, with noise."""
     drawn: int = 500
-    """Pictures that the pipeline draws."""
     levels: tuple[int, ...] = (899, 500, 100)
-    """Timesteps of the paper (arXiv 2512.10720)."""
     latents: int = 384
     k: int = 12
     epochs: int = 4
     seeds: int = 2
-    """The second tells how much of an encoder every seed finds."""
     seed: int = 0
 
     @property
@@ -83,7 +93,7 @@ class SceneRecipe:
 def train_scene_bank(pipe: Any, recipe: SceneRecipe, folder: Path) -> ConceptBank:
     """Directions for every value of `places.LEVERS` and latents for every site and level; yet without measured effects."""
     drawn = truth(recipe)
-    seen = recorded(folder / "seen.safetensors", lambda: activations(pipe, recipe, drawn))
+    seen = recorded(folder / "seen.safetensors", lambda: seen_by(pipe, recipe))
     latents, figures = fitted(recipe.encoders, seen, folder / "encoders", epochs=recipe.epochs)
     encoders: dict[str, Any] = {f"{key}#causes": causes(x, drawn) for key, x in seen.items()}
     encoders |= {f"{key}#places": presences(x, drawn) for key, x in seen.items()}
@@ -96,29 +106,27 @@ def train_scene_bank(pipe: Any, recipe: SceneRecipe, folder: Path) -> ConceptBan
     return bank
 
 
-def truth(recipe: SceneRecipe) -> scenes.Scenes:
+def truth(recipe: SceneRecipe) -> world.Scenes:
     """What the recorded pictures show: true renders, then those that are to be drawn."""
-    parts = [scenes.draw(n, seed=(recipe.seed, 41, k)) for k, n in enumerate((recipe.pictures, recipe.drawn))]
+    parts = [world.draw(n, seed=(recipe.seed, 41, k)) for k, n in enumerate((recipe.pictures, recipe.drawn))]
     noise, factors = (
-        {n: np.concatenate([getattr(p, kind)[n] for p in parts]) for n in scenes.VALUES} for kind in ("noise", "factors")
+        {n: np.concatenate([getattr(p, kind)[n] for p in parts]) for n in world.VALUES} for kind in ("noise", "factors")
     )
-    return scenes.Scenes(noise, factors, *(np.concatenate([getattr(p, kind) for p in parts]) for kind in ("pixels", "regions")))
+    return world.Scenes(noise, factors, *(np.concatenate([getattr(p, kind) for p in parts]) for kind in ("pixels", "regions")))
 
 
-def activations(pipe: Any, recipe: SceneRecipe, drawn: scenes.Scenes, *, batch: int = 100) -> Seen:
+def seen_by(pipe: Any, recipe: SceneRecipe) -> Seen:
     """What the model's cross-attention adds for all of these pictures, at every level."""
-    said, parts = scenes.captions(drawn.factors, seed=(recipe.seed, 41)), []
-    bounds = [0, *range(batch, recipe.pictures, batch), recipe.pictures]
-    bounds += [*range(recipe.pictures + batch, len(said), batch), *([len(said)] if recipe.drawn else [])]
+    drawn = truth(recipe)
+    said, parts = world.captions(drawn.factors, seed=(recipe.seed, 41)), []
+    bounds = [0, *range(BATCH, recipe.pictures, BATCH), recipe.pictures]
+    bounds += [*range(recipe.pictures + BATCH, len(said), BATCH), *([len(said)] if recipe.drawn else [])]
     for start, stop in tqdm([*pairwise(bounds)], desc="recording", leave=False):
-        pixels, captions = drawn.pixels[start:stop], said[start:stop]
-
-        def run(start: int = start, pixels: Any = pixels, captions: list[str] = captions) -> None:
-            if start < recipe.pictures:
-                noised(pipe, pixels, captions, recipe.levels, seed=recipe.seed * 7919 + start)
-            else:
-                draw_as_told(pipe, captions, seed=start, batch=batch)
-
+        if start < recipe.pictures:
+            seed = recipe.seed * 7919 + start
+            run = partial(noised, pipe, drawn.pixels[start:stop], said[start:stop], recipe.levels, seed=seed)
+        else:
+            run = partial(draw_as_told, pipe, said[start:stop], seed=start, batch=BATCH)
         parts.append(at_levels(pipe, recipe.sites, recipe.levels, run))
     return joined(parts)
 
@@ -126,24 +134,24 @@ def activations(pipe: Any, recipe: SceneRecipe, drawn: scenes.Scenes, *, batch: 
 # -- directions --------------------------------------------------------------------------------------------------
 
 
-def causes(x: Tensor, drawn: scenes.Scenes) -> Directions:
+def causes(x: Tensor, drawn: world.Scenes) -> Directions:
     """Difference of means for every value of every lever, in order, among scenes of one type where that is a cause."""
     flat, count, parts = x.flatten(0, 1).float(), x.shape[1], []
     scene = torch.from_numpy(drawn.factors["scene"]).long().repeat_interleave(count)
     for factor in places.LEVERS:
         value = places.where(factor, drawn, count).flatten()
-        confounded = factor in scenes.BY_SCENE
+        confounded = factor in world.BY_SCENE
         parts.append(contrast.differences(flat, value, len(places.values(factor)), within=scene if confounded else None))
     return contrast.joined(parts)
 
 
-def presences(x: Tensor, drawn: scenes.Scenes) -> Directions:
+def presences(x: Tensor, drawn: world.Scenes) -> Directions:
     """For every one of `PLACES` what sets its tokens apart from all others."""
     flat, count = x.flatten(0, 1).float(), x.shape[1]
     return contrast.joined([contrast.presence(flat, there(name, drawn, count).flatten()) for name in PLACES])
 
 
-def there(place: str, drawn: scenes.Scenes, count: int) -> Bool[Tensor, "B N"]:
+def there(place: str, drawn: world.Scenes, count: int) -> Bool[Tensor, "B N"]:
     """Tokens at a place."""
     return places.objects(drawn, count) if place == "object" else places.covered(drawn.regions, [place], count) > places.SHARE
 
@@ -175,7 +183,7 @@ def _everywhere(name: str, keys: list[str], kind: str, index: int, **facts: Any)
 # -- latents -----------------------------------------------------------------------------------------------------
 
 
-def shown(drawn: scenes.Scenes, count: int) -> dict[str, Bool[Tensor, " T"]]:
+def shown(drawn: world.Scenes, count: int) -> dict[str, Bool[Tensor, " T"]]:
     """By cause, the tokens that show it."""
     found = {name: there(name, drawn, count).flatten() for name in PLACES}
     for factor in places.LEVERS:
@@ -184,7 +192,7 @@ def shown(drawn: scenes.Scenes, count: int) -> dict[str, Bool[Tensor, " T"]]:
     return found
 
 
-def named(encoder: Sparse, x: Tensor, drawn: scenes.Scenes) -> tuple[list[str], Tensor, Tensor]:
+def named(encoder: Sparse, x: Tensor, drawn: world.Scenes) -> tuple[list[str], Tensor, Tensor]:
     """For each latent the cause that its readings go with most, the correlation, and the overlap (IoU) of where they are."""
     z, found = encoder.encode(x.flatten(0, 1).float()), shown(drawn, x.shape[1])
     labels, likeness = best(z, found)

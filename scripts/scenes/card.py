@@ -8,17 +8,21 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from scenes import image, places
-from scenes.effects import WINDOWS, Comparison, Studio, every
+from scenes import measures, places
+from scenes.effects import WINDOWS
+from scenes.experiment import Experiment, every
+from scenes.methods import Comparison
 from steerlib.bank.card import front
 from steerlib.bank.concept_bank import ConceptBank
 from steerlib.bank.concepts import Concept
-from steerlib.evaluation.pictures import edit_of, grid
+from steerlib.evaluation.pictures import grid
 from steerlib.evaluation.report import latents_table
 from steerlib.graph.page import THUMBNAIL
 
 METHODS = ("prompt", "lever", "difference of means, one place", "one latent", "a few latents", "random latents",
            "random directions", "replaced where detected")  # fmt: skip
+SHOWN = 3
+"""Scenes in each cell of a picture."""
 EXAMPLE = """```python
 from diffusers import DiffusionPipeline
 import steerlib as sl
@@ -237,38 +241,40 @@ def latents_of(bank: ConceptBank) -> str:
 # -- pictures ----------------------------------------------------------------------------------------------------
 
 
-def methods_picture(compared: Mapping[str, Comparison], count: int = 3) -> bytes:
+def methods_picture(compared: Mapping[str, Comparison]) -> bytes:
     """Rows of methods, columns of factors, in each cell the same few scenes."""
     rows = ["unsteered", *METHODS]
-    blank = np.full((count, 32, 32, 3), 255, np.uint8)
-    cells = {name: {c.label: c.pictures.get(name, blank)[:count] for c in compared.values()} for name in rows}
+    blank = np.full((SHOWN, 32, 32, 3), 255, np.uint8)
+    cells = {name: {c.label: c.pictures.get(name, blank)[:SHOWN] for c in compared.values()} for name in rows}
     return grid(cells)
 
 
-def windows_picture(studio: Studio, do: image.Do, count: int = 3) -> bytes:
+def windows_picture(experiment: Experiment, cause: measures.Cause) -> bytes:
     """Rows of strengths, columns of windows."""
-    case, best = studio.case(do, count, 6), studio.bank[do.value].effects
+    case = experiment.case(cause, SHOWN, 6)
     cells: dict[str, dict[str, Any]] = {"unsteered": dict.fromkeys([*WINDOWS, "always"], case.before)}
     for share in (0.5, 1.0, 1.5):
-        edit = edit_of(best["edit"], best["amount"] * share)
-        row = {name: studio.draw(case.captions, {do.value: replace(edit, when=window)}) for name, window in WINDOWS.items()}
-        cells[f"{best['edit']}({best['amount'] * share:g})"] = row | {"always": studio.draw(case.captions, {do.value: edit})}
-    return grid(cells, title=f"{do.factor}: {do.value}")
+        (edit,) = experiment.lever(cause, share).values()
+        row = {name: {cause.value: replace(edit, when=window)} for name, window in WINDOWS.items()}
+        row["always"] = {cause.value: edit}
+        amount = share * experiment.bank[cause.value].effects["amount"]
+        cells[f"{type(edit).__name__}({amount:g})"] = {name: experiment.draw(case.captions, e) for name, e in row.items()}
+    return grid(cells, title=f"{cause.factor}: {cause.value}")
 
 
-def thumbnails(studio: Studio, count: int = 4) -> dict[str, bytes]:
+def thumbnails(experiment: Experiment) -> dict[str, bytes]:
     """For the page of the graph, of each lever in it: scenes without it above, with it below."""
     from PIL import Image
 
-    ends = {name for edge in studio.bank.graph.edges for name in (edge.src, edge.dst)}
+    ends = {name for edge in experiment.bank.graph.edges for name in (edge.src, edge.dst)}
     found = {}
-    for do in tqdm([do for do in every() if do.value in ends], desc="thumbnails"):
-        case, best = studio.case(do, count, 11), studio.bank[do.value].effects
-        after = studio.draw(case.captions, {do.value: edit_of(best["edit"], best["amount"])})
+    for cause in tqdm([cause for cause in every() if cause.value in ends], desc="thumbnails"):
+        case = experiment.case(cause, 4, 11)
+        after = experiment.draw(case.captions, experiment.lever(cause))
         rows = [np.concatenate([*pictures], axis=1) for pictures in (case.before, after)]
         file = BytesIO()
         Image.fromarray(np.concatenate(rows)).save(file, "PNG")
-        found[THUMBNAIL.format(do.value)] = file.getvalue()
+        found[THUMBNAIL.format(cause.value)] = file.getvalue()
     return found
 
 

@@ -1,4 +1,4 @@
-"""Directions from contrasts: what activations with a value have that those with another have not. `T` tokens, `K` values."""
+"""Directions from contrasts between activations with one value and with others. `T` tokens, `K` values."""
 
 import torch
 from jaxtyping import Bool, Float, Int

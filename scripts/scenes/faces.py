@@ -1,7 +1,7 @@
 """Pictures whose wholes are known: a face is there if an outline, eyes and a mouth are, and each of them is drawn for itself.
 
-Arrows run from parts to wholes, as in hierarchical selection models (arXiv 2512.10720): parts know nothing of each other, until
-one asks for pictures of a face. `B` pictures of 32 × 32 pixels, made and changed as in `scenes`.
+Arrows run from parts to wholes, as in hierarchical selection models (arXiv 2512.10720): parts are independent, but
+not among pictures that are selected because they show a face. `B` pictures of 32 × 32 pixels, made and changed as in `world`.
 """
 
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from scenes.scenes import HUES, SIDE, Factors, Seed, stream
+from scenes.world import HUES, SIDE, Factors, Seed, stream
 
 GREYS = {"white": (240, 240, 240), "grey": (150, 150, 150)}
 VALUES: dict[str, tuple[str, ...]] = {
@@ -39,7 +39,7 @@ MISSING = 0.25
 
 
 class Faces(NamedTuple):
-    """Pictures and everything behind them, as `scenes.Scenes`."""
+    """Pictures and everything behind them, as `world.Scenes`."""
 
     noise: Mapping[str, NDArray[np.float32]]
     factors: Factors

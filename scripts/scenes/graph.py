@@ -12,13 +12,12 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
-from scenes import image, scenes
-from scenes.effects import TESTED, Edits, Studio, every, randomised
-from scenes.image import Do
+from scenes import measures, world
+from scenes.experiment import TESTED, Edits, Experiment, every, randomised
 from scenes.judges import Readings
+from scenes.measures import Cause
 from steerlib.bank.concept_bank import ConceptBank
 from steerlib.errors import CorruptBank
-from steerlib.evaluation.pictures import edit_of
 from steerlib.graph.causal_graph import CausalGraph, Edge
 from steerlib.steering.interventions import Add
 from steerlib.training.discover.confirm import adjusted, effects
@@ -28,62 +27,65 @@ LEAST = 0.2
 """Change of share, at a lever's own dose, from which a value follows a lever; of 0.1, 0.2 and 0.3, chosen on other scenes."""
 TRUE = 4000
 """Scenes from which true effects are computed."""
+DEALT = 200
+"""Graphs dealt at random, of which the mean is taken."""
 
 
 class Followed(NamedTuple):
-    """The edges, with effects per unit of the lever, and those left out because they would close a circle of stronger ones."""
+    """The edges, with effects per unit of the lever, and how many were left out that close a cycle of stronger ones."""
 
     graph: CausalGraph
     circles: int
 
 
-def with_followers(studio: Studio, n: int) -> ConceptBank:
+def with_followers(experiment: Experiment, n: int) -> ConceptBank:
     """The bank with its graph, and in `provenance["graph"]` how it stands beside the truth and beside chance."""
-    (found, circles), true = followed(studio, n), truth()
-    random = followed(studio, n, dos=[Do(*pair) for pair in TESTED.items()], random=True).graph
-    bank = studio.bank.with_concepts(list(studio.bank.concepts.values()), graph=found)
+    (found, circles), true = followed(experiment, n), truth()
+    random = followed(experiment, n, causes=[Cause(*pair) for pair in TESTED.items()], random=True).graph
+    bank = experiment.bank.with_concepts(list(experiment.bank.concepts.values()), graph=found)
     facts = {"scenes": n, "circles": circles, "levers": marked(found, true), "random directions": marked(random, true)}
-    bank.provenance = {**studio.bank.provenance, "graph": facts | {"chance": shuffled(found, true)}}
+    bank.provenance = {**experiment.bank.provenance, "graph": facts | {"chance": shuffled(found, true)}}
     return bank
 
 
-def share(read: Readings, do: Do) -> Float[NDArray, " M"]:
+def share(read: Readings, cause: Cause) -> Float[NDArray, " M"]:
     """How much of each picture shows a value: of an object's factor, the share of its objects."""
-    shows = (read[do.factor] == do.index).float()
-    if do.factor in image.WHOLE:
+    shows = (read[cause.factor] == cause.index).float()
+    if cause.factor in measures.WHOLE:
         return shows.numpy()
     there = (read["shape"] > 0).float()
     return ((shows * there).sum(-1) / there.sum(-1).clamp(min=1)).numpy()
 
 
-def followed(studio: Studio, n: int, *, dos: Sequence[Do] | None = None, random: bool = False) -> Followed:
+def followed(experiment: Experiment, n: int, *, causes: Sequence[Cause] | None = None, random: bool = False) -> Followed:
     """Move each lever of which an effect was measured, or some, at its own dose in the same `n` scenes; `random`: directions as
     long as its own in its place."""
-    dos = [do for do in dos or every() if "amount" in studio.bank[do.value].effects]
-    asked = scenes.draw(n, seed=(studio.seed, 53, 9))
-    captions = scenes.captions(asked.factors, seed=(studio.seed, 53, 9))
-    before, found = studio.judge.read(studio.draw(captions)), []
-    for do in tqdm(dos, desc="what follows"):
-        best = studio.bank[do.value].effects
-        edits: Edits = {do.value: Add(best["amount"]) if random else edit_of(best["edit"], best["amount"])}
-        bank = randomised(studio.bank, studio.bank[do.value], 0) if random else None
-        after = studio.judge.read(studio.draw(captions, edits, bank))
-        others = [other for other in every() if other.factor != do.factor]
+    causes = [cause for cause in experiment.levers() if causes is None or cause in causes]
+    asked = world.draw(n, seed=(experiment.seed, 53, 9))
+    captions = world.captions(asked.factors, seed=(experiment.seed, 53, 9))
+    before, found = experiment.judge.read(experiment.draw(captions)), []
+    for cause in tqdm(causes, desc="what follows"):
+        lever = experiment.bank[cause.value]
+        amount = lever.effects["amount"]
+        edits: Edits = {cause.value: Add(amount)} if random else experiment.lever(cause)
+        bank = randomised(experiment.bank, lever, 0) if random else None
+        after = experiment.judge.read(experiment.draw(captions, edits, bank))
+        others = [other for other in every() if other.factor != cause.factor]
         d = np.stack([share(after, other) - share(before, other) for other in others], 1)
-        found.append((do, others, d, effects(d, np.full(n, best["amount"]))))
+        found.append((cause, others, d, effects(d, np.full(n, amount))))
     return _joined(found, n)
 
 
-def _joined(found: Sequence[tuple[Do, Sequence[Do], NDArray[Any], Any]], n: int) -> Followed:
+def _joined(found: Sequence[tuple[Cause, Sequence[Cause], NDArray[Any], Any]], n: int) -> Followed:
     """Those that hold among all that were tested, the strongest first, without circles."""
     q = adjusted(np.concatenate([own[3] for *_, own in found]))
     edges, start = [], 0
-    for do, others, d, (tau, low, high, _) in found:
+    for cause, others, d, (tau, low, high, _) in found:
         for i, other in enumerate(others):
             holds = q[start + i] <= FDR and abs(d[:, i].mean()) >= LEAST and not low[i] <= 0 <= high[i]
             if holds:
                 edge = Edge(
-                    src=do.value,
+                    src=cause.value,
                     dst=other.value,
                     weight=float(tau[i]),
                     tau=float(tau[i]),
@@ -106,18 +108,18 @@ def _joined(found: Sequence[tuple[Do, Sequence[Do], NDArray[Any], Any]], n: int)
 
 def truth() -> Mapping[tuple[str, str], float]:
     """By lever and value of another factor, the true change of its share where the one is set."""
-    drawn, found = scenes.draw(TRUE, seed=(0, 54)), {}
-    for do in every():
-        after = scenes.redraw(drawn, do.sets).factors
+    drawn, found = world.draw(TRUE, seed=(0, 54)), {}
+    for cause in every():
+        after = world.redraw(drawn, cause.sets).factors
         for other in every():
-            if other.factor != do.factor:
+            if other.factor != cause.factor:
                 changes = [_shows(after, name, other) - _shows(drawn.factors, name, other) for name in other.sets]
-                found[do.value, other.value] = float(np.mean(changes))
+                found[cause.value, other.value] = float(np.mean(changes))
     return found
 
 
-def _shows(factors: Mapping[str, NDArray[Any]], name: str, do: Do) -> float:
-    return float((factors[name] == scenes.VALUES[name].index(do.value)).mean())
+def _shows(factors: Mapping[str, NDArray[Any]], name: str, cause: Cause) -> float:
+    return float((factors[name] == world.VALUES[name].index(cause.value)).mean())
 
 
 def marked(graph: CausalGraph, true: Mapping[tuple[str, str], float]) -> dict[str, Any]:
@@ -135,11 +137,11 @@ def marked(graph: CausalGraph, true: Mapping[tuple[str, str], float]) -> dict[st
     }
 
 
-def shuffled(graph: CausalGraph, true: Mapping[tuple[str, str], float], draws: int = 200) -> float:
+def shuffled(graph: CausalGraph, true: Mapping[tuple[str, str], float]) -> float:
     """Precision of as many edges between levers and values dealt at random, signs kept; the mean over draws."""
     rng, pairs = np.random.default_rng(0), list(true)
     signs, found = [np.sign(edge.effect) for edge in graph.edges], []
-    for _ in range(draws):
+    for _ in range(DEALT):
         drawn = rng.choice(len(pairs), len(signs), replace=False)
         found.append(np.mean([true[pairs[i]] * sign > 0 for i, sign in zip(drawn, signs, strict=True)]) if signs else 0.0)
     return round(float(np.mean(found)), 4)

@@ -2,7 +2,7 @@
 
 Trained on true renders alone (`scripts/train_judges.py`), with noise and shifts of colour added, so that what a model draws is
 read by something that never saw it. Factors of a scene are read once, those of objects in each of the six cells: `shape` is 0
-where there is none, otherwise one more than in `scenes.VALUES`. `B` pictures.
+where there is none, otherwise one more than in `world.VALUES`. `B` pictures.
 """
 
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
 
-from scenes import faces, scenes
+from scenes import faces, world
 
 ABSENT = -100
 """In truths: there is nothing to read."""
@@ -39,14 +39,14 @@ def _sizes(values: Mapping[str, tuple[str, ...]], names: tuple[str, ...]) -> dic
     return {name: len(values[name]) for name in names}
 
 
-OF_OBJECTS = {name: len(scenes.OBJECT[name]) + (name == "shape") for name in ("shape", "hue", "size", "texture")}
+OF_OBJECTS = {name: len(world.OBJECT[name]) + (name == "shape") for name in ("shape", "hue", "size", "texture")}
 KINDS = {
-    "scenes": Kind(_sizes(scenes.VALUES, ("scene", "light", "side", "height", "background", "ground")), OF_OBJECTS),
+    "scenes": Kind(_sizes(world.VALUES, ("scene", "light", "side", "height", "background", "ground")), OF_OBJECTS),
     "faces": Kind(_sizes(faces.VALUES, ("outline", "eyes", "mouth", "hue", "background", "face")), {}),
 }
 
 
-class Judge(nn.Module):
+class PictureJudge(nn.Module):
     """Reads all factors of a kind of picture."""
 
     def __init__(self, kind: str):
@@ -93,14 +93,14 @@ def as_input(pixels: Any) -> Float[Tensor, "B 3 32 32"]:
 def windows(x: Float[Tensor, "B 3 32 32"]) -> Float[Tensor, "B 6 3 14 12"]:
     """What is around each cell, zero beyond the picture."""
     x = pad(x, (6, 6, 0, 3))
-    corners = [(base - 11, centre) for base in scenes.BASES for centre in scenes.CENTRES]
+    corners = [(base - 11, centre) for base in world.BASES for centre in world.CENTRES]
     return torch.stack([x[:, :, row : row + WINDOW[0], column : column + WINDOW[1]] for row, column in corners], 1)
 
 
 # -- truth -----------------------------------------------------------------------------------------------------
 
 
-def truth(kind: str, factors: scenes.Factors) -> Readings:
+def truth(kind: str, factors: world.Factors) -> Readings:
     """What a judge should read of pictures with these factors."""
     found = {name: torch.from_numpy(factors[name]).long() for name in KINDS[kind].whole}
     if kind == "faces":
@@ -108,11 +108,11 @@ def truth(kind: str, factors: scenes.Factors) -> Readings:
     return found | (_in_cells(factors) if kind == "scenes" else {})
 
 
-def _in_cells(factors: scenes.Factors) -> dict[str, Tensor]:
+def _in_cells(factors: world.Factors) -> dict[str, Tensor]:
     n = len(factors["scene"])
-    found = {name: np.full((n, len(scenes.CELLS)), 0 if name == "shape" else ABSENT) for name in OF_OBJECTS}
-    for k in range(scenes.MOST):
-        there = np.flatnonzero(scenes.present(factors, k))
+    found = {name: np.full((n, len(world.CELLS)), 0 if name == "shape" else ABSENT) for name in OF_OBJECTS}
+    for k in range(world.MOST):
+        there = np.flatnonzero(world.present(factors, k))
         for name, table in found.items():
             table[there, factors[f"cell.{k}"][there]] = factors[f"{name}.{k}"][there] + (name == "shape")
     return {name: torch.from_numpy(table) for name, table in found.items()}
@@ -132,7 +132,7 @@ def accuracy(read: Readings, true: Readings) -> dict[str, float]:
 # -- training --------------------------------------------------------------------------------------------------
 
 
-def loss(judge: Judge, pixels: NDArray[np.uint8], true: Readings, generator: torch.Generator) -> Tensor:
+def loss(judge: PictureJudge, pixels: NDArray[np.uint8], true: Readings, generator: torch.Generator) -> Tensor:
     """Cross-entropy, the mean over factors, on pictures disturbed as drawings of a model are."""
     logits = judge(disturbed(as_input(pixels), generator))
     terms = [cross_entropy(logits[name].flatten(0, -2), value.flatten(), ignore_index=ABSENT) for name, value in true.items()]
@@ -146,15 +146,15 @@ def disturbed(x: Float[Tensor, "B 3 32 32"], generator: torch.Generator) -> Floa
     return x + amount * torch.randn(x.shape, generator=generator) + shift
 
 
-def save(judges: Mapping[str, Judge], path: Path) -> None:
+def save(judges: Mapping[str, PictureJudge], path: Path) -> None:
     """Weights of judges by kind, in half precision."""
     tensors = {f"{kind}.{name}": t.half() for kind, judge in judges.items() for name, t in judge.state_dict().items()}
     save_file(tensors, path)
 
 
-def load(kind: str, path: Path | None = None) -> Judge:
+def load(kind: str, path: Path | None = None) -> PictureJudge:
     """The judge of `scenes` or `faces`, from a file or the shipped one."""
-    judge, tensors = Judge(kind), load_file(path or shipped())
+    judge, tensors = PictureJudge(kind), load_file(path or shipped())
     judge.load_state_dict({name.removeprefix(f"{kind}."): t.float() for name, t in tensors.items() if name.startswith(kind)})
     return judge.requires_grad_(False).eval()
 

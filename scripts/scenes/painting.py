@@ -11,11 +11,10 @@ its last checkpoint; every batch is a function of seed and step, so it ends as i
 """
 
 import json
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,14 +23,15 @@ import torch
 from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from scenes import faces, scenes
-from scenes.judges import Judge, accuracy, truth
+from scenes import faces, world
+from scenes.judges import PictureJudge, accuracy, truth
 from scenes.wording import APART, learn_words
 from steerlib.evaluation.pictures import draw_as_told
+from steerlib.training import store
 from steerlib.training.record.noised import tokens
 
 ASKED = ("shape", "hue", "size", "scene")
@@ -40,31 +40,37 @@ ASKED = ("shape", "hue", "size", "scene")
 
 @dataclass(frozen=True)
 class PaintingRecipe:
-    """All that the result depends on, but for the pipeline."""
+    """All that the result depends on, but for the pipeline.
+
+    Attributes:
+        images: pictures to learn from, at most.
+        batch: pictures a step, all processes together.
+        lr: learning rate of the denoiser; it falls to nothing over the last fifth.
+        lr_text: learning rate of the text encoder.
+        words: steps of 128 captions for the text encoder alone, before.
+        warmup: steps over which the learning rates rise.
+        ema: how much of the running mean of weights a step leaves.
+        drop: how often a caption leaves each thing unsaid.
+        unconditional: how often it says nothing at all, for guidance.
+        faces: share of pictures that are parts of faces.
+        emphasis: weight of pixels of objects, shadows, lights and parts in the loss: a tenth of all pixels, and most of what
+            captions say.
+        gamma: where the weight of noise levels stops growing with their signal-to-noise ratio (Hang et al. 2023, eq. 7).
+        seed: of everything drawn at random.
+    """
 
     images: int = 500_000
-    """Pictures to learn from, at most."""
     batch: int = 32
-    """Pictures a step, all processes together."""
     lr: float = 8e-4
-    """Of the denoiser; from here it falls to nothing over the last fifth."""
     lr_text: float = 1e-4
-    """Of the text encoder."""
     words: int = 2000
-    """Steps of 128 captions for the text encoder, before."""
     warmup: int = 300
     ema: float = 0.999
-    """How much of the running mean of weights a step leaves."""
     drop: float = 0.15
-    """How often a caption leaves each thing unsaid."""
     unconditional: float = 0.1
-    """How often it says nothing at all, for guidance."""
     faces: float = 0.1
-    """Share of pictures that are parts of faces."""
     emphasis: float = 4.0
-    """Weight of pixels of objects, shadows, lights and parts in the loss: a tenth of all, and most of what captions say."""
     gamma: float = 5.0
-    """Where the weight of noise levels stops growing with their signal-to-noise ratio (Hang et al. 2023, eq. 7)."""
     seed: int = 0
 
     @property
@@ -93,13 +99,13 @@ class Batch(NamedTuple):
 def batch_of(recipe: PaintingRecipe, n: int, *seed: int) -> Batch:
     """`n` pictures, the same for the same seed."""
     few = round(n * recipe.faces)
-    drawn = scenes.draw(n - few, seed=(recipe.seed, *seed)), faces.draw(few, seed=(recipe.seed, *seed))
+    drawn = world.draw(n - few, seed=(recipe.seed, *seed)), faces.draw(few, seed=(recipe.seed, *seed))
     said = [
-        world.captions(pictures.factors, seed=(recipe.seed, *seed), drop=recipe.drop)
-        for world, pictures in zip((scenes, faces), drawn, strict=True)
+        maker.captions(pictures.factors, seed=(recipe.seed, *seed), drop=recipe.drop)
+        for maker, pictures in zip((world, faces), drawn, strict=True)
     ]
-    silent = scenes.stream(5, (recipe.seed, *seed)).random(n) < recipe.unconditional
-    plain = [np.isin(drawn[0].regions, [scenes.REGIONS.index(name) for name in ("background", "ground")]), drawn[1].regions < 2]
+    silent = world.stream(5, (recipe.seed, *seed)).random(n) < recipe.unconditional
+    plain = [np.isin(drawn[0].regions, [world.REGIONS.index(name) for name in ("background", "ground")]), drawn[1].regions < 2]
     weight = np.where(np.concatenate(plain), 1.0, recipe.emphasis)
     captions = ["" if quiet else caption for quiet, caption in zip(silent, sum(said, []), strict=True)]
     return Batch(np.concatenate([d.pixels for d in drawn]), (weight / weight.mean()).astype(np.float32), captions)
@@ -198,16 +204,13 @@ class Run:
     # -- what is kept ------------------------------------------------------------------------------------------
 
     def save(self) -> None:
-        """A checkpoint that is there whole, or not at all."""
+        """Write a checkpoint."""
         if self.first:
             kept = {f"weight {name}": weight.detach() for name, weight in self.weights.items()}
             kept |= {f"mean {name}": mean for name, mean in self.mean.items()}
             for name, weight in self.weights.items():
                 kept |= {f"{key} {name}": value for key, value in self.adam.state[weight].items()}
-            about = {"step": str(self.step), "recipe": json.dumps(asdict(self.recipe))}
-            part = self.folder / "state.part"
-            save_file({name: t.cpu().contiguous() for name, t in kept.items()}, part, about)
-            part.replace(self.folder / "state.safetensors")
+            store.save(self.folder / "state.safetensors", kept, {"step": str(self.step)})
         self.accelerator.wait_for_everyone()
 
     def restore(self) -> None:
@@ -229,7 +232,7 @@ def paint(
     pipe: Any,
     recipe: PaintingRecipe,
     folder: Path,
-    judge: Judge,
+    judge: PictureJudge,
     *,
     accelerator: Any,
     goal: float = 0.96,
@@ -243,7 +246,6 @@ def paint(
     Looks at `look_at` pictures every `look_every`, and calls `looked` with the folder; keeps a checkpoint every `save_every`
     steps. Gives the figures of the last look.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     pipe.to(accelerator.device)
     begin(pipe, recipe, folder, accelerator)
     run = Run(pipe, recipe, folder, accelerator)
@@ -255,17 +257,13 @@ def paint(
             losses.append(run.learn())
             bar.update(recipe.batch)
             if run.step % 20 == 0:
-                bar.set_postfix(loss=f"{float(torch.stack(losses[-20:]).mean()):.4f}", refresh=False)
+                bar.set_postfix(loss=f"{_mean(losses[-20:]):.4f}", refresh=False)
             if run.step % steps_a_look == 0 or run.step == recipe.steps:
                 pace = len(losses) * recipe.batch / (time.perf_counter() - since)
-                figures = {"images": run.step * recipe.batch, "images_per_second": pace}
-                figures["loss"] = float(torch.stack(losses).mean())
+                figures = {"images": run.step * recipe.batch, "images_per_second": pace, "loss": _mean(losses)}
                 curve.append(figures | look(run, judge, look_at))
                 run.save()
-                if run.first:
-                    _keep(run, curve)
-                    looked(folder)
-                    bar.write(json.dumps(curve[-1]))
+                _keep(run, curve, looked)
                 losses, since = [], time.perf_counter()
             elif run.step % save_every == 0:
                 run.save()
@@ -277,9 +275,8 @@ def begin(pipe: Any, recipe: PaintingRecipe, folder: Path, accelerator: Any) -> 
     path = folder / "words.safetensors"
     if accelerator.is_main_process and not path.exists():
         found = learn_words(pipe, steps=recipe.words, seed=recipe.seed)
+        store.save(path, pipe.text_encoder.state_dict())
         (folder / "words.json").write_text(json.dumps(found, indent=1) + "\n")
-        save_file(pipe.text_encoder.state_dict(), folder / "words.part")
-        (folder / "words.part").replace(path)
     accelerator.wait_for_everyone()
     pipe.text_encoder.load_state_dict(load_file(path))
 
@@ -293,29 +290,32 @@ def _lines(path: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def _keep(run: Run, curve: Sequence[Mapping[str, float]]) -> None:
-    """The curve, and a pipeline to try out."""
-    part = run.folder / "curve.part"
-    part.write_text("".join(json.dumps(line) + "\n" for line in curve))
-    part.replace(run.folder / "curve.jsonl")
-    fresh = run.folder / "pipeline.part"
-    shutil.rmtree(fresh, ignore_errors=True)
-    with run.averaged() as pipe:
-        pipe.save_pretrained(fresh)
-    shutil.rmtree(run.folder / "pipeline", ignore_errors=True)
-    fresh.rename(run.folder / "pipeline")
+def _mean(losses: Sequence[Tensor]) -> float:
+    return float(torch.stack([*losses]).mean())
+
+
+def _keep(run: Run, curve: Sequence[Mapping[str, float]], looked: Callable[[Path], None]) -> None:
+    """The curve, and a pipeline to try out; the first process writes them."""
+    if not run.first:
+        return
+    with store.whole(run.folder / "curve.jsonl") as part:
+        part.write_text("".join(json.dumps(line) + "\n" for line in curve))
+    with store.whole(run.folder / "pipeline") as part, run.averaged() as pipe:
+        pipe.save_pretrained(part)
+    looked(run.folder)
+    tqdm.write(json.dumps(curve[-1]))
 
 
 # -- looking ---------------------------------------------------------------------------------------------------
 
 
-def look(run: Run, judge: Judge, n: int) -> dict[str, float]:
+def look(run: Run, judge: PictureJudge, n: int) -> dict[str, float]:
     """What judges see in pictures for captions never trained on; writes some of them down."""
     if not run.first:
         return _shared(run, {})
-    asked = scenes.draw(n, seed=(run.recipe.seed, APART))
+    asked = world.draw(n, seed=(run.recipe.seed, APART))
     with run.averaged() as pipe:
-        drawn = draw_as_told(pipe, scenes.captions(asked.factors, seed=APART))
+        drawn = draw_as_told(pipe, world.captions(asked.factors, seed=APART))
     folder = run.folder / "samples"
     folder.mkdir(exist_ok=True)
     save_grid(asked.pixels[:32], drawn[:32], folder / f"{run.step * run.recipe.batch:09d}.png")
@@ -331,17 +331,17 @@ def _shared(run: Run, found: dict[str, float]) -> dict[str, float]:
     return found
 
 
-def examine(pipe: Any, judge: Judge, n: int = 1000, *, seed: int = 0, guidance: float = 2.0) -> dict[str, float]:
+def examine(pipe: Any, judge: PictureJudge, n: int) -> dict[str, float]:
     """Share of factors drawn as asked, for `n` captions that say everything; none of them trained on."""
-    asked = scenes.draw(n, seed=(seed, APART + 1))
-    drawn = draw_as_told(pipe, scenes.captions(asked.factors, seed=(seed, APART + 1)), guidance=guidance)
+    asked = world.draw(n, seed=(0, APART + 1))
+    drawn = draw_as_told(pipe, world.captions(asked.factors, seed=(0, APART + 1)))
     return accuracy(judge.read(drawn), truth("scenes", asked.factors))
 
 
-def save_grid(above: NDArray[np.uint8], below: NDArray[np.uint8], path: Path, *, columns: int = 16, zoom: int = 3) -> None:
-    """Rows of pictures, each over its counterpart."""
+def save_grid(above: NDArray[np.uint8], below: NDArray[np.uint8], path: Path) -> None:
+    """Rows of sixteen pictures, each over its counterpart, three times as large."""
     from PIL import Image
 
-    rows = [row[k : k + columns] for k in range(0, len(above), columns) for row in (above, below)]
-    sheet = np.concatenate([np.concatenate(list(row), 1) for row in rows if len(row) == min(columns, len(above))], 0)
-    Image.fromarray(sheet).resize((sheet.shape[1] * zoom, sheet.shape[0] * zoom), 0).save(path)
+    rows = [row[k : k + 16] for k in range(0, len(above), 16) for row in (above, below)]
+    sheet = np.concatenate([np.concatenate(list(row), 1) for row in rows if len(row) == min(16, len(above))], 0)
+    Image.fromarray(sheet).resize((sheet.shape[1] * 3, sheet.shape[0] * 3), 0).save(path)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from scenes import faces, scenes
+from scenes import faces, world
 
 d: Any = diffusers
 LONGEST = 40
@@ -40,7 +40,7 @@ def unet(channels: tuple[int, ...], text: int) -> Any:
     down = ("DownBlock2D", "DownBlock2D", "CrossAttnDownBlock2D")
     up = ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D")
     return d.UNet2DConditionModel(
-        sample_size=scenes.SIDE,
+        sample_size=world.SIDE,
         in_channels=3,
         out_channels=3,
         down_block_types=down,
@@ -67,7 +67,7 @@ def tokenizer() -> CLIPTokenizer:
     Words are put together from their ends, so that no merge of one word can get in the way of another's.
     """
     letters = "abcdefghijklmnopqrstuvwxyz"
-    known = sorted({*scenes.vocabulary(), *faces.vocabulary()})
+    known = sorted({*world.vocabulary(), *faces.vocabulary()})
     merges = list(dict.fromkeys((w[i], f"{w[i + 1 :]}</w>") for w in known for i in range(len(w) - 2, -1, -1)))
     tokens = [*letters, *(f"{c}</w>" for c in letters), ",</w>", ".</w>", *(a + b for a, b in merges)]
     vocab = {token: i for i, token in enumerate([*tokens, "<|startoftext|>", "<|endoftext|>"])}

@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
-from scenes import scenes
+from scenes import world
 
 LEVERS = ("scene", "side", "background", "ground", "shape", "hue", "size", "texture")
 """Factors that captions name and that have a place: each is one lever of the scenes bank. Light and height are the scene's."""
@@ -21,31 +21,31 @@ SHARE = 0.5
 
 def covered(regions: NDArray[np.uint8], names: Sequence[str], count: int) -> Float[Tensor, "B N"]:
     """Share of the pixels of each of `count` tokens that belong to some regions."""
-    inside = np.isin(regions, [scenes.REGIONS.index(name) for name in names]).astype(np.float32)
+    inside = np.isin(regions, [world.REGIONS.index(name) for name in names]).astype(np.float32)
     edge = isqrt(count)
-    pixels = scenes.SIDE // edge
+    pixels = world.SIDE // edge
     return torch.from_numpy(inside.reshape(-1, edge, pixels, edge, pixels).mean((2, 4)).reshape(len(regions), count))
 
 
-def objects(drawn: scenes.Scenes, count: int) -> Bool[Tensor, "B N"]:
+def objects(drawn: world.Scenes, count: int) -> Bool[Tensor, "B N"]:
     """Tokens on an object."""
     return where("hue", drawn, count) != NOWHERE
 
 
 def values(factor: str) -> tuple[str, ...]:
     """What a factor can be; those of objects go without a number."""
-    return scenes.OBJECT[factor] if factor in scenes.OBJECT else scenes.VALUES[factor]
+    return world.OBJECT[factor] if factor in world.OBJECT else world.VALUES[factor]
 
 
-def where(factor: str, drawn: scenes.Scenes, count: int) -> Int[Tensor, "B N"]:
+def where(factor: str, drawn: world.Scenes, count: int) -> Int[Tensor, "B N"]:
     """The value of a factor at each token, `NOWHERE` where it does not show."""
-    if factor in scenes.OBJECT:
+    if factor in world.OBJECT:
         found = torch.full((len(drawn.regions), count), NOWHERE)
-        for k in range(scenes.MOST):
+        for k in range(world.MOST):
             own = covered(drawn.regions, [f"object.{k}"], count) > SHARE
             found = torch.where(own, _whole(drawn.factors[f"{factor}.{k}"], count), found)
         return found
-    region = [factor] if factor in scenes.REGIONS else list(scenes.REGIONS)
+    region = [factor] if factor in world.REGIONS else list(world.REGIONS)
     own = covered(drawn.regions, region, count) > SHARE
     return torch.where(own, _whole(drawn.factors[factor], count), torch.full_like(own, NOWHERE, dtype=torch.long))
 

@@ -13,11 +13,15 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
-from scenes import faces, judges, scenes
+from scenes import faces, judges, world
 from steerlib.training.record.noised import tokens
 
 GROUPS = {"scenes": judges.KINDS["scenes"].whole, "faces": judges.KINDS["faces"].whole, "cells": judges.KINDS["scenes"].cells}
 """Factors by what they are factors of."""
+RATE = 2e-3
+"""Learning rate, at its highest."""
+ASKED = 1000
+"""Captions on which is measured what was learned."""
 APART = 10**9
 """A step that training never reaches."""
 
@@ -27,7 +31,7 @@ class CaptionReader(nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
-        self.queries = nn.Parameter(torch.randn(len(scenes.CELLS) + 2, width))
+        self.queries = nn.Parameter(torch.randn(len(world.CELLS) + 2, width))
         self.attend = nn.MultiheadAttention(width, 4, batch_first=True)
         self.think = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU())
         self.heads = nn.ModuleDict({group: nn.Linear(2 * width, sum(sizes.values())) for group, sizes in GROUPS.items()})
@@ -44,7 +48,7 @@ def _split(logits: Tensor, sizes: Mapping[str, int]) -> dict[str, Tensor]:
     return dict(zip(sizes, logits.split(list(sizes.values()), -1), strict=True))
 
 
-def learn_words(pipe: Any, *, steps: int, batch: int = 128, lr: float = 2e-3, seed: int = 0) -> dict[str, float]:
+def learn_words(pipe: Any, *, steps: int, batch: int = 128, seed: int = 0) -> dict[str, float]:
     """Train `pipe.text_encoder` to tell what captions say; gives the share of factors read right of captions that say all.
 
     The reader that it learns with is thrown away.
@@ -53,8 +57,8 @@ def learn_words(pipe: Any, *, steps: int, batch: int = 128, lr: float = 2e-3, se
     torch.manual_seed(seed)
     reader = CaptionReader(encoder.config.hidden_size).to(encoder.device)
     weights = [*encoder.parameters(), *reader.parameters()]
-    adam = torch.optim.AdamW(weights, lr=lr, fused=True)
-    rate = torch.optim.lr_scheduler.OneCycleLR(adam, lr, total_steps=steps, pct_start=0.1)
+    adam = torch.optim.AdamW(weights, lr=RATE, fused=True)
+    rate = torch.optim.lr_scheduler.OneCycleLR(adam, RATE, total_steps=steps, pct_start=0.1)
     encoder.train().requires_grad_(True)
     with tqdm(total=steps * batch, desc="words", unit="caption", leave=False) as bar:
         for step in range(steps):
@@ -76,9 +80,9 @@ def answers(
     pipe: Any, reader: CaptionReader, seed: tuple[int, ...], batch: int, drop: float
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
     """Name, logits and truth of every factor, for captions of scenes, then for an eighth as many of faces."""
-    for kind, world, n in (("scenes", scenes, batch - batch // 8), ("faces", faces, batch // 8)):
-        factors = world.solve(world.noise(n, seed=seed), {})
-        ids = tokens(pipe.tokenizer, world.captions(factors, seed=seed, drop=drop)).to(reader.queries.device)
+    for kind, maker, n in (("scenes", world, batch - batch // 8), ("faces", faces, batch // 8)):
+        factors = maker.solve(maker.noise(n, seed=seed), {})
+        ids = tokens(pipe.tokenizer, maker.captions(factors, seed=seed, drop=drop)).to(reader.queries.device)
         logits = reader(pipe.text_encoder(ids)[0])
         read = logits[kind] | (logits["cells"] if kind == "scenes" else {})
         for name, value in judges.truth(kind, factors).items():
@@ -86,10 +90,10 @@ def answers(
 
 
 @torch.no_grad()
-def comprehension(pipe: Any, reader: CaptionReader, seed: int, n: int = 1000) -> dict[str, float]:
+def comprehension(pipe: Any, reader: CaptionReader, seed: int) -> dict[str, float]:
     """Share of factors that are read right, by factor, of captions that leave nothing unsaid but what they never say."""
     found = {}
-    for name, logits, value in answers(pipe, reader, (seed, APART), n, 0.0):
+    for name, logits, value in answers(pipe, reader, (seed, APART), ASKED, 0.0):
         there = value != judges.ABSENT
         found[name] = float((logits.argmax(-1) == value)[there].float().mean())
     return found

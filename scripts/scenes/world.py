@@ -1,4 +1,4 @@
-"""Pictures whose causes are known: scenes of 32 × 32 pixels, drawn from factors that hang together as in `PARENTS`.
+"""Pictures whose causes are known: scenes of 32 × 32 pixels, drawn from factors that depend on each other as in `PARENTS`.
 
 A factor is an index into its `VALUES`. It takes the admissible value that its own noise scores highest, so a scene is a
 function of noise alone, and a counterfactual is the same noise with one factor set: its descendants follow, where the old value
@@ -29,7 +29,7 @@ SCENES = ("day", "night", "sunset", "indoor")
 LIGHTS = {"white": (255, 250, 215), "blue": (205, 220, 255), "orange": (255, 165, 50), "yellow": (255, 225, 120)}
 """A light's colour, and how its disc looks."""
 TINTS = np.array([(1, 1, 1), (0.55, 0.65, 1), (1, 0.75, 0.55), (1, 0.93, 0.75)])
-"""What each light makes of the colours it falls on."""
+"""By what each light multiplies the colours it falls on."""
 BACKGROUNDS = {
     "azure": (90, 170, 250), "pale": (195, 225, 245), "navy": (30, 35, 110), "violet": (110, 60, 150),
     "pink": (250, 170, 190), "scarlet": (225, 70, 80), "cream": (245, 230, 195), "mint": (165, 220, 190),
@@ -119,12 +119,12 @@ Seed = int | tuple[int, ...]
 
 
 def stream(purpose: int, seed: Seed) -> np.random.Generator:
-    """Random numbers that those of another purpose, or seed, have nothing to do with."""
+    """Random numbers, independent of those of another purpose or seed."""
     return np.random.default_rng((purpose, *((seed,) if isinstance(seed, int) else seed)))
 
 
 def draw(n: int, *, seed: Seed = 0, do: Mapping[str, str] | None = None) -> Scenes:
-    """`n` scenes; those of one seed are always the same."""
+    """`n` scenes, the same for the same seed."""
     return from_noise(noise(n, seed=seed), do)
 
 

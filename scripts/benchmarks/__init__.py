@@ -1,0 +1,1 @@
+"""Measurements of time: what is measured, in turns, and the tables it makes."""
