@@ -496,12 +496,12 @@ def test_the_text_of_a_concept_has_five_lines():
 def test_places_of_a_concept_have_as_many_units_of_natural_values_as_itself():
     part = sl.Part(encoder="layers.1", index=1, unit=0.5)
     concept = sl.Concept(name="tone", encoder="layers.0", index=2, unit=0.25, natural=(-1.0, 2.0), parts=(part,))
-    own, other = concept.at
+    own, other = concept.places
     assert (own.id, own.unit, own.natural) == ("layers.0/2", 0.25, (-1.0, 2.0))
     assert (other.id, other.unit, other.natural) == ("layers.1/1", 0.5, (-2.0, 4.0))
-    assert sl.Concept(name="tone", encoder="layers.0", index=2, parts=(part,)).at[1].natural is None
+    assert sl.Concept(name="tone", encoder="layers.0", index=2, parts=(part,)).places[1].natural is None
     bank = spread(tiny("llama"))
-    place = bank["tone"].at[1]
+    place = bank["tone"].places[1]
     assert torch.equal(bank.rows(place).write, bank.encoder("layers.1").rows([1]).write)
     assert (
         bank.site_of(place) == bank.read_at(place) == "layers.1" and bank.window_of(place) is None and not bank.competes(place)

@@ -237,7 +237,7 @@ def test_encoders_of_updates_are_steered_in_mean_activations(tmp_path):
 def test_a_vector_for_each_layer_is_one_concept_that_moves_them_all(kept):
     bank, peer = sl.read_bank(kept.with_suffix("")), load_file(kept)
     (concept,) = bank.concepts.values()
-    moved = {f"{p.name}@{bank.site_of(p)}": p.unit * bank.rows(p).write[0] for p in concept.places}
+    moved = {f"{concept.name}@{bank.site_of(p)}": p.unit * bank.rows(p).write[0] for p in concept.places}
     assert moved.keys() == peer.keys()
     for name, vector in peer.items():
         assert torch.equal(moved[name], vector)

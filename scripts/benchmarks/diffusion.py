@@ -68,16 +68,16 @@ def banks(pipe: Any, sites: tuple[str, ...]) -> tuple[sl.ConceptBank, sl.Concept
     facts = {site: SiteFacts(width=width) for site, width in widths.items()}
     drawn = {site: sl.Directions(torch.randn(1, width, generator=g) * 0.01) for site, width in widths.items()}
     names = [sl.Concept(name=f"c{k}", encoder=site, index=0) for k, site in enumerate(sites)]
-    sparse = {site: JumpReLU(**_rows(width, g), threshold=torch.full((LATENTS,), 0.5)) for site, width in widths.items()}
+    sparse = {site: _latents(width, g) for site, width in widths.items()}
     return (
         sl.ConceptBank("directions", names, drawn, base=identity, sites=facts),
         sl.ConceptBank("latents", [], sparse, base=identity, sites=facts),
     )
 
 
-def _rows(width: int, g: torch.Generator) -> dict[str, torch.Tensor]:
-    rows = {name: torch.randn(LATENTS, width, generator=g) / width**0.5 for name in ("encoder", "decoder")}
-    return {**rows, "bias": torch.zeros(LATENTS)}
+def _latents(width: int, g: torch.Generator) -> JumpReLU:
+    encoder, decoder = (torch.randn(LATENTS, width, generator=g) / width**0.5 for _ in range(2))
+    return JumpReLU(encoder=encoder, decoder=decoder, bias=torch.zeros(LATENTS), threshold=torch.full((LATENTS,), 0.5))
 
 
 def conditions(pipe: Any, sites: tuple[str, ...]) -> dict[str, Condition]:

@@ -26,7 +26,7 @@ SHOWN = 20
 class Bank(ABC):
     """What is read of a bank; `ConceptBank` says how one is made, and sets the attributes.
 
-    Methods that take a concept also take one of its places (`concept.at`).
+    Methods that take a concept also take one of its places (`concept.places`).
     """
 
     name: str
@@ -169,7 +169,7 @@ class Stored(Bank):
             if (home := self._shelf.home) is None:
                 raise BadBank("only a bank that was saved has a signature; save it with key=")
             signature.check(home.path / "bank.json", home.signature(), Path(key))
-        self._shelf.verify([place for concept in self.concepts.values() for place in concept.at], self.sites)
+        self._shelf.verify([place for concept in self.concepts.values() for place in concept.places], self.sites)
 
     def save_pretrained(self, folder: str | PathLike[str], *, key: str | PathLike[str] | None = None) -> Path:
         """Write the bank to a folder, all of it or nothing, in place of an older bank there; returns the folder.

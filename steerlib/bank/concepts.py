@@ -1,7 +1,7 @@
 """What is steered: a named coordinate of an encoder."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from math import inf, isfinite
 from typing import Any, TypedDict
 
@@ -172,7 +172,7 @@ class Concept:
         return f"{self.encoder}/{self.index}"
 
     @property
-    def at(self) -> tuple[Place, ...]:
+    def places(self) -> tuple[Place, ...]:
         """Every coordinate that moves with the concept: first its own, then its parts."""
         own = Place(self.encoder, self.index, self.unit, self.natural)
         return own, *(Place(part.encoder, part.index, part.unit, self._natural_of(part)) for part in self.parts)
@@ -182,12 +182,6 @@ class Concept:
             return None
         low, high = (end * (part.unit / self.unit) for end in self.natural)
         return low, high
-
-    @property
-    def places(self) -> "tuple[Concept, ...]":
-        """This concept, and itself as each of its parts."""
-        bare = replace(self, natural=None, range=None, parts=())
-        return self, *(replace(bare, encoder=part.encoder, index=part.index, unit=part.unit) for part in self.parts)
 
     @property
     def amounts(self) -> str:

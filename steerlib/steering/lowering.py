@@ -53,7 +53,7 @@ class Lowering:
         when = self._when(concept, place, intervention)
         self._check(concept, self.host.site(site), intervention, when)
         read, natural = self._reader(concept, place), None if self.options.allow_ood else place.natural
-        at = Coordinate(concept.name, site, place.unit, read, natural, len(concept.at))
+        at = Coordinate(concept.name, site, place.unit, read, natural, len(concept.places))
         given = intervention.gate
         gates = [gate for gate in (None if given == "open" else concept.gate, given) if isinstance(gate, Gate)]
         shares: list[Share] = [When(when)] if when is not None else []
@@ -132,7 +132,7 @@ class Lowering:
             aim=aim,
             shares=tuple(shares),
             leaves=leaves,
-            natural=concept.natural if place == concept.at[0] else None,  # of its parts nothing was measured
+            natural=concept.natural if place == concept.places[0] else None,  # of its parts nothing was measured
         )
 
     def _reader(self, concept: Concept, place: Place) -> Reader:
@@ -146,7 +146,7 @@ class Lowering:
         window, when = self.bank.window_of(place), intervention.when
         if window is None:
             return when
-        several = len({*map(self.bank.window_of, concept.at)}) > 1
+        several = len({*map(self.bank.window_of, concept.places)}) > 1
         return window if when is None else Within(when, window) if several else when
 
     def _check(self, concept: Concept, site: Site, intervention: Intervention, when: Schedule | None) -> None:
@@ -164,7 +164,7 @@ class Lowering:
 
     def _gated(self, name: str, place: Place, gate: Gate, *, closed: bool = False) -> Gated:
         """A gate, read at the very place of the edit if its concept has a part there."""
-        places, own = self.bank[gate.concept].at, place.encoder.partition("#")[0]
+        places, own = self.bank[gate.concept].places, place.encoder.partition("#")[0]
         where = next((at for at in places if at.encoder.partition("#")[0] == own), places[0])
         read = reader(self.bank, where, gate.concept, exact=self.options.exact)
         note = Note(("gate", self.key(place), gate), read, where.unit)

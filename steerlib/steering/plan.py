@@ -59,7 +59,7 @@ def resolve(bank: ConceptBank, host: Host, edits: Edits, options: Options) -> Pl
     lower, scope = Lowering(bank, host, options), object()
     made = []
     for name, concept in chosen.items():
-        for place in concept.at:
+        for place in concept.places:
             leaves = (scope, lower.key(place)) if options.do == "graph" else None
             made.append(lower.edit(concept, place, wanted[name], leaves))
         notices += [(text, OutOfRange) for text in _beyond(concept, wanted[name], options)]
@@ -134,7 +134,7 @@ def _pinned(lower: Lowering, chosen: Iterable[Concept]) -> list[Edit]:
     follow = [child for name in edited for child in bank.graph.descendants(name)]
     names = dict.fromkeys([*follow, *(bank[name].name for name in options.hold)])
     found: list[Edit] = []
-    for edit in [lower.pinned(bank[n], at) for n in names if n not in edited | free for at in bank[n].at]:
+    for edit in [lower.pinned(bank[n], at) for n in names if n not in edited | free for at in bank[n].places]:
         rows = [e.rows.read[0] for e in found if (e.place.encoder, e.gates) == (edit.place.encoder, edit.gates)]
         if edit.rows.is_sparse or int(torch.linalg.matrix_rank(torch.stack([*rows, edit.rows.read[0]]))) > len(rows):
             found.append(edit)  # else others pin it, whose directions its own is made of
@@ -150,7 +150,7 @@ def _forecasts(lower: Lowering, made: Sequence[Edit], scope: object) -> list[Edi
     for name in reached:
         parents = {p: w for p, w in bank.graph.parents(name).items() if p in moving or p in reached}
         if name not in fixed and parents:
-            found += [lower.forecast(name, place, parents, scope) for place in bank[name].at]
+            found += [lower.forecast(name, place, parents, scope) for place in bank[name].places]
     return found
 
 

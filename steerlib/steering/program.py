@@ -134,12 +134,12 @@ class Run:
 
     def _edited(self, x: Tensor, now: StepState) -> Tensor:
         program, tally = self.program, self.tally
+        self._check_width(x)
         for note in program.notes:
             now.notes[note.key] = note.of(x, now)
         weights = [edit.weight(x, now) for edit in program.edits]
         if not any(isinstance(weight, Tensor) or weight for weight in weights):
             return self._idle(x, now)
-        self._check_width(x)
         if self.tensors is not None and self.tensors.read.device != x.device:
             self.tensors = self.tensors.to(x.device)
         assert self.tensors is not None

@@ -58,7 +58,7 @@ class Steering:
             place = attachment(self.host)
             place.require(self.host, sites)
             self._place, self._standing = place, sites
-            room = Counter(self.bank.site_of(at) for concept in self.bank.concepts.values() for at in concept.at)
+            room = Counter(self.bank.site_of(at) for concept in self.bank.concepts.values() for at in concept.places)
             for site in sites:
                 if (socket := place.sockets[site.name]).traced is None:
                     width, device = self.bank.sites[site.name].width, _device(self.host.model, site)
