@@ -2,7 +2,6 @@
 
 from .concept_bank import ConceptBank as ConceptBank
 from .concepts import Concept as Concept
-from .concepts import Effects as Effects
 from .concepts import Gate as Gate
 from .concepts import Part as Part
 from .concepts import Place as Place

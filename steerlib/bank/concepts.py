@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from math import inf, isfinite
-from typing import Any, TypedDict
+from typing import Any
 
 from torch import Tensor
 
@@ -17,28 +17,6 @@ def printable(text: str, length: int | None = None) -> str:
     shown = text if length is None else " ".join(text.split())
     shown = shown if length is None or len(shown) <= length else f"{shown[: length - 1]}…"
     return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in shown)
-
-
-class Effects(TypedDict, total=False):
-    """Measured effects of a concept as the evaluation stores them, in `Concept.effects`; amounts are in units of the concept.
-
-    Text: `amount` at which all was measured; `answers`, how many; `conditions`: means of each figure, steered, prompted and for
-    each control; `joint`: scores of each answer; `passes` and `also`: bars that are reached; `moved`: share of prompts whose
-    score rises; `response`: figures over doses; `tried`, `examples`; `concept`, `label`, `site`, `method`, `instruction`.
-    Gates: `precision`, `recall`, `tokens`. Latents: `frequency`; `histogram` of positive readings; `promotes`: tokens made
-    likelier; `correlation` and `overlap` with what the label names; `verified`: `holds`, `gain`, ... of steering to check it.
-    Pictures: `edit`, the intervention, with `amount`, `doses`, `passes`, `effectiveness`, `preservation`, `realism`, `outside`,
-    `propagation`, `least`: the factor kept worst, and `scenes`, how many.
-    """
-
-    amount: float
-    edit: str
-    conditions: dict[str, dict[str, float]]
-    passes: dict[str, bool]
-    promotes: list[str]
-    verified: dict[str, Any]
-    frequency: float
-    correlation: float
 
 
 @dataclass(frozen=True)
@@ -143,7 +121,7 @@ class Concept:
         label: what it means, in words.
         source: where the label comes from.
         examples: texts in which it is strong.
-        effects: measured effects; `steerlib.bank.Effects` lists the keys.
+        effects: measured effects; `steerlib/bank/effects.py` names the keys.
 
     >>> bank["a"].id, bank["a"].unit
     ('layers.0/0', 1.0)

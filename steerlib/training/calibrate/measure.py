@@ -7,9 +7,9 @@ import numpy as np
 
 from ...bank.concept_bank import ConceptBank
 from ...bank.concepts import Concept, Gate
+from ...bank.effects import Example, MeasuredEffects
 from ...evaluation import comparison
 from ...evaluation.comparison import Condition, Joint, Response, Scores
-from ...evaluation.effects import Example, MeasuredEffects
 from ...evaluation.text import Judge
 from ..directions.studio import Studio
 from ..entries import ConceptRecipe

@@ -10,8 +10,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ...bank.concept_bank import ConceptBank
+from ...bank.effects import DetectorEffects
 from ...evaluation.comparison import Condition, Scores, Unrelated, answer
-from ...evaluation.effects import DetectorEffects
 from ...evaluation.text import Judge
 from ...text import progress
 from ..entries import ConceptRecipe

@@ -6,7 +6,7 @@ from typing import Any
 from ...bank.card import example, front
 from ...bank.concept_bank import ConceptBank
 from ...bank.concepts import Concept
-from ...evaluation.effects import MeasuredEffects
+from ...bank.effects import MeasuredEffects
 from ...evaluation.report import latents_table, markdown, missed, summary_table, table
 from ..recipe import DirectionRecipe, TextEncoderRecipe
 

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from ...bank.concept_bank import BaseModel, ConceptBank, SiteFacts
 from ...bank.concepts import Concept, Gate, Part
+from ...bank.effects import MeasuredEffects
 from ...errors import BadRecipe
-from ...evaluation.effects import MeasuredEffects
 from ...evaluation.report import picture
 from ...evaluation.text import Judge, judge_for, trust
 from ...hosts import host_for

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from ...bank.concept_bank import BaseModel, ConceptBank
 from ...bank.concepts import Concept
+from ...bank.effects import LatentEffects, Verified
 from ...encoders import Sparse
 from ...errors import BadRecipe
-from ...evaluation.effects import LatentEffects, Verified
 from ...evaluation.quality import apart, probed, quality
 from ...hosts import host_for
 from ..entries import GraphRecipe

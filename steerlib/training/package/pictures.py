@@ -18,9 +18,9 @@ from tqdm.auto import tqdm
 
 from ...bank.concept_bank import BaseModel, ConceptBank
 from ...bank.concepts import Concept
+from ...bank.effects import LatentEffects
 from ...encoders import Sparse
 from ...errors import BadRecipe
-from ...evaluation.effects import LatentEffects
 from ...evaluation.quality import apart, control_of, kept, used
 from ..entries import SiteEncoder
 from ..fit.inputs import Tokens
