@@ -1,8 +1,11 @@
 """The house: which room may import which, how large rooms, files, classes and functions may be, and what a name may not be."""
 
 import ast
+import re
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from statistics import median
 
 import pytest
 
@@ -107,3 +110,74 @@ def test_these_rules_can_fail():
 @pytest.mark.parametrize("name", sl.__all__)
 def test_no_module_would_replace_a_public_name(name):
     assert not (ROOT / "steerlib" / name).is_dir() and not (ROOT / "steerlib" / f"{name}.py").exists()
+
+
+# -- sizes -------------------------------------------------------------------------------------------------------
+
+FILE, CLASS, FUNCTION, MEDIAN = 450, 150, 40, 10
+"""Most lines of a file; of a class and of a function but for docstrings, which `help` shows and no limit should shorten."""
+ROOMS = {"core and hooks": 8900, "training and evaluation": 7500}
+"""Most lines of all files together, docstrings and blank lines included. A later capability raises its room's limit by what it
+needs, in the commit that adds it."""
+
+
+def spans() -> Iterator[tuple[str, ast.AST, int]]:
+    """Every class and function of the library, with its lines but for docstrings inside it."""
+    for name, path in modules().items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                inside = [n for n in ast.walk(node) if isinstance(n, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)]
+                texts = [n.body[0] for n in inside if ast.get_docstring(n) is not None]
+                told = sum((text.end_lineno or 0) - text.lineno + 1 for text in texts)
+                yield f"{name}.{node.name}", node, (node.end_lineno or 0) - node.lineno + 1 - told
+
+
+def test_nothing_is_too_long_to_be_read():
+    files = {name: len(path.read_text().splitlines()) for name, path in modules().items()}
+    assert {name: n for name, n in files.items() if n > FILE} == {}
+    assert {name: n for name, node, n in spans() if isinstance(node, ast.ClassDef) and n > CLASS} == {}
+    assert {name: n for name, node, n in spans() if not isinstance(node, ast.ClassDef) and n > FUNCTION} == {}
+    assert median(n for _, node, n in spans() if not isinstance(node, ast.ClassDef)) < MEDIAN
+
+
+def room_of(name: str) -> str:
+    first = name.partition(".")[0]
+    others = {"readers": "readers", "page": "page", "serving": "page", "training": "training and evaluation"}
+    return others.get(first, "training and evaluation" if first == "evaluation" else "core and hooks")
+
+
+def test_rooms_stay_within_their_limits():
+    lines = {room: 0 for room in ROOMS}
+    for name, path in modules().items():
+        if room_of(name) in lines:
+            lines[room_of(name)] += len(path.read_text().splitlines())
+    assert {room: n for room, n in lines.items() if n > ROOMS[room]} == {}
+
+
+def hidden(tree: ast.AST) -> Iterator[str]:
+    """Names with an underscore that a module takes from others: `from .x import _y`, or `other._z` that it does not define."""
+    own = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            own.add(node.attr)
+        if isinstance(node, ast.AnnAssign | ast.Assign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            own |= {target.id for target in targets if isinstance(target, ast.Name)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").startswith("steerlib")):
+            yield from (alias.name for alias in node.names if alias.name.startswith("_"))
+        if isinstance(node, ast.Attribute) and re.match("_[^_]", node.attr) and node.attr not in own:
+            yield node.attr
+
+
+def test_no_module_reaches_into_anothers_underscore():
+    trees = {name: ast.parse(path.read_text()) for name, path in modules().items()}
+    nodes = [node for tree in trees.values() for node in ast.walk(tree)]
+    defined = {node.attr for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)}
+    defined |= {node.name for node in nodes if isinstance(node, ast.FunctionDef)}
+    assert [(name, attr) for name, tree in trees.items() for attr in hidden(tree) if attr in defined] == []
+
+
+def test_reaching_into_an_underscore_would_be_seen():
+    assert list(hidden(ast.parse("from .plan import _check\nother._plan"))) == ["_check", "_plan"]
+    assert list(hidden(ast.parse("self._plan = 1\nother._plan"))) == []

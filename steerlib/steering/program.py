@@ -59,6 +59,56 @@ class Program:
         first = weights[0]
         return first if isinstance(first, float) and all(isinstance(w, float) and w == first for w in weights) else None
 
+    def check_width(self, x: Tensor) -> None:
+        """Raise `WrongWidth` for activations that the edits do not fit."""
+        if self.tensors is not None and x.shape[-1] != (width := self.tensors.write.shape[-1]):
+            names = ", ".join(repr(edit.name) for edit in self.edits)
+            raise WrongWidth(f"{names} expects activations of width {width}, the site has {x.shape[-1]}")
+
+    def check_rows(self, rows: int, now: StepState) -> None:
+        """Raise `RowMismatch` where amounts are not one for each prompt."""
+        rows, amounts = rows // now.copies, self.rows
+        expected = now.prompts or rows
+        if amounts not in (1, expected, now.images) or rows % amounts:
+            raise RowMismatch(f"expected one amount for each of {expected} rows, got {amounts}; give one number or {expected}")
+
+    def given(self, x: Tensor, now: StepState, weights: "Sequence[float | Tensor]", twin: dict[Key, Tensor]) -> Given:
+        """What differs between tokens in this pass."""
+        edits, shape = self.edits, x.shape[:2]
+        shifts = [edit.aim.shift(x, now) for edit in edits]
+        return Given(
+            gains=_gains(x, now, weights),
+            row=None if self.rows == 1 else now.row(self.rows, len(x)).to(x.device),
+            forecast=_stacked([0.0 if s is None else s for s in shifts], x, shape)
+            if any(s is not None for s in shifts)
+            else None,
+            wanted=self._wanted(x, now, twin),
+            known=self._known(x, now),
+            lengths=_stacked([_length(edit, x) for edit in edits], x, shape) if self.is_normed else None,
+        )
+
+    def _wanted(self, x: Tensor, now: StepState, twin: dict[Key, Tensor]) -> Tensor | None:
+        """Targets that differ from token to token, NaN where there is none."""
+        if not self.has_targets:
+            return None
+        wanted = [edit.aim.target(x, now, twin) for edit in self.edits]
+        if all(target is None for target in wanted):
+            return None
+        return _stacked([torch.nan if target is None else target for target in wanted], x, x.shape[:2])
+
+    def _known(self, x: Tensor, now: StepState) -> Tensor | None:
+        """Readings that the concept's own row does not give, NaN elsewhere."""
+        edits = self.edits
+        if all(edit.read.is_own for edit in edits):
+            return None
+        known = x.new_full((*x.shape[:2], len(edits)), torch.nan, dtype=torch.float32)
+        for encoder, members in self.codes.items():
+            known[..., members] = encoder.readings(x, [edits[k].place.index for k in members])
+        for k, edit in enumerate(edits):
+            if not edit.read.is_own and edit.read.code is None:
+                known[..., k] = edit.read(x, now)
+        return known
+
 
 class Twin(threading.local):
     """What pinned concepts read in this thread's unsteered pass."""
@@ -116,7 +166,7 @@ class Run:
             self.delta = delta
         acts = tally.acts = tally.acts + 1
         if self.program.rows > 1:
-            self._check_rows(len(x), now)
+            self.program.check_rows(len(x), now)
             delta = delta if len(delta) == len(x) else delta[now.row(len(delta), len(x)).to(delta.device)]
         y = x + delta
         if acts < 3 or (not acts % STEPS_EVERY and tally.is_due(now, acts)):
@@ -126,7 +176,7 @@ class Run:
     def _constant(self, x: Tensor) -> Tensor:
         """The change of every token like x, `[D]` or `[R, 1, D]`."""
         assert self.program.tensors is not None
-        self._check_width(x)
+        self.program.check_width(x)
         delta = self.program.tensors.constant(self.program.cap).to(x.device, x.dtype)
         return delta[0] if len(delta) == 1 else delta[:, None]
 
@@ -134,7 +184,7 @@ class Run:
 
     def _edited(self, x: Tensor, now: StepState) -> Tensor:
         program, tally = self.program, self.tally
-        self._check_width(x)
+        self.program.check_width(x)
         for note in program.notes:
             now.notes[note.key] = note.of(x, now)
         weights = [edit.weight(x, now) for edit in program.edits]
@@ -143,7 +193,8 @@ class Run:
         if self.tensors is not None and self.tensors.read.device != x.device:
             self.tensors = self.tensors.to(x.device)
         assert self.tensors is not None
-        given = self._given(x, now, weights)
+        program.check_rows(len(x), now)
+        given = program.given(x, now, weights, self.twin.readings)
         change = self.tensors.change(x, given, has_targets=program.has_targets, has_latents=program.has_latents)
         for k, edit in enumerate(program.edits):
             if edit.leaves is not None:
@@ -165,44 +216,6 @@ class Run:
             self._look(y, now, length)
         self.tally.section = now.section
 
-    def _given(self, x: Tensor, now: StepState, weights: "Sequence[float | Tensor]") -> Given:
-        """What differs between tokens in this pass."""
-        self._check_rows(len(x), now)
-        edits, shape = self.program.edits, x.shape[:2]
-        shifts = [edit.aim.shift(x, now) for edit in edits]
-        return Given(
-            gains=_gains(x, now, weights),
-            row=None if self.program.rows == 1 else now.row(self.program.rows, len(x)).to(x.device),
-            forecast=_stacked([0.0 if s is None else s for s in shifts], x, shape)
-            if any(s is not None for s in shifts)
-            else None,
-            wanted=self._wanted(x, now),
-            known=self._known(x, now),
-            lengths=_stacked([_length(edit, x) for edit in edits], x, shape) if self.program.is_normed else None,
-        )
-
-    def _wanted(self, x: Tensor, now: StepState) -> Tensor | None:
-        """Targets that differ from token to token, NaN where there is none."""
-        if not self.program.has_targets:
-            return None
-        wanted = [edit.aim.target(x, now, self.twin.readings) for edit in self.program.edits]
-        if all(target is None for target in wanted):
-            return None
-        return _stacked([torch.nan if target is None else target for target in wanted], x, x.shape[:2])
-
-    def _known(self, x: Tensor, now: StepState) -> Tensor | None:
-        """Readings that the concept's own row does not give, NaN elsewhere."""
-        edits = self.program.edits
-        if all(edit.read.is_own for edit in edits):
-            return None
-        known = x.new_full((*x.shape[:2], len(edits)), torch.nan, dtype=torch.float32)
-        for encoder, members in self.program.codes.items():
-            known[..., members] = encoder.readings(x, [edits[k].place.index for k in members])
-        for k, edit in enumerate(edits):
-            if not edit.read.is_own and edit.read.code is None:
-                known[..., k] = edit.read(x, now)
-        return known
-
     def _kept(self, x: Tensor, y: Tensor, change: Change) -> Tensor:
         """y, where tokens that some edits moved have their old length again."""
         if not self.program.keeps:
@@ -221,20 +234,6 @@ class Run:
                 y = torch.where(share[..., None] > 0, y.lerp(other.nan_to_num().to(y.dtype), share[..., None].to(y.dtype)), y)
                 acting = (share > 0) if acting is None else acting | (share > 0)
         return y, acting
-
-    # -- checks and looks --------------------------------------------------------------------------------------
-
-    def _check_width(self, x: Tensor) -> None:
-        tensors = self.program.tensors
-        if tensors is not None and x.shape[-1] != tensors.write.shape[-1]:
-            names = ", ".join(repr(edit.name) for edit in self.program.edits)
-            raise WrongWidth(f"{names} expects activations of width {tensors.write.shape[-1]}, the site has {x.shape[-1]}")
-
-    def _check_rows(self, rows: int, now: StepState) -> None:
-        rows, amounts = rows // now.copies, self.program.rows
-        expected = now.prompts or rows
-        if amounts not in (1, expected, now.images) or rows % amounts:
-            raise RowMismatch(f"expected one amount for each of {expected} rows, got {amounts}; give one number or {expected}")
 
     def _look(self, y: Tensor, now: StepState, length: Tensor) -> None:
         """Measure how far the concepts are off their natural range after the edit."""
