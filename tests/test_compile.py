@@ -139,6 +139,16 @@ def test_attaching_to_a_compiled_model_is_refused_with_the_way_out():
         pass
 
 
+def test_recording_where_compiled_code_runs_is_refused(attached):
+    model, bank, steering = attached
+    model.compile(backend=BACKEND)
+    logits(model)
+    for read in (bank, ["layers.0"]):
+        with pytest.raises(errors.CompiledModel, match="recorded"), sl.record(model, read):
+            pass
+    steering.set({"a": 1.0})
+
+
 def test_a_compiled_wrapper_is_refused_with_the_way_out():
     model = tiny("llama")
     wrapped = torch.compile(model, backend=BACKEND)

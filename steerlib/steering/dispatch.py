@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from ..errors import NoSession, Unanswerable
+from ..errors import CompiledModel, NoSession, Unanswerable
 from ..hooks.attach import ASIDE, LOCK, Act, Attachment, Socket, attachment, is_compiled, modules_on
 from ..hosts import Host
 from ..passes import StepState
@@ -39,13 +39,18 @@ class Owner:
 
 @contextmanager
 def acting(host: Host, site: Site, owner: Owner) -> Iterator[None]:
-    """Let somebody who replaces or observes act at a site, inside a `with` block.
+    """Let an owner that replaces or observes act at a site, inside a `with` block.
 
-    Raises `CompiledModel` where torch has compiled the site, since compiled code calls no one.
+    Raises `CompiledModel` where torch has compiled the site: compiled code runs no Python, so the owner would never be called.
     """
     with LOCK:
         place = attachment(host)
         place.require(host, [site])
+        if is_compiled(modules_on(host.model, site.module)):
+            place.release(host, [site])
+            raise CompiledModel(
+                f"{site.name!r} is compiled, where nothing can be recorded or replaced; use a model that is not"
+            )
         socket = place.sockets[site.name]
         socket.owners.append(owner)
         compose(place, socket)
