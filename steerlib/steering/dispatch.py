@@ -166,7 +166,8 @@ class Joined:
         self.runs, self.run = runs, Run(Program(edits, notes, cap_of(programs)))
         at = 0
         for run in runs:
-            run.twin, run.joined, at = self.run.twin, (self.run, at), at + len(run.program.edits)
+            end = at + len(run.program.edits)
+            run.twin, run.joined, at = self.run.twin, (self.run, slice(at, end)), end
 
     def __call__(self, x: Tensor, now: StepState) -> Tensor:
         for run in self.runs:

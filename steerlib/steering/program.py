@@ -123,8 +123,8 @@ class Run:
     def __init__(self, program: Program):
         self.program, self.tally, self.twin = program, Tally(), Twin()
         self.tensors, self.delta, self.place = program.tensors, torch.zeros(0), (None, None)
-        self.joined: tuple[Run, int] | None = None
-        """The run that acts in place of this one where several sessions edit a site, and where its edits begin there."""
+        self.joined: tuple[Run, slice] | None = None
+        """The run that acts in place of this one where several sessions edit a site, and which edits there are its own."""
 
     def __call__(self, x: Tensor, now: StepState) -> Tensor:
         """The steered x."""

@@ -52,16 +52,16 @@ class Tally:
         low, high = self.progress or (at, at)
         self.progress, self.halves = (min(low, at), max(high, at)), self.halves | {*(now.branches or ())}
 
-    def plus(self, other: "Tally", at: int) -> "Tally":
-        """This, and what another counted for edits of several sessions, where those of this begin at `at`; passes are here."""
+    def plus(self, other: "Tally", mine: slice) -> "Tally":
+        """This, and what another counted for edits of several sessions, of which `mine` are those of this; passes are here."""
         ends = [ends for ends in (self.progress, other.progress) if ends is not None]
         return Tally(
             passes=self.passes,
             progress=(min(low for low, _ in ends), max(high for _, high in ends)) if ends else None,
             halves=self.halves | other.halves,
             section=other.section or self.section,
-            off=_both(self.off, other.off, at, torch.add),
-            largest=_both(self.largest, other.largest, at, torch.maximum),
+            off=_both(self.off, other.off, mine, torch.add),
+            largest=_both(self.largest, other.largest, mine, torch.maximum),
             **{name: getattr(self, name) + getattr(other, name) for name in SUMMED},
         )
 
@@ -94,11 +94,11 @@ class Tally:
         self.largest = largest if self.largest is None else self.largest.maximum(largest)
 
 
-def _both(own: Tensor | None, other: Tensor | None, at: int, join: Callable[[Tensor, Tensor], Tensor]) -> Tensor | None:
-    """Counts of some edits and, from `at` on, of the same among others."""
+def _both(own: Tensor | None, other: Tensor | None, mine: slice, join: Callable[[Tensor, Tensor], Tensor]) -> Tensor | None:
+    """Counts of some edits, joined with those of the same edits among others."""
     if own is None or other is None:
-        return own if other is None else other[at:]
-    return join(own, other[at : at + len(own)])
+        return own if other is None else other[mine]
+    return join(own, other[mine])
 
 
 SUMMED = ("acts", "acted", "seen", "tokens", "changed", "capped", "looked")
