@@ -10,14 +10,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.sparse import csc_matrix, csr_matrix
 
-from ...errors import MissingExtra
 from ...graph.causal_graph import CausalGraph
-
-try:
-    from scipy.sparse import csc_matrix, csr_matrix
-except ImportError:
-    raise MissingExtra("causal graphs need scipy: pip install 'steerlib[train]'") from None
 
 if TYPE_CHECKING:  # scipy says little of its types
     Codes: TypeAlias = Any

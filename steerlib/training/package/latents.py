@@ -13,7 +13,6 @@ from ...bank.concepts import Concept
 from ...encoders import Sparse, TopK
 from ...errors import BadRecipe
 from ...hosts import host_for
-from ..discover.text_graph import contexts, graphed
 from ..fit.run import fit
 from ..label.attributes import read
 from ..label.labels import AMONG, SHOWN, Sightings, Texts, label, promoted, sightings
@@ -60,6 +59,8 @@ def train_latents(model: Any, tokenizer: Any, recipe: Recipe, folder: Path) -> C
 
 def with_graph_of(model: Any, tokenizer: Any, bank: ConceptBank, recipe: Recipe, folder: Path) -> ConceptBank:
     """The bank with the graph that its recipe asks for, and a card that says so."""
+    from ..discover.text_graph import contexts, graphed  # needs scipy
+
     own = recipe.graph or GraphRecipe()
     made = graphed(model, bank, contexts(tokenizer, recipe.corpus_files(), own), own, folder)
     made.card = latents_card(made, recipe)
