@@ -350,7 +350,8 @@ def examples(
         if out is not None:
             out.mkdir(parents=True, exist_ok=True)
             (out / path.name).write_text(text, encoding="utf-8")
-        typer.echo(text if name and out is None else f"{(out or Path()) / path.name}  {text.splitlines()[0]}")
+        first = text.splitlines()[0].strip('"')
+        typer.echo(text if name and out is None else f"{(out or Path()) / path.name}  {first}")
 
 
 def _version(is_wanted: bool) -> None:

@@ -15,21 +15,16 @@ from .evaluation.text import Judge
 from .steering.session import steer
 from .text import chat, complete, progress
 
-TEXT_BANK, PROMPTS = (
-    "smollm2-135m-instruct",
-    ("What did you do on your last holiday?", "Tell me about the place where you live.", "Why is it good to wait?"),
-)
+TEXT_BANK, SCENES_BANK = "smollm2-135m-instruct", "scenes-32"
+PROMPTS = ("How was your day?", "Describe your morning.", "Tell me about the place where you live.")
 CONCEPTS = ("sports", "science", "fantasy")
 SHARES = (-0.5, 0.5, 1.0)
 """Amounts, as shares of a concept's useful amount."""
-SCENES_BANK, CAPTIONS = (
-    "scenes-32",
-    (
-        "a small plain red square at the front left at night on grass under a navy sky lit from the left",
-        "a medium checked green triangle at the back right by day on sand under an azure sky lit from above",
-        "a medium plain yellow cross at the front middle by day on grass under a pale sky lit from the right",
-        "a small plain purple square at the front right indoors on wood before a cream wall lit from above",
-    ),
+CAPTIONS = (
+    "a small plain red square at the front left at night on grass under a navy sky lit from the left",
+    "a medium checked green triangle at the back right by day on sand under an azure sky lit from above",
+    "a medium plain yellow cross at the front middle by day on grass under a pale sky lit from the right",
+    "a small plain purple square at the front right indoors on wood before a cream wall lit from above",
 )
 LEVERS = ("sunset", "stone", "blue", "circle", "large", "striped")
 console = Console()

@@ -133,7 +133,7 @@ def test_a_wheel_contains_the_banks_whole_and_no_package_called_hooks(tmp_path):
     own |= {
         f"steerlib/{p.relative_to(ROOT).as_posix()}" for part in ("hooks", "concept_banks") for p in (ROOT / part).rglob("*.py")
     }
-    assert own == {name for name in names if name.endswith(".py")} and "steerlib/view.html" in names
+    assert own == {name for name in names if name.endswith(".py")} and "steerlib/graph/page.html" in names
     check = (
         "import steerlib as sl; b = sl.ConceptBank.from_pretrained('smollm2-135m-instruct'); b.verify(); print(sl.__file__);"
         "import steerlib.cli as c, steerlib.training.pipeline; r = c.recipe_of(b, None); r.check();"

@@ -17,7 +17,7 @@ THUMBNAIL = "thumbnails/{}.png"
 def page(bank: ConceptBank) -> str:
     """The page. What a bank's maker wrote is text in it, never markup."""
     text = json.dumps(facts(bank), sort_keys=True, ensure_ascii=False, allow_nan=False)
-    frame = (files("steerlib") / "view.html").read_text(encoding="utf-8")
+    frame = (files("steerlib.graph") / "page.html").read_text(encoding="utf-8")
     return frame.replace(MARK, text.replace("<", "\\u003c"))
 
 
