@@ -36,14 +36,23 @@ def best_threads(seconds: float = SECONDS) -> int:
                 spent[count] += _seconds_per_layer(weights, seconds / ROUNDS / len(counts))
     finally:
         torch.set_num_threads(now)
-    best = 1
-    for count in counts[1:]:
-        best = count if spent[count] < CLEARLY * spent[best] else best
+    return fewest_fast(spent)
+
+
+def fewest_fast(seconds: dict[int, float]) -> int:
+    """Of numbers of threads and the seconds each needs, the fastest; fewer threads if more are not clearly faster."""
+    best = min(seconds)
+    for count in sorted(seconds):
+        best = count if seconds[count] < CLEARLY * seconds[best] else best
     return best
 
 
 def use_threads(count: int = 0) -> int:
-    """Let torch use `count` threads, or as many as are fastest now (0), and return the number."""
+    """Let torch use `count` threads, or as many as are fastest now (0), and return the number.
+
+    >>> use_threads(1)
+    1
+    """
     count = count or best_threads()
     torch.set_num_threads(count)
     return count

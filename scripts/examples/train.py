@@ -25,7 +25,7 @@ PIRATE = ConceptRecipe(name="pirate", label="speaks like a pirate", positive=(
     "It is a nice day to paint the fence, so take your brush when you have a minute.",
     "My old laptop stopped working last night, unfortunately, and all the pictures on it are gone.",
 ))  # fmt: skip
-TINY = {"methods": ("difference-of-means",), "layers": (10, 14), "budget": 16, "dev_prompts": 2, "evaluation_prompts": 2}
+TINY = {"methods": ("difference-of-means",), "layers": (14,), "budget": 8, "dev_prompts": 2, "evaluation_prompts": 1}
 
 use_threads()  # as many processor threads as are fastest now
 model, tokenizer = sl.load(MODEL)
