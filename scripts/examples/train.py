@@ -29,7 +29,7 @@ TINY = {"methods": ("difference-of-means",), "layers": (14,), "budget": 8, "dev_
 
 use_threads()  # as many processor threads as are fastest now
 model, tokenizer = sl.load(MODEL)
-recipe = sl.Recipe(name="pirates", base=MODEL, source=MODEL, concepts=(PIRATE,), seeds=1, new_tokens=16, **TINY)
+recipe = sl.Recipe(name="pirates", base=MODEL, source=MODEL, concepts=(PIRATE,), seeds=1, new_tokens=12, **TINY)
 folder = sl.train(model, recipe, tokenizer=tokenizer).save_pretrained(sys.argv[1] if len(sys.argv) > 1 else "pirates")
 bank = sl.ConceptBank.from_pretrained(folder)  # leave TINY out for a good one: some minutes
 with sl.steer(model, bank, {"pirate": bank["pirate"].useful}):
