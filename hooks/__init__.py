@@ -1,1 +1,1 @@
-"""What differs between generation libraries. One file a library; only `attach.py` registers hooks."""
+"""What differs between generation libraries, a folder each with its host in `host.py`; only `attach.py` registers hooks."""

@@ -16,16 +16,15 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from steerlib.errors import CompiledModel, NoSession, WrongWidth
+from steerlib.errors import CompiledModel, WrongWidth
 from steerlib.hosts import Host
-from steerlib.schedules import StepState
+from steerlib.passes import DenoisingPass, StepState, TextPass
 from steerlib.sites import Site
 
 from .modules import arguments
 
-Edit = Callable[[Tensor, StepState], Tensor]
-Observer = Callable[[Tensor, StepState], None]
-TracedEdit = Callable[[Tensor, StepState], Tensor]
+Act = Callable[[Tensor, StepState], Tensor]
+"""What is done with `x[B, N, D]` at a site."""
 
 
 class Moment(threading.local):
@@ -57,7 +56,7 @@ class Clock:
         self.moments: list[Moment] = []
         self.outer: set[str] = set()
         """Clocks around this one: where one of them has just told, it knows better, and this one is silent."""
-        self.traced: StepState | None = None
+        self.traced: Any = None
         self.passes: Counter[int] = Counter()
         """Passes so far, by thread."""
 
@@ -70,8 +69,8 @@ class Clock:
         state = self.host.state(self.path, args, kwargs) if asked else None
         for moment in asked:
             moment.state = state
-        if state is not None and state.progress is not None:  # blocks may be compiled where what calls them is not
-            self.traced = state.told(self.traced)
+        if isinstance(state, DenoisingPass):  # blocks may be compiled where what calls them is not
+            self.traced = state.into_tensors(self.traced)
         for moment in self.moments:
             moment.teller = self.path
 
@@ -86,9 +85,11 @@ class Socket:
     def __init__(self, model: nn.Module, site: Site, clocks: tuple[Clock, ...], moment: Moment):
         self.model, self.site, self.clocks, self.moment = model, site, clocks, moment
         self.is_plain = site.is_plain
-        self.edit: Edit | None = None
-        self.observers: list[Observer] = []
-        self.traced: TracedEdit | None = None
+        self.owners: list[Any] = []
+        """Who acts here, in the order of coming."""
+        self.edit: Act | None = None
+        """What all of them do; None: nothing."""
+        self.traced: Act | None = None
         """What compiled code runs: its contents are tensors changed in place."""
 
     def on_output(self, module: nn.Module, args: tuple, output: Any) -> Any:  # noqa: ARG002 - torch's signature
@@ -96,7 +97,7 @@ class Socket:
         edit = self.edit
         if torch.compiler.is_compiling():
             return self._compiled(output)
-        if edit is None and not self.observers:
+        if edit is None:
             return None
         if self.is_plain and type(output) is Tensor:
             return self._run(edit, output)
@@ -107,7 +108,8 @@ class Socket:
     def on_update(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:  # noqa: ARG002
         """A forward hook of a block: the tensor is its output minus its input."""
         compiling = torch.compiler.is_compiling()  # asked first: compiled code must not depend on what is edited
-        if not compiling and self.edit is None and not self.observers:
+        edit = self.edit
+        if not compiling and edit is None:
             return None
         whole, at = self.site.read(output), self._given(module, args, kwargs)
         before = self.site.read(args[at] if isinstance(at, int) else kwargs[at])
@@ -117,7 +119,7 @@ class Socket:
                 "it does not add to its input, so steer its output"
             )
         x = whole - before
-        y = self._traced(x) if compiling else self._run(self.edit, x)
+        y = self._traced(x) if compiling or edit is None else self._run(edit, x)
         return None if y is x else self.site.write(output, whole + (y - x))
 
     def _given(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> int | str:
@@ -132,29 +134,26 @@ class Socket:
     def on_input(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         """A forward pre-hook on one argument."""
         compiling = torch.compiler.is_compiling()
-        if not compiling and self.edit is None and not self.observers:
+        edit = self.edit
+        if not compiling and edit is None:
             return None
         at = self._given(module, args, kwargs)
         value = args[at] if isinstance(at, int) else kwargs[at]
-        if compiling:
+        if compiling or edit is None:
             y = self._compiled(value)
         else:
             x = self.site.read(value)
-            changed = self._run(self.edit, x)
+            changed = self._run(edit, x)
             y = value if changed is x else self.site.write(value, changed)
         return ((*args[:at], y, *args[at + 1 :]), kwargs) if isinstance(at, int) else (args, {**kwargs, at: y})
 
-    def _run(self, edit: Edit | None, x: Tensor) -> Tensor:
+    def _run(self, edit: Act, x: Tensor) -> Tensor:
         state = self.moment.state
         if state is None:  # called by hand, outside the model's own forward
-            state = StepState(x.shape[1], like=x)
+            state = TextPass(x.shape[1], like=x)
         elif state.length != x.shape[1]:
             state = state.at(x.shape[1])
-        y = x if edit is None else edit(x, state)
-        if self.observers and not ASIDE.running:
-            for observe in self.observers:
-                observe(y, state)
-        return y
+        return edit(x, state)
 
     def _compiled(self, value: Any) -> Any:
         return self.site.write(value, self._traced(self.site.read(value)))
@@ -166,23 +165,7 @@ class Socket:
                 f"site {self.site.name!r} is being compiled with a passing steer(); call "
                 "steering = sl.attach(model, bank) first, then compile, then steering.set(...)"
             )
-        return self.traced(x, state.at_traced(x))
-
-
-class Dispatch:
-    """An edit for each thread, once several threads steer one model."""
-
-    def __init__(self, edits: dict[int, Edit | None]):
-        self.edits = edits
-
-    def __call__(self, x: Tensor, state: StepState) -> Tensor:
-        try:
-            edit = self.edits[threading.get_ident()]
-        except KeyError:
-            raise NoSession(
-                f"{len(self.edits)} threads steer this model and this thread has no session; enter steer() in it too"
-            ) from None
-        return x if edit is None else edit(x, state)
+        return self.traced(x, state.at(x.shape[1]))
 
 
 class Attachment:

@@ -1,20 +1,23 @@
 """Any `torch.nn.Module`: the user names the sites by module path, and every pass is a prompt."""
 
-import hashlib
 import inspect
+import sys
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Any, Literal
+from types import FrameType
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import nn
 
 from steerlib.errors import UnknownSite, nearest
 from steerlib.hosts import Host
-from steerlib.schedules import StepState
+from steerlib.passes import StepState, TextPass, TracedPass
 from steerlib.sites import Site
 
 SIDES: dict[str, Literal["input", "update", "output"]] = {".in": "input", ".update": "update", "": "output"}
 """What a path's ending says of the side."""
+Entry = TypeVar("Entry")
 
 
 class ModuleHost(Host):
@@ -34,22 +37,19 @@ class ModuleHost(Host):
     def clocks(self, site: Site) -> tuple[str, ...]:  # noqa: ARG002 - one clock for all
         return ("",)
 
-    def state(self, clock: str, args: tuple, kwargs: dict[str, Any]) -> StepState:  # noqa: ARG002
+    def state(self, clock: str, args: tuple, kwargs: dict[str, Any]) -> TextPass:  # noqa: ARG002
         first = next((v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor) and v.ndim > 1), None)
-        return StepState(0 if first is None else first.shape[1], like=first)
+        return TextPass(0 if first is None else first.shape[1], like=first)
 
     def traced_state(self, clock: str, args: tuple, kwargs: dict[str, Any]) -> StepState:
         plain = self.state(clock, args, kwargs)
-        return StepState.traced(plain.columns, plain.steps, None)
+        return TracedPass(plain.columns, plain.steps, None)
 
     def order(self, site: Site) -> tuple[int, ...]:
         return (list(dict(self.model.named_modules())).index(site.module),)
 
     def fingerprint(self) -> dict[str, Any]:
         return {"class": type(self.model).__name__}
-
-    def weights_digest(self) -> str | None:
-        return digest(self.model)
 
 
 def module_site(model: nn.Module, name: str, known: tuple[str, ...] = ()) -> Site:
@@ -65,21 +65,25 @@ def module_site(model: nn.Module, name: str, known: tuple[str, ...] = ()) -> Sit
     )
 
 
-def digest(model: nn.Module, values: int = 16) -> str | None:
-    """A hash over evenly spaced values of every parameter, at bfloat16 precision so that loading in half precision
-    does not change it. None for weights that are elsewhere, packed, or wrapped by adapters."""
-    parameters = sorted(model.named_parameters())
-    if any(p.is_meta or not p.is_floating_point() or "lora_" in name for name, p in parameters):
-        return None
-    sha = hashlib.sha256()
-    for name, p in parameters:
-        flat = p.detach().reshape(-1)
-        chosen = flat[torch.arange(values, device=p.device) * (len(flat) - 1) // (values - 1)]
-        sha.update(name.encode() + chosen.to(torch.bfloat16).cpu().view(torch.int16).numpy().tobytes())
-    return sha.hexdigest()
-
-
 def arguments(module: nn.Module) -> tuple[str, ...]:
     """Names of what a module's forward takes."""
     code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
     return code.co_varnames[: code.co_argcount + code.co_kwonlyargcount] if code else ()
+
+
+def named(module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by name, also those given by place."""
+    return {**dict(zip(arguments(module)[1:], args, strict=False)), **kwargs}
+
+
+def frames() -> Iterator[FrameType]:
+    """The calls that lead here, the innermost first: what a library does not pass on is read off its local variables."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+def entry_of(table: Mapping[str, Entry], thing: object, default: Entry) -> Entry:
+    """A registry's entry for the class of a thing, by name, or for the nearest class that it inherits from."""
+    return next((table[cls.__name__] for cls in type(thing).__mro__ if cls.__name__ in table), default)

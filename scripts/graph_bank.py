@@ -12,7 +12,7 @@ import typer
 
 from steerlib import ConceptBank, load
 from steerlib.training.package.latents import with_graph_of
-from steerlib.training.recipe import Recipe
+from steerlib.training.recipe import TextEncoderRecipe
 
 
 def main(
@@ -24,7 +24,7 @@ def main(
 ) -> None:
     """Find, verify, foretell, and write it all down."""
     torch.set_num_threads(threads)
-    read = Recipe.from_file(recipe)
+    read = TextEncoderRecipe.from_file(recipe)
     model, tokenizer = load(read.source)
     made = with_graph_of(model.to(torch.bfloat16), tokenizer, ConceptBank.from_pretrained(bank), read, work)
     made.save_pretrained(out)

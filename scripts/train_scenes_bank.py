@@ -23,7 +23,7 @@ from scenes.image import Do
 from tqdm.auto import tqdm
 
 from steerlib import BaseModel, ConceptBank, load
-from steerlib.training.package.pictures import recorded
+from steerlib.training.store import recorded
 
 DESCRIPTION = """Levers and latents of a small text-to-image model of scenes whose every cause is known (`pipeline/`, trained by
 `scripts/train_scenes.py`), at the noise levels 899, 500 and 100 of arXiv 2512.10720. Everything here is measured against the
@@ -81,7 +81,9 @@ def main(
     bank.provenance |= {"holding": holding(studio, dev=test, test=2 * test), "guided": guided(studio, dev=dev, test=test)}
     compared = {do.factor: scene_effects.Comparison(studio, do, dev=dev, test=test) for do in dos}
     methods = {name: comparison.run() for name, comparison in tqdm(compared.items(), desc="methods")}
-    off = scene_effects.off_distribution(compared, recorded(work, lambda: activations(pipe, recipe, truth(recipe))))
+    off = scene_effects.off_distribution(
+        compared, recorded(work / "seen.safetensors", lambda: activations(pipe, recipe, truth(recipe)))
+    )
     bank.provenance |= {"methods": methods, "off": off}
     bank.provenance["mediation"] = {do.factor: scene_effects.mediated(studio, do, dev) for do in dos}
     if (examined := pipeline.parent / "examined.json").is_file():

@@ -11,18 +11,20 @@ from typing import Annotated, Any
 import typer
 
 import steerlib as sl
+from steerlib.evaluation.text import judge_for
 from steerlib.training.directions.studio import Studio
-from steerlib.training.pipeline import assemble, choose, evaluate, judge_for, layers_to_try
+from steerlib.training.package.directions import assemble, choose, evaluate, layers_to_try
+from steerlib.training.recipe import DirectionRecipe
 
 RECIPES = Path(__file__).parent.parent / "concept_banks" / "recipes"
 KEPT = ("concept", "label", "method", "site", "amount", "moved", "answers", "conditions", "response", "also", "passes")
 """What is kept of each record."""
 
 
-def validity(test: sl.Recipe) -> dict[str, Any]:
+def validity(test: DirectionRecipe) -> dict[str, Any]:
     """On how many texts it never saw the scorer names the concept; calling one ordinary is an error too."""
     texts, concepts = test.read_held_out()
-    return {"scorer": {"accuracy": round(judge_for(test).accuracy(texts, concepts), 4), "texts": len(texts)}}
+    return {"scorer": {"accuracy": round(judge_for(test.scorers).accuracy(texts, concepts), 4), "texts": len(texts)}}
 
 
 def main(
@@ -31,13 +33,13 @@ def main(
     out: Annotated[Path | None, typer.Option(help="write the figures here; default: measured.json in the folder")] = None,
 ) -> None:
     """Train and measure."""
-    recipe, test = (sl.Recipe.from_file(recipes / name) for name in ("recipe.toml", "test/recipe.toml"))
+    recipe, test = (DirectionRecipe.from_file(recipes / name) for name in ("recipe.toml", "test/recipe.toml"))
     model, tokenizer = sl.load(recipe.source)
     folder = work / recipe.digest[:16]
     sites = [f"layers.{layer}" for layer in layers_to_try(model, recipe)]
-    studio, judge = Studio(model, tokenizer, recipe, sites, folder), judge_for(recipe)
+    studio, judge = Studio(model, tokenizer, recipe, sites, folder), judge_for(recipe.scorers)
     scorer = validity(test)
-    records: list[dict[str, Any]] = []
+    records: list[Any] = []
     for concept in recipe.concepts:
         bank = assemble(studio, {concept.name: choose(studio, judge, concept)})
         records += evaluate(model, tokenizer, bank, test, work=folder, concepts=[concept.name])

@@ -21,8 +21,9 @@ if TYPE_CHECKING:  # what HOMES says, for type checkers and editors
     from .encoders import Directions, Encoder
     from .graph.causal_graph import CausalGraph, Edge
     from .hosts import Host, load
+    from .passes import StepState
     from .readers import read_bank
-    from .schedules import PerStep, Ramp, Schedule, Steps, StepState, Window
+    from .schedules import PerStep, Ramp, Schedule, Steps, Window
     from .sites import Site
     from .steering.interventions import Ablate, Add, Clamp, Intervention, Patch, Scale, Set
     from .steering.masks import Word
@@ -47,8 +48,9 @@ HOMES = {
     "encoders": ("Directions", "Encoder"),
     "graph.causal_graph": ("CausalGraph", "Edge"),
     "hosts": ("Host", "load"),
+    "passes": ("StepState",),
     "readers": ("read_bank",),
-    "schedules": ("PerStep", "Ramp", "Schedule", "StepState", "Steps", "Window"),
+    "schedules": ("PerStep", "Ramp", "Schedule", "Steps", "Window"),
     "sites": ("Site",),
     "steering.interventions": ("Ablate", "Add", "Clamp", "Intervention", "Patch", "Scale", "Set"),
     "steering.masks": ("Word",),

@@ -47,7 +47,7 @@ def shipped_recipe(bank: "sl.ConceptBank") -> Path:
     return recipes() / str(bank.provenance.get("recipe", bank.name)) / "recipe.toml"
 
 
-def recipe_of(bank: "sl.ConceptBank", recipe: Path | None) -> "sl.Recipe":
+def recipe_of(bank: "sl.ConceptBank", recipe: Path | None) -> Any:
     """The recipe given, or the shipped one that the bank was made from."""
     if recipe is None and not shipped_recipe(bank).is_file():
         raise BadRecipe(f"bank {bank.name!r} comes without its recipe; name one with --recipe")
@@ -84,13 +84,14 @@ def demo(
 ) -> None:
     """Steer real models: three concepts of SmolLM2-135M-Instruct at several strengths, and six of a model of scenes."""
     from . import terminal
-    from .training.pipeline import judge_for
+    from .evaluation.text import judge_for
 
     if only not in ("", "text", "images"):
         raise BadEdit(f"expected --only text or --only images, got {only!r}")
     if only != "images":
         bank = sl.ConceptBank.from_pretrained(terminal.TEXT_BANK)
-        terminal.demo_text(*loaded(source_of(bank), threads), bank, judge_for(recipe_of(bank, None)), tokens)
+        model, tokenizer = loaded(source_of(bank), threads)
+        terminal.demo_text(model, tokenizer, bank, judge_for(recipe_of(bank, None).scorers), tokens)
     if only != "text":
         bank = sl.ConceptBank.from_pretrained(terminal.SCENES_BANK)
         terminal.demo_images(loaded(source_of(bank), threads)[0], bank, out)
@@ -297,7 +298,7 @@ def eval_(
     if save and (concept or quick or stored):
         raise BadEdit("--save writes a card of all concepts, as measured whole; leave out --concept, --quick and --stored")
     if are_latents:
-        found = opened.provenance.get("quality") if stored else _eval_latents(opened, recipe, model, against, threads)
+        found: Any = opened.provenance.get("quality") if stored else _eval_latents(opened, recipe, model, against, threads)
     elif stored:
         found = [dict(made) for name in concept or opened.concepts if "conditions" in (made := opened[name].effects)]
     else:
@@ -307,14 +308,13 @@ def eval_(
     typer.echo(latents_table(found) if are_latents else f"{table(found)}\n\n{summary_table(found)}\n\n{missed(found)}")
     if out is not None:
         out.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    if out is not None and not are_latents:
-        out.with_suffix(".png").write_bytes(picture(found))
+        are_latents or out.with_suffix(".png").write_bytes(picture(found))
 
 
 def _eval_concepts(
     bank: "sl.ConceptBank", recipe: Path | None, names: list[str], quick: bool, save: str, source: str, threads: int
 ) -> Any:
-    from .training.pipeline import evaluate, with_effects
+    from .training.package.directions import evaluate, with_effects
 
     read = recipe_of(bank, recipe)
     if quick:
@@ -327,10 +327,11 @@ def _eval_concepts(
 
 
 def _eval_latents(bank: "sl.ConceptBank", recipe: Path | None, source: str, against: str, threads: int) -> Any:
-    from .training.package.quality import evaluate_encoders
+    from .training.package.latents import evaluate_encoders
+    from .training.recipe import TextEncoderRecipe
 
-    is_known = recipe is not None or shipped_recipe(bank).is_file()
-    read = recipe_of(bank, recipe) if is_known else sl.Recipe(name=bank.name, base=bank.base.id, source=bank.base.id)
+    own = TextEncoderRecipe(name=bank.name, base=bank.base.id, source=bank.base.id)
+    read = recipe_of(bank, recipe) if recipe or shipped_recipe(bank).is_file() else own
     twin = sl.ConceptBank.from_pretrained(against) if against else None
     model, tokenizer = loaded(source or read.source, threads)
     return evaluate_encoders(model, tokenizer, bank, read, against=twin)

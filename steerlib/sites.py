@@ -32,23 +32,31 @@ def _back(x: Tensor, layout: Layout, like: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Site:
-    """One tensor that flows through a model: `x[B, N, D]`, whatever shape the module gives it."""
+    """One tensor that flows through a model: `x[B, N, D]` (rows, tokens, width), whatever shape its module gives it.
+
+    Args:
+        name: what a user calls it: `layers.15`, `layers.15.attn.heads.3`.
+        module: dotted path of the module, from the model that is steered.
+        side: the module's `output`, its `input`, or the `update`, which is what a block adds to its input.
+        element: which element, where the module gives a tuple.
+        layout: order of the module's axes: `BND`, `NBD`, or `BD...` for images and videos.
+        columns: first and last (excluded) column, for a part of the width: one head.
+        reads_text: whether the tokens here are those of an image's prompt.
+        argument: name of the module's input, if it is not the first that is given.
+
+    >>> site = sl.Site(name="layers.0", module="model.layers.0")
+    >>> site.read((torch.zeros(1, 2, 4),)).shape
+    torch.Size([1, 2, 4])
+    """
 
     name: str
-    """What a user calls it: `layers.15`, `layers.15.attn.heads.3`."""
     module: str
-    """Dotted path from the model that is steered."""
     side: Literal["output", "input", "update"] = "output"
-    """`update` is what a block adds to its input."""
     element: int = 0
-    """Which element, where the module gives a tuple."""
     layout: Layout = "BND"
     columns: tuple[int, int] | None = None
-    """A part of the last axis: one head."""
     reads_text: bool = False
-    """Whether the tokens here are those of an image's prompt."""
     argument: str | None = None
-    """What a module calls its input, where that is not the first it is given."""
 
     @property
     def is_plain(self) -> bool:
@@ -56,7 +64,7 @@ class Site:
         return self.columns is None and LAYOUTS[self.layout] is None
 
     def read(self, value: Any) -> Tensor:
-        """The tensor `x[B, N, D]` inside a module's output or positional input."""
+        """The tensor `x[B, N, D]` inside a module's output or input; raises `WrongWidth` where there is none."""
         x = value if isinstance(value, Tensor) else value[self.element]
         fits = isinstance(x, Tensor) and (1 < x.ndim < 6 if self.layout == "BD..." else x.ndim == 3)
         if not fits:

@@ -43,10 +43,9 @@ def make(count=3, width=32, base=None):
 
 
 def test_pictures_of_the_card_come_along(saved, tmp_path):
-    bank = sl.ConceptBank.from_pretrained(saved)
-    bank.pictures = {"effects.png": b"\x89PNG"}
+    bank = sl.ConceptBank.from_pretrained(saved).with_concepts(pictures={"effects.png": b"\x89PNG"})
     again = sl.ConceptBank.from_pretrained(bank.with_concepts(list(bank.concepts.values())).save_pretrained(tmp_path / "new"))
-    assert again.pictures == bank.pictures and again.card == bank.card
+    assert again.pictures == bank.pictures == {"effects.png": b"\x89PNG"} and again.card == bank.card
     (tmp_path / "new" / "effects.png").write_bytes(b"\x89PNF")
     with pytest.raises(errors.CorruptBank, match="effects.png is not the file"):
         sl.ConceptBank.from_pretrained(tmp_path / "new")
@@ -448,3 +447,72 @@ def test_one_sees_what_a_bank_holds():
     assert "2 concepts for org/model, 1 edges" in text and "concept 2" in text and "safe -3.00 to +4.00" in text
     assert text.endswith("gates: concept 0")
     assert os.linesep not in make()["concept 0"].label
+
+
+def test_a_copy_takes_what_is_given_in_place_of_its_own_and_leaves_the_bank_alone():
+    bank = make()
+    others = {"layers.0@late#dir": sl.Directions(2 * torch.eye(32)[:3])}
+    facts: dict = {"card": "# mine", "license": "mit", "provenance": {"a": 1}, "extra": {"b": 2}, "base": sl.BaseModel(id="x")}
+    copy = bank.with_concepts(encoders=others, graph=sl.CausalGraph(), levels={"late": sl.Window(0.0, 0.5)}, **facts)
+    assert {key: getattr(copy, key) for key in facts} == facts and copy.concepts == bank.concepts and not len(copy.graph)
+    assert torch.equal(copy.rows(copy["concept 1"]).write, 2 * torch.eye(32)[1:2]) and copy.window_of(copy["concept 1"])
+    assert bank.card == "# made\n" and len(bank.graph) == 1 and bank.window_of(bank["concept 1"]) is None
+    assert not torch.equal(bank.rows(bank["concept 1"]).write, copy.rows(copy["concept 1"]).write)
+    with pytest.raises(TypeError, match="colour"):
+        bank.with_concepts(colour="red")
+
+
+def test_a_bank_is_a_collection_of_names(saved):
+    bank = sl.ConceptBank.from_pretrained(saved)
+    names = ["concept 0", "concept 1", "concept 2"]
+    assert list(bank) == list(bank.keys()) == bank._ipython_key_completions_() == names and len(bank) == 3
+    assert "concept 1" in bank and "concept 9" not in bank and dict(bank) == bank.concepts
+    assert bank.encoder_facts is bank.encoders and bank.count("layers.0@late#dir") == 3
+
+
+def test_whatever_the_size_of_a_bank_its_text_fits_a_screen():
+    many = [sl.Concept(name=f"<b>{i}</b>", encoder=f"layers.{i % 40}", index=i, label="x\n" * 500) for i in range(100)]
+    latents = [sl.Concept(name=f"layers.{i % 40}/{i}", encoder=f"layers.{i % 40}", index=i) for i in range(100, 6800)]
+    gates = [sl.Concept(name=f"gate {i}", encoder="layers.0", index=i, present=0.5) for i in range(6800, 6900)]
+    encoders = {f"layers.{i}": sl.Directions(torch.ones(7000, 1)) for i in range(40)}
+    sites = {site: SiteFacts(width=1) for site in encoders}
+    text = repr(sl.ConceptBank("large", [*many, *latents, *gates], encoders, base=sl.BaseModel(), sites=sites))
+    assert len(text.splitlines()) <= 30 and len(text) < 5000
+    assert "and 80 more" in text and "6,700 latents in 40 encoders" in text and "gates: gate 6800," in text
+    page = sl.ConceptBank("<i>", many, encoders, base=sl.BaseModel(), sites=sites)._repr_html_()
+    assert "&lt;b&gt;0&lt;/b&gt;" in page and "<b>" not in page and "<i>" not in page and page.count("<tr>") == 21
+
+
+def test_the_text_of_a_concept_has_five_lines():
+    text = repr(sl.Concept(
+        name="tone", encoder="layers.1", index=7, unit=0.25, range=(-1.0, 2.0), useful=1.5, beyond="worn\nout",
+        label="warm\x1b", parts=(sl.Part(encoder="layers.2", index=0, unit=1.0),), gate=sl.Gate("topic"),
+        examples=("a" * 300, "b"),
+    ))  # fmt: skip
+    assert len(text.splitlines()) == 5 and len(text) < 400 and "\x1b" not in text
+    assert "layers.1/7, unit 0.25" in text and "useful +1.50  safe -1.00 to +2.00, 1 more places, gated by 'topic'" in text
+
+
+def test_places_of_a_concept_have_as_many_units_of_natural_values_as_itself():
+    part = sl.Part(encoder="layers.1", index=1, unit=0.5)
+    concept = sl.Concept(name="tone", encoder="layers.0", index=2, unit=0.25, natural=(-1.0, 2.0), parts=(part,))
+    own, other = concept.at
+    assert (own.id, own.unit, own.natural) == ("layers.0/2", 0.25, (-1.0, 2.0))
+    assert (other.id, other.unit, other.natural) == ("layers.1/1", 0.5, (-2.0, 4.0))
+    assert sl.Concept(name="tone", encoder="layers.0", index=2, parts=(part,)).at[1].natural is None
+    bank = spread(tiny("llama"))
+    place = bank["tone"].at[1]
+    assert torch.equal(bank.rows(place).write, bank.encoder("layers.1").rows([1]).write)
+    assert (
+        bank.site_of(place) == bank.read_at(place) == "layers.1" and bank.window_of(place) is None and not bank.competes(place)
+    )
+
+
+@pytest.mark.parametrize(("gate", "shares"), [
+    (sl.Gate("a", above=0.0), [0, 0, 1, 1]),
+    (sl.Gate("a", below=0.5), [1, 1, 0, 0]),
+    (sl.Gate("a", above=-1.0, below=1.0), [0, 1, 1, 0]),
+    (sl.Gate("a", above=0.0, full=1.0), [0, 0, 0.5, 1]),
+])  # fmt: skip
+def test_a_gate_lets_through_what_its_bounds_say(gate, shares):
+    assert gate.passed(torch.tensor([-1.0, 0.0, 0.5, 1.0])).tolist() == shares

@@ -418,7 +418,7 @@ def placed(pipe, **facts):
     there = sl.Gate("b", above=float(z.median()))
     concepts = [replace(bank["c"], gate=there), replace(bank["a"], **facts), bank["b"], bank["d"]]
     graph = sl.CausalGraph([sl.Edge(src="a", dst="c", weight=1.0)])
-    made = sl.ConceptBank("placed", concepts, bank._encoders, base=bank.base, sites=bank.sites, graph=graph)
+    made = bank.with_concepts(concepts, name="placed", graph=graph)
     return made, there, z > there.above
 
 

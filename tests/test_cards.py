@@ -40,16 +40,16 @@ def test_metadata_says_what_was_measured_and_the_body_stays():
 
 
 def test_a_maker_keeps_metadata_of_their_own():
-    bank = make()
-    bank.card = "---\nlanguage: en\ntags: [mine, steering]\nlicense: mit\nmodel-index: []\n---\n# Words of mine\n"
+    bank = make().with_concepts(
+        card="---\nlanguage: en\ntags: [mine, steering]\nlicense: mit\nmodel-index: []\n---\n# Words of mine\n"
+    )
     data = ModelCard(card_of(bank)).data.to_dict()
     assert data["language"] == "en" and data["tags"] == ["steerlib", "steering", "concepts", "mine"]
     assert data["license"] == "apache-2.0" and "# Words of mine\n" in card_of(bank)
-    bank.license = ""
+    bank = bank.with_concepts(license="")
     assert ModelCard(card_of(bank)).data.to_dict()["license"] == "mit"
-    bank.card = "---\na: [\n---\nwords"
     with pytest.raises(errors.CorruptBank, match="not YAML"):
-        card_of(bank)
+        card_of(bank.with_concepts(card="---\na: [\n---\nwords"))
 
 
 def test_a_bank_without_a_card_gets_one_of_what_it_holds():
@@ -64,8 +64,7 @@ def test_a_bank_without_a_card_gets_one_of_what_it_holds():
 @pytest.mark.real
 def test_the_example_runs_as_it_is():
     """On the shipped bank, with the model from a package instead of the Hub."""
-    bank = sl.ConceptBank.from_pretrained(SHIPPED)
-    bank.card = ""
+    bank = sl.ConceptBank.from_pretrained(SHIPPED).with_concepts(card="")
     code = re.findall(r"```python\n(.*?)```", card_of(bank, SHIPPED), re.DOTALL)
     assert len(code) == 1
     exec(code[0].replace(bank.base.id, SOURCE).replace("=60", "=4"), {})

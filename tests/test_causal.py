@@ -8,7 +8,7 @@ import torch
 from graphs.hierarchies import Layers
 
 import steerlib as sl
-from steerlib.graph.effects import effects, mediated_share
+from steerlib.graph.effects import effects
 from steerlib.training.discover.systems import csr, held
 
 N = 5000
@@ -32,7 +32,6 @@ def test_of_a_linear_model_effects_are_products_of_its_slopes():
     found = effects(run, "x", "y", ["m"], value=1.5, reference=-0.5, controlled={"m": 7.0})
     wanted = {"te": -4.0, "nde": -6.0, "nie": 2.0, "tie": 2.0, "cde": -6.0}
     assert {name: float(value) for name, value in found._asdict().items()} == pytest.approx(wanted, abs=1e-9)
-    assert float(mediated_share(found)) == pytest.approx(-0.5)
 
 
 def test_where_causes_interact_the_total_is_the_direct_and_the_total_indirect_but_not_both_natural_ones():

@@ -7,11 +7,15 @@ import pytest
 import torch
 
 import steerlib as sl
-from steerlib.bank.concepts import Concept
+from steerlib.bank.concepts import Place
 from steerlib.errors import BadEdit, ConflictingEdits
-from steerlib.schedules import StepState, gain
-from steerlib.steering.edit import Edit, Table
-from steerlib.steering.program import Program
+from steerlib.passes import TextPass
+from steerlib.schedules import gain
+from steerlib.steering.edit import Edit, EditTensors, Given
+from steerlib.steering.interventions import Coordinate
+from steerlib.steering.program import Program, Run
+from steerlib.steering.reading import RowReader
+from steerlib.steering.shares import When
 
 D = 12
 
@@ -21,8 +25,10 @@ def directions(*vectors, mean=None):
 
 
 def edit(k, encoder, intervention, unit=1.0):
-    concept = Concept(name=f"c{k}", encoder="s", index=k, unit=unit)
-    return Edit(key=k, concept=concept, rows=encoder.rows([k]), rule=intervention.rule(unit), intervention=intervention)
+    place, rows = Place("s", k, unit), encoder.rows([k])
+    aim = intervention.aim(Coordinate(f"c{k}", "s", unit, RowReader(rows)))
+    shares = () if intervention.when is None else (When(intervention.when),)
+    return Edit(key=k, name=f"c{k}", place=place, rows=rows, read=RowReader(rows), aim=aim, shares=shares)
 
 
 @pytest.fixture
@@ -37,7 +43,7 @@ def encoder():
 
 
 def run(x, *edits, state=None, cap=float("inf")):
-    return Program(edits, cap=cap)(x, state or StepState(x.shape[1]))
+    return Run(Program(edits, cap=cap))(x, state or TextPass(x.shape[1]))
 
 
 def test_reading_is_the_projection_in_units_of_the_direction(encoder, x):
@@ -105,9 +111,9 @@ def test_a_change_is_cut_to_the_cap_and_keeps_its_direction(encoder, x):
 def test_the_constant_path_equals_the_general_formula(encoder, x):
     edits = [edit(0, encoder, sl.Add([1.0, -2.0])), edit(1, encoder, sl.Add(0.5))]
     program = Program(edits, cap=3.0)
-    assert program.part == "all"
-    delta, *_ = Table.of(edits, 3.0).change(x, StepState(5))
-    torch.testing.assert_close(program(x, StepState(5)), x + delta)
+    assert program.is_constant
+    change = EditTensors.of(edits, 3.0).change(x, Given(row=torch.arange(2)))
+    torch.testing.assert_close(Run(program)(x, TextPass(5)), x + change.delta)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 2e-2), (torch.float16, 2e-3)])

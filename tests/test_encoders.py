@@ -1,5 +1,7 @@
 """Encoders: one contract for every kind, closed forms for each, and what steering a latent does to a model."""
 
+import doctest
+import sys
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -11,9 +13,13 @@ from tiny_models import tiny
 from torch import Tensor
 
 import steerlib as sl
-from steerlib import errors
+from steerlib import encoders, errors
 from steerlib.bank.concept_bank import SiteFacts
 from steerlib.encoders import KINDS, BatchTopK, Gated, JumpReLU, Matryoshka, ReLU, Sparse, TopK, Transcoder, topk
+from steerlib.evaluation.representation import explained_variance
+from steerlib.training.fit.encoder_recipe import EncoderRecipe
+from steerlib.training.fit.inputs import Tokens
+from steerlib.training.fit.run import fit
 
 N, D = 12, 32
 
@@ -374,11 +380,14 @@ def test_a_gate_opens_where_a_latent_fires(model):
     torch.testing.assert_close(found - x, (z[..., i, None] > 0) * encoder.decoder[0], atol=1e-5, rtol=0)
 
 
-def test_a_positive_addition_is_as_cheap_as_a_vector(model):
-    session = sl.steer(model, bank_of(model, MADE["topk"]()), {"layers.0/0": 1.0, "layers.0/1": [0.5, 2.0]})
-    assert session._plan.programs["layers.0"].delta is not None
-    session = sl.steer(model, bank_of(model, MADE["topk"]()), {"layers.0/0": -1.0})
-    assert session._plan.programs["layers.0"].delta is None
+def test_a_positive_addition_encodes_nothing_and_a_negative_one_does(model, monkeypatch):
+    encoder, read = MADE["topk"](), []
+    readings = encoder.readings
+    monkeypatch.setattr(encoder, "readings", lambda *args: read.append(1) or readings(*args))
+    at(model, bank_of(model, encoder), {"layers.0/0": 1.0, "layers.0/1": [0.5, 2.0]})
+    assert not read
+    at(model, bank_of(model, encoder), {"layers.0/0": -1.0})
+    assert read
 
 
 # -- banks ---------------------------------------------------------------------------------------------------
@@ -402,7 +411,7 @@ def test_banks_give_back_the_same_encoder_whole_or_one_row_at_a_time(model, kind
         for ours, theirs in zip(lazy.rows(concept)[:4], encoder.rows([i])[:4], strict=True):
             torch.testing.assert_close(ours, theirs)
         assert lazy.read_at(concept) == (reads.get("layers.1.mlp") or "layers.1.mlp")
-    assert not lazy._encoders and not lazy.concepts
+    assert not lazy._shelf._made and not lazy.concepts
     whole.save_pretrained(tmp_path / "b")
     assert all((tmp_path / "b" / p.name).read_bytes() == p.read_bytes() for p in (tmp_path / "a").iterdir() if p.is_file())
     with pytest.raises(errors.UnknownConcept, match="rows 0 to 11, got '12'"):
@@ -435,3 +444,82 @@ def test_one_of_a_million_latents_is_read_without_the_others(tmp_path):
     assert torch.equal(found.write, encoder.decoder[[654321]].float()) and read < 1_000_000
     _, whole = bytes_read(next((tmp_path / "bank" / "sites").iterdir()).read_bytes)  # the control
     assert whole > 30_000_000
+
+
+# -- a new kind ----------------------------------------------------------------------------------------------
+
+FLOORED = '''
+"""Latents that fire above a floor which is none of the parameters."""
+
+from steerlib.encoders.objective import Cost, Objective
+from steerlib.encoders.sparse import Sparse
+from torch import Tensor
+
+
+def cost(w, x, y, root, scale):
+    p = x @ w["encoder"].T * w["gain"] + w["bias"]
+    z = p * (p > 0.1)
+    return Cost(y - z @ w["decoder"], z, z.sum() / root)
+
+
+class Floored(Sparse):
+    kind = "floored"
+    tensors = (*Sparse.tensors, "floor")
+    objective = Objective(
+        loss=cost,
+        begin=lambda zeros, scale: {"gain": zeros + 1},
+        finish=lambda w: {
+            "encoder": w["encoder"] * w["gain"][:, None], "floor": 0 * w["bias"] + 0.1,
+            **{name: w[name] for name in w if name not in ("encoder", "gain")},
+        },
+        potentials=("bias", "floor"),
+        transcodes=True,
+    )
+
+    floor: Tensor
+
+    def thresholds(self):
+        return self.floor
+'''
+
+
+@pytest.fixture
+def floored(tmp_path, monkeypatch):
+    """The kind above, as a file that was put into the folder of encoders."""
+    (tmp_path / "kinds").mkdir()
+    (tmp_path / "kinds" / "floored.py").write_text(FLOORED)
+    monkeypatch.setattr(encoders, "__path__", [*encoders.__path__, str(tmp_path / "kinds")])
+    encoders.__spec__.loader.exec_module(encoders)  # as an import would, with what is in the folder now
+    yield KINDS["floored"]
+    del KINDS["floored"], sys.modules["steerlib.encoders.floored"]
+    delattr(encoders, "floored")
+
+
+def test_a_kind_in_a_file_of_its_own_is_trained_steered_saved_and_opened(floored, model, tmp_path):
+    g = torch.Generator().manual_seed(0)
+    data = 3 * torch.randn(4000, 6, generator=g).relu() @ torch.randn(6, D, generator=g) + 1
+    recipe = EncoderRecipe(kind="floored", latents=48, sparsity=0.01, batch=200, rate=1e-2)
+    encoder = fit({"a": recipe}, Tokens(data), steps=300)["a"]
+    assert type(encoder) is floored and encoder.settings == {"centred": True}
+    assert explained_variance(data, encoder.reconstruct(data)) > 0.8
+    written = fit({"a": recipe}, Tokens(data, target=data[:, :5]), steps=300)["a"]
+    assert isinstance(written, Transcoder) and explained_variance(data[:, :5], written.reconstruct(data)) > 0.8
+
+    bank, x = bank_of(model, encoder), at(model)[0]
+    z = encoder.encode(x)
+    i = int((z > 0).sum((0, 1)).argmax())
+    bank.save_pretrained(tmp_path / "bank")
+    for some in (bank, sl.ConceptBank.from_pretrained(tmp_path / "bank")):
+        found = at(model, some, {f"layers.0/{i}": sl.Set(2.0)})[0]
+        torch.testing.assert_close(found, x + (2.0 - z[..., i])[..., None] * encoder.decoder[i], atol=2e-5, rtol=1e-5)
+        some.verify()
+
+
+def test_every_file_of_the_folder_is_searched_for_kinds():
+    folder = Path(encoders.__file__).parent
+    assert {path.stem for path in folder.glob("*.py")} - {"__init__"} <= {*vars(encoders)}
+
+
+@pytest.mark.parametrize("name", ["directions", "jumprelu", "relu", "topk"])
+def test_examples_in_docstrings_run(name):
+    assert doctest.testmod(sys.modules[f"steerlib.encoders.{name}"], raise_on_error=True).attempted

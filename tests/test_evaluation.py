@@ -17,11 +17,11 @@ import steerlib as sl
 from steerlib import errors
 from steerlib.evaluation import comparison, report, text
 from steerlib.evaluation.comparison import Condition, Scores, Unrelated, best_prompt, joint, ratios
-from steerlib.evaluation.text import Judge, counter, distinct, embed, relevance
+from steerlib.evaluation.text import Judge, counter, distinct, embed, judge_for, relevance
 from steerlib.text import chat, complete
-from steerlib.training.directions.levers import Lever, TokenGate, bank_of
-from steerlib.training.pipeline import judge_for
-from steerlib.training.recipe import Recipe
+from steerlib.training.directions.levers import Lever, bank_of
+from steerlib.training.directions.readouts import Readout
+from steerlib.training.recipe import DirectionRecipe, Recipe
 
 ROOT = Path(__file__).parent.parent
 PROMPTS = ("the sun rises", "why", "tea . the red house sings now")
@@ -155,18 +155,18 @@ def test_the_lexicon_ranks_words_of_two_texts_or_more_by_log_odds():
 
 @pytest.fixture(scope="module")
 def recipe():
-    return Recipe.from_file(ROOT / "concept_banks" / "recipes" / "smollm2-135m-instruct" / "recipe.toml")
+    return DirectionRecipe.from_file(ROOT / "concept_banks" / "recipes" / "smollm2-135m-instruct" / "recipe.toml")
 
 
 @pytest.fixture(scope="module")
 def judge(recipe):
-    return judge_for(recipe)
+    return judge_for(recipe.scorers)
 
 
 def test_the_scorer_names_the_concept_of_texts_it_never_saw(recipe, judge):
     held_out = recipe.read_held_out()
     assert judge.accuracy(*held_out) >= 0.95
-    assert judge_for(recipe, shuffle=True).accuracy(*held_out) < 0.25
+    assert judge_for(recipe.scorers, shuffle=True).accuracy(*held_out) < 0.25
 
 
 def test_identical_texts_score_identically(recipe, judge):
@@ -314,24 +314,22 @@ def gated(model, bias):
     """A concept at two sites that each token's reading lets through."""
     g = torch.Generator().manual_seed(3)
     a, b, read = torch.randn(3, model.config.hidden_size, generator=g)
-    return bank_of(
-        [("c", Lever(moves={"layers.0": 2 * a, "layers.1": b}, gate=TokenGate("layers.0", read, torch.tensor(bias))))]
-    )
+    return bank_of(Lever(moves={"layers.0": 2 * a, "layers.1": b}, gate=Readout("layers.0", read, torch.tensor(bias))))
 
 
 def test_random_directions_are_as_long_as_the_concept_everywhere_and_share_its_gate(model):
     bank = gated(model, 0.25)
-    controls = comparison.random_bank(bank["c"], bank, count=3, seed=1)
+    controls = comparison.random_bank(bank["lever"], bank, count=3, seed=1)
     drawn = [controls[f"random-{i}"] for i in (1, 2, 3)]
     for concept in drawn:
-        for own, place in zip(bank["c"].places, concept.places, strict=True):
+        for own, place in zip(bank["lever"].places, concept.places, strict=True):
             lengths = [float(b.rows(at).write.norm()) * at.unit for b, at in ((bank, own), (controls, place))]
             assert lengths[0] == pytest.approx(lengths[1], rel=1e-5) and controls.site_of(place) == bank.site_of(own)
-        assert concept.gate == bank["c"].gate
+        assert concept.gate == bank["lever"].gate
     x = torch.randn(20, model.config.hidden_size, generator=torch.Generator().manual_seed(0))
-    readings = [x @ b.rows(b["c.gate"]).read[0] + b.rows(b["c.gate"]).bias for b in (bank, controls)]
+    readings = [x @ b.rows(b["lever.gate"]).read[0] + b.rows(b["lever.gate"]).bias for b in (bank, controls)]
     torch.testing.assert_close(*readings, atol=1e-5, rtol=1e-5)
-    again = comparison.random_bank(bank["c"], bank, count=3, seed=1)
+    again = comparison.random_bank(bank["lever"], bank, count=3, seed=1)
     assert torch.equal(*(b.rows(b["random-2"]).write for b in (controls, again)))
     first, second = (controls.rows(concept).write for concept in drawn[:2])
     assert not torch.allclose(first, second)
@@ -343,21 +341,21 @@ def test_a_closed_gate_stops_random_directions_and_an_open_one_does_not(model):
         plain = model(ids).logits
         for bias, still in ((-1e3, True), (1e3, False)):
             bank = gated(model, bias)
-            with sl.steer(model, comparison.random_bank(bank["c"], bank), {"random-1": 1.0}, allow_ood=True):
+            with sl.steer(model, comparison.random_bank(bank["lever"], bank), {"random-1": 1.0}, allow_ood=True):
                 assert torch.equal(model(ids).logits, plain) is still
 
 
 def test_random_directions_know_the_threshold_of_a_gate_without_bounds(model):
     bank = gated(model, 0.0)
-    concepts = [replace(bank["c"], gate=sl.Gate("c.gate")), replace(bank["c.gate"], present=0.5)]
+    concepts = [replace(bank["lever"], gate=sl.Gate("lever.gate")), replace(bank["lever.gate"], present=0.5)]
     bank = bank.with_concepts(concepts)
-    controls = comparison.random_bank(bank["c"], bank)
+    controls = comparison.random_bank(bank["lever"], bank)
     ids = torch.arange(3, 13).view(2, 5)
     with torch.no_grad(), sl.steer(model, controls, {"random-1": 1.0}, allow_ood=True):
         gateless = model(ids).logits
     with (
         torch.no_grad(),
-        sl.steer(model, controls, {"random-1": sl.Add(1.0, gate=sl.Gate("c.gate", above=0.5))}, allow_ood=True),
+        sl.steer(model, controls, {"random-1": sl.Add(1.0, gate=sl.Gate("lever.gate", above=0.5))}, allow_ood=True),
     ):
         assert torch.equal(model(ids).logits, gateless)
 
@@ -442,7 +440,7 @@ def test_pictures_are_png_and_the_same_bytes_each_time():
 # -- the data of the recipes ---------------------------------------------------------------------------------
 
 FOUND = sorted((ROOT / "concept_banks" / "recipes").rglob("recipe.toml"))
-RECIPES = [path for path in FOUND if Recipe.from_file(path, to_train=False).concepts]
+RECIPES = [path for path in FOUND if isinstance(Recipe.from_file(path, to_train=False), DirectionRecipe)]
 
 
 def runs(texts, length=8):
@@ -457,7 +455,7 @@ def plain(prompt):
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.parent.name)
 def test_no_text_that_levers_are_made_from_is_one_that_scorers_learn_from_or_are_tested_on(path):
-    recipe = Recipe.from_file(path)
+    recipe = DirectionRecipe.from_file(path)
     pairs = runs(text for concept in recipe.concepts for pair in recipe.read_pairs(concept) for text in pair[1:])
     learned = [recipe.read_scoring(concept) for concept in recipe.concepts]
     scoring = runs(text for positive, negative, others in learned if others for text in (*positive, *negative))
@@ -470,7 +468,7 @@ def test_no_text_that_levers_are_made_from_is_one_that_scorers_learn_from_or_are
 
 def test_requests_serve_one_purpose_each(recipe):
     """To learn from, to choose with, to report on, or as the prompt of a contrast pair."""
-    lines = [json.loads(line) for line in recipe._path(recipe.prompts).read_text(encoding="utf-8").splitlines()]
+    lines = [json.loads(line) for line in recipe.path(recipe.prompts).read_text(encoding="utf-8").splitlines()]
     splits = [{plain(line["prompt"]) for line in lines if line["split"] == name} for name in ("train", "dev", "evaluation")]
     told = {plain(pair.prompt) for concept in recipe.concepts for pair in recipe.read_pairs(concept)}
     assert sum(map(len, splits)) == len(lines) and all(len(split) >= 10 for split in splits) and len(told) >= 24

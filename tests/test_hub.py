@@ -18,7 +18,7 @@ from test_bank import contents, make
 import steerlib as sl
 from steerlib import errors
 from steerlib.bank import trust
-from steerlib.bank.hub import shipped_banks
+from steerlib.bank.hub import shipped
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # huggingface_hub's own
 ROOT = Path(__file__).parent.parent
@@ -272,7 +272,7 @@ def test_what_is_published_loads_bit_equal(hub, tmp_path):
     bank = make(200, 64)
     commit = bank.push_to_hub("org/made", token="secret")
     received = hub.repos["org/made"]["commits"][commit]
-    bank.card = received["README.md"].decode()  # which has metadata now
+    bank = bank.with_concepts(card=received["README.md"].decode())  # which has metadata now
     assert bank.card.startswith("---\n") and bank.card.endswith("# made\n")
     expected = files_of(bank, tmp_path / "made")
     assert {path: data for path, data in received.items() if path != ".gitattributes"} == expected
@@ -309,8 +309,8 @@ def test_banks_are_listed_by_base_model(hub):
     hub.add("org/far", {}, tags=["steerlib", "base_model:org/other"])
     assert [bank.name for bank in sl.list_banks(base_model="org/model")] == ["org/ours"]
     names = [bank.name for bank in sl.list_banks()]
-    assert names == [*shipped_banks(), "org/far", "org/ours"]
-    assert [bank.name for bank in sl.list_banks(local_files_only=True)] == shipped_banks()
+    assert names == [*shipped(), "org/far", "org/ours"]
+    assert [bank.name for bank in sl.list_banks(local_files_only=True)] == [*shipped()]
 
 
 # -- processes -----------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +21,15 @@ from steerlib import errors
 from steerlib.bank.concept_bank import SiteFacts
 from steerlib.encoders import ReLU, Transcoder
 from steerlib.evaluation import representation
+from steerlib.evaluation.quality import quality
 from steerlib.evaluation.report import latents_table
 from steerlib.training.fit.run import fit
 from steerlib.training.label import labels as labels
 from steerlib.training.label import verify as verification
 from steerlib.training.label.attributes import select
 from steerlib.training.label.verify import Followers, followers, next_tokens, opened, verify
-from steerlib.training.package.quality import evaluate_encoders
-from steerlib.training.recipe import Recipe
+from steerlib.training.package.latents import evaluate_encoders
+from steerlib.training.recipe import TextEncoderRecipe
 from steerlib.training.record.activations import tokens
 from steerlib.training.record.documents import sources
 from steerlib.training.record.shards import Shards
@@ -103,7 +104,7 @@ def made(tmp_path_factory):
     (folder / "unrelated.jsonl").write_text("\n".join(f'{{"text": "{text}"}}' for text in texts[:6]))
     (folder / "recipe.toml").write_text(RECIPE)
     write_tea(folder)
-    recipe = Recipe.from_file(folder / "recipe.toml")
+    recipe = TextEncoderRecipe.from_file(folder / "recipe.toml")
     bank = sl.train(toy(), recipe, tokenizer=toy_tokenizer(), work=folder / "work")
     (activations,) = (folder / "work").glob("*/activations")
     return folder, recipe, bank, Shards(activations, held_out=0.1)
@@ -196,11 +197,11 @@ def test_quality_equals_a_second_implementation(made):
     encoder, site = bank.encoder("layers.0"), "layers.0"
     x = torch.cat(list(shards.in_order(site, 500, shards.training))).float()
     texts = recipe.read_texts(recipe.unrelated)
-    found = representation.quality(model, tokenizer, encoder, site, x, texts)
-    assert found.explained == pytest.approx(
+    found = quality(model, tokenizer, encoder, site, x, texts)
+    assert found["explained"] == pytest.approx(
         1 - float((x - encoder.reconstruct(x)).square().sum() / (x - x.mean(0)).square().sum()), abs=1e-5
     )
-    assert found.l0 == pytest.approx(4, abs=0.5) and found.explained > found.control + 0.1
+    assert found["l0"] == pytest.approx(4, abs=0.5) and found["explained"] > found["control"] + 0.1
     losses = {}
     for name, make in {"plain": None, "mean": lambda a: x.mean(0).expand_as(a), "own": encoder.reconstruct}.items():
         handle = make and model.model.layers[0].register_forward_hook(lambda m, a, out, make=make: make(out))
@@ -213,7 +214,7 @@ def test_quality_equals_a_second_implementation(made):
         if handle:
             handle.remove()
     expected = 1 - (losses["own"] - losses["plain"]) / (losses["mean"] - losses["plain"])
-    assert found.recovered == pytest.approx(expected, abs=1e-3) and found.kl > 0
+    assert found["recovered"] == pytest.approx(expected, abs=1e-3) and found["kl"] > 0
     assert not model.model.layers[0]._forward_hooks
 
 
@@ -222,9 +223,9 @@ def test_an_encoder_that_keeps_everything_loses_nothing():
     eye = torch.eye(32)
     encoder = ReLU(encoder=torch.cat((eye, -eye)), bias=torch.zeros(64), decoder=torch.cat((eye, -eye)))
     x = torch.randn(300, 32, generator=torch.Generator().manual_seed(0))
-    found = representation.quality(toy(), toy_tokenizer(), encoder, "layers.0", x, ["the sun rises slowly", "why"])
-    assert found.explained == pytest.approx(1) and found.recovered == pytest.approx(1, abs=1e-4)
-    assert found.kl == pytest.approx(0, abs=1e-5) and found.dead == 0 and found.dense == 1
+    found = quality(toy(), toy_tokenizer(), encoder, "layers.0", x, ["the sun rises slowly", "why"])
+    assert found["explained"] == pytest.approx(1) and found["recovered"] == pytest.approx(1, abs=1e-4)
+    assert found["kl"] == pytest.approx(0, abs=1e-5) and found["dead"] == 0 and found["dense"] == 1
 
 
 def test_latents_are_selected_by_their_correlation_with_labelled_texts(made):
@@ -354,9 +355,9 @@ def test_a_bank_of_latents_is_measured_again_on_ordinary_text(made, tmp_path):
     texts = recipe.read_texts(recipe.unrelated)
     x = tokens(model, tokenizer, texts, ["layers.1"], what="")["layers.1"]
     encoder = bank.encoder("layers.1#wide")
-    expected = representation.quality(model, tokenizer, encoder, "layers.1", x, texts)
+    expected = quality(model, tokenizer, encoder, "layers.1", x, texts)
     line = found["layers.1#wide"]
-    assert {key: line[key] for key in asdict(expected)} == asdict(expected) and line["tokens"] == len(x)
+    assert {key: line[key] for key in expected} == expected and line["tokens"] == len(x)
     assert (
         line["stability"] == pytest.approx(1, abs=1e-6)
         and line["probes"] == bank.provenance["quality"]["layers.1#wide"]["probes"]
@@ -384,8 +385,8 @@ def test_the_command_line_measures_what_the_library_measures(made, tmp_path):
 def test_a_recipe_is_read_without_its_corpus_where_nothing_is_trained(made, tmp_path):
     shutil.copytree(made[0], tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("work", "corpus.txt"))
     with pytest.raises(errors.BadRecipe, match="corpus.txt"):
-        Recipe.from_file(tmp_path / "recipe.toml")
-    assert Recipe.from_file(tmp_path / "recipe.toml", to_train=False).attributes == ("tea.jsonl",)
+        TextEncoderRecipe.from_file(tmp_path / "recipe.toml")
+    assert TextEncoderRecipe.from_file(tmp_path / "recipe.toml", to_train=False).attributes == ("tea.jsonl",)
 
 
 def test_the_command_line_shows_what_the_maker_measured(made, tmp_path):
@@ -429,7 +430,7 @@ def transcoders(made, tmp_path_factory):
     folder = tmp_path_factory.mktemp("transcoders")
     shutil.copytree(made[0], folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("work"))
     (folder / "recipe.toml").write_text(TRANSCODERS)
-    recipe = Recipe.from_file(folder / "recipe.toml")
+    recipe = TextEncoderRecipe.from_file(folder / "recipe.toml")
     bank = sl.train(toy(), recipe, tokenizer=toy_tokenizer(), work=folder / "work")
     (activations,) = (folder / "work").glob("*/activations")
     return folder, recipe, bank, Shards(activations, held_out=0.1)
@@ -492,8 +493,8 @@ def test_a_transcoder_that_copies_what_it_reads_loses_nothing():
     copy = Transcoder(encoder=nothing, bias=torch.zeros(4), decoder=nothing, threshold=torch.zeros(4), skip=torch.eye(32))
     x = torch.randn(300, 32, generator=torch.Generator().manual_seed(0))
     texts = ["the sun rises slowly", "why"]
-    found = representation.quality(toy(), toy_tokenizer(), copy, "layers.1.in", x, texts, reads="layers.0", y=x)
-    assert found.explained == pytest.approx(1) and found.recovered == pytest.approx(1, abs=1e-5) and found.dead == 1
+    found = quality(toy(), toy_tokenizer(), copy, "layers.1.in", x, texts, reads="layers.0", y=x)
+    assert found["explained"] == pytest.approx(1) and found["recovered"] == pytest.approx(1, abs=1e-5) and found["dead"] == 1
 
 
 def test_a_transcoder_that_would_read_what_is_not_there_yet_is_refused(transcoders, tmp_path):
@@ -503,13 +504,13 @@ def test_a_transcoder_that_would_read_what_is_not_there_yet_is_refused(transcode
         sl.train(toy(), replace(recipe, encoders=(spec,)), tokenizer=toy_tokenizer(), work=tmp_path)
     assert not list(tmp_path.glob("*/activations"))
     refused = {
-        "of topk, batchtopk, relu": ('"jumprelu"', '"gated"'),
+        "of batchtopk, jumprelu, relu, topk": ('"jumprelu"', '"gated"'),
         "reads beside skip": ('reads = "layers.1.mlp.in"', ""),
     }
     for said, change in refused.items():
         (folder / "wrong.toml").write_text(TRANSCODERS.replace(*change))
         with pytest.raises(errors.BadRecipe, match=said):
-            Recipe.from_file(folder / "wrong.toml")
+            TextEncoderRecipe.from_file(folder / "wrong.toml")
 
 
 # -- what is refused -----------------------------------------------------------------------------------------
@@ -535,4 +536,4 @@ def test_what_cannot_work_is_refused_before_a_model_is_loaded(tmp_path, said):
     (tmp_path / "few.jsonl").write_text('{"text": "tea", "label": 1}\n{"text": "sun", "label": 0}')
     (tmp_path / "recipe.toml").write_text(RECIPE.replace(*REFUSED[said], 1))
     with pytest.raises(errors.BadRecipe, match=said):
-        Recipe.from_file(tmp_path / "recipe.toml")
+        TextEncoderRecipe.from_file(tmp_path / "recipe.toml")

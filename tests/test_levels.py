@@ -100,7 +100,7 @@ def test_a_concept_is_held_in_the_window_of_its_level_alone():
 
     free = made()
     torch.testing.assert_close(made(do="hold", hold=["late"]), free)
-    wide = sl.ConceptBank("wide", [*bank.concepts.values()], bank._encoders, base=bank.base, sites=bank.sites)
+    wide = bank.with_concepts(name="wide", levels={})
     with sl.steer(pipe, wide, {"early": sl.Add(5.0, when=sl.Window(0.0, 0.3))}, do="hold", hold=["late"]):
         assert (run(pipe, steps=10) - free).abs().max() > 1e-3
 

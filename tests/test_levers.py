@@ -15,7 +15,7 @@ from torch import Tensor
 import steerlib as sl
 from steerlib import errors
 from steerlib.bank.concept_bank import SiteFacts
-from steerlib.steering.plan import SHARE
+from steerlib.steering.lowering import SHARE
 
 SITES = ["layers.0", "layers.1", "layers.2"]
 UNITS = (0.5, 0.3, 0.2)

@@ -15,7 +15,8 @@ from steerlib.text import chat
 from steerlib.training.directions import objectives
 from steerlib.training.directions.levers import Lever, Task, bank_of
 from steerlib.training.directions.methods import METHODS, difference_of_means, gated, norm_matched, orthogonal
-from steerlib.training.recipe import Pair
+from steerlib.training.directions.readouts import discriminant, metric
+from steerlib.training.entries import Pair
 from steerlib.training.record.activations import answers, tokens
 
 SITES = ["layers.0", "layers.1"]
@@ -119,7 +120,7 @@ def moved_by(lever, strength, model, ids):
     """Activations at a lever's first site, before and after."""
     with record(model, [lever.site]) as plain:
         model(ids)
-    with sl.steer(model, bank_of([("lever", lever)]), {"lever": strength}, allow_ood=True), record(model, [lever.site]) as tape:
+    with sl.steer(model, bank_of(lever), {"lever": strength}, allow_ood=True), record(model, [lever.site]) as tape:
         model(ids)
     return plain[lever.site][0][1], tape[lever.site][0][1]
 
@@ -143,7 +144,7 @@ def own_loss(name, task):
     """A learned method's own loss over all rows, at the lever it gives."""
     lever = METHODS[name].fit(task)
     lesson = objectives.shown(task) if name == "rank-one" else objectives.told(task)
-    with torch.no_grad(), sl.steer(task.model, bank_of([("lever", lever)]), {"lever": 1.0}, allow_ood=True):
+    with torch.no_grad(), sl.steer(task.model, bank_of(lever), {"lever": 1.0}, allow_ood=True):
         total = objectives.loss(task.model, lesson, torch.arange(len(lesson.ids)))
         if name == "gated":
             kept = objectives.untouched(task)
@@ -202,7 +203,7 @@ def test_ordinary_text_is_untouched_without_a_lever_and_touched_with_one(task, m
     rows = torch.arange(len(TEXTS))
     assert float(objectives.loss(model, lesson, rows)) == pytest.approx(0, abs=1e-3)
     lever = METHODS["difference-of-means"].fit(task)
-    with sl.steer(model, bank_of([("lever", lever)]), {"lever": 1.0}, allow_ood=True):
+    with sl.steer(model, bank_of(lever), {"lever": 1.0}, allow_ood=True):
         assert float(objectives.loss(model, lesson, rows)) > 0.1
 
 
@@ -259,12 +260,12 @@ def test_the_metric_is_the_inverse_of_the_shrunk_covariance():
     x = torch.randn(50, 6, generator=torch.Generator().manual_seed(0)) * torch.arange(1, 7) + 3
     covariance = np.cov(x.numpy().T, bias=True)
     expected = np.linalg.inv(0.9 * covariance + 0.1 * np.trace(covariance) / 6 * np.eye(6))
-    np.testing.assert_allclose(orthogonal.metric(x), expected, rtol=1e-3, atol=1e-6)
+    np.testing.assert_allclose(metric(x), expected, rtol=1e-3, atol=1e-6)
 
 
 def test_without_makes_kept_directions_uncorrelated_and_changes_nothing_else():
     g = torch.Generator().manual_seed(0)
-    inverse = orthogonal.metric(torch.randn(200, 6, generator=g) * torch.arange(1, 7))
+    inverse = metric(torch.randn(200, 6, generator=g) * torch.arange(1, 7))
     d, keep = torch.randn(6, generator=g), torch.randn(2, 6, generator=g)
     found = orthogonal.without(d, keep, inverse)
     torch.testing.assert_close(keep @ inverse @ found, torch.zeros(2), atol=1e-5, rtol=0)
@@ -275,7 +276,7 @@ def test_without_makes_kept_directions_uncorrelated_and_changes_nothing_else():
 
 
 def test_orthogonal_keeps_the_other_concepts_of_its_task_and_is_difference_of_means_without_any(task, model, read):
-    reading = task.keep[task.site] @ orthogonal.metric(task.reference[task.site])
+    reading = task.keep[task.site] @ metric(task.reference[task.site])
     freed, plain = (METHODS[name].fit(task).moves[task.site] for name in ("orthogonal", "difference-of-means"))
     torch.testing.assert_close(reading @ freed / (reading.norm() * freed.norm()), torch.zeros(2), atol=1e-5, rtol=0)
     assert (reading @ plain).abs().max() > 1e-3 * reading.norm() * plain.norm()
@@ -287,11 +288,11 @@ def test_the_discriminant_reads_1_and_0_at_the_means_and_tells_them_apart_best()
     g = torch.Generator().manual_seed(0)
     x = torch.randn(300, 6, generator=g) * torch.arange(1, 7)
     present, absent = torch.randn(2, 6, generator=g) * 4
-    found = gated.discriminant("layers.0", present, absent, x)
+    found = discriminant("layers.0", present, absent, x)
     readings = torch.stack((present, absent)) @ found.read + found.bias
     torch.testing.assert_close(readings, torch.tensor([1.0, 0.0]), atol=1e-5, rtol=0)
     # Fisher's criterion, over any direction: squared distance of the means by variance
-    covariance = torch.linalg.inv(orthogonal.metric(x))
+    covariance = torch.linalg.inv(metric(x))
     tried = torch.cat((found.read[None], torch.randn(1000, 6, generator=g), present[None] - absent))
     criterion = (tried @ (present - absent)) ** 2 / (tried @ covariance * tried).sum(-1)
     assert criterion.argmax() == 0

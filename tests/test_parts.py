@@ -294,7 +294,7 @@ def test_masks_that_cannot_be_laid_over_the_image_are_refused():
     pipe = pipe_of("flux")
     for wrong in ((0.5, 0.0, 0.5, 1.0), (0.0, 0.0, 2.0, 1.0), (0.0, 1.0), "left", 3.0):
         with pytest.raises(errors.BadEdit, match="box"):
-            masks.check(wrong)
+            masks.mask_of(wrong)
     text = bank_for(pipe, "transformer.transformer_blocks.0:text", 16)
     with pytest.raises(errors.Unanswerable, match="mask at a site of image tokens"):
         steered(pipe, text, {"a": sl.Add(1.0, mask=(0.0, 0.0, 0.5, 1.0))})

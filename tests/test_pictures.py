@@ -12,9 +12,11 @@ from scenes.pipeline import pipeline
 
 import steerlib as sl
 from steerlib.errors import BadRecipe, SiteNotReached
+from steerlib.evaluation.quality import used
+from steerlib.training.entries import SiteEncoder
 from steerlib.training.fit.encoder_recipe import EncoderRecipe
 from steerlib.training.package import pictures
-from steerlib.training.recipe import SiteEncoder
+from steerlib.training.recipe import PipelineEncoderRecipe
 from steerlib.training.record import noised
 
 SITE = "unet.up_blocks.0.attentions.0.transformer_blocks.0.attn2"
@@ -57,7 +59,7 @@ def recipe(tmp_path):
     said = scenes.captions(scenes.draw(25).factors)
     (tmp_path / "prompts.txt").write_text("\n\n".join(said))
     (tmp_path / "recipe.toml").write_text(RECIPE.format(source=tmp_path / "pipe", site=SITE))
-    return sl.Recipe.from_file(tmp_path / "recipe.toml")
+    return PipelineEncoderRecipe.from_file(tmp_path / "recipe.toml")
 
 
 def test_a_pipeline_gets_a_bank_of_latents_by_level(toy, recipe, tmp_path, monkeypatch):
@@ -100,7 +102,7 @@ def test_levels_are_for_all_encoders_or_for_none():
         SiteEncoder(site="a", level=-1, recipe=own).check()
     mixed = (SiteEncoder(site="a", level=1, recipe=own), SiteEncoder(site="b", recipe=own))
     with pytest.raises(BadRecipe, match="for every encoder"):
-        sl.Recipe(name="x", base="x", source="x", encoders=mixed, corpus=("a.txt",)).check(to_train=False)
+        PipelineEncoderRecipe(name="x", base="x", source="x", encoders=mixed, corpus=("a.txt",)).check(to_train=False)
 
 
 def test_passes_nearest_a_level_are_kept_of_the_conditional_half(toy):
@@ -124,9 +126,7 @@ def test_labels_are_what_readings_go_with_most():
     z = torch.stack([named["b"].float(), 0.5 * named["a"].float(), torch.zeros(40)], 1)
     labels, likeness = pictures.best(z, named)
     assert labels[:2] == ["b", "a"] and likeness[:2].tolist() == pytest.approx([1, 1]) and likeness[2] == 0
-    assert pictures.used(torch.ones(10, 5)) == pytest.approx(1) and pictures.used(
-        torch.eye(5)[:1].repeat(9, 1)
-    ) == pytest.approx(0.2)
+    assert used(torch.ones(10, 5)) == pytest.approx(1) and used(torch.eye(5)[:1].repeat(9, 1)) == pytest.approx(0.2)
 
 
 def test_the_scenes_bank_at_toy_size(toy, tmp_path):

@@ -9,7 +9,7 @@ from tiny_pipelines import PIPELINES, Streams, run
 from torch import nn
 
 import steerlib as sl
-from steerlib.hooks.diffusers.sites import noise_level
+from steerlib.hooks.modules import named
 from steerlib.hosts import host_for
 
 STEPS = 3
@@ -111,10 +111,9 @@ def test_progress_is_the_schedulers_noise_level_however_the_denoiser_is_asked(fa
 
 
 def _noise(host, name, module, args, kwargs):
-    from steerlib.hooks.diffusers.host import _time, arguments
-
-    given = {**dict(zip(arguments(module)[1:], args, strict=False)), **kwargs}
-    return noise_level(module, _time(given), host._train_steps)
+    facts, given = host.denoisers[name], named(module, args, kwargs)
+    time = next(given[name] for name in facts.time if given.get(name) is not None)
+    return facts.noise(time, host.pipe.scheduler.config.num_train_timesteps)
 
 
 @pytest.mark.parametrize("family", PIPELINES)

@@ -15,7 +15,7 @@ from tiny_pipelines import WITH_TEXT, run
 import steerlib as sl
 from steerlib import errors
 from steerlib.hooks.diffusers.calls import asking
-from steerlib.schedules import Grid, StepState
+from steerlib.passes import DenoisingPass, Grid
 from steerlib.steering import masks
 
 d: Any = diffusers
@@ -98,11 +98,11 @@ def test_tokens_lie_as_the_least_patch_over_time_has_them(latent, count, expecte
 
 
 def test_a_video_looked_at_frame_by_frame_is_masked_frame_by_frame_and_tokens_over_time_are_refused():
-    state = StepState.denoising(0.5, images=2, prompts=2, branches=("uncond", "cond"), grid=Grid(16, 16, 16))
-    left = masks.share((0.0, 0.0, 0.5, 1.0), state, torch.zeros(4 * 16, 256, 8), "a")
+    state = DenoisingPass(0.5, images=2, prompts=2, branches=("uncond", "cond"), grid=Grid(16, 16, 16))
+    left = masks.Box(0.0, 0.0, 0.5, 1.0).share(state, torch.zeros(4 * 16, 256, 8), "a")
     assert left.shape == (64, 256) and left[0].view(16, 16).tolist() == [[1.0] * 8 + [0.0] * 8] * 16
     with pytest.raises(errors.Unanswerable, match="cannot be laid over"):
-        masks.share((0.0, 0.0, 0.5, 1.0), state, torch.zeros(512, 16, 8), "a")
+        masks.Box(0.0, 0.0, 0.5, 1.0).share(state, torch.zeros(512, 16, 8), "a")
 
 
 def test_the_mask_of_a_video_lies_right_where_frames_divide_by_four():

@@ -4,6 +4,7 @@ import json
 import pickle
 import shutil
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -11,12 +12,15 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tiny_models import tiny
 
 import steerlib as sl
 from steerlib.bank.concept_bank import SiteFacts
+from steerlib.bank.concepts import Concept
 from steerlib.encoders import BatchTopK, Directions, JumpReLU, Matryoshka, ReLU, TopK, Transcoder
 from steerlib.errors import BadBank, CorruptBank, UnknownFormat, UnknownSite, WrongWidth
 from steerlib.readers import FORMATS, hookpoints, lm_eval, repeng, saelens
+from steerlib.readers.foreign import Foreign, Found
 
 FOREIGN = Path(__file__).parent / "fixtures" / "foreign"
 KEPT = sorted(FOREIGN.glob("*.safetensors"))
@@ -443,7 +447,7 @@ def test_a_user_says_where_an_encoder_belongs_and_to_what(llama):
 
 
 def test_formats_are_listed_where_none_or_several_fit(tmp_path):
-    with pytest.raises(UnknownFormat, match="saelens, gemma-scope"):
+    with pytest.raises(UnknownFormat, match="dictionary-learning, gemma-scope"):
         sl.read_bank(tmp_path)
     for case in ("sparsify-topk", "svec"):
         shutil.copytree(FOREIGN / case, tmp_path / "both", dirs_exist_ok=True)
@@ -493,3 +497,39 @@ def test_encoders_of_several_widths_do_not_fit_one_site(tmp_path):
 def test_every_format_says_what_it_reads():
     for module in FORMATS.values():
         assert module.__doc__ and module.FILES and module.units(FOREIGN.parent / "nothing-here") == []
+
+
+def test_a_format_that_was_added_is_found_and_read_like_the_others(tmp_path, monkeypatch):
+    """A module with three names is all that a format needs."""
+    dummy: Any = ModuleType("dummy")
+    dummy.FILES = (".dummy",)
+    dummy.units = lambda path: sorted(path.glob("*.dummy")) if path.is_dir() else []
+    dummy.read = lambda path, title, scale=1.0: Foreign(
+        found=[Found(encoder=Directions(scale * torch.eye(32)), hook="layers.0")],
+        concepts=[Concept(name=title.rpartition("/")[2], encoder="layers.0", index=3)],
+    )
+    monkeypatch.setitem(FORMATS, "dummy", dummy)
+    (tmp_path / "a.dummy").touch()
+    bank, model = sl.read_bank(tmp_path, scale=2.0, base=tiny("llama")), tiny("llama")
+    assert bank.provenance["format"] == "dummy" and list(bank) == [tmp_path.name]
+    with sl.record(model, ["layers.0"]) as plain, torch.no_grad():
+        model(torch.arange(3, 8)[None])
+    with sl.steer(model, bank, {tmp_path.name: 1.5}), sl.record(model, ["layers.0"]) as moved, torch.no_grad():
+        model(torch.arange(3, 8)[None])
+    change = moved["layers.0"][0][1] - plain["layers.0"][0][1]
+    torch.testing.assert_close(change, 3.0 * torch.eye(32)[3].expand_as(change))
+    with pytest.raises(BadBank, match="no files of format 'dummy'"):
+        sl.read_bank(FOREIGN, format="dummy")
+
+
+def test_files_of_a_special_case_are_not_read_as_the_format_it_is_a_case_of(tmp_path):
+    for name in ("layers.3", "layers.4"):
+        shutil.copytree(FOREIGN / "sparsify-topk" / "layers.3.mlp", tmp_path / name)
+    cfg = tmp_path / "layers.4" / "cfg.json"
+    cfg.write_text(json.dumps({**json.loads(cfg.read_text()), "input_unit_norm": True}))
+    with pytest.raises(BadBank, match="several formats"):
+        sl.read_bank(tmp_path, "sparsify")
+    with pytest.raises(BadBank, match="no files of format 'sparsify'"):
+        sl.read_bank(tmp_path / "layers.4", "sparsify")
+    assert sl.read_bank(tmp_path / "layers.4").provenance["format"] == "saeuron"
+    assert sl.read_bank(tmp_path / "layers.3").provenance["format"] == "sparsify"

@@ -17,7 +17,7 @@ from steerlib.evaluation.report import summary, table
 from steerlib.text import chat
 from steerlib.training.calibrate.measure import ANSWERING
 from steerlib.training.label.verify import dose, gains, next_tokens, opened
-from steerlib.training.pipeline import evaluate
+from steerlib.training.package.directions import evaluate
 
 pytestmark = pytest.mark.real
 NEW = 10

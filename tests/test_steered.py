@@ -7,8 +7,7 @@ import torch
 import steerlib as sl
 from steerlib.bank.concept_bank import SiteFacts
 from steerlib.encoders import JumpReLU
-from steerlib.errors import BadRecipe, ConflictingEdits
-from steerlib.steering.recording import replacing
+from steerlib.errors import BadRecipe
 from steerlib.training.discover.discovery import discover, with_graph
 from steerlib.training.discover.steered import SteeredText
 from steerlib.training.discover.systems import Shuffled, ablated, csr, fixed, held
@@ -119,13 +118,3 @@ def test_a_folder_is_not_shared_by_runs_that_verify_different_parents(system, tm
 def test_it_says_what_it_needs(llama, latents):
     with pytest.raises(BadRecipe, match="two layers"):
         SteeredText(llama, latents, torch.zeros(3, 1, dtype=torch.long))
-
-
-def test_replacing_is_refused_where_a_session_steers(llama, latents):
-    refused = pytest.raises(ConflictingEdits, match=r"layers\.0")
-    with sl.steer(llama, latents, {"layers.0/1": 1.0}), refused, replacing(llama, {"layers.0": lambda x, _: x}):
-        pass
-    nothing = replacing(llama, {"layers.1": lambda x, _: torch.zeros_like(x)})
-    with torch.no_grad(), nothing, sl.record(llama, "layers.1") as tape:
-        llama(torch.tensor([[1, 2, 3]]))
-    assert not tape["layers.1"][0][1].any()

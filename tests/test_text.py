@@ -366,7 +366,7 @@ def test_the_same_concept_set_twice_is_a_conflict(llama, bank):
         with pytest.raises(errors.ConflictingEdits, match="'a'"), sl.steer(llama, bank, {"a": sl.Ablate()}):
             pass
         before = logits(llama, prompts())
-        assert len(outer.programs) == 1
+        assert len(outer.runs) == 1
     with sl.steer(llama, bank, {"a": sl.Set(1.0)}):
         assert torch.equal(before, logits(llama, prompts()))
     with pytest.raises(errors.ConflictingEdits, match="named twice"):

@@ -13,8 +13,9 @@ from steerlib.errors import BadRecipe
 from steerlib.graph.causal_graph import CausalGraph, Edge
 from steerlib.training.discover import text_graph
 from steerlib.training.discover.text_graph import Foretold, best_known, carried, contexts, foretold, graphed, scores
+from steerlib.training.entries import GraphRecipe
 from steerlib.training.package.card import graph_table
-from steerlib.training.recipe import GraphRecipe, Recipe
+from steerlib.training.recipe import TextEncoderRecipe
 
 SIZE = 24
 RECIPE = GraphRecipe(contexts=720, length=12, parents=12, controls=4)
@@ -133,18 +134,18 @@ def test_a_recipe_asks_for_a_graph_of_two_layers_or_more(tmp_path):
     path = tmp_path / "recipe.toml"
     path.write_text(RECIPE_TEXT.format(contexts=240))
     with pytest.raises(BadRecipe, match="two layers"):
-        Recipe.from_file(path, to_train=False)
+        TextEncoderRecipe.from_file(path, to_train=False)
     whole = RECIPE_TEXT.format(contexts=240).replace("[graph]", '[[encoders]]\nsite = "layers.1"\nlatents = 64\n[graph]')
     path.write_text(whole)
-    read = Recipe.from_file(path, to_train=False).graph
+    read = TextEncoderRecipe.from_file(path, to_train=False).graph
     assert read is not None
     assert (read.contexts, read.first, read.second, read.held_out) == (240, 120, 80, 0.4)
     path.write_text(whole.replace("240", "60"))
     with pytest.raises(BadRecipe, match="120 contexts"):
-        Recipe.from_file(path, to_train=False)
+        TextEncoderRecipe.from_file(path, to_train=False)
     path.write_text(whole.replace("contexts", "context"))
     with pytest.raises(BadRecipe, match="context"):
-        Recipe.from_file(path, to_train=False)
+        TextEncoderRecipe.from_file(path, to_train=False)
 
 
 @pytest.mark.parametrize("name", ["smollm2-135m-latents", "scenes-32"])

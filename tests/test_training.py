@@ -9,7 +9,9 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,13 +22,16 @@ from tiny_models import WORDS, tiny, toy_tokenizer
 import steerlib as sl
 from steerlib import errors
 from steerlib.evaluation import report
-from steerlib.evaluation.comparison import Unrelated
-from steerlib.training import pipeline
+from steerlib.evaluation.comparison import Condition, Unrelated
 from steerlib.training.calibrate import doses as calibrate
 from steerlib.training.calibrate.measure import ANSWERING
+from steerlib.training.directions import methods
 from steerlib.training.directions.levers import Lever
+from steerlib.training.directions.methods import METHODS
 from steerlib.training.directions.studio import PRESENT, Studio
-from steerlib.training.recipe import ConceptRecipe, Recipe
+from steerlib.training.entries import ConceptRecipe
+from steerlib.training.package.directions import layers_to_try
+from steerlib.training.recipe import KINDS, DirectionRecipe, PipelineEncoderRecipe, TextEncoderRecipe
 from steerlib.training.record.activations import answers
 
 
@@ -98,7 +103,7 @@ def contents(folder):
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
     folder = tmp_path_factory.mktemp("toy")
-    recipe = Recipe.from_file(write_recipe(folder / "recipe"))
+    recipe = DirectionRecipe.from_file(write_recipe(folder / "recipe"))
     bank = sl.train(toy(), recipe, tokenizer=toy_tokenizer(), work=folder / "work")
     return folder, bank, bank.save_pretrained(folder / "bank")
 
@@ -155,20 +160,20 @@ def test_the_search_stays_within_its_budget_and_chooses_a_finalist(uninterrupted
         assert choice.answers == 32 and len(choice.trials) == 5
         assert calibrate.Choice.from_dict(choice.to_dict()) == choice
         best = sorted(choice.trials, key=lambda trial: -trial.joint)[: calibrate.FINALISTS]
-        assert (choice.method, choice.site, choice.strength) in [trial.setting for trial in best]
+        assert (choice.method, choice.site, choice.strength) in [trial[:3] for trial in best]
 
 
 def test_strengths_are_shares_of_the_strongest_that_leaves_ordinary_text_nearly_as_it_is(uninterrupted):
     """Or of the longest that the cap on lengths lets through; each lever's change of ordinary text is measured anew."""
     folder, bank, _ = uninterrupted
-    recipe, model = Recipe.from_file(folder / "recipe" / "recipe.toml"), toy()
+    recipe, model = DirectionRecipe.from_file(folder / "recipe" / "recipe.toml"), toy()
     studio = Studio(model, toy_tokenizer(), recipe, ["layers.0", "layers.1"])
     ordinary = Unrelated(model, toy_tokenizer(), recipe.read_texts(recipe.reference)[-calibrate.ORDINARY :])
     for concept in recipe.concepts:
         choice, strongest = chosen(folder, concept.name), {}
         for trial in choice.trials:
             made = studio.bank(concept, concept.asked[choice.prompt], trial.method, trial.site)
-            kl = ordinary.side_effects(calibrate.condition(trial.setting, lambda *_, made=made: made)).kl
+            kl = ordinary.side_effects(Condition(name="tried", bank=made, edits={"lever": trial.strength})).kl
             moves = {
                 made.site_of(place): trial.strength * float(made.rows(place).write.norm()) for place in made["lever"].places
             }
@@ -200,7 +205,7 @@ def test_measurements_agree_with_what_they_were_made_from(uninterrupted):
                 expected = (means[name] - u) / (p - u) if p > u + 1e-4 else line["ratio"]
                 assert line["ratio"] == pytest.approx(expected, abs=1e-4 * (3 + 3 / max(p - u, 1e-4)))
         choice = chosen(folder, concept.name)
-        same = choice.best_of(choice.method).setting == (choice.method, choice.site, choice.strength)
+        same = choice.best_of(choice.method)[:3] == (choice.method, choice.site, choice.strength)
         assert (found[choice.method] == found["steered"]) is same and choice.method == effects["method"]
         assert found["steered"]["kl"] > 0 and found["random-1"]["kl"] > 0 and "kl" not in found["no-op"]
         assert effects["passes"]["at most 0.5 nats worse than prompting"] is (
@@ -221,7 +226,7 @@ def test_stored_measurements_can_be_shown_again(uninterrupted, tmp_path):
 def test_detectors_count_tokens_of_texts_they_were_not_made_from(uninterrupted):
     """Text by text, token by token."""
     folder, bank, _ = uninterrupted
-    recipe, model = Recipe.from_file(folder / "recipe" / "recipe.toml"), toy()
+    recipe, model = DirectionRecipe.from_file(folder / "recipe" / "recipe.toml"), toy()
     studio = Studio(model, toy_tokenizer(), recipe, ["layers.0", "layers.1"])
     found = studio.detector(recipe.concepts[1])
     assert found is not None and studio.detector(recipe.concepts[0]) is None
@@ -233,12 +238,12 @@ def test_detectors_count_tokens_of_texts_they_were_not_made_from(uninterrupted):
             yes[side] += sum(float(token @ found.gate.read + found.gate.bias) > 0.5 for token in x)
             total[side] += len(x)
     assert (found.precision, found.recall, found.tokens) == (yes[0] / sum(yes), yes[0] / total[0], sum(total))
-    assert bank["tea.present"].effects == pipeline._told_apart(found)
+    assert bank["tea.present"].effects == found.effects
 
 
 def test_the_same_recipe_gives_the_same_bytes(uninterrupted, tmp_path):
     folder, _, first = uninterrupted
-    again = sl.train(toy(), Recipe.from_file(folder / "recipe" / "recipe.toml"), tokenizer=toy_tokenizer())
+    again = sl.train(toy(), DirectionRecipe.from_file(folder / "recipe" / "recipe.toml"), tokenizer=toy_tokenizer())
     assert contents(again.save_pretrained(tmp_path / "again")) == contents(first)
 
 
@@ -251,7 +256,7 @@ import sys
 sys.path[:0] = [{str(Path(__file__).parent)!r}, {str(Path(__file__).parent.parent)!r}]
 from test_training import *
 torch.set_num_threads(1)
-recipe = Recipe.from_file({str(folder / "recipe" / "recipe.toml")!r})
+recipe = DirectionRecipe.from_file({str(folder / "recipe" / "recipe.toml")!r})
 sl.train(toy(), recipe, tokenizer=toy_tokenizer(), work={str(work)!r}).save_pretrained({str(tmp_path / "bank")!r})
 """
     for wanted in ("*/activations.safetensors", "*/levers/*/*.safetensors", "*/search/*.json", "*/effects/*.json"):
@@ -268,15 +273,15 @@ sl.train(toy(), recipe, tokenizer=toy_tokenizer(), work={str(work)!r}).save_pret
 
 def test_results_of_another_recipe_are_not_mixed_in(uninterrupted, tmp_path):
     folder, _, _ = uninterrupted
-    recipe = Recipe.from_file(folder / "recipe" / "recipe.toml")
+    recipe = DirectionRecipe.from_file(folder / "recipe" / "recipe.toml")
     digests = {recipe.digest}
     for name in ("reference.jsonl", "pairs/tea.jsonl", "scoring/tea.jsonl", "prompts.jsonl", "unrelated.jsonl", "recipe.toml"):
         path = write_recipe(tmp_path / name / "recipe")
-        assert Recipe.from_file(path).digest == recipe.digest
+        assert DirectionRecipe.from_file(path).digest == recipe.digest
         changed = path.parent / name
         old, new = ("drinks", "sips") if name == "recipe.toml" else ("the", "old")
         changed.write_text(changed.read_text().replace(old, new))
-        digests.add(Recipe.from_file(path).digest)
+        digests.add(DirectionRecipe.from_file(path).digest)
     assert len(digests) == 7
 
 
@@ -305,7 +310,7 @@ negative = ["the warm hill", "red stone road", "wind sings", "old rain boat"]
 def test_sentences_are_enough_beside_what_comes_with_steerlib(tmp_path):
     """A folder with nothing in it but the recipe; only two requests are reported on."""
     (tmp_path / "recipe.toml").write_text(SENTENCES)
-    recipe = Recipe.from_file(tmp_path / "recipe.toml")
+    recipe = DirectionRecipe.from_file(tmp_path / "recipe.toml")
     (concept,) = recipe.concepts
     pairs, prompts = recipe.read_pairs(concept), recipe.read_prompts("train")
     assert [pair.prompt for pair in pairs] == [*prompts, prompts[0]] and len(set(prompts)) == 3
@@ -316,6 +321,57 @@ def test_sentences_are_enough_beside_what_comes_with_steerlib(tmp_path):
     sl.ConceptBank.from_pretrained(bank.save_pretrained(tmp_path / "bank")).verify()
     assert list(bank) == ["tea", ANSWERING] and "the very examples it was made from" in bank.card
     assert len(bank["tea"].effects["examples"]) == 2 and bank["tea"].source.startswith("pca, ")
+
+
+def test_a_method_that_is_added_is_tried_chosen_and_shipped(tmp_path, monkeypatch):
+    """A file of the folder, to the registry: here one that always finds the same direction."""
+
+    def fit(task):
+        return task.at(torch.ones(len(task.positive[task.site][0])))
+
+    monkeypatch.setitem(METHODS, "all-ones", SimpleNamespace(fit=fit))
+    (tmp_path / "recipe.toml").write_text(SENTENCES.replace('["pca"]', '["all-ones"]'))
+    bank = sl.train(toy(), DirectionRecipe.from_file(tmp_path / "recipe.toml"), tokenizer=toy_tokenizer(), work=tmp_path)
+    assert bank["tea"].source.startswith("all-ones, ") and "| all-ones |" in bank.card
+    torch.testing.assert_close(bank.rows(bank["tea"]).write[0], torch.full((32,), 32**-0.5))
+    assert list(tmp_path.glob("*/levers/tea/all-ones@layers.*.safetensors"))
+
+
+def test_every_file_of_the_folder_of_methods_is_a_method():
+    names = [path.stem.replace("_", "-") for path in Path(methods.__file__).parent.glob("*.py") if path.stem != "__init__"]
+    assert list(METHODS) == sorted(names) and all(callable(METHODS[name].fit) for name in names)
+
+
+# -- kinds of recipes ----------------------------------------------------------------------------------------
+
+
+def test_a_file_is_read_as_the_kind_that_it_describes(tmp_path):
+    entry = '[[encoders]]\nsite = "layers.0"\nlatents = 64\n'
+    texts = {
+        DirectionRecipe: SENTENCES,
+        TextEncoderRecipe: f'name = "x"\nbase = "b"\nsource = "s"\ncorpus = ["c.txt"]\n{entry}',
+        PipelineEncoderRecipe: f'name = "x"\nbase = "b"\nsource = "s"\ncorpus = ["c.txt"]\n{entry}level = 500\n',
+    }
+    assert {*texts} == {*KINDS}
+    for kind, text in texts.items():
+        (tmp_path / "recipe.toml").write_text(text)
+        assert type(sl.Recipe.from_file(tmp_path / "recipe.toml", to_train=False)) is kind
+        assert type(kind.from_file(tmp_path / "recipe.toml", to_train=False)) is kind
+        for other in {*KINDS} - {kind}:
+            with pytest.raises(errors.BadRecipe, match=f"expected a {other.__name__}, got a {kind.__name__}"):
+                other.from_file(tmp_path / "recipe.toml", to_train=False)
+    (tmp_path / "recipe.toml").write_text(SENTENCES + entry)
+    with pytest.raises(errors.BadRecipe, match="at least one concept, or instead at least one encoder"):
+        sl.Recipe.from_file(tmp_path / "recipe.toml")
+    (tmp_path / "recipe.toml").write_text(f"budget = 3\n{texts[TextEncoderRecipe]}")
+    with pytest.raises(errors.BadRecipe, match="unknown fields budget; known to a TextEncoderRecipe are .*corpus"):
+        sl.Recipe.from_file(tmp_path / "recipe.toml", to_train=False)
+
+
+def test_a_shipped_bank_names_the_digest_of_its_recipe():
+    bank = sl.ConceptBank.from_pretrained("smollm2-135m-instruct")
+    path = Path(__file__).parent.parent / "concept_banks" / "recipes" / bank.provenance["recipe"] / "recipe.toml"
+    assert sl.Recipe.from_file(path).digest == bank.provenance["recipe_sha256"]
 
 
 # -- recipes that cannot work --------------------------------------------------------------------------------
@@ -351,22 +407,22 @@ def replaced(name, old, new):
 ])  # fmt: skip
 def test_a_recipe_that_cannot_work_is_refused_before_a_model_is_loaded(tmp_path, change, match):
     path = write_recipe(tmp_path / "recipe")
-    Recipe.from_file(path).check()
+    DirectionRecipe.from_file(path).check()
     change(path)
     with pytest.raises(errors.BadRecipe, match=match):
-        sl.train(None, Recipe.from_file(path))
+        sl.train(None, DirectionRecipe.from_file(path))
 
 
 def test_scoring_texts_need_both_labels(tmp_path):
     path = write_recipe(tmp_path / "recipe")
     lines(path.parent / "scoring" / "tea.jsonl", [{"text": "tea", "label": 1}])
     with pytest.raises(errors.BadRecipe, match="labels 0 and 1, got"):
-        Recipe.from_file(path).read_scoring(ConceptRecipe(name="tea", label="drinks"))
+        DirectionRecipe.from_file(path).read_scoring(ConceptRecipe(name="tea", label="drinks"))
 
 
 def test_layers_outside_the_model_and_unknown_methods_are_refused(uninterrupted):
-    recipe = Recipe.from_file(uninterrupted[0] / "recipe" / "recipe.toml")
+    recipe = DirectionRecipe.from_file(uninterrupted[0] / "recipe" / "recipe.toml")
     with pytest.raises(errors.BadRecipe, match="layers from 0 to 1"):
-        pipeline.layers_to_try(tiny("llama"), Recipe(**{**vars(recipe), "layers": (7,)}))
+        layers_to_try(tiny("llama"), replace(recipe, layers=(7,)))
     with pytest.raises(errors.BadRecipe, match="unknown methods magic"):
-        sl.train(None, Recipe(**{**vars(recipe), "methods": ("magic",)}))
+        sl.train(None, replace(recipe, methods=("magic",)))

@@ -52,8 +52,7 @@ def pictured(bank):
     """The same, with a picture of one concept beside one of the card."""
     file = io.BytesIO()
     Image.new("RGB", (8, 4), "red").save(file, "PNG")
-    bank.pictures = {THUMBNAIL.format("layers.3 0"): file.getvalue(), "card.png": b"of the card"}
-    return bank
+    return bank.with_concepts(pictures={THUMBNAIL.format("layers.3 0"): file.getvalue(), "card.png": b"of the card"})
 
 
 def test_levels_are_in_the_order_of_their_causes(bank):

@@ -1,7 +1,6 @@
-"""The call of a pipeline that is running: diffusers tells nobody where it stands, so its own frame has to."""
+"""The call of a pipeline that is running. Where it stands is in its local variables, so they are read off its frame."""
 
-import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -10,9 +9,11 @@ from weakref import WeakKeyDictionary, ref
 from torch import Tensor, nn
 
 from steerlib.errors import BadEdit, Unanswerable
-from steerlib.schedules import Branch
+from steerlib.passes import Branch
 
 from ..attach import ASIDE
+from ..modules import frames
+from .families import halves
 
 
 @dataclass
@@ -24,7 +25,7 @@ class Call:
 
     @cached_property
     def latents(self) -> Tensor | None:
-        """What the denoiser is asked about in this turn of the loop, each image once."""
+        """What the denoiser is given in this turn of the loop, each image once."""
         block = getattr(self.names.get("block_state"), "latents", None)  # of modular pipelines
         return next((x for x in (self.names.get("latents"), self.names.get("image"), block) if isinstance(x, Tensor)), None)
 
@@ -42,20 +43,24 @@ class Call:
 
 @dataclass
 class Turn:
-    """One turn of a pipeline's denoising loop."""
+    """One turn of a pipeline's denoising loop.
+
+    Args:
+        latents: a weak reference to what it began with, which some pipelines change in place.
+        at: number of the turn, and which object its time is.
+        time: at which the denoiser is called.
+        visit: turns before this one at the same time, one after the other.
+        calls: of each denoiser so far; one that stacks the halves of guidance counts for many.
+    """
 
     latents: Callable[[], Tensor | None] = lambda: None
-    """A weak reference to what it began with, which some pipelines change in place."""
     at: tuple[Any, int] = (None, 0)
-    """Number of the turn, and which object its time is."""
     time: float = -1.0
     visit: int = 0
-    """Turns before this one that asked about the same time, one after the other."""
     calls: dict[str, int] = field(default_factory=dict)
-    """Calls of each denoiser so far; those that stack the halves of guidance count for many."""
 
 
-STACKED = 100
+MANY = 100
 """What a call with both halves of guidance counts for."""
 _TURNS: WeakKeyDictionary[Any, Turn] = WeakKeyDictionary()
 
@@ -66,62 +71,32 @@ def turn_of(call: Call, time: float) -> Turn:
     if turn.latents() is not call.latents or turn.at != at:
         follows = isinstance(at[0], int) and isinstance(turn.at[0], int) and at[0] == turn.at[0] + 1
         visit = turn.visit + 1 if follows and time == turn.time else 0
-        turn = _TURNS[call.pipe] = Turn(_weak(call.latents), at, time, visit)
+        latents = (lambda: None) if call.latents is None else ref(call.latents)
+        turn = _TURNS[call.pipe] = Turn(latents, at, time, visit)
     return turn
 
 
-def _weak(tensor: Tensor | None) -> Callable[[], Tensor | None]:
-    return (lambda: None) if tensor is None else ref(tensor)
-
-
 def branches(call: Call, turn: Turn, clock: str, copies: int) -> tuple[Branch, ...] | None:
-    """The halves of guidance in this pass, one for each copy of the rows; None where nobody knows."""
+    """The halves of guidance in this pass, one for each copy of the rows; None where they are unknown."""
     before = turn.calls.get(clock, 0)
     if not ASIDE.running:
-        turn.calls[clock] = before + (1 if copies == 1 else STACKED)
+        turn.calls[clock] = before + (1 if copies == 1 else MANY)
     guider = getattr(call.pipe, "guider", None)
     if guider is not None and hasattr(guider, "is_conditional"):
         return ("cond" if guider.is_conditional else "uncond",) * copies
     if copies == 1:  # by turns: first with the prompt; what follows a stacked call repeats the prompt
         return ("uncond",) if before == 1 else ("cond",)
-    if getattr(call.pipe, "do_perturbed_attention_guidance", False):
-        return {2: ("cond", "cond"), 3: ("uncond", "cond", "cond")}.get(copies)
-    name = type(call.pipe).__name__
-    return LAYOUTS.get(name, {2: ("uncond", "cond")}).get(copies)
+    return halves(call.pipe, copies)
 
 
-REVERSED: dict[int, tuple[Branch, ...]] = {2: ("cond", "uncond")}
-PICTURES: dict[int, tuple[Branch, ...]] = {3: ("cond", "uncond", "uncond")}
-"""The middle one is given the picture without the instruction."""
-LAYOUTS = {
-    "DiTPipeline": REVERSED,
-    "LuminaPipeline": REVERSED,
-    "StableCascadeDecoderPipeline": REVERSED,
-    "StableCascadePriorPipeline": REVERSED,
-    "StableDiffusionInstructPix2PixPipeline": PICTURES,
-    "StableDiffusionXLInstructPix2PixPipeline": PICTURES,
-    "WuerstchenDecoderPipeline": REVERSED,
-    "WuerstchenPriorPipeline": REVERSED,
-    "ZImagePipeline": REVERSED,
-}
-"""Pipelines that do not stack the unconditional half in front of the conditional one, by the number of copies."""
-
-
-def _frames() -> Iterator[Any]:
-    frame = sys._getframe(1)
-    while frame is not None:
-        yield frame
-        frame = frame.f_back  # type: ignore[assignment]
-
-
-def running(pipe: Any, clock: str, module: nn.Module) -> Call | None:
-    """The call that asks this module: of the pipeline itself, or of another that shares the module."""
-    for frame in _frames():
+def running(pipe: Any, component: str, module: nn.Module) -> Call | None:
+    """The call that runs this component: of the pipeline itself, or of another that shares the module."""
+    for frame in frames():
         if frame.f_code.co_name == "__call__":
             names = frame.f_locals
             for owner in (names.get("self"), names.get("components")):
                 if owner is not None and (
-                    owner is pipe or (hasattr(owner, "components") and getattr(owner, clock, 0) is module)
+                    owner is pipe or (hasattr(owner, "components") and getattr(owner, component, 0) is module)
                 ):
                     return Call(owner, names)
     return None
@@ -130,7 +105,7 @@ def running(pipe: Any, clock: str, module: nn.Module) -> Call | None:
 def asking(pipe: Any) -> tuple[Branch, ...] | None:
     """Which prompt a text encoder reads: the one that is wanted, or the negative one; what is both counts as wanted."""
     read: list[list[str]] = []
-    for frame in _frames():
+    for frame in frames():
         names = frame.f_locals if frame.f_code.co_varnames[:1] == ("self",) else {}
         if names.get("self") is not pipe:
             continue

@@ -1,21 +1,20 @@
-"""Where things are in the components of a pipeline: named sites, and how each denoiser is asked about a time."""
+"""Where the named sites of a pipeline are: in denoisers, text encoders and autoencoders."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Mapping
+from dataclasses import replace
 from functools import cached_property
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from torch import nn
 
 from steerlib.errors import UnknownSite, nearest
 from steerlib.sites import Site
 
-from ..modules import arguments
+from ..modules import arguments, entry_of
 from ..transformers.sites import named_sites
+from .families import IMAGE_FIRST, Denoiser, Streams
 
-LISTS = ("blocks", "transformer_blocks", "single_transformer_blocks", "layers", "visual_transformer_blocks")
-LISTS += ("temporal_transformer_blocks", "joint_transformer_blocks", "noise_refiner", "context_refiner")
-"""Names that denoisers of tokens give the lists of their blocks."""
 UNET = re.compile(r"(down_blocks\.\d+|up_blocks\.\d+|mid_block)(\.(attentions|resnets)\.\d+)?(\.transformer_blocks\.\d+)?")
 PARTS = re.compile(r"(?P<path>.+?)(:(?P<stream>image|text))?(\.heads(\.(?P<head>\d+))?)?(\.(?P<side>in|update))?")
 ATTENTION = ("attn", "attn1", "attn2")
@@ -25,61 +24,10 @@ OLD = re.compile(r"^(text_encoder(?:_\d)?)\.text_model\.")
 """Paths of CLIP text encoders before transformers 5."""
 
 
-class Streams(NamedTuple):
-    """Where a block that works on image and text together has which, in the tuple it gives."""
-
-    image: int
-    text: int
-
-
-TEXT_FIRST, IMAGE_FIRST = Streams(1, 0), Streams(0, 1)
-STREAMS = {
-    "AuraFlowJointTransformerBlock": TEXT_FIRST,
-    "ChromaTransformerBlock": TEXT_FIRST,
-}
-"""Blocks that diffusers' own table does not know."""
-
-TIMES: dict[str, Callable[[Any, int], Any]] = {}
-"""How denoisers are told the noise level, where it is not the scheduler's timestep."""
-for _name in ("AuraFlow", "Bria", "Chroma", "Flux", "Flux2", "HunyuanImage", "Krea2", "LongCatImage", "OvisImage", "QwenImage"):
-    TIMES[f"{_name}Transformer2DModel"] = lambda t, _: t
-for _name in ("Lumina2Transformer2DModel", "LuminaNextDiT2DModel", "ZImageTransformer2DModel"):
-    TIMES[_name] = lambda t, _: 1 - t
-TIMES["MochiTransformer3DModel"] = lambda t, n: 1 - t / n
-VIDEO_AXES = {
-    "CogVideoXTransformer3DModel": (1, 3, 4),
-    "Kandinsky5Transformer3DModel": (1, 2, 3),
-    "UNetSpatioTemporalConditionModel": (1, 3, 4),
-}
-"""Axes of frames, height and width of the video that a denoiser is given, where that is not `[B, C, F, H, W]`."""
-DROPS_PADS = ("Lumina2Transformer2DModel",)
-"""Denoisers that put each prompt's own tokens, without pads, in front of the image's."""
-
-
-def noise_level(denoiser: nn.Module, time: Any, train_steps: int) -> Any:
-    """From 1, pure noise, to 0, by what a denoiser was asked about."""
-    return TIMES.get(type(denoiser).__name__, lambda t, n: t / n)(time, train_steps)
-
-
-def video_axes(denoiser: nn.Module) -> tuple[int, int, int]:
-    """Where frames, height and width of its video lie."""
-    return VIDEO_AXES.get(type(denoiser).__name__, (2, 3, 4))
-
-
-def is_split(denoiser: nn.Module) -> bool:
-    """Whether each process has only a part of the tokens (diffusers' context parallelism)."""
-    return getattr(getattr(denoiser, "_parallel_config", None), "context_parallel_config", None) is not None
-
-
-def drops_pads(denoiser: nn.Module) -> bool:
-    """Whether rows keep only the real tokens of their prompts in front of the image."""
-    return type(denoiser).__name__ in DROPS_PADS
-
-
 class PipelineSites:
     """The sites of a pipeline, by name: what blocks give, take and add; their attention and its heads; text encoders."""
 
-    def __init__(self, model: nn.Module, denoisers: tuple[str, ...]):
+    def __init__(self, model: nn.Module, denoisers: Mapping[str, Denoiser]):
         self.model, self.denoisers, self.parts = model, denoisers, [*model.children()]
 
     def _has(self, path: str) -> bool:
@@ -107,8 +55,7 @@ class PipelineSites:
         for name, part in self.model.named_children():
             if type(part).__module__.startswith("transformers.") and "text_encoder" in name:
                 for inner, site in named_sites(part).items():
-                    full = {**vars(site), "name": f"{name}.{inner}", "module": f"{name}.{site.module}"}
-                    found[f"{name}.{inner}"] = Site(**full)
+                    found[f"{name}.{inner}"] = replace(site, name=f"{name}.{inner}", module=f"{name}.{site.module}")
         return found
 
     def find(self, name: str) -> Site:
@@ -143,9 +90,10 @@ class PipelineSites:
     def _streams(self, path: str) -> Streams | None:
         """Where a tuple holds image and text; the attention of a block on both gives the image first in any case."""
         block, _, part = path.rpartition(".")
-        if part == "attn" and _streams(self.model.get_submodule(block)):
+        own = self.denoisers.get(path.partition(".")[0], Denoiser()).streams
+        if part == "attn" and _streams(self.model.get_submodule(block), own):
             return IMAGE_FIRST
-        return _streams(self.model.get_submodule(path))
+        return _streams(self.model.get_submodule(path), own)
 
     def _heads(self, name: str, path: str, stream: str, head: str | None) -> Site:
         """What one head, or all, hand to the projection of the output."""
@@ -163,7 +111,7 @@ class PipelineSites:
         """Paths of a denoiser's blocks, inside it, in the order of a pass."""
         part = self.model.get_submodule(component)
         found = [path for path, _ in part.named_modules() if UNET.fullmatch(path)]
-        for name in LISTS:
+        for name in self.denoisers[component].lists:
             blocks = getattr(part, name, None)
             found += [f"{name}.{i}" for i in range(len(blocks))] if isinstance(blocks, nn.ModuleList) else []
         return sorted(found, key=lambda path: self.order(Site(name=path, module=f"{component}.{path}")))
@@ -184,20 +132,18 @@ class PipelineSites:
 
     def _stages(self, autoencoder: nn.Module) -> list[str]:
         """Where an autoencoder can be looked at: its two halves and their blocks."""
-        found = []
-        for half in ("encoder", "decoder"):
-            for path, _ in autoencoder.named_modules():
-                if re.fullmatch(rf"{half}(\.(mid_block|(down|up)_blocks\.\d+))?", path):
-                    found += [path, *([f"{path}.in"] if path == half else [])]
-        return found
+        stages, whole = r"(encoder|decoder)(\.(mid_block|(down|up)_blocks\.\d+))?", ("encoder", "decoder")
+        found = [path for path, _ in autoencoder.named_modules() if re.fullmatch(stages, path)]
+        return [f"{path}{ending}" for path in found for ending in (("", ".in") if path in whole else ("",))]
 
     def order(self, site: Site) -> tuple[int, ...]:
         """Text encoders, denoisers, autoencoders; inside each the way down, the middle, the way up; then by number."""
         component, _, path = site.module.partition(".")
-        rank = 1 if component in self.denoisers else 0 if "text" in component or "image" in component else 2
+        facts = self.denoisers.get(component)
+        rank = 1 if facts else 0 if "text" in component or "image" in component else 2
         names = [*dict(self.model.named_children())]
         stage = 0 if path.startswith(("down", "encoder")) else 1 if path.startswith("mid") else 2
-        listed = next((k for k, name in enumerate(LISTS) if path.startswith(f"{name}.")), 0)
+        listed = next((k for k, name in enumerate(facts.lists if facts else ()) if path.startswith(f"{name}.")), 0)
         numbers = [int(n) if n.isdigit() else PLACES.get(n, 0) for n in path.split(".")[1:]]
         return rank, names.index(component) if component in names else 0, stage, listed, *numbers
 
@@ -213,11 +159,10 @@ def _keeps_shape(path: str, module: Any) -> bool:
     return getattr(module, "in_channels", None) == getattr(module, "out_channels", None) or ".resnets." not in path
 
 
-def _streams(module: nn.Module) -> Streams | None:
+def _streams(module: nn.Module, own: Mapping[str, Streams]) -> Streams | None:
     """Where a block's tuple holds image and text; None for a block that gives one stream."""
-    name = type(module).__name__
-    if name in STREAMS:
-        return STREAMS[name]
+    if (given := entry_of(own, module, None)) is not None:
+        return given
     from diffusers.hooks._helpers import TransformerBlockRegistry
 
     try:

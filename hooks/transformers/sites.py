@@ -1,11 +1,13 @@
 """Where the named sites of a transformers model are, found from the model itself.
 
-A family that needs special care is one entry in `FAMILIES`; everything else follows from how transformers builds its
-models: blocks in one `ModuleList`, an attention and a feed-forward part in each.
+It follows from how transformers builds its models: blocks in one `ModuleList`, an attention and a feed-forward part in each.
+What cannot be found that way is in `families.py`.
 """
 
+import re
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from types import NoneType
 from typing import Any
 
@@ -13,110 +15,45 @@ from torch import nn
 
 from steerlib.sites import Layout, Site
 
+from ..attach import modules_on
 from ..modules import arguments
+from .families import AFTER, CHILDREN, HEADS, MIXERS, PROJECTION, TOKENS, family
 
-
-@dataclass(frozen=True, kw_only=True)
-class Family:
-    """What cannot be read off a block; paths start at the block. None means: find it, and "": it has none."""
-
-    attn: str | None = None
-    mlp: str | None = None
-    layout: Layout = "BND"
-    stream: bool = True
-    """Whether `[B, N, D]` flows between blocks; if not, they have no name, and a user names a module inside."""
-    tokens: bool = True
-    """Whether what flows are the tokens given, with nothing before, after or beside them; if not, nothing has a name."""
-    copies: str | None = None
-    """The configuration field that counts copies of the residual stream, where they lie side by side in one tensor."""
-    norm: str | None = None
-    """Beside the blocks, the norm after the last one."""
-    masked: bool = True
-    """Whether the stack is told what is padding; if not, the model that calls it is."""
-    blocks: str | None = None
-    """The `ModuleList` whose elements give the residual stream, where there are no blocks as such; the parts are lists too."""
-
-
-FAMILIES = {
-    # the residual is added inside, by a module that does not say so
-    "XLNetLayer": Family(attn="", mlp="ff.layer_2", layout="NBD"),
-    "ZambaHybridLayer": Family(attn="mamba_decoder.mamba", mlp=""),
-    "Zamba2HybridLayer": Family(attn="mamba_decoder.mamba", mlp=""),
-    # rows and tokens are one axis there
-    "Llama4TextDecoderLayer": Family(mlp=""),
-    "OPTDecoderLayer": Family(mlp=""),
-    # several streams side by side
-    "DeepseekV4DecoderLayer": Family(stream=False),
-    "Gemma3nTextDecoderLayer": Family(stream=False),
-    "HYV4DecoderLayer": Family(stream=False),
-    "Qwen4ExpTextDecoderLayer": Family(copies="hc_count"),
-    # tokens before, beside and after those given
-    "CpmAntTransformerBlock": Family(tokens=False),
-    "ProphetNetDecoderLayer": Family(tokens=False),
-    "ReformerLayer": Family(tokens=False),
-    # a norm that the embeddings, or every round of a loop, pass through too
-    "HrmTextModel": Family(norm=""),
-    "NanoChatModel": Family(norm=""),
-    # padding is told to the model, and goes no further
-    "RwkvModel": Family(masked=False),
-    # no blocks as such
-    "XLMModel": Family(blocks="layer_norm2", attn="attentions", mlp="ffns"),
-}
-"""By the class of the block, or of the stack."""
-
-ATTENTION = ("self_attn", "attn", "attention", "self_attention", "multi_head_attention")
-MIXERS = ("linear_attn", "mlstm_layer", "temporal_block", "mixer", "mamba", "conv")
-"""What stands where attention stands elsewhere; it has no heads that are slices of a projection's input."""
-CHILDREN = {
-    "attn": (*ATTENTION, *MIXERS),
-    "mlp": ("mlp", "feed_forward", "ffn", "block_sparse_moe", "moe", "shared_mlp", "mlp_block", "ff", "fc2", "output"),
-}
-AFTER = {
-    "attn": (
-        *("attn_sconv", "post_attention_convolution", "post_self_attn_layernorm", "post_norm1", "post_operator_norm"),
-        "post_attention_layernorm",
-    ),
-    "mlp": (
-        *("mlp_sconv", "post_mlp_convolution", "post_mlp_layernorm", "post_norm2", "post_ffn_norm"),
-        "post_feedforward_layernorm",
-    ),
-}
-"""A norm or a convolution after a part, where a block has one after both: what it gives joins the residual stream."""
-PROJECTION = ("o_proj", "out_proj", "c_proj", "dense", "wo", "o", "out_lin", "resid_proj")
-HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
-TOKENS = ("input_ids", "decoder_input_ids", "inputs_embeds")
-"""Main inputs of models that read text; towers that see or hear have others."""
+PARTS = ("in", "heads", "attn", "mlp.in", "mlp", "update", "out")
+"""Of a block, in the order in which it runs them."""
+PART, HEAD = r"(?P<part>in|attn|mlp\.in|mlp|update)", r"(?P<head>\.heads(\.\d+)?)"
+IN_BLOCK = re.compile(rf"(encoder\.|decoder\.)?layers\.(?P<block>\d+)(\.{PART})?{HEAD}?")
 
 
 @dataclass(frozen=True)
 class Stack:
-    """A decoder or an encoder: the module that is called with tokens, and its blocks."""
+    """A decoder or an encoder: the module that is called with tokens, its blocks, and the modules whose call shows where a
+    pass stands, from the inside out; the outermost that is called counts."""
 
     prefix: str
     path: str
     blocks: tuple[str, ...]
     clocks: tuple[str, ...]
-    """Modules whose call tells where a pass stands, from the inside out; the outermost that is called knows best."""
+    layout: Layout
 
 
 def stacks(model: Any) -> tuple[Stack, ...]:
     """The text stacks of a model: one, or `encoder.` and `decoder.`."""
     names = {module: name for name, module in model.named_modules()}
-    if getattr(model.config, "is_encoder_decoder", False):
-        parts = {"encoder.": model.get_encoder(), "decoder.": model.get_decoder()}
-    else:
-        parts = {"": _decoder(model)}
+    both = getattr(model.config, "is_encoder_decoder", False)
+    parts = {"encoder.": model.get_encoder(), "decoder.": model.get_decoder()} if both else {"": _decoder(model)}
     found = []
     for prefix, part in parts.items():
-        if part is not None and (blocks := _blocks(part)) and _family(blocks[0]).tokens:
-            clocks = (names[part],) if prefix else tuple(dict.fromkeys((names[part], names[_caller(model, part)])))
-            found.append(Stack(prefix, names[part], tuple(names[block] for block in blocks), clocks))
+        if part is not None and (blocks := _blocks(part)) and family(blocks[0]).tokens:
+            clocks = dict.fromkeys((names[part],) if prefix else (names[part], names[_caller(model, part)]))
+            paths = tuple(names[block] for block in blocks)
+            found.append(Stack(prefix, names[part], paths, tuple(clocks), family(blocks[0]).layout))
     return tuple(found)
 
 
 def _caller(model: Any, part: nn.Module) -> nn.Module:
-    """Where the mask still tells what is padding: a body that sees as well as reads makes another mask for what it calls."""
-    if not _family(part).masked:
+    """What is given the padding mask itself: a body of text and pictures makes another mask for what it calls."""
+    if not family(part).masked:
         return model
     body = model.base_model
     return body if {"input_ids", "attention_mask"} <= {*arguments(body)} else part
@@ -131,14 +68,10 @@ def _decoder(model: Any) -> nn.Module:
     return next((part for part in bodies if hasattr(part, "config") and _blocks(part)), model)
 
 
-def _family(module: nn.Module) -> Family:
-    return FAMILIES.get(type(module).__name__, Family())
-
-
 def _blocks(stack: Any) -> list[nn.Module]:
     """The blocks whose outputs are the residual stream: the outermost list of layers that can be checkpointed, else of
     as many modules as the configuration has layers; never in a tower that reads no text."""
-    if (given := _family(stack).blocks) is not None:
+    if (given := family(stack).blocks) is not None:
         return list(stack.get_submodule(given))
     inner = dict(stack.named_modules())
     lists = {name: list(m) for name, m in inner.items() if isinstance(m, nn.ModuleList) and len(m)}
@@ -168,10 +101,9 @@ def named_sites(model: nn.Module) -> dict[str, Site]:
         for i in range(len(stack.blocks)):
             sites |= _block_sites(model, stack, i)
         if (norm := _final_norm(model, stack)) is not None:
-            sites[f"{stack.prefix}norm"] = Site(name=f"{stack.prefix}norm", module=norm, layout=_layout(sites))
-    for name, path in _embeddings(model, found).items():
-        sites[name] = Site(name=name, module=path, layout=_layout(sites))
-    return sites
+            sites[f"{stack.prefix}norm"] = Site(name=f"{stack.prefix}norm", module=norm, layout=found[0].layout)
+    embeddings = _embeddings(model, found).items()
+    return sites | {name: Site(name=name, module=path, layout=found[0].layout) for name, path in embeddings}
 
 
 def _embeddings(model: Any, found: tuple[Stack, ...]) -> dict[str, str]:
@@ -183,30 +115,24 @@ def _embeddings(model: Any, found: tuple[Stack, ...]) -> dict[str, str]:
     return {"embed": min(paths.values())} if len({*paths.values()}) == 1 else paths
 
 
-def _layout(sites: dict[str, Site]) -> Layout:
-    return next(iter(sites.values())).layout if sites else "BND"
-
-
 def _block_sites(model: Any, stack: Stack, i: int) -> dict[str, Site]:
-    path, name = stack.blocks[i], f"{stack.prefix}layers.{i}"
-    block, beside = model.get_submodule(path), _family(model.get_submodule(stack.path))
+    path, name, at = stack.blocks[i], f"{stack.prefix}layers.{i}", partial(Site, layout=stack.layout)
+    block, beside = model.get_submodule(path), family(model.get_submodule(stack.path))
     if beside.blocks is None:
-        family, start = _family(block), path
-        parts = {part: _part(block, part, getattr(family, part)) for part in CHILDREN}
+        special, start = family(block), path
+        parts = {part: _part(block, part, getattr(special, part)) for part in CHILDREN}
         added = {part: f"{path}.{_added(block, part, where)}" for part, where in parts.items() if where}
         attends, feeds = (f"{path}.{parts[part]}" if parts[part] else None for part in CHILDREN)
     else:  # the i-th block is the i-th element of several lists
-        family = beside
-        added = {part: f"{stack.path}.{getattr(family, part)}.{i}".strip(".") for part in CHILDREN}
+        special = beside
+        added = {part: f"{stack.path}.{getattr(special, part)}.{i}".strip(".") for part in CHILDREN}
         start, attends, feeds = added["attn"], added["attn"], None
-    sites = [Site(name=f"{name}.{part}", module=where, layout=family.layout) for part, where in added.items()]
-    if family.stream:
-        sites.insert(0, Site(name=name, module=path, layout=family.layout))
-        sites.insert(1, Site(name=f"{name}.in", module=start, side="input", layout=family.layout))
-        if start == path:
-            sites.insert(2, Site(name=f"{name}.update", module=path, side="update", layout=family.layout))
+    sites = [at(name=name, module=path), at(name=f"{name}.in", module=start, side="input")] if special.stream else []
+    if special.stream and start == path:
+        sites.append(at(name=f"{name}.update", module=path, side="update"))
+    sites += [at(name=f"{name}.{part}", module=where) for part, where in added.items()]
     if feeds is not None:
-        sites.append(Site(name=f"{name}.mlp.in", module=feeds, side="input", layout=family.layout))
+        sites.append(at(name=f"{name}.mlp.in", module=feeds, side="input"))
     if attends is not None:
         sites += _heads(model.get_submodule(attends), attends, name, _config(model.get_submodule(stack.path)))
     return {site.name: site for site in sites}
@@ -249,17 +175,14 @@ def _heads(attention: nn.Module, path: str, name: str, config: Any) -> list[Site
     size, rest = divmod(width, count)
     if not width or rest:
         return []
-    names = [f"{name}.attn.heads.{h}" for h in range(count)]
-    cuts = [(h * size, (h + 1) * size) for h in range(count)]
-    return [
-        Site(name=f"{name}.attn.heads", module=f"{path}.{where}", side="input"),
-        *(Site(name=head, module=f"{path}.{where}", side="input", columns=cut) for head, cut in zip(names, cuts, strict=True)),
-    ]
+    at = partial(Site, module=f"{path}.{where}", side="input")
+    heads = [at(name=f"{name}.attn.heads.{h}", columns=(h * size, (h + 1) * size)) for h in range(count)]
+    return [at(name=f"{name}.attn.heads"), *heads]
 
 
 def _final_norm(model: nn.Module, stack: Stack) -> str | None:
     """Beside the blocks, the first norm after them, else the last before; never that of an embedding."""
-    if (given := _family(model.get_submodule(stack.path)).norm) is not None:
+    if (given := family(model.get_submodule(stack.path)).norm) is not None:
         return f"{stack.path}.{given}".strip(".") if given else None
     holder, _, blocks = stack.blocks[-1].rpartition(".")[0].rpartition(".")
     children = dict(model.get_submodule(holder).named_children())
@@ -269,9 +192,29 @@ def _final_norm(model: nn.Module, stack: Stack) -> str | None:
     return None if chosen is None else f"{holder}.{chosen}".strip(".")
 
 
-def stream_width(model: nn.Module, site: Site) -> int | None:
+def stream_width(model: nn.Module, site: Site, found: tuple[Stack, ...]) -> int | None:
     """Width of the residual stream at a block, and of what its parts add to it."""
-    stack = next(stack for stack in stacks(model) if site.name.startswith(f"{stack.prefix}layers."))
-    config, copies = _config(model.get_submodule(stack.path)), _family(model.get_submodule(site.module)).copies
+    stack = next(stack for stack in found if site.name.startswith(f"{stack.prefix}layers."))
+    config, copies = _config(model.get_submodule(stack.path)), family(model.get_submodule(site.module)).copies
     width = getattr(config, "hidden_size", None)
     return width if width is None or copies is None else width * getattr(config, copies)
+
+
+def order(site: Site, found: tuple[Stack, ...], count: int) -> tuple[int, ...]:
+    """By stack, by block, and inside a block from its input over heads, attention and feed-forward to its output; `count` is
+    at least that of the blocks."""
+    stack, inside = int(site.name.startswith("decoder.")), IN_BLOCK.fullmatch(site.name)
+    if inside is not None:
+        part = "heads" if inside["head"] else inside["part"] or "out"
+        return stack, int(inside["block"]), PARTS.index(part)
+    for s, known in enumerate(found):
+        for block, path in enumerate(known.blocks):
+            if site.module.startswith(path + "."):  # some module inside a block, named by its path
+                return s, block, PARTS.index("mlp")
+    return stack, count if site.name.endswith("norm") else -1, 0
+
+
+def reads_text(model: nn.Module, path: str) -> bool:
+    """Whether the innermost part on a path that names its main input reads text: towers for pictures or sound do not."""
+    inputs = [m.main_input_name for m in modules_on(model, path) if hasattr(m, "main_input_name")]
+    return bool(inputs) and inputs[-1] in TOKENS

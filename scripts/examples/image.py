@@ -7,7 +7,6 @@ python image.py
 import sys
 
 import torch
-from diffusers import DiffusionPipeline
 from PIL import Image
 
 import steerlib as sl
@@ -24,7 +23,7 @@ OUT = sys.argv[1] if len(sys.argv) > 1 else "image.png"
 
 use_threads()  # as many processor threads as are fastest now
 bank = sl.ConceptBank.from_pretrained("scenes-32")
-pipe = DiffusionPipeline.from_pretrained(bank.folder / "pipeline")  # ships with the bank; 32 by 32 pixels
+pipe, _ = sl.load(f"{bank.folder}/pipeline")  # ships with the bank; 32 by 32 pixels. Any diffusers pipeline can be steered
 strip = Image.new("RGB", (256 * len(EDITS), 256))
 for column, edits in enumerate(EDITS.values()):
     generator = torch.Generator().manual_seed(0)

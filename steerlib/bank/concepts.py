@@ -3,24 +3,64 @@
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from math import inf, isfinite
-from typing import Any
+from typing import Any, TypedDict
+
+from torch import Tensor
 
 from ..errors import BadEdit, CorruptBank
 
 MAX_NAME, MAX_TEXT = 256, 1 << 14
 
 
-def printable(text: str) -> str:
-    """A stranger's text without what a terminal would obey."""
-    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
+def printable(text: str, length: int | None = None) -> str:
+    """A stranger's text without control characters, which a terminal would obey; with a length, cut to it and on one line."""
+    shown = text if length is None else " ".join(text.split())
+    shown = shown if length is None or len(shown) <= length else f"{shown[: length - 1]}…"
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in shown)
+
+
+class Effects(TypedDict, total=False):
+    """Measured effects of a concept as the evaluation stores them, in `Concept.effects`; amounts are in units of the concept.
+
+    Text: `amount` at which all was measured; `answers`, how many; `conditions`: means of each figure, steered, prompted and for
+    each control; `joint`: scores of each answer; `passes` and `also`: bars that are reached; `moved`: share of prompts whose
+    score rises; `response`: figures over doses; `tried`, `examples`; `concept`, `label`, `site`, `method`, `instruction`.
+    Gates: `precision`, `recall`, `tokens`. Latents: `frequency`; `histogram` of positive readings; `promotes`: tokens made
+    likelier; `correlation` and `overlap` with what the label names; `verified`: `holds`, `gain`, ... of steering to check it.
+    Pictures: `edit`, the intervention, with `amount`, `doses`, `passes`, `effectiveness`, `preservation`, `realism`, `outside`,
+    `propagation`, `least`: the factor kept worst, and `scenes`, how many.
+    """
+
+    amount: float
+    edit: str
+    conditions: dict[str, dict[str, float]]
+    passes: dict[str, bool]
+    promotes: list[str]
+    verified: dict[str, Any]
+    frequency: float
+    correlation: float
 
 
 @dataclass(frozen=True)
 class Gate:
-    """Apply an edit only where another concept reads `above` a value, or `below` one, in that concept's units.
+    """Apply an edit only where another concept reads `above` a value, or `below` one.
 
-    With `full` the edit grows from nothing at `above` to all of it at `full`. With neither bound the gate opens where the
-    concept is present, by the threshold its bank stores.
+    With neither bound the gate opens where its concept is present, by the threshold that the bank stores (`present`).
+
+    Args:
+        concept: name of the concept that is read, token by token.
+        above: the gate is open at readings above this, in units of that concept.
+        below: and below this.
+        full: let the edit grow linearly from none at `above` to all of it at `full`; only without `below`.
+
+    Raises:
+        BadEdit: the bounds leave nothing between them, or `full` is not above a finite `above`.
+
+    >>> gate = sl.Gate("a", above=0.5, full=1.5)
+    >>> gate.passed(torch.tensor([0.0, 1.0, 2.0])).tolist()
+    [0.0, 0.5, 1.0]
+    >>> with sl.steer(model, bank, {"b": sl.Add(2.0, gate=gate)}):
+    ...     logits = model(torch.tensor([[1, 2, 3]])).logits
     """
 
     concept: str
@@ -36,53 +76,95 @@ class Gate:
 
     @property
     def is_bounded(self) -> bool:
-        """Whether it says itself where it opens."""
+        """Whether the gate itself says where it opens."""
         return (self.above, self.below) != (-inf, inf)
+
+    def passed(self, z: Tensor) -> Tensor:
+        """The share of an edit, 0 to 1, that the gate lets through where its concept reads `z`, in units of that concept."""
+        if self.full is not None:
+            return ((z - self.above) / (self.full - self.above)).clamp(0, 1)
+        return ((z > self.above) & (z < self.below)).float()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """Another coordinate that moves with a concept: what several layers at once are made of."""
+    """Another coordinate that moves with a concept: a concept of several layers has one part for each further layer.
+
+    Args:
+        encoder: id of the encoder it belongs to.
+        index: its row in that encoder.
+        unit: one unit of the concept here, in raw coordinates.
+
+    >>> sl.Part(encoder="layers.1", index=3, unit=0.25)
+    Part(encoder='layers.1', index=3, unit=0.25)
+    """
 
     encoder: str
     index: int
     unit: float
-    """What one unit of the concept is here, in raw coordinates."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
+class Place:
+    """One coordinate at which a concept is read and moved: its own, or that of one of its parts.
+
+    `unit` is one unit of the concept here, in raw coordinates; between the `natural` values, raw too, lie 99 % of the reference
+    data (None: not measured). At a part they are as many units as at the concept's own coordinate.
+    """
+
+    encoder: str
+    index: int
+    unit: float
+    natural: tuple[float, float] | None = None
+
+    @property
+    def id(self) -> str:
+        """`encoder/index`."""
+        return f"{self.encoder}/{self.index}"
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Concept:
-    """A named coordinate, with what was measured about it. Amounts are in units of the concept."""
+    """A named coordinate of an encoder, with what was measured about it.
+
+    Args:
+        name: what users call it.
+        encoder: id of the encoder it belongs to: `site[@level][#kind]`.
+        index: its row in that encoder.
+        unit: one unit, in raw coordinates: the standard deviation on reference data, of a latent the median where it fires.
+        natural: raw coordinates below and above which 0.5 % of the reference data lie.
+        range: amounts measured to be safe, in units.
+        useful: the least amount measured to move the concept clearly, in units.
+        beyond: what was seen beyond the range.
+        parts: other coordinates that the same edit moves.
+        gate: where edits of it act; a gate that an edit brings narrows it further.
+        match_norm: whether additions grow and shrink with the length of each token's activation.
+        present: reading, in units, above which the concept counts as present. A concept that has one serves as a gate.
+        label: what it means, in words.
+        source: where the label comes from.
+        examples: texts in which it is strong.
+        effects: measured effects; `steerlib.bank.Effects` lists the keys.
+
+    >>> bank["a"].id, bank["a"].unit
+    ('layers.0/0', 1.0)
+    """
 
     name: str
     encoder: str
-    """Id of the encoder it belongs to: `site[@level][#kind]`."""
     index: int
-    """Its row in that encoder."""
     unit: float = 1.0
-    """One unit, in raw coordinates: the standard deviation on reference data."""
     natural: tuple[float, float] | None = None
-    """Raw coordinate below and above which 0.5 % of the reference data lie."""
     range: tuple[float, float] | None = None
-    """Amounts measured to be safe."""
     useful: float | None = None
-    """The least amount measured to move the concept clearly."""
     beyond: str = ""
-    """What was seen beyond the range."""
     parts: tuple[Part, ...] = ()
-    """Where else it is moved, by the same intervention."""
     gate: Gate | None = None
-    """Where edits of it act; a gate that an edit brings narrows it further."""
     match_norm: bool = False
-    """Whether additions grow and shrink with each token's own length."""
     present: float | None = None
-    """Reading, in units, above which the concept counts as present."""
     label: str = ""
     source: str = ""
-    """Where the label comes from."""
     examples: tuple[str, ...] = ()
     effects: Mapping[str, Any] = field(default_factory=dict)
-    """Measured effects, as the evaluation wrote them."""
 
     @property
     def id(self) -> str:
@@ -90,10 +172,42 @@ class Concept:
         return f"{self.encoder}/{self.index}"
 
     @property
+    def at(self) -> tuple[Place, ...]:
+        """Every coordinate that moves with the concept: first its own, then its parts."""
+        own = Place(self.encoder, self.index, self.unit, self.natural)
+        return own, *(Place(part.encoder, part.index, part.unit, self._natural_of(part)) for part in self.parts)
+
+    def _natural_of(self, part: Part) -> tuple[float, float] | None:
+        if self.natural is None:
+            return None
+        low, high = (end * (part.unit / self.unit) for end in self.natural)
+        return low, high
+
+    @property
     def places(self) -> "tuple[Concept, ...]":
         """This concept, and itself as each of its parts."""
         bare = replace(self, natural=None, range=None, parts=())
         return self, *(replace(bare, encoder=part.encoder, index=part.index, unit=part.unit) for part in self.parts)
+
+    @property
+    def amounts(self) -> str:
+        """What was measured of its amounts, in words."""
+        useful = "" if self.useful is None else f"useful {self.useful:+.2f}"
+        safe = "" if self.range is None else f"safe {self.range[0]:+.2f} to {self.range[1]:+.2f}"
+        present = "" if self.present is None else f"present above {self.present:+.2f}"
+        return "  ".join(filter(None, (useful, safe, present)))
+
+    def __repr__(self) -> str:
+        parts = f"{len(self.parts)} more places" if self.parts else ""
+        gate = f"gated by {self.gate.concept!r}" if self.gate else ""
+        lines = [
+            f"Concept {self.name!r}: {self.id}, unit {self.unit:.4g}",
+            printable(self.label, 120),
+            ", ".join(filter(None, (self.amounts, parts, gate))),
+            f"beyond: {printable(self.beyond, 100)}" if self.beyond else "",
+            f"examples: {printable(' | '.join(self.examples), 100)}" if self.examples else "",
+        ]
+        return "\n  ".join(filter(None, lines))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON, defaults left out."""
@@ -105,37 +219,21 @@ class Concept:
 
     @classmethod
     def from_dict(cls, values: Any) -> "Concept":
-        """From JSON of a stranger: unknown fields are ignored, bad values refused."""
-        if not isinstance(values, dict):
-            raise CorruptBank(f"expected a concept's fields, got {values!r:.200}")
-        known = {f.name for f in fields(cls)}
-        given = {key: value for key, value in values.items() if key in known}
+        """From JSON of a stranger: unknown fields are ignored; raises `CorruptBank` on bad values."""
         try:
+            if not isinstance(values, dict) or not isinstance(values.get("examples", []), list):
+                raise TypeError("examples are a list")
+            given = {f.name: values[f.name] for f in fields(cls) if f.name in values}
             for key in ("natural", "range"):
                 if given.get(key) is not None:
                     low, high = given[key]
                     given[key] = (low, high)
-            if not isinstance(given.get("examples", []), list):
-                raise TypeError("examples are a list")
             given["examples"] = tuple(given.get("examples", ()))
             given["parts"] = tuple(Part(**part) for part in given.get("parts", ()))
             if given.get("gate") is not None:
                 given["gate"] = Gate(**given["gate"])
             concept = cls(**given)
-            places = concept, *concept.parts
-            names = [concept.name, *(place.encoder for place in places), *([concept.gate.concept] if concept.gate else ())]
-            numbers = [*(concept.natural or ()), *(concept.range or ()), *(place.unit for place in places)]
-            numbers += [number for number in (concept.useful, concept.present) if number is not None]
-            texts = [concept.beyond, concept.label, concept.source, *concept.examples]
-            sound = (
-                all(isinstance(name, str) and 0 < len(name) <= MAX_NAME and name.isprintable() for name in names)
-                and all(isinstance(text, str) and len(text) <= MAX_TEXT for text in texts)
-                and isinstance(concept.effects, dict)
-                and all(type(place.index) is int and place.index >= 0 and place.unit > 0 for place in places)
-                and type(concept.match_norm) is bool
-                and all(type(number) in (int, float) and isfinite(number) for number in numbers)
-                and all(low <= high for low, high in (concept.natural or (0, 0), concept.range or (0, 0)))
-            )
+            sound = concept._is_sound()
         except (TypeError, ValueError, OverflowError, BadEdit) as error:
             raise CorruptBank(f"expected a concept's fields, got {values!r:.200}: {error}") from None
         if not sound:
@@ -144,3 +242,19 @@ class Concept:
                 f"got {values!r:.200}"
             )
         return concept
+
+    def _is_sound(self) -> bool:
+        """Whether a stranger's values can be used."""
+        places = self, *self.parts
+        names = [self.name, *(place.encoder for place in places), *([self.gate.concept] if self.gate else ())]
+        numbers = [*(self.natural or ()), *(self.range or ()), *(place.unit for place in places)]
+        numbers += [number for number in (self.useful, self.present) if number is not None]
+        return (
+            all(isinstance(name, str) and 0 < len(name) <= MAX_NAME and name.isprintable() for name in names)
+            and all(isinstance(t, str) and len(t) <= MAX_TEXT for t in (self.beyond, self.label, self.source, *self.examples))
+            and isinstance(self.effects, dict)
+            and all(type(place.index) is int and place.index >= 0 and place.unit > 0 for place in places)
+            and type(self.match_norm) is bool
+            and all(type(number) in (int, float) and isfinite(number) for number in numbers)
+            and all(low <= high for low, high in (self.natural or (0, 0), self.range or (0, 0)))
+        )

@@ -7,11 +7,15 @@ concepts.jsonl               one line a concept
 graph.safetensors            edges by line of concepts.jsonl, one entry an edge: see graph.py
 sites/<encoder>.safetensors  one row per concept in each tensor
 hashes.safetensors           block hashes, so that single rows can be trusted
+
+Whatever is in a folder comes and goes as the arguments of `ConceptBank`, the encoders as a `Shelf`.
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -19,41 +23,57 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..errors import CorruptBank
+from ..errors import BadBank, CorruptBank
 from ..graph.causal_graph import CausalGraph
-from . import trust
+from . import hub, signature, trust
 from .concepts import Concept
-from .hub import Folder, Repository
-from .manifest import Manifest
+from .manifest import SAID, Manifest
+from .shelf import Shelf
 
-CARD, CONCEPTS, GRAPH, HASHES = "README.md", "concepts.jsonl", "graph.safetensors", "hashes.safetensors"
-Home = Folder | Repository
+CARD, CONCEPTS, GRAPH = "README.md", "concepts.jsonl", "graph.safetensors"
 Files = Mapping[str, Mapping[str, Any]]
-"""Size, SHA-256 and hashes of groups of blocks by name, as `bank.json` has them."""
 
 
-def file_of(encoder: str) -> str:
-    """The file of an encoder: its id, escaped to letters that every file system takes."""
-    plain = "".join(c if c.isalnum() and c.isascii() or c in "._-" else f"-{ord(c):x}-" for c in encoder)
-    return f"sites/{plain}.safetensors"
+def read(home: hub.Home) -> dict[str, Any]:
+    """What a bank is made of; reads no weights."""
+    if not (home.path / "bank.json").is_file():
+        raise CorruptBank(f"{home.path.name!r} is no bank: it has no bank.json")
+    if (size := trust.contained(home.path, "bank.json").stat().st_size) > trust.MAX_MANIFEST:
+        raise CorruptBank(f"bank.json has {size} bytes, expected at most {trust.MAX_MANIFEST}")
+    said, encoders, files = Manifest.from_json((home.path / "bank.json").read_bytes())
+    pictures = [name for name in files if name.endswith(".png")]
+    wanted = files if sum(record["size"] for record in files.values()) <= hub.SMALL else {CARD, CONCEPTS, GRAPH, *pictures}
+    home.fetch({name: record for name, record in files.items() if name in wanted})
+    if sum(files[name]["size"] for name in pictures) > trust.MAX_PICTURES:
+        raise CorruptBank(f"expected pictures of at most {trust.MAX_PICTURES} bytes together, got more")
+    concepts = _concepts(_bytes(home, files, CONCEPTS))
+    try:
+        card = _bytes(home, files, CARD).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise CorruptBank(f"{CARD} is not UTF-8: {error}") from None
+    return {
+        **said,
+        "concepts": concepts,
+        "encoders": Shelf(encoders, home=home, records=files),
+        "graph": _graph(home, files, [concept.name for concept in concepts]),
+        "card": card,
+        "pictures": {name: _bytes(home, files, name) for name in pictures},
+    }
 
 
-def describes(name: str) -> bool:
-    """Whether a file is read when a bank is opened."""
-    return name in (CARD, CONCEPTS, GRAPH) or name.endswith(".png")
+def _bytes(home: hub.Home, files: Files, name: str) -> bytes:
+    """A whole file, checked; nothing if the bank does not describe it."""
+    return home.check(name, files[name]).read_bytes() if name in files else b""
 
 
-def read_concepts(home: Home, files: Files) -> list[Concept]:
-    """The concepts a bank describes, if it describes some."""
-    if CONCEPTS not in files:
-        return []
-    lines = home.check(CONCEPTS, files[CONCEPTS]).read_bytes().split(b"\n")
+def _concepts(text: bytes) -> list[Concept]:
+    lines = text.split(b"\n")
     if any(len(line) > trust.MAX_LINE for line in lines):
         raise CorruptBank(f"{CONCEPTS} has a line of more than {trust.MAX_LINE} bytes")
     return [Concept.from_dict(trust.strict_json(line, CONCEPTS)) for line in lines if line.strip()]
 
 
-def read_graph(home: Home, files: Files, names: Sequence[str]) -> CausalGraph:
+def _graph(home: hub.Home, files: Files, names: Sequence[str]) -> CausalGraph:
     """Edges name concepts by their line in `concepts.jsonl`."""
     if GRAPH not in files:
         return CausalGraph()
@@ -62,50 +82,45 @@ def read_graph(home: Home, files: Files, names: Sequence[str]) -> CausalGraph:
     return CausalGraph.from_tensors({column: file.all(column) for column in file.header}, names)
 
 
-def read_card(home: Home, files: Files) -> str:
-    """The card, if there is one."""
-    if CARD not in files:
-        return ""
-    try:
-        return home.check(CARD, files[CARD]).read_bytes().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise CorruptBank(f"{CARD} is not UTF-8: {error}") from None
+def write(target: Path, bank: Mapping[str, Any], key: str | PathLike[str] | None = None) -> Path:
+    """Write a bank to a folder, all of it or nothing, in place of an older bank there; signed where there is a `key`."""
+    if target.exists() and any(target.iterdir()) and not (target / "bank.json").is_file():
+        raise BadBank(f"{target.name!r} holds other things than a bank; give a new or empty folder")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as scratch:
+        fresh = Path(scratch) / target.name
+        fresh.mkdir()
+        fresh.chmod(0o755)
+        _write(fresh, bank)
+        if key is not None:
+            signature.sign(fresh / "bank.json", fresh / hub.SIGNATURE, Path(key))
+        if not target.exists():
+            return fresh.rename(target)
+        old = Path(tempfile.mkdtemp(prefix=f".{target.name}-old-", dir=target.parent))
+        target.rename(old / target.name)
+        fresh.rename(target)
+    shutil.rmtree(old)
+    return target
 
 
-def read_pictures(home: Home, files: Files) -> dict[str, bytes]:
-    """The pictures that a card may show."""
-    names = [name for name in files if name.endswith(".png")]
-    if sum(files[name]["size"] for name in names) > trust.MAX_PICTURES:
-        raise CorruptBank(f"expected pictures of at most {trust.MAX_PICTURES} bytes together, got more")
-    return {name: home.check(name, files[name]).read_bytes() for name in names}
-
-
-def write(
-    folder: Path,
-    manifest: Manifest,
-    encoders: Iterable[tuple[str, Mapping[str, Tensor]]],
-    concepts: Sequence[Concept],
-    graph: CausalGraph,
-    card: str,
-    pictures: Mapping[str, bytes],
-) -> None:
-    """Same bank, same bytes; `encoders` are files with their tensors."""
+def _write(folder: Path, bank: Mapping[str, Any]) -> None:
+    """Same bank, same bytes."""
+    shelf, concepts, hashes = bank["encoders"], bank["concepts"], dict[str, Tensor]()
     (folder / "sites").mkdir()
-    hashes: dict[str, Tensor] = {}
-    for file, tensors in encoders:
-        save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, folder / file)
-        hashes[file] = torch.frombuffer(bytearray(trust.block_hashes(folder / file)), dtype=torch.uint8).reshape(-1, 32)
-    save_file(hashes, folder / HASHES)
-    lines = [
-        json.dumps(c.to_dict(), sort_keys=True, ensure_ascii=False, allow_nan=False, separators=(",", ":")) + "\n"
-        for c in concepts
-    ]
-    (folder / CONCEPTS).write_text("".join(lines), encoding="utf-8", newline="\n")
-    if len(graph):
-        save_file(graph.to_tensors([concept.name for concept in concepts]), folder / GRAPH)
-    if card:
-        (folder / CARD).write_text(card, encoding="utf-8", newline="\n")
-    for name, picture in pictures.items():
+    for id, facts in sorted(shelf.facts.items()):
+        tensors = shelf.encoder(id).to_tensors()
+        save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, folder / facts.file)
+        blocks = bytearray(trust.block_hashes(folder / facts.file))
+        hashes[facts.file] = torch.frombuffer(blocks, dtype=torch.uint8).reshape(-1, 32)
+    save_file(hashes, folder / trust.HASHES)
+    shape: dict[str, Any] = {"sort_keys": True, "ensure_ascii": False, "allow_nan": False, "separators": (",", ":")}
+    lines = "".join(json.dumps(concept.to_dict(), **shape) + "\n" for concept in concepts)
+    (folder / CONCEPTS).write_text(lines, encoding="utf-8", newline="\n")
+    if len(bank["graph"]):
+        save_file(bank["graph"].to_tensors([concept.name for concept in concepts]), folder / GRAPH)
+    if bank["card"]:
+        (folder / CARD).write_text(bank["card"], encoding="utf-8", newline="\n")
+    for name, picture in bank["pictures"].items():
         (folder / trust.checked_name(name)).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(picture)
     written = sorted(path for path in folder.rglob("*") if path.is_file())
@@ -114,4 +129,5 @@ def write(
     files = {path.relative_to(folder).as_posix(): trust.describe(path) for path in written}
     for file, digest in hashes.items():
         files[file]["blocks"] = trust.group_hashes(digest.numpy().tobytes())
-    (folder / "bank.json").write_text(replace(manifest, files=files).to_json(), encoding="utf-8", newline="\n")
+    text = Manifest({key: bank[key] for key in SAID}, shelf.facts, files).to_json()
+    (folder / "bank.json").write_text(text, encoding="utf-8", newline="\n")

@@ -30,23 +30,19 @@ def ranked(words: str, concepts: Sequence[Concept]) -> list[Concept]:
 
 
 def shared(words: str, concept: Concept) -> float:
-    """Share of the words that name or label have, half of it where only contexts do; 1 more where the name has them all.
+    """Share of the words that name or label have, half of it where only examples do; 1 more where the name has them all.
 
     A word of four letters or more is also found as the beginning of another.
     """
-    wanted = {*_words(words)}
-    near, far = (_found(wanted, texts) for texts in ((concept.name, concept.label), concept.examples))
-    return (words.lower() in concept.name.lower()) + max(near, far / 2)
+    wanted = {*re.findall(r"\w+", words.lower())}
 
+    def found(texts: Iterable[str]) -> float:
+        there = {word for text in texts for word in re.findall(r"\w+", text.lower())}
+        begun = {own for own in wanted if len(own) > 3 and any(word.startswith(own) for word in there)}
+        return len(wanted & there | begun) / max(1, len(wanted))
 
-def _found(wanted: set[str], texts: Iterable[str]) -> float:
-    there = {word for text in texts for word in _words(text)}
-    begun = {own for own in wanted if len(own) > 3 and any(word.startswith(own) for word in there)}
-    return len(wanted & there | begun) / max(1, len(wanted))
-
-
-def _words(text: str) -> list[str]:
-    return re.findall(r"\w+", text.lower())
+    name = words.lower() in concept.name.lower()
+    return name + max(found((concept.name, concept.label)), found(concept.examples) / 2)
 
 
 def text_of(concept: Concept) -> str:

@@ -18,9 +18,7 @@ def sign(file: Path, signature: Path, private_key: Path) -> None:
     except (OSError, ValueError, TypeError) as error:
         raise BadBank(f"expected an Ed25519 private key in PEM, without a password, in {private_key.name}: {error}") from None
     if not isinstance(key, ed25519.Ed25519PrivateKey):
-        raise BadBank(
-            f"expected an Ed25519 private key, got {type(key).__name__}; `openssl genpkey -algorithm ed25519` makes one"
-        )
+        raise BadBank(f"expected an Ed25519 key, got {type(key).__name__}; `openssl genpkey -algorithm ed25519` makes one")
     signature.write_bytes(key.sign(file.read_bytes()))
 
 

@@ -9,7 +9,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..errors import CorruptBank
 
+HASHES = "hashes.safetensors"
 BLOCK = 1 << 16
 PER_GROUP = BLOCK // 32
 SUFFIXES = {".safetensors": 1 << 42, ".json": 4 << 20, ".jsonl": 1 << 30, ".md": 4 << 20, ".png": 16 << 20}
@@ -69,26 +70,21 @@ def strict_json(text: bytes, what: str) -> Any:
         raise CorruptBank(f"{what} is not valid JSON: {error}") from None
     level: list[Any] = [value]
     for _ in range(MAX_DEPTH):
-        level = [child for item in level for child in _children(item)]
+        nested = [item.values() if isinstance(item, dict) else item for item in level if isinstance(item, (dict, list))]
+        level = [inner for values in nested for inner in values]
     if level:
         raise CorruptBank(f"{what} is nested deeper than {MAX_DEPTH}")
     return value
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len({key for key, _ in pairs}) != len(pairs):
+    if len(found := dict(pairs)) != len(pairs):
         raise ValueError("a key stands twice")
-    return dict(pairs)
+    return found
 
 
 def _refuse(constant: str) -> None:
     raise ValueError(f"{constant} is no number")
-
-
-def _children(value: Any) -> Iterable[Any]:
-    if isinstance(value, dict):
-        return value.values()
-    return value if isinstance(value, list) else ()
 
 
 def describe(path: Path) -> dict[str, Any]:

@@ -1,4 +1,11 @@
-"""Encoders: activation <-> coordinates, one kind a file."""
+"""Encoders turn activations into coordinates and back; one kind a file.
+
+Every file of this folder is imported. So a new file with a subclass of `Encoder` is a kind that banks can hold, and one that
+`fit` can train if it has an `objective`, without an edit elsewhere.
+"""
+
+from importlib import import_module
+from pkgutil import iter_modules
 
 from .base import KINDS as KINDS
 from .base import Encoder as Encoder
@@ -13,17 +20,5 @@ from .sparse import Sparse as Sparse
 from .topk import TopK as TopK
 from .transcoder import Transcoder as Transcoder
 
-__all__ = [
-    "KINDS",
-    "BatchTopK",
-    "Directions",
-    "Encoder",
-    "Gated",
-    "JumpReLU",
-    "Matryoshka",
-    "ReLU",
-    "Rows",
-    "Sparse",
-    "TopK",
-    "Transcoder",
-]
+for _file in iter_modules(__path__):
+    import_module(f"{__name__}.{_file.name}")

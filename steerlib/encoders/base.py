@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from .objective import Objective
+
 KINDS: dict[str, type["Encoder"]] = {}
 """Every kind of encoder by the name a bank stores."""
 
@@ -65,10 +67,13 @@ class Encoder(ABC):
     """Activation `x[B, N, D]` <-> coordinates `z[B, N, n]`. A kind is one final subclass in a file of its own."""
 
     kind: ClassVar[str]
+    """The name a bank stores."""
     tensors: ClassVar[tuple[str, ...]]
-    """Names of the tensors it is made of that have one row per concept."""
+    """Names of its tensors that have one row per concept."""
     shared: ClassVar[tuple[str, ...]] = ()
     """Names of those that belong to all of its concepts; all may be missing."""
+    objective: ClassVar[Objective | None] = None
+    """How it is trained; None: not by `fit`."""
 
     def __init_subclass__(cls) -> None:
         if hasattr(cls, "kind") and KINDS.setdefault(cls.kind, cls) is not cls:
@@ -77,15 +82,15 @@ class Encoder(ABC):
     @classmethod
     @abstractmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> "Encoder":
-        """From `tensors`, all of whose rows may be a part of the concepts, and `shared` ones, as they were stored."""
+        """From what `to_tensors` and `settings` gave; of `tensors`, which have a row per concept, some rows are enough."""
 
     @abstractmethod
     def to_tensors(self) -> dict[str, Tensor]:
-        """What `from_tensors` takes."""
+        """All of its tensors by name."""
 
     @classmethod
     def competes(cls, settings: Mapping[str, Any]) -> bool:  # noqa: ARG003
-        """Whether what one latent reads depends on the others."""
+        """Whether the reading of one latent depends on the others."""
         return False
 
     @classmethod

@@ -1,30 +1,28 @@
 """BatchTopK: trained to keep k latents of a token on average, read by one threshold (Bussmann et al. 2024, 2412.06410)."""
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .base import fired
+from .objective import Objective
 from .sparse import Sparse
 
 
 class BatchTopK(Sparse):
-    """`z = p where p > threshold, else 0`, with the mean, over training batches, of the least potential kept as threshold."""
+    """`z = p where p > threshold, else 0`.
+
+    Args: those of `Sparse`, and
+        k: Latents that fire on a token, on average.
+        threshold: Mean, over training batches, of the least potential that was kept.
+    """
 
     kind: ClassVar[str] = "batchtopk"
+    objective: ClassVar[Objective] = Objective(keeps="batch", settings=("k", "threshold"), transcodes=True)
 
-    def __init__(self, *, k: float, threshold: float, **others: Any):
-        self.k, self.threshold = k, threshold
-        super().__init__(**others)
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        return {**super().settings, "k": self.k, "threshold": self.threshold}
-
-    def select(self, p: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
-        return fired(p, torch.full_like(p[..., :1], max(0.0, self.threshold)))
+    k: float
+    threshold: float
 
     def thresholds(self) -> Float[Tensor, " n"]:
         return torch.full((len(self.encoder),), self.threshold)

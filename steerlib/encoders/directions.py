@@ -13,13 +13,21 @@ from .base import Encoder, Rows
 
 
 class Directions(Encoder):
-    """`z = <x, d> / |d|^2 - mean`, and `x` moves by `d` for each raw unit of `z`."""
+    """`z = <x, d> / |d|^2 - mean`, and `x` moves by `d` for each raw unit of `z`.
+
+    Args:
+        decoder: `[n, D]`, the directions d.
+        mean: `[n]`, what is taken off so that z is 0 on average on reference data; 0 where nothing was measured.
+
+    >>> encoder = Directions(torch.tensor([[2.0, 0.0]]))
+    >>> encoder.encode(torch.tensor([3.0, 5.0])), encoder.decode(torch.tensor([1.5]))
+    (tensor([1.5000]), tensor([3., 0.]))
+    """
 
     kind: ClassVar[str] = "directions"
     tensors: ClassVar[tuple[str, ...]] = ("decoder", "mean")
 
     def __init__(self, decoder: Float[Tensor, "n D"], mean: Float[Tensor, " n"] | None = None):
-        """`decoder` holds the directions d; `mean` is where z is 0 on reference data (None: nowhere measured)."""
         if decoder.ndim != 2 or not decoder.isfinite().all() or (decoder.norm(dim=-1) == 0).any():
             raise CorruptBank(f"expected finite, non-zero directions [n, D], got a tensor {tuple(decoder.shape)}")
         self.decoder = decoder.float()
@@ -29,7 +37,7 @@ class Directions(Encoder):
         self.encoder = self.decoder / self.decoder.square().sum(-1, keepdim=True)
 
     @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor], settings: Mapping[str, Any] | None = None) -> "Directions":  # noqa: ARG003
+    def from_tensors(cls, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> "Directions":  # noqa: ARG003
         return cls(tensors["decoder"], tensors["mean"])
 
     def to_tensors(self) -> dict[str, Tensor]:

@@ -1,25 +1,44 @@
 """Gated: one bias decides whether a latent fires, another by how much (Rajamanoharan et al. 2024, 2404.16014)."""
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from jaxtyping import Float
 from torch import Tensor
 
 from .base import Rows
+from .objective import Cost, Objective, Weights
 from .sparse import Sparse
 
 
+def cost(w: Weights, x: Tensor, y: Tensor, root: float, scale: float) -> Cost:  # noqa: ARG001
+    """L1 of the gate's potentials, in root variances; and what they lack as a code of their own, read by a decoder that does
+    not learn from it."""
+    u = x @ w["encoder"].T
+    gate = (u + w["gate_bias"]).relu()
+    z = (u * w["log_scale"].exp() + w["bias"]).relu() * (gate > 0)
+    alone = (x @ w["encoder"].T + w["gate_bias"]).relu() @ w["decoder"].detach()
+    return Cost(y - z @ w["decoder"], z, gate.sum() / root, (y.detach() - alone).square().sum())
+
+
 class Gated(Sparse):
-    """With `u = x E^T`: `z = max(exp(r) u + b, 0)` where `u + gate_bias > 0`, else 0."""
+    """With `u = x E^T`: `z = max(exp(r) u + b, 0)` where `u + gate_bias > 0`, else 0.
+
+    Args: those of `Sparse`, and
+        gate_bias: `[n]`.
+        log_scale: `[n]`, r: the logarithm of how much steeper the magnitude is than the gate.
+    """
 
     kind: ClassVar[str] = "gated"
     tensors: ClassVar[tuple[str, ...]] = (*Sparse.tensors, "gate_bias", "log_scale")
+    objective: ClassVar[Objective] = Objective(
+        loss=cost,
+        begin=lambda zeros, _: {"gate_bias": zeros.clone(), "log_scale": zeros.clone()},
+        potentials=("bias", "gate_bias"),
+    )
 
-    def __init__(self, *, gate_bias: Tensor, log_scale: Tensor, **others: Any):
-        """`log_scale` is r, the logarithm of how much steeper the magnitude is than the gate."""
-        self.gate_bias, self.log_scale = gate_bias, log_scale
-        super().__init__(**others)
+    gate_bias: Tensor
+    log_scale: Tensor
 
     def potential(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch n"]:
         u = self.projected(x)
@@ -29,9 +48,6 @@ class Gated(Sparse):
         u = self.projected(x)
         p = u * self.log_scale.to(u).exp() + self.bias.to(u)
         return p.clamp(min=0) * (u + self.gate_bias.to(u) > 0)
-
-    def select(self, p: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
-        return p.clamp(min=0) * (p > self.thresholds().to(p.device))
 
     def thresholds(self) -> Float[Tensor, " n"]:
         """`u > -gate_bias` in terms of p."""

@@ -8,31 +8,35 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..errors import CorruptBank
-from .base import fired
+from .objective import Objective
 from .sparse import Sparse
 
 
 class Matryoshka(Sparse):
-    """Read like BatchTopK; `groups` are the sizes of the groups, the most general latents first."""
+    """Read like BatchTopK: `z = p where p > threshold, else 0`.
+
+    Args: those of `Sparse`, and
+        groups: Sizes of the groups, which add up to n; the most general latents come first.
+        k: Latents that fire on a token, on average.
+        threshold: Mean, over training batches, of the least potential that was kept.
+    """
 
     kind: ClassVar[str] = "matryoshka"
+    objective: ClassVar[Objective] = Objective(keeps="batch", grouped=True, settings=("groups", "k", "threshold"))
 
-    def __init__(self, *, groups: Sequence[int], k: float, threshold: float, **others: Any):
-        self.groups, self.k, self.threshold = list(groups), k, threshold
-        super().__init__(**others)
+    groups: Sequence[int]
+    k: float
+    threshold: float
+
+    def __post_init__(self) -> None:
+        self.groups = list(self.groups)
+        super().__post_init__()
         if sum(self.groups) != len(self.encoder) or min(self.groups) < 1:
             raise CorruptBank(f"expected groups that make up {len(self.encoder)} latents, got {self.groups}")
 
     @classmethod
     def of_rows(cls, settings: Mapping[str, Any], rows: int) -> dict[str, Any]:
         return {**settings, "groups": [rows]}
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        return {**super().settings, "groups": self.groups, "k": self.k, "threshold": self.threshold}
-
-    def select(self, p: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
-        return fired(p, torch.full_like(p[..., :1], max(0.0, self.threshold)))
 
     def thresholds(self) -> Float[Tensor, " n"]:
         return torch.full((len(self.encoder),), self.threshold)

@@ -5,51 +5,64 @@ z = select(p)                   what a kind keeps of them
 x^ = n^-1(z D + b_d)            reconstruction
 """
 
-from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, get_args
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, dataclass_transform, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from ..errors import CorruptBank
-from .base import EPSILON, Encoder, Norm, Rows, scale
+from .base import EPSILON, Encoder, Norm, Rows, fired, scale
 
 STATISTICS = ("unit", "frequency", "high")
 """Of each latent, on reference data: the median of its positive readings, the share of tokens it fires on, and the value above
 which 0.5 % of its positive readings lie."""
 
 
+@dataclass_transform(kw_only_default=True, eq_default=False)
+@dataclass(kw_only=True, eq=False, repr=False)
 class Sparse(Encoder):
-    """Rows of `encoder` and `decoder` are latents; every tensor is kept as it was given, and computed with in float32."""
+    """Every row of `encoder` and `decoder` is a latent. Tensors are kept in their precision; all is computed in float32.
+
+    A subclass declares further fields as a dataclass does, and becomes one.
+
+    Args:
+        encoder: `[n, D]`, E.
+        bias: `[n]`, b.
+        decoder: `[n, D2]`, what one unit of each latent writes; D2 is D but for a transcoder.
+        decoder_bias: `[D2]`, b_d.
+        centred: Whether `decoder_bias` is taken off before encoding.
+        norm: What each token is divided by before it is read, and multiplied by after: see `Norm`.
+        statistics: Some of `STATISTICS`, `[n]` each.
+
+    Raises `CorruptBank` for tensors that do not fit each other.
+    """
 
     tensors: ClassVar[tuple[str, ...]] = ("encoder", "bias", "decoder")
     shared: ClassVar[tuple[str, ...]] = ("decoder_bias",)
 
-    def __init__(
-        self,
-        *,
-        encoder: Tensor,
-        bias: Tensor,
-        decoder: Tensor,
-        decoder_bias: Tensor | None = None,
-        centred: bool = False,
-        norm: Norm = "",
-        statistics: Mapping[str, Tensor] | None = None,
-    ):
-        """`encoder[n, D]`, `bias[n]`, `decoder[n, D2]` and `decoder_bias[D2]` may come from a stranger. `centred`: whether
-        `decoder_bias` is taken off before encoding. `norm` scales each token before and back after.
-        """
-        self.encoder, self.bias, self.decoder, self.decoder_bias = encoder, bias, decoder, decoder_bias
-        self.norm: Norm = norm
-        self.centred, self.statistics = centred, dict(statistics or {})
+    encoder: Tensor
+    bias: Tensor
+    decoder: Tensor
+    decoder_bias: Tensor | None = None
+    centred: bool = False
+    norm: Norm = ""
+    statistics: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        dataclass(cls, kw_only=True, eq=False, repr=False)
+
+    def __post_init__(self) -> None:
+        encoder, decoder, decoder_bias, norm = self.encoder, self.decoder, self.decoder_bias, self.norm
         n, shapes = len(encoder), {name: tuple(tensor.shape) for name, tensor in self.to_tensors().items()}
         rows = all(shapes[name][0] == n for name in (*self.tensors, *self.statistics))
         fits = decoder_bias is None or decoder_bias.shape == decoder.shape[1:]
         if encoder.ndim != 2 or decoder.ndim != 2 or not (rows and fits):
             raise CorruptBank(f"expected tensors of {n} latents that fit each other, got {shapes}")
-        if norm not in get_args(Norm) or (centred and (decoder_bias is None or encoder.shape[1:] != decoder_bias.shape)):
+        if norm not in get_args(Norm) or (self.centred and (decoder_bias is None or encoder.shape[1:] != decoder_bias.shape)):
             raise CorruptBank(f"expected norm '', 'layer' or 'length', and a decoder bias to centre by, got {norm!r}, {shapes}")
 
     @classmethod
@@ -67,11 +80,13 @@ class Sparse(Encoder):
 
     @property
     def settings(self) -> dict[str, Any]:
-        return {**({"centred": True} if self.centred else {}), **({"norm": self.norm} if self.norm else {})}
+        """Fields that are no tensors, without those that have their default value."""
+        plain = [f for f in fields(self) if f.init and f.name not in (*self.tensors, *self.shared, "statistics")]
+        return {f.name: value for f in plain if (value := getattr(self, f.name)) != f.default}
 
-    @abstractmethod
     def select(self, p: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
-        """The code that a kind makes of potentials."""
+        """The code that a kind makes of potentials: as a rule, those above a threshold of 0 or more."""
+        return fired(p, self.thresholds().to(p).clamp(min=0))
 
     def thresholds(self) -> Float[Tensor, " n"]:
         """The potential above which each latent fires, taken alone."""
@@ -79,7 +94,9 @@ class Sparse(Encoder):
 
     def projected(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch n"]:
         """p without its bias, float32."""
-        x = self._normal(x)
+        x = x.float()
+        if self.norm:
+            x = (x - (x.mean(dim=-1, keepdim=True) if self.norm == "layer" else 0.0)) / scale(x, self.norm)
         if self.centred and self.decoder_bias is not None:
             x = x - self.decoder_bias.to(x)
         return x @ self.encoder.T.to(x)
@@ -112,9 +129,6 @@ class Sparse(Encoder):
             read = read - read.mean(dim=-1, keepdim=True)
         return Rows(read, bias, self.decoder[chosen].float(), self.thresholds()[chosen].float().clamp(min=0), self.norm)
 
-    def _normal(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch D"]:
-        x = x.float()
-        if not self.norm:
-            return x
-        centre = x.mean(dim=-1, keepdim=True) if self.norm == "layer" else 0.0
-        return (x - centre) / scale(x, self.norm)
+    def calibrated(self, x: Float[Tensor, "tokens D"]) -> "Sparse":  # noqa: ARG002
+        """The same encoder with what its kind measures on reference activations, if anything."""
+        return self

@@ -1,6 +1,7 @@
 """TopK: the k largest potentials of each token are kept (Gao et al. 2024, 2406.04093)."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -9,12 +10,13 @@ from torch import Tensor
 
 from ..errors import CorruptBank
 from .base import Rows, fired, scale
+from .objective import Objective
 from .sparse import Sparse
 
 CROWD = 32
-"""How many times k latents are looked at before all are: few tokens have a latent among their k largest that is not."""
+"""As many times k latents are computed first: of nearly all tokens, k of these read more than a latent that does not fire."""
 PARTS = 8
-"""Sets of latents whose rows are kept at hand."""
+"""Sets of latents whose rows are kept for the next tokens."""
 ROUGH = 2.0**-7
 """More than a product of bfloat16 is off, over the product of the lengths: two factors and the result are each rounded by 2^-9
 of themselves at most."""
@@ -24,28 +26,34 @@ class TopK(Sparse):
     """`z = max(p, 0)` where p is among the token's k largest, else 0.
 
     Latents compete: what one reads depends on all. `calibrated` finds the threshold that keeps k on average, by which one can
-    be read alone, and notes on how many of its firings the two ways disagree.
+    be read alone.
+
+    Args: those of `Sparse`, and
+        k: Latents that are kept of a token.
+        threshold: The potential above which a latent is read to fire where it is read alone.
+        disagreement: The share of firings, by either way of reading, that the other way does not have.
+        rescaled: Whether latents compete, and count, by what they write: potentials are multiplied by the lengths of the
+            decoder's rows, and what those write is divided by them.
+
+    >>> eye = torch.eye(3)
+    >>> TopK(encoder=eye, bias=torch.zeros(3), decoder=eye, k=1).encode(torch.tensor([1.0, 3.0, 2.0]))
+    tensor([0., 3., 0.])
     """
 
     kind: ClassVar[str] = "topk"
+    objective: ClassVar[Objective] = Objective(keeps="token", settings=("k",), transcodes=True)
 
-    def __init__(
-        self,
-        *,
-        k: int,
-        threshold: float | None = None,
-        disagreement: float | None = None,
-        rescaled: bool = False,
-        **others: Any,
-    ):
-        """`rescaled`: whether latents compete, and count, by what they write: potentials are multiplied by the lengths of the
-        decoder's rows, and what those write is divided by them."""
-        self.k, self.threshold, self.disagreement, self.rescaled = k, threshold, disagreement, rescaled
-        super().__init__(**others)
-        if type(k) is not int or not 0 < k <= len(self.encoder):
-            raise CorruptBank(f"expected 0 < k <= {len(self.encoder)} latents, got k={k!r}")
-        self._parts: dict[tuple[int, ...], TopK] = {}
-        self._halved: tuple[Tensor, Tensor, Tensor] | None = None
+    k: int
+    threshold: float | None = None
+    disagreement: float | None = None
+    rescaled: bool = False
+    _parts: dict[tuple[int, ...], "TopK"] = field(init=False, default_factory=dict)
+    _halved: tuple[Tensor, Tensor, Tensor] | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if type(self.k) is not int or not 0 < self.k <= len(self.encoder):
+            raise CorruptBank(f"expected 0 < k <= {len(self.encoder)} latents, got k={self.k!r}")
 
     @classmethod
     def competes(cls, settings: Mapping[str, Any]) -> bool:  # noqa: ARG003
@@ -54,11 +62,6 @@ class TopK(Sparse):
     @classmethod
     def of_rows(cls, settings: Mapping[str, Any], rows: int) -> dict[str, Any]:
         return {**settings, "k": min(settings.get("k", 1), rows)}
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        known = {"threshold": self.threshold, "disagreement": self.disagreement, "rescaled": self.rescaled or None}
-        return {**super().settings, "k": self.k, **{name: value for name, value in known.items() if value is not None}}
 
     @property
     def lengths(self) -> Float[Tensor, " n"]:
@@ -80,9 +83,12 @@ class TopK(Sparse):
         return found._replace(read=found.read * by[:, None], bias=found.bias * by, write=found.write / by[:, None])
 
     def readings(self, x: Float[Tensor, "*batch D"], indices: Sequence[int]) -> Float[Tensor, "*batch K"]:
-        """Some latents of the code, exactly. On a processor tokens are encoded only where they matter: where `k` of the first
-        latents already read more, or nothing is read, the answer is 0 whatever the others are. Where it multiplies bfloat16 in
-        hardware, a rough look at all latents, over half the bytes, tells which few are to be read in full."""
+        """Some latents of the code, exactly.
+
+        On a CPU only the tokens that need it are encoded: where k of the first latents already read more, or a latent's own
+        potential is not positive, its reading is 0 whatever the others are. Where the CPU multiplies bfloat16 in hardware, a
+        rough product with all latents, over half the bytes, tells which few have to be read in full.
+        """
         first = CROWD * self.k
         if x.device.type != "cpu" or torch.compiler.is_compiling() or len(self.encoder) < 2 * first:
             return super().readings(x, indices)
@@ -96,7 +102,8 @@ class TopK(Sparse):
         return z
 
     def _looked(self, x: Float[Tensor, "tokens D"], own: Float[Tensor, "tokens K"]) -> Float[Tensor, "tokens n"]:
-        """A code that is exact for latents of potential `own`: rough where it is surely above or below all of them."""
+        """A code that is exact for latents of potential `own`. Every other potential is rough, unless it may be on either side
+        of one of these: then it is computed in full."""
         if self._halved is None:
             every = self.rows(range(len(self.encoder)))
             self._halved = every.read.bfloat16(), every.bias, every.read.norm(dim=-1).max()
@@ -114,10 +121,8 @@ class TopK(Sparse):
         if chosen not in self._parts:
             if len(self._parts) == PARTS:
                 self._parts.clear()
-            tensors = {name: getattr(self, name)[list(chosen)].float() for name in self.tensors}
-            if self.decoder_bias is not None:
-                tensors["decoder_bias"] = self.decoder_bias
-            self._parts[chosen] = type(self)(**tensors, **self.settings)
+            rows = {name: getattr(self, name)[list(chosen)].float() for name in self.tensors}
+            self._parts[chosen] = replace(self, **rows, statistics={})
         return self._parts[chosen]
 
     def select(self, p: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
@@ -127,17 +132,14 @@ class TopK(Sparse):
         return torch.full((len(self.encoder),), self.threshold or 0.0)
 
     def calibrated(self, x: Float[Tensor, "tokens D"]) -> "TopK":
-        """The same with a threshold from reference activations; disagreement is the share of firings, by either way, that the
-        other way does not have."""
+        """The same with `threshold` and `disagreement` from reference activations."""
         p = self.potential(x)
         positive = p.clamp(min=0).flatten()
         kept = min(self.k * len(p), int((positive > 0).sum()))
         threshold = float(positive.topk(kept).values[-1]) if kept else 0.0
         ranked, alone = self.select(p) > 0, fired(p, torch.full_like(p[0], threshold)) > 0
         differ = (ranked ^ alone).sum() / (ranked | alone).sum().clamp(min=1)
-        return type(self).from_tensors(
-            self.to_tensors(), {**self.settings, "threshold": threshold, "disagreement": round(float(differ), 6)}
-        )
+        return replace(self, threshold=threshold, disagreement=round(float(differ), 6))
 
 
 def _multiplies_halves() -> bool:

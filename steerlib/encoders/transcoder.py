@@ -7,44 +7,38 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..errors import CorruptBank
-from .base import fired
 from .sparse import Sparse
 from .topk import top
 
 
 class Transcoder(Sparse):
-    """Latents read at one site and write at a later one; `skip` is a linear part beside them (Paulo et al. 2025, 2501.18823).
+    """Latents are read at one site and written at a later one: `y^ = z D + b_d + x S^T`.
 
-    With `k` the k largest potentials are kept, otherwise those above `threshold` (0 for a ReLU).
+    Args: those of `Sparse`, where the decoder's width D2 may differ from the encoder's, and
+        threshold: `[n]`; `z = p where p > threshold, else 0`.
+        k: If given, the k largest potentials are kept instead.
+        skip: `[D2, D]`, S: a linear part beside the latents (Paulo et al. 2025, 2501.18823).
     """
 
     kind: ClassVar[str] = "transcoder"
     tensors: ClassVar[tuple[str, ...]] = (*Sparse.tensors, "threshold")
     shared: ClassVar[tuple[str, ...]] = (*Sparse.shared, "skip")
 
-    def __init__(
-        self,
-        *,
-        threshold: Tensor,
-        skip: Tensor | None = None,
-        k: int | None = None,
-        **others: Any,
-    ):
-        self.threshold, self.skip, self.k = threshold, skip, k
-        super().__init__(**others)
-        if skip is not None and skip.shape != (self.decoder.shape[1], self.encoder.shape[1]):
-            raise CorruptBank(f"expected skip as [out, in], got {tuple(skip.shape)}")
+    threshold: Tensor
+    skip: Tensor | None = None
+    k: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.skip is not None and self.skip.shape != (self.decoder.shape[1], self.encoder.shape[1]):
+            raise CorruptBank(f"expected skip as [out, in], got {tuple(self.skip.shape)}")
 
     @classmethod
     def competes(cls, settings: Mapping[str, Any]) -> bool:
         return settings.get("k") is not None
 
-    @property
-    def settings(self) -> dict[str, Any]:
-        return {**super().settings, **({} if self.k is None else {"k": self.k})}
-
     def select(self, p: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
-        return fired(p, self.threshold.to(p).clamp(min=0)) if self.k is None else top(p, self.k)
+        return super().select(p) if self.k is None else top(p, self.k)
 
     def thresholds(self) -> Float[Tensor, " n"]:
         return self.threshold

@@ -17,6 +17,7 @@ and strengths chosen on other prompts than those reported on, follow AxBench (Wu
 
 import copy
 import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -40,19 +41,22 @@ ROWS = 128
 """Answers written at once."""
 TEMPERATURE = 0.7
 RANDOM_DIRECTIONS = 3
+DRAWS = 2000
+"""Of the bootstrap."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Condition:
-    """One way to answer requests: edits, words, both or neither."""
+    """One way to answer requests: edits of a bank, words, both or neither.
+
+    Edits are additions, in units, where the gate is open; an amount of 0 is no edit.
+    """
 
     name: str
     bank: ConceptBank | None = None
     edits: Mapping[str, float] = field(default_factory=dict)
-    """Additions only, in units; an amount of 0 is no edit."""
     instruction: str = ""
     gate: Gate | None = None
-    """Where the edits act."""
 
 
 class Scores(NamedTuple):
@@ -95,7 +99,6 @@ def answer(
     seeds: Sequence[int],
     new_tokens: int = 40,
     temperature: float = TEMPERATURE,
-    what: str = "writing",
 ) -> Scores:
     """Answer every request under every condition and seed, and score the answers.
 
@@ -107,7 +110,7 @@ def answer(
     groups = [kind[i : i + at_once] for kind in asking for i in range(0, len(kind), at_once)]
     texts: list[list[list[str]]] = [[[] for _ in seeds] for _ in conditions]
     likelihood = np.zeros((len(conditions), len(seeds), len(prompts)))
-    for g, s in progress([(g, s) for g in range(len(groups)) for s in range(len(seeds))], what):
+    for g, s in progress([(g, s) for g in range(len(groups)) for s in range(len(seeds))], "answers"):
         some = [conditions[k] for k in groups[g]]
         asked = [chat(tokenizer, prompt, c.instruction) for c in some for prompt in prompts]
         with together(model, some, len(prompts)):
@@ -170,12 +173,10 @@ def nll_behind(model: Any, tokenizer: Any, done: Completions, requests: Sequence
     return torch.cat(out).cpu().numpy()
 
 
-def joint(scores: Scores, concept: int, *, unsteered: int = 0, prompted: Sequence[int] = (1,)) -> Joint:
-    """C, R, F and their harmonic mean (formulas above); `unsteered` and `prompted` are the conditions that anchor them.
-
-    With several prompts, each score is on the scale of the one that does best at it.
-    """
-    c, u, p = scores.concepts[..., concept], unsteered, list(prompted)
+def joint(scores: Scores, concept: int, *, prompted: Sequence[int] = (1,)) -> Joint:
+    """C, R, F and their harmonic mean (formulas above), anchored by the first condition, unsteered, and by those that are
+    `prompted`: with several prompts, each score is on the scale of the one that does best at it."""
+    c, u, p = scores.concepts[..., concept], 0, list(prompted)
     c_p, rel_p = (values[p].mean((1, 2)).max() for values in (c, scores.relevance))
     nll_p = scores.nll[p].mean((1, 2)).min()
     reach = c_p - c[u].mean()
@@ -190,16 +191,14 @@ def joint(scores: Scores, concept: int, *, unsteered: int = 0, prompted: Sequenc
     return Joint(C, R, F, total)
 
 
-def ratios(
-    totals: Mapping[str, Float[np.ndarray, " cells"]], *, draws: int = 2000, seed: int = 0
-) -> dict[str, dict[str, float]]:
+def ratios(totals: Mapping[str, Float[np.ndarray, " cells"]]) -> dict[str, dict[str, float]]:
     """Ratio to prompting of each condition and its 95 % interval, by paired bootstrap over cells (concept and prompt).
 
     `totals` holds JFS by condition, the same cells in the same order, `unsteered` and `prompted` among them.
     """
     table = np.stack(list(totals.values()))
     u, p = (list(totals).index(name) for name in ("unsteered", "prompted"))
-    picks = np.random.default_rng(seed).integers(0, table.shape[1], (draws, table.shape[1]))
+    picks = np.random.default_rng(0).integers(0, table.shape[1], (DRAWS, table.shape[1]))
     means = np.stack([row[picks].mean(1) for row in table])
     drawn, whole = excess(means, means[u], means[p]), table.mean(1)
     found = excess(whole, whole[u], whole[p])
@@ -212,33 +211,23 @@ def ratios(
 def random_bank(concept: Concept, bank: ConceptBank, *, count: int = RANDOM_DIRECTIONS, seed: int = 0) -> ConceptBank:
     """Random directions wherever a concept is moved, as long as its own, sharing its units and its gate."""
     generator = torch.Generator().manual_seed(seed)
-    rows: dict[str, list[Tensor]] = {}
-    gate = None if concept.gate is None else bank[concept.gate.concept]
+
+    def drawn(own: Float[Tensor, " D"]) -> Float[Tensor, " D"]:
+        found = torch.randn(len(own), generator=generator)
+        return found * own.norm() / found.norm()
+
+    writes = [bank.rows(place).write[0] for place in concept.places]
+    found = [[drawn(own) for own in writes] for _ in range(count)]
+    where = {f"{bank.site_of(place)}#{k}": bank.site_of(place) for k, place in enumerate(concept.places)}
+    encoders = {id: Directions(torch.stack(rows)) for id, rows in zip(where, zip(*found, strict=True), strict=True)}
+    sites = {site: bank.sites[site] for site in where.values()}
     concepts = []
     for i in range(count):
-        places = []
-        for place in concept.places:
-            own = bank.rows(place).write[0]
-            drawn = torch.randn(len(own), generator=generator)
-            found = rows.setdefault(bank.site_of(place), [])
-            found.append(drawn * own.norm() / drawn.norm())
-            places.append(Part(encoder=bank.site_of(place), index=len(found) - 1, unit=place.unit))
-        first, *others = places
-        concepts.append(
-            Concept(
-                name=f"random-{i + 1}",
-                encoder=first.encoder,
-                index=first.index,
-                unit=concept.unit,
-                parts=tuple(others),
-                gate=concept.gate,
-                match_norm=concept.match_norm,
-            )
-        )
-    encoders = {site: Directions(torch.stack(vectors)) for site, vectors in rows.items()}
-    sites = {site: SiteFacts(width=encoder.decoder.shape[1], norm=bank.sites[site].norm) for site, encoder in encoders.items()}
-    where = {site: site for site in encoders}
-    if gate is not None:
+        first, *parts = (Part(encoder=id, index=i, unit=p.unit) for id, p in zip(where, concept.places, strict=True))
+        facts = {"parts": tuple(parts), "gate": concept.gate, "match_norm": concept.match_norm}
+        concepts.append(Concept(name=f"random-{i + 1}", encoder=first.encoder, index=i, unit=concept.unit, **facts))
+    if concept.gate is not None:
+        gate = bank[concept.gate.concept]
         read, bias, *_ = bank.rows(gate)
         site = bank.site_of(gate)
         # a direction d reads <x, d> / |d|^2 - mean
@@ -264,9 +253,9 @@ def excess(joint: Any, unsteered: Any, prompted: Any) -> Any:
     return np.where(gain > 0, (joint - unsteered) / np.where(gain > 0, gain, 1), 0.0)
 
 
-def specificity(scores: Scores, concept: int, condition: int, *, unsteered: int = 0) -> float:
+def specificity(scores: Scores, concept: int, condition: int) -> float:
     """Gain of the concept over that gain plus the gains of all others: 1 where nothing else rises; 0 without a gain."""
-    gains = scores.concepts[condition].mean((0, 1)) - scores.concepts[unsteered].mean((0, 1))
+    gains = scores.concepts[condition].mean((0, 1)) - scores.concepts[0].mean((0, 1))
     own = max(0.0, float(gains[concept]))
     others = float(np.maximum(0, np.delete(gains, concept)).sum())
     return own / (own + others) if own > 0 else 0.0
@@ -276,14 +265,12 @@ def specificity(scores: Scores, concept: int, condition: int, *, unsteered: int 
 
 
 class SideEffects(NamedTuple):
-    """What edits do to text that has nothing to do with them; teacher-forced, per token."""
+    """What edits do to text that has nothing to do with them, teacher-forced, per token: KL(p_0 || p_s) and the rise of the
+    cross-entropy in nats, and the share of positions at which the likeliest next token stays the same."""
 
     kl: float
-    """KL(p_0 || p_s) in nats."""
     loss: float
-    """Rise of the cross-entropy in nats."""
     agreement: float
-    """Share of positions at which the likeliest next token is the same."""
 
 
 class Unrelated:
@@ -320,19 +307,19 @@ class Unrelated:
 
 
 class Response(NamedTuple):
-    """How the leaning towards a concept follows the dose."""
+    """How the propensity towards a concept, a mean over prompts, follows the dose.
+
+    `slope`: least squares over all prompts, nats per unit of dose: steerability (Tan et al. 2024, arXiv 2407.12404).
+    `spearman`: rank correlation of dose and propensity. `anti_steerable`: share of prompts with a negative slope. `symmetry`:
+    slope of the negative doses over that of the positive ones; 1 where both pull alike.
+    """
 
     doses: tuple[float, ...]
     propensity: tuple[float, ...]
-    """Mean over prompts."""
     slope: float
-    """Least squares over all prompts, nats per unit of dose: steerability (Tan et al. 2024, arXiv 2407.12404)."""
     spearman: float
-    """Rank correlation of dose and mean propensity."""
     anti_steerable: float
-    """Share of prompts with a negative slope."""
     symmetry: float
-    """Slope of the negative doses over that of the positive ones; 1: the same pull both ways."""
 
 
 def lexicon(positive: Sequence[str], negative: Sequence[str], *, size: int = 20) -> list[str]:
@@ -340,19 +327,17 @@ def lexicon(positive: Sequence[str], negative: Sequence[str], *, size: int = 20)
     counts = [_documents(texts) for texts in (positive, negative)]
 
     def log_odds(word: str, side: int, texts: Sequence[str]) -> float:
-        n = counts[side].get(word, 0)
+        n = counts[side][word]
         return float(np.log((n + 0.5) / (len(texts) - n + 0.5)))
 
     odds = {word: log_odds(word, 0, positive) - log_odds(word, 1, negative) for word, n in counts[0].items() if n >= 2}
     return sorted(odds, key=lambda word: (-odds[word], word))[:size]
 
 
-def _documents(texts: Sequence[str]) -> dict[str, int]:
-    found: dict[str, int] = {}
-    for text in texts:
-        for word in {"".join(c for c in w if c.isalpha() or c in "'’-") for w in text.lower().split()} - {""}:
-            found[word] = found.get(word, 0) + 1
-    return found
+def _documents(texts: Sequence[str]) -> Counter[str]:
+    """In how many texts each word is."""
+    words = ({"".join(c for c in w if c.isalpha() or c in "'’-") for w in text.lower().split()} - {""} for text in texts)
+    return Counter(word for some in words for word in some)
 
 
 @torch.no_grad()

@@ -55,15 +55,16 @@ def sparse_probe(z: Float[Tensor, "T n"], y: Bool[Tensor, " T"], k: int) -> floa
 
 @dataclass(frozen=True)
 class Probes:
-    """Accuracy on texts held out, by how many latents a probe looks at; half of it is chance where both kinds are as many."""
+    """Accuracy on texts held out, by how many latents a probe looks at; 0.5 is chance where both kinds are equally many.
+
+    `channels`: the same of the activations' own channels; `control`: of a random dictionary that keeps as many latents;
+    `dense`: of all channels together.
+    """
 
     latents: dict[int, float]
     channels: dict[int, float]
-    """The same of the activations' own channels."""
     control: dict[int, float]
-    """The same of a random dictionary that keeps as many latents."""
     dense: float
-    """Of all channels together."""
 
 
 class Attribute(NamedTuple):

@@ -1,7 +1,7 @@
 """Measurements as tables and pictures; every figure comes from records that `steerlib eval` wrote."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from io import BytesIO
 from typing import Any
 
@@ -16,29 +16,35 @@ SHOWN = {"steered": "chosen per concept", "steered, gated": "chosen, acting in a
 CONTROLS = ("no-op", "shuffled labels", "wrong concept", RANDOM)
 
 
+def markdown(head: str, rows: Iterable[Sequence[str]]) -> str:
+    """A table, from the names of its columns with `|` between them and from its rows."""
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join([f"| {head} |", "|---" * len(head.split("|")) + "|", *lines])
+
+
 def table(records: Sequence[Record]) -> str:
     """One line a concept, as Markdown."""
     head = (
-        "| concept | made by | amount | score: unsteered | prompted | **steered** | best random | ratio to prompting "
+        "concept | made by | amount | score: unsteered | prompted | **steered** | best random | ratio to prompting "
         "| prompts moved | nats/token: unsteered, prompted, **steered** | KL on unrelated text, gated | specificity "
-        "| anti-steerable |\n" + "|---" * 13 + "|"
+        "| anti-steerable"
     )
-    return "\n".join([head, *(_concept_line(record) for record in records)])
+    return markdown(head, map(_concept_line, records))
 
 
-def _concept_line(r: Record) -> str:
+def _concept_line(r: Record) -> list[str]:
     t = r["conditions"]
     base, told, steered = (t[name] for name in ("unsteered", "prompted", "steered"))
     random = max(t[name]["score"] for name in t if name.startswith("random-"))
     gated = t.get("steered, gated", steered)["kl"]
     helps = np.mean(r["joint"][PROMPTED]) > np.mean(r["joint"][UNSTEERED])
     ratio = f"**{steered['ratio']:.2f}**" if helps else "– (prompting does not help)"
-    return (
-        f"| {r['concept']} | {r['method']} | {r['amount']:+.2f} | {base['score']:.2f} | {told['score']:.2f} "
-        f"| **{steered['score']:.2f}** | {random:.2f} | {ratio} | {r['moved']:.0%} "
-        f"| {base['nll']:.2f}, {told['nll']:.2f}, **{steered['nll']:.2f}** | {steered['kl']:.2f}, {gated:.2f} "
-        f"| {steered['specificity']:.2f} | {r['response']['anti_steerable']:.0%} |"
-    )
+    return [
+        *(r["concept"], r["method"], f"{r['amount']:+.2f}", f"{base['score']:.2f}", f"{told['score']:.2f}"),
+        *(f"**{steered['score']:.2f}**", f"{random:.2f}", ratio, f"{r['moved']:.0%}"),
+        f"{base['nll']:.2f}, {told['nll']:.2f}, **{steered['nll']:.2f}**",
+        *(f"{steered['kl']:.2f}, {gated:.2f}", f"{steered['specificity']:.2f}", f"{r['response']['anti_steerable']:.0%}"),
+    ]
 
 
 def summary(records: Sequence[Record]) -> dict[str, dict[str, float]]:
@@ -87,20 +93,15 @@ def summary_table(records: Sequence[Record]) -> str:
     found = summary(records)
     last = {UNSTEERED: -3, PROMPTED: -2, "steered, gated": 8, "steered": 9}
     order = sorted(found, key=lambda name: (last.get(name, -1 if name in CONTROLS else 0), found[name]["ratio"]))
-    head = (
-        "| | concepts | ratio to prompting (95 %) | difference of means on the same | specificity | KL on unrelated text "
-        "| next-token agreement |\n|---|---|---|---|---|---|---|"
-    )
-    return "\n".join([head, *(_summary_line(f"**{SHOWN[name]}**" if name in SHOWN else name, found[name]) for name in order)])
+    rows = [_summary_line(f"**{SHOWN[name]}**" if name in SHOWN else name, found[name]) for name in order]
+    head = "concepts | ratio to prompting (95 %) | difference of means on the same | specificity | KL on unrelated text"
+    return markdown(f"| {head} | next-token agreement", rows)
 
 
-def _summary_line(name: str, line: Mapping[str, float]) -> str:
-    def number(key: str) -> str:
-        return f"{line[key]:.2f}" if key in line else "–"
-
+def _summary_line(name: str, line: Mapping[str, float]) -> list[str]:
     interval = "" if name in (UNSTEERED, PROMPTED) else f" ({line['low']:.2f} to {line['high']:.2f})"
-    rest = " | ".join(map(number, ("baseline", "specificity", "kl", "agreement")))
-    return f"| {name} | {line['concepts']} | {line['ratio']:.2f}{interval} | {rest} |"
+    rest = (f"{line[key]:.2f}" if key in line else "–" for key in ("baseline", "specificity", "kl", "agreement"))
+    return [name, str(line["concepts"]), f"{line['ratio']:.2f}{interval}", *rest]
 
 
 def missed(records: Sequence[Mapping[str, Any]]) -> str:
@@ -159,7 +160,7 @@ def latents_table(records: Mapping[str, Record]) -> str:
     known = [name for name in COLUMNS if any(name in record for record in records.values())]
     rows = [[id, *(_figure(record.get(name)) for name in known)] for id, record in records.items()]
     said = KEPT.format(tokens=" and ".join(sorted({str(record["tokens"]) for record in records.values()})))
-    parts = [_markdown(["encoder", *(COLUMNS[name] for name in known)], rows)]
+    parts = [markdown(" | ".join(["encoder", *(COLUMNS[name] for name in known)]), rows)]
     parts.append(" ".join([said, *[STABLE] * ("stability" in known), *[MOVED] * ("moved" in known)]))
     probed = {id: record["probes"] for id, record in records.items() if "probes" in record}
     return "\n\n".join(parts + (_probes(probed) if probed else []))
@@ -180,20 +181,15 @@ def _probes(probed: Mapping[str, Record]) -> list[str]:
         rows[-2][-1] = _figure(np.mean([found[a]["dense"] for a in attributes]))
     best = [[a, *(_best(found[a]["best"]) for found in probed.values())] for a in attributes]
     return [
-        _markdown(["encoder", "probe of", *(f"best {k}" for k in sizes), "all"], rows),
+        markdown(" | ".join(["encoder", "probe of", *(f"best {k}" for k in sizes), "all"]), rows),
         PROBED.format(attributes=", ".join(attributes)),
-        _markdown(["attribute", *probed], best),
+        markdown(" | ".join(["attribute", *probed]), best),
         BEST,
     ]
 
 
 def _best(latents: Sequence[Sequence[float]]) -> str:
     return ", ".join(f"{i} ({score:.2f})" for i, score in latents)
-
-
-def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [f"| {' | '.join(row)} |" for row in (head, *rows)]
-    return "\n".join([lines[0], "|---" * len(head) + "|", *lines[1:]])
 
 
 def _figure(value: Any) -> str:

@@ -7,17 +7,19 @@ texts of its own, or a count of words. Fluency is the likelihood of a text under
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Float
 
 from ..bank.sentences import embed
-from ..errors import BadRecipe
+from ..errors import BadRecipe, MissingExtra
 from ..text import Completions
 
 Scorer = Callable[[Sequence[str]], Float[np.ndarray, " texts"]]
+FEW = 8
+"""With fewer concepts than this, a judge learns ordinary texts as a class of their own."""
 
 
 # -- scorers -------------------------------------------------------------------------------------------------
@@ -46,13 +48,23 @@ def counting(spec: Mapping[str, Any]) -> Scorer:
     return counter(spec["pattern"], spec["per"])
 
 
+class Scoring(NamedTuple):
+    """Texts with a concept and texts without it, and whether they are others than the concept was made from."""
+
+    positive: list[str]
+    negative: list[str]
+    others: bool
+
+
 @dataclass(frozen=True, eq=False)
 class Judge:
-    """How much of each concept a text has: P(concept | text) over all of them at once, by logistic regression on sentence
-    embeddings; for some concepts a count."""
+    """How much of each concept a text has: P(concept | text) over all concepts at once, by logistic regression on sentence
+    embeddings; for some concepts a count.
+
+    `names` lists the `classes` of the regression first, counted concepts after them.
+    """
 
     names: tuple[str, ...]
-    """Classes first, counted ones behind them."""
     classes: int
     model: Any
     counters: Mapping[str, Scorer]
@@ -69,10 +81,12 @@ class Judge:
     ) -> "Judge":
         """Learn from texts of each concept; `ordinary` texts are a class of their own, which is not reported.
 
-        With `shuffle` the labels are dealt at random: a control that must fail.
+        With `shuffle` the labels are permuted at random: a control that must fail.
         """
-        from sklearn.linear_model import LogisticRegression
-
+        try:
+            from sklearn.linear_model import LogisticRegression
+        except ImportError:
+            raise MissingExtra("scoring texts needs scikit-learn: pip install 'steerlib[eval]'") from None
         counters, groups = counters or {}, [*texts.values(), *([ordinary] if ordinary else [])]
         if texts and len(groups) < 2:
             raise BadRecipe("a scorer needs ordinary texts beside those of a single concept")
@@ -93,6 +107,37 @@ class Judge:
     def accuracy(self, texts: Sequence[str], concepts: Sequence[str]) -> float:
         """Share of texts whose own concept is the likeliest class."""
         return float((self.model.predict(embed(texts)) == [self.names.index(name) for name in concepts]).mean())
+
+
+def judge_for(concepts: Mapping[str, Scoring | Scorer], *, shuffle: bool = False) -> Judge:
+    """The judge of some concepts, each given by the texts to learn from or by a rule that counts.
+
+    With `shuffle` the labels of texts are permuted at random, as a control.
+    """
+    read = {name: found for name, found in concepts.items() if isinstance(found, Scoring)}
+    return Judge.fit(
+        {name: found.positive for name, found in read.items()},
+        ordinary=[text for found in read.values() for text in found.negative] if len(read) < FEW else (),
+        counters={name: found for name, found in concepts.items() if not isinstance(found, Scoring)},
+        shuffle=shuffle,
+    )
+
+
+def trust(concepts: Mapping[str, Scoring | Scorer], texts: Sequence[str], names: Sequence[str]) -> str:
+    """How far the judge of some concepts can be trusted, for a card: its accuracy on texts it never saw, whose concepts are
+    `names`, beside that of one that learned shuffled labels."""
+    counted = [name for name, found in concepts.items() if not isinstance(found, Scoring)]
+    said = [f"{', '.join(counted)}: scored by counting."] if counted else []
+    own = [name for name, found in concepts.items() if isinstance(found, Scoring) and not found.others]
+    if own:
+        said.append(f"{', '.join(own)}: scored by a classifier of the very examples it was made from, for want of others.")
+    if texts:
+        right, shuffled = (judge_for(concepts, shuffle=shuffle).accuracy(texts, names) for shuffle in (False, True))
+        said.append(
+            f"The scorer (all-MiniLM-L6-v2 and logistic regression) names the concept of {right:.1%} of {len(texts)} texts it "
+            f"never saw; after learning shuffled labels, of {shuffled:.1%}."
+        )
+    return " ".join(said)
 
 
 def relevance(requests: Sequence[str], texts: Sequence[str], of: Sequence[int]) -> Float[np.ndarray, " texts"]:

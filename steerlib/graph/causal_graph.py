@@ -18,30 +18,39 @@ EVIDENCE: tuple[Evidence, ...] = get_args(Evidence)
 
 @dataclass(frozen=True, kw_only=True)
 class Edge:
-    """One concept's effect on another, measured by intervention."""
+    """One concept's effect on another, measured by intervention. Figures are in units of the two concepts.
+
+    Args:
+        src: name of the cause.
+        dst: name of the effect.
+        weight: change of `dst` per unit of `src`, with no other concept between them.
+        relation: `compute`: moving the one moves the other, along the order of generation. `selection`: the one is a part of
+            the other in the data, against that order; steering follows no such edge.
+        evidence: `observed` in readings; `randomised`: found by ablating many at random; `verified`: by ablating it alone.
+        tau: `E[z_dst - z_dst | do(z_src = 0)] / E[z_src]` on contexts that nothing was fitted to.
+        tau_lo: lower end of its 95 % interval, by bootstrap over contexts.
+        tau_hi: upper end.
+        necessity: `1 - E[z_dst | do(z_src = 0)] / E[z_dst]` where both fire.
+        sufficiency: `E[z_dst | do(z_src = q90)] / q90_dst` where the source does not fire.
+        n_verify: number of contexts in which the source was ablated alone.
+        p_adj: p value of `tau` being 0, adjusted for all edges that were tested (Benjamini & Hochberg 1995).
+
+    >>> sl.Edge(src="a", dst="b", weight=0.5, tau=0.4).effect
+    0.4
+    """
 
     src: str
     dst: str
     weight: float
-    """Change of `dst` per unit change of `src`, both in units of the concept, with no other concept between them."""
     relation: Relation = "compute"
-    """`compute`: moving the one moves the other, along the order of generation. `selection`: the one is a part of the other, by
-    the data, against that order; no such edge is followed when something is moved."""
     evidence: Evidence = "verified"
-    """`observed` in readings, `randomised`: found by random ablations of many at once, `verified`: by ablating it alone."""
     tau: float | None = None
-    """`E[z_dst - z_dst | do(z_src = 0)] / E[z_src]` on contexts that nothing was fitted to, in units of the concepts."""
     tau_lo: float | None = None
     tau_hi: float | None = None
-    """Its 95 % interval, by bootstrap over contexts."""
     necessity: float | None = None
-    """`1 - E[z_dst | do(z_src = 0)] / E[z_dst]` where both fire."""
     sufficiency: float | None = None
-    """`E[z_dst | do(z_src = q90)] / q90_dst` where the source does not fire."""
     n_verify: int = 0
-    """Contexts in which it was ablated alone."""
     p_adj: float | None = None
-    """That `tau` is 0, adjusted for all edges that were tested (Benjamini & Hochberg 1995)."""
 
     @property
     def effect(self) -> float:
@@ -50,7 +59,18 @@ class Edge:
 
 
 class CausalGraph:
-    """Concepts joined by edges; what follows from what is told by those of relation `compute`, in the order of generation."""
+    """Concepts joined by edges. Causes and forecasts follow those of relation `compute`; of the others only `edges` tells.
+
+    Args:
+        edges: in any order; at most one for each pair and relation.
+
+    Raises:
+        CorruptBank: the edges of a relation form a cycle, or one stands twice.
+
+    >>> graph = sl.CausalGraph([sl.Edge(src="a", dst="b", weight=0.5), sl.Edge(src="b", dst="c", weight=2.0)])
+    >>> graph.descendants("a"), graph.forecast({"a": 1.0})
+    (('b', 'c'), {'a': 1.0, 'b': 0.5, 'c': 1.0})
+    """
 
     def __init__(self, edges: Iterable[Edge] = ()):
         self.edges = tuple(sorted(edges, key=lambda edge: (edge.relation, edge.src, edge.dst)))
@@ -58,11 +78,11 @@ class CausalGraph:
         self._parents, self._order = orders["compute"]
 
     def parents(self, name: str) -> Mapping[str, float]:
-        """Direct causes of a concept, with their effects."""
+        """Direct causes of a concept by name, with their effects: units of the concept per unit of the cause."""
         return self._parents.get(name, {})
 
     def descendants(self, name: str) -> tuple[str, ...]:
-        """All that a concept moves, nearest causes first."""
+        """Names of all concepts that a concept moves, causes before their effects."""
         reached = {name}
         for concept in self._order:
             if reached & self.parents(concept).keys():
@@ -70,7 +90,7 @@ class CausalGraph:
         return tuple(concept for concept in self._order if concept in reached - {name})
 
     def forecast(self, changes: Mapping[str, float], *, fixed: Iterable[str] = ()) -> dict[str, float]:
-        """Changes of all concepts that follow from some, in units of the concept.
+        """Changes of all concepts that follow from `changes` of some, by name, in units of each concept.
 
         A `fixed` concept passes its own change on but receives none: Pearl's do-operator for a linear model.
         """
@@ -90,22 +110,15 @@ class CausalGraph:
         line = {name: i for i, name in enumerate(names)}
         if missing := [end for edge in self.edges for end in (edge.src, edge.dst) if end not in line]:
             raise BadBank(f"the graph joins {missing[0]!r}, which is none of the bank's concepts; list it among them")
-        columns = {
-            "src": [line[edge.src] for edge in self.edges],
-            "dst": [line[edge.dst] for edge in self.edges],
-            "n_verify": [edge.n_verify for edge in self.edges],
-        }
-        codes = {
+        told = ("src", "dst", "n_verify", "weight", *MEASURED)
+        columns: dict[str, list[Any]] = {name: [getattr(edge, name) or 0 for edge in self.edges] for name in told}
+        columns |= {end: [line[name] for name in columns[end]] for end in ("src", "dst")}
+        columns |= {
             "relation": [RELATIONS.index(edge.relation) for edge in self.edges],
             "evidence": [EVIDENCE.index(edge.evidence) for edge in self.edges],
             "known": [sum(1 << i for i, name in enumerate(MEASURED) if getattr(e, name) is not None) for e in self.edges],
         }
-        figures = {name: [getattr(edge, name) or 0.0 for edge in self.edges] for name in ("weight", *MEASURED)}
-        return {
-            **{name: torch.tensor(column, dtype=torch.int64) for name, column in columns.items()},
-            **{name: torch.tensor(column, dtype=torch.uint8) for name, column in codes.items()},
-            **{name: torch.tensor(column, dtype=torch.float32) for name, column in figures.items()},
-        }
+        return {name: torch.tensor(column, dtype=COLUMNS[name]) for name, column in columns.items()}
 
     @classmethod
     def from_tensors(cls, columns: Mapping[str, Tensor], names: Sequence[str]) -> "CausalGraph":
@@ -113,19 +126,23 @@ class CausalGraph:
         known = {name: column for name, column in columns.items() if name in COLUMNS}
         if not {"src", "dst", "weight"} <= known.keys():
             raise CorruptBank("graph.safetensors lacks ends or weights")
-        if bad := [n for n, c in known.items() if c.ndim != 1 or c.is_complex() or c.is_floating_point() != COLUMNS[n]]:
+        numbers = {n: c.ndim == 1 and not c.is_complex() for n, c in known.items()}
+        if bad := [n for n in known if not numbers[n] or known[n].is_floating_point() != COLUMNS[n].is_floating_point]:
             raise CorruptBank(f"graph.safetensors: expected columns of numbers, got others for {', '.join(bad)}")
-        values = {name: column.tolist() for name, column in known.items()}
-        if len({len(column) for column in values.values()}) != 1:
+        if len({len(column) for column in known.values()}) != 1:
             raise CorruptBank("graph.safetensors has columns of several lengths")
-        return cls(_edge({name: column[i] for name, column in values.items()}, names) for i in range(len(values["src"])))
+        rows = zip(*(column.tolist() for column in known.values()), strict=True)
+        return cls(_edge(dict(zip(known, row, strict=True)), names) for row in rows)
 
 
 MEASURED = ("tau", "tau_lo", "tau_hi", "necessity", "sufficiency", "p_adj")
 """Figures that an edge may lack; the bits of the column `known` say which it has."""
-COUNTS = ("src", "dst", "n_verify", "relation", "evidence", "known")
-COLUMNS: dict[str, bool] = {**dict.fromkeys(COUNTS, False), **dict.fromkeys(("weight", *MEASURED), True)}
-"""What a graph is read from, and whether it is a figure; other columns are left alone."""
+COLUMNS: dict[str, torch.dtype] = {
+    **dict.fromkeys(("src", "dst", "n_verify"), torch.int64),
+    **dict.fromkeys(("relation", "evidence", "known"), torch.uint8),
+    **dict.fromkeys(("weight", *MEASURED), torch.float32),
+}
+"""What a graph is written as and read from; other columns are left alone."""
 
 
 def _edge(row: Mapping[str, Any], names: Sequence[str]) -> Edge:
@@ -135,15 +152,9 @@ def _edge(row: Mapping[str, Any], names: Sequence[str]) -> Edge:
     relation, evidence = row.get("relation", 0), row.get("evidence", EVIDENCE.index("verified"))
     if not (0 <= relation < len(RELATIONS) and 0 <= evidence < len(EVIDENCE)):
         raise CorruptBank(f"graph.safetensors has an edge of unknown relation or evidence: {relation}, {evidence}")
-    return Edge(
-        src=names[int(row["src"])],
-        dst=names[int(row["dst"])],
-        weight=row["weight"],
-        relation=RELATIONS[relation],
-        evidence=EVIDENCE[evidence],
-        n_verify=row.get("n_verify", 0),
-        **{name: row[name] for i, name in enumerate(MEASURED) if row.get("known", 0) >> i & 1 and name in row},
-    )
+    figures = {name: row[name] for i, name in enumerate(MEASURED) if row.get("known", 0) >> i & 1 and name in row}
+    codes: Any = {"relation": RELATIONS[relation], "evidence": EVIDENCE[evidence], "n_verify": row.get("n_verify", 0)}
+    return Edge(src=names[int(row["src"])], dst=names[int(row["dst"])], weight=row["weight"], **codes, **figures)
 
 
 def _order(edges: Iterable[Edge]) -> tuple[dict[str, dict[str, float]], tuple[str, ...]]:

@@ -6,26 +6,25 @@ v, v0  what the cause is set to, and the reference     M(v)  mediators under v  
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 Run = Callable[[Mapping[str, Any]], Mapping[str, Any]]
-"""A model that is run with some things set to values, and says what everything named was; the same chance every time."""
+"""Runs a model with some names set to values, and returns the values of all names; the same random numbers every time."""
 
 
 class Effects(NamedTuple):
-    """Changes of the mean outcome: `te = nde + tie`; `te = nde + nie` only where cause and mediators do not interact."""
+    """Changes of the mean outcome: `te = nde + tie`; `te = nde + nie` only where cause and mediators do not interact.
+
+    te   total: `y(v, M(v)) - y(v0, M(v0))`                nde  natural direct: `y(v, M(v0)) - y(v0, M(v0))`
+    nie  natural indirect: `y(v0, M(v)) - y(v0, M(v0))`    tie  total indirect: `y(v, M(v)) - y(v, M(v0))`
+    cde  controlled direct: `y(v, m) - y(v0, m)`, with mediators at given values m
+    """
 
     te: Tensor
-    """Total: `y(v, M(v)) - y(v0, M(v0))`."""
     nde: Tensor
-    """Natural direct: `y(v, M(v0)) - y(v0, M(v0))`."""
     nie: Tensor
-    """Natural indirect: `y(v0, M(v)) - y(v0, M(v0))`."""
     tie: Tensor
-    """Total indirect: `y(v, M(v)) - y(v, M(v0))`."""
     cde: Tensor | None
-    """Controlled direct: `y(v, m) - y(v0, m)`, with mediators at given values m."""
 
 
 def effects(
@@ -38,9 +37,10 @@ def effects(
     reference: Any,
     controlled: Mapping[str, Any] | None = None,
 ) -> Effects:
-    """Total, direct and indirect effects of setting `cause` to `value` rather than to `reference`.
+    """Effects on the mean of `outcome` of setting `cause` to `value` rather than to `reference`, in all and by `mediators`.
 
-    Mediators are held unit by unit at what they were in another run, so units have to have the same chance in every run.
+    Mediators are held, unit by unit, at their values in another run: the units need the same random numbers in every run.
+    `controlled` are values of mediators for the controlled direct effect.
     """
 
     def mean(v: Any, held: Mapping[str, Any] | None) -> Tensor:
@@ -57,8 +57,3 @@ def effects(
         tie=mean(value, m) - direct,
         cde=None if controlled is None else mean(value, controlled) - mean(reference, controlled),
     )
-
-
-def mediated_share(found: Effects) -> Tensor:
-    """How much of a total effect goes through the mediators: `tie / te`."""
-    return found.tie / torch.where(found.te == 0, torch.nan, found.te)

@@ -2,7 +2,6 @@
 
 import json
 import re
-from collections.abc import Sequence
 from dataclasses import asdict
 from graphlib import CycleError, TopologicalSorter
 from typing import Any
@@ -10,6 +9,15 @@ from xml.etree import ElementTree as xml
 
 from ..bank.concept_bank import ConceptBank
 from ..errors import BadBank
+from .causal_graph import Edge
+
+
+def joined(bank: ConceptBank) -> list[str]:
+    """Names of the concepts that the graph joins, in the order of the bank."""
+    if not len(bank.graph):
+        raise BadBank(f"bank {bank.name!r} has no graph: no concept of it is known to move another")
+    ends = {end for edge in bank.graph.edges for end in (edge.src, edge.dst)}
+    return [name for name in bank.concepts if name in ends]
 
 
 def levels(bank: ConceptBank) -> list[str]:
@@ -18,37 +26,29 @@ def levels(bank: ConceptBank) -> list[str]:
     before: dict[str, set[str]] = {name: set() for name in sorted(set(level.values()), key=_counted)}
     for edge in bank.graph.edges:
         first, second = (edge.src, edge.dst) if edge.relation == "compute" else (edge.dst, edge.src)
-        if level[first] != level[second]:
-            before[level[second]].add(level[first])
+        before[level[second]] |= {level[first]} - {level[second]}
+    order, sorter = [], TopologicalSorter(before)
     try:
-        order, sorter = [], TopologicalSorter(before)
         sorter.prepare()
-        while sorter.is_active():
-            ready = sorted(sorter.get_ready(), key=_counted)
-            order += ready
-            sorter.done(*ready)
     except CycleError:
         return list(before)
+    while sorter.is_active():
+        ready = sorted(sorter.get_ready(), key=_counted)
+        order += ready
+        sorter.done(*ready)
     return order
 
 
 def _counted(name: str) -> list[Any]:
-    """`layers.10` comes after `layers.3`."""
+    """Sorts `layers.10` after `layers.3`."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
-
-
-def joined(bank: ConceptBank) -> list[str]:
-    """The concepts that the graph joins, in the order of the bank."""
-    if not len(bank.graph):
-        raise BadBank(f"bank {bank.name!r} has no graph: no concept of it is known to move another")
-    ends = {end for edge in bank.graph.edges for end in (edge.src, edge.dst)}
-    return [name for name in bank.concepts if name in ends]
 
 
 def circuit_tracer(bank: ConceptBank) -> str:
     """The graph as JSON of circuit-tracer (schema 1) and the viewers that read its files: features, without a prompt."""
     order, names = levels(bank), joined(bank)
-    ids = {name: f"{order.index(bank[name].encoder)}_{bank[name].index}_0" for name in names}
+    place = {name: (order.index(bank[name].encoder), bank[name].index) for name in names}
+    ids = {name: f"{level}_{index}_0" for name, (level, index) in place.items()}
     made = {
         "metadata": {
             "slug": bank.name,
@@ -59,18 +59,13 @@ def circuit_tracer(bank: ConceptBank) -> str:
             "info": {"generator": {"name": "steerlib"}, "levels": order},
         },
         "qParams": {"pinnedIds": [], "supernodes": [], "linkType": "both", "clickedId": "", "sg_pos": ""},
-        "nodes": [_feature(bank, name, ids[name], order.index(bank[name].encoder)) for name in names],
-        "links": [
-            {"source": ids[edge.src], "target": ids[edge.dst], "weight": edge.weight, **_known(edge, ("src", "dst", "weight"))}
-            for edge in bank.graph.edges
-        ],
+        "nodes": [_feature(name, bank[name].label, ids[name], *place[name]) for name in names],
+        "links": [{"source": ids[edge.src], "target": ids[edge.dst], **_known(edge)} for edge in bank.graph.edges],
     }
     return json.dumps(made, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def _feature(bank: ConceptBank, name: str, id: str, level: int) -> dict[str, Any]:
-    concept = bank[name]
-    index = concept.index
+def _feature(name: str, label: str, id: str, level: int, index: int) -> dict[str, Any]:
     return {
         "node_id": id,
         "feature": (level + index) * (level + index + 1) // 2 + index,  # Cantor's pairing of layer and feature
@@ -82,38 +77,33 @@ def _feature(bank: ConceptBank, name: str, id: str, level: int) -> dict[str, Any
         "run_idx": 0,
         "reverse_ctx_idx": 0,
         "jsNodeId": f"{level}_{index}-0",
-        "clerp": f"{name}: {concept.label}" if concept.label else name,
+        "clerp": f"{name}: {label}" if label else name,
     }
 
 
-def _known(edge: Any, but: Sequence[str]) -> dict[str, Any]:
-    return {key: value for key, value in asdict(edge).items() if value is not None and key not in but}
+def _known(edge: Edge) -> dict[str, Any]:
+    """What is known of an edge beside its ends."""
+    return {key: value for key, value in asdict(edge).items() if value is not None and key not in ("src", "dst")}
 
 
 def graphml(bank: ConceptBank) -> str:
     """The graph as GraphML (Brandes et al. 2002), with all that is known of an edge."""
     root = xml.Element("graphml", xmlns="http://graphml.graphdrawing.org/xmlns")
-    graph = xml.Element("graph", id=bank.name, edgedefault="directed")
-    kinds: Kinds = {}
-    for name in joined(bank):
-        concept = bank[name]
+    graph, kinds = xml.Element("graph", id=bank.name, edgedefault="directed"), dict[tuple[str, str], str]()
+
+    def add(tag: str, ends: dict[str, str], facts: dict[str, Any]) -> None:
+        made = xml.SubElement(graph, tag, ends)
+        for key, value in facts.items():
+            kinds[tag, key] = {str: "string", int: "long", float: "double"}[type(value)]
+            xml.SubElement(made, "data", key=f"{tag}.{key}").text = str(value)
+
+    for concept in map(bank.__getitem__, joined(bank)):
         facts = {"label": concept.label, "level": concept.encoder, "index": concept.index, "unit": concept.unit}
-        _element(graph, "node", {"id": name}, facts, kinds)
+        add("node", {"id": concept.name}, facts)
     for edge in bank.graph.edges:
-        _element(graph, "edge", {"source": edge.src, "target": edge.dst}, _known(edge, ("src", "dst")), kinds)
+        add("edge", {"source": edge.src, "target": edge.dst}, _known(edge))
     for (owner, key), kind in sorted(kinds.items()):
         xml.SubElement(root, "key", {"id": f"{owner}.{key}", "for": owner, "attr.name": key, "attr.type": kind})
     root.append(graph)
     xml.indent(root)
     return xml.tostring(root, encoding="unicode", xml_declaration=True) + "\n"
-
-
-Kinds = dict[tuple[str, str], str]
-
-
-def _element(parent: xml.Element, tag: str, ends: dict[str, str], facts: dict[str, Any], kinds: Kinds) -> None:
-    """A node or an edge, and of which kind its facts are."""
-    made = xml.SubElement(parent, tag, ends)
-    for key, value in facts.items():
-        kinds[tag, key] = {str: "string", int: "long", float: "double"}[type(value)]
-        xml.SubElement(made, "data", key=f"{tag}.{key}").text = str(value)

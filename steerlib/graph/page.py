@@ -15,7 +15,7 @@ THUMBNAIL = "thumbnails/{}.png"
 
 
 def page(bank: ConceptBank) -> str:
-    """The page. What a bank's maker wrote is text in it, never markup."""
+    """The page as HTML. What the maker of a bank wrote is text in it, never markup; raises `BadBank` without a graph."""
     text = json.dumps(facts(bank), sort_keys=True, ensure_ascii=False, allow_nan=False)
     frame = (files("steerlib.graph") / "page.html").read_text(encoding="utf-8")
     return frame.replace(MARK, text.replace("<", "\\u003c"))
@@ -23,27 +23,17 @@ def page(bank: ConceptBank) -> str:
 
 def facts(bank: ConceptBank) -> dict[str, Any]:
     """What the page shows."""
-    return {
-        "name": bank.name,
-        "base": bank.base.id,
-        "levels": levels(bank),
-        "concepts": [_concept(bank, name) for name in joined(bank)],
-        "edges": [asdict(edge) for edge in bank.graph.edges],
-    }
+    concepts = [_concept(bank, name) for name in joined(bank)]
+    edges = [asdict(edge) for edge in bank.graph.edges]
+    return {"name": bank.name, "base": bank.base.id, "levels": levels(bank), "concepts": concepts, "edges": edges}
 
 
 def _concept(bank: ConceptBank, name: str) -> dict[str, Any]:
     concept = bank[name]
     return {
+        **{key: getattr(concept, key) for key in ("index", "label", "source", "unit", "range", "useful", "examples")},
         "name": name,
         "level": concept.encoder,
-        "index": concept.index,
-        "label": concept.label,
-        "source": concept.source,
-        "unit": concept.unit,
-        "range": concept.range,
-        "useful": concept.useful,
-        "examples": list(concept.examples),
         "tokens": [str(token) for token in concept.effects.get("promotes", ())],
         "picture": b64encode(bank.pictures.get(THUMBNAIL.format(name), b"")).decode(),
     }

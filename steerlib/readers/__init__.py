@@ -1,46 +1,24 @@
 """Readers of other libraries' files, one format a file.
 
-A format is a module with `FILES`, the names of its files; `units(path)`, where they lie; `read(path, title, **options)`, what
-is in them; and its line here. A format marked untested was checked against its documented layout and an independent formula,
-not against released files.
+A format is a module of this folder, named like it with `_` for `-`, with `FILES`, the names of its files; `units(path)`, where
+they lie; and `read(path, title, **options)`, what is in them. `OF` names the format of whose files its own are a special case.
+A format marked untested was checked against its documented layout and an independent formula, not against released files.
 """
 
 import os
+from importlib import import_module
 from pathlib import Path
+from pkgutil import iter_modules
 from types import ModuleType
 from typing import Any
 
 from ..bank.concept_bank import ConceptBank
 from ..errors import BadBank, UnknownFormat
-from . import (
-    dictionary_learning,
-    files,
-    gemma_scope,
-    gemma_scope_2,
-    llama_scope,
-    lm_eval,
-    repeng,
-    saelens,
-    saeuron,
-    sdxl_unbox,
-    sparsify,
-    svec,
-)
+from . import files
 from .foreign import Place, bank_of
 
-FORMATS: dict[str, ModuleType] = {
-    "saelens": saelens,
-    "gemma-scope": gemma_scope,
-    "gemma-scope-2": gemma_scope_2,
-    "sparsify": sparsify,
-    "dictionary-learning": dictionary_learning,
-    "llama-scope": llama_scope,
-    "sdxl-unbox": sdxl_unbox,
-    "saeuron": saeuron,
-    "repeng": repeng,
-    "svec": svec,
-    "lm-eval": lm_eval,
-}
+_MODULES = {found.name.replace("_", "-"): import_module(f"{__name__}.{found.name}") for found in iter_modules(__path__)}
+FORMATS: dict[str, ModuleType] = {name: module for name, module in sorted(_MODULES.items()) if hasattr(module, "FILES")}
 
 
 def read_bank(
@@ -57,32 +35,52 @@ def read_bank(
     local_files_only: bool = False,
     **options: Any,
 ) -> ConceptBank:
-    """Files of another library, in a folder or on the Hub, as a bank; nothing in them is run.
+    """Files of another library as a bank; nothing in them is run.
 
-    `folder` reads a part of what is there. The format is found out where the files leave no doubt. `site` and `reads`
-    say where the encoders write and read in place of what the files say: one name for one encoder, or a mapping from the
-    files' hook points. `base` is the model, or its id. `options` are those of the format's `read`.
+    Args:
+        name_or_folder: a file, a folder, or an id `org/name` on the Hub.
+        format: name of the format, such as `saelens`; needed on the Hub, and where files would fit several.
+        folder: read this part of what is there.
+        site: where encoders write, in place of what the files say: one name, or a mapping from the files' hook points.
+        reads: where they read, in the same way.
+        base: the model, or its id.
+        revision, token, cache_dir, local_files_only: of the Hub, as for `ConceptBank.from_pretrained`.
+        options: those of the format's own `read`.
+
+    Raises `UnknownFormat` for files of none or several formats or of a kind that no encoder computes, `BadBank` where none are.
+
+    >>> import json, pathlib, tempfile
+    >>> file = pathlib.Path(tempfile.mkdtemp(), "royal.svec")
+    >>> written = file.write_text(json.dumps({"directions": {"0": [1.0] * model.config.hidden_size}}))
+    >>> sl.read_bank(file, base=model).keys()
+    dict_keys(['royal'])
     """
-    local = Path(name_or_folder).exists()
-    if format not in FORMATS and (format is not None or not local):
-        raise UnknownFormat(f"expected a format, one of {', '.join(FORMATS)}, got {format!r}")
-    found = (
-        {} if local else {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
-    )
-    path = files.resolve(name_or_folder, FORMATS[format].FILES if format else (), folder=folder, **found)
-    format = format or _detected(path)
-    if not FORMATS[format].units(path):
-        raise BadBank(f"{path.name!r} has no files of format {format!r}: {', '.join(FORMATS[format].FILES)}")
-    title = f"{path.resolve() if local else name_or_folder}" + ("" if local else f"/{folder}")
+    hub = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+    path, format = _located(name_or_folder, format, folder, hub)
+    title = str(path.resolve()) if Path(name_or_folder).exists() else f"{name_or_folder}/{folder}"
     foreign = FORMATS[format].read(path, title, **options)
     return bank_of(foreign, Path(name_or_folder).name, format, site=site, reads=reads, base=base)
 
 
-def _detected(path: Path) -> str:
-    fits = [name for name, module in FORMATS.items() if module.units(path)]
+def _located(name: str | os.PathLike[str], format: str | None, folder: str, hub: dict[str, Any]) -> tuple[Path, str]:
+    """Where the files are, and their format."""
+    if format not in FORMATS and (format is not None or not Path(name).exists()):
+        raise UnknownFormat(f"expected a format, one of {', '.join(FORMATS)}, got {format!r}")
+    path = files.resolve(name, FORMATS[format].FILES if format else (), folder=folder, **hub)
+    fits = [format] if format else [name for name in FORMATS if _units(name, path)]
     if len(fits) != 1:
         raise UnknownFormat(
             f"cannot tell the format of {path.name!r} from its files ({' and '.join(fits) or 'none'} would fit); "
             f"give format=, one of {', '.join(FORMATS)}"
         )
-    return fits[0]
+    if not (own := _units(fits[0], path)):
+        raise BadBank(f"{path.name!r} has no files of format {format!r}: {', '.join(FORMATS[fits[0]].FILES)}")
+    if len(own) < len(FORMATS[fits[0]].units(path)):
+        raise BadBank(f"{path.name!r} has files of several formats; read a folder= of {fits[0]!r} alone")
+    return path, fits[0]
+
+
+def _units(format: str, path: Path) -> list[Path]:
+    """Where files of a format lie that are not those of a special case of it."""
+    special = [unit for module in FORMATS.values() if getattr(module, "OF", "") == format for unit in module.units(path)]
+    return [unit for unit in FORMATS[format].units(path) if unit not in special]

@@ -96,8 +96,9 @@ def _auto_new(state: State) -> Encoder:
 
 
 def _gated(state: State) -> Encoder:
-    own = {"bias": "mag_bias", "gate_bias": "gate_bias", "log_scale": "r_mag"}
-    return Gated(**_linear(state, "decoder_bias"), **{n: files.part(state, t, 1) for n, t in own.items()}, centred=True)
+    names = {"bias": "mag_bias", "gate_bias": "gate_bias", "log_scale": "r_mag"}
+    own: dict[str, Any] = {ours: files.part(state, theirs, 1) for ours, theirs in names.items()}
+    return Gated(**_linear(state, "decoder_bias"), **own, centred=True)
 
 
 def _jump(state: State) -> Encoder:

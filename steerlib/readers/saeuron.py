@@ -10,12 +10,14 @@ from ..encoders import TopK
 from . import files, sparsify
 from .foreign import Foreign, Found
 
-FILES = sparsify.FILES
+FILES, OF = sparsify.FILES, "sparsify"
+OWN = {"batch_topk", "sample_topk", "input_unit_norm"}
+"""Settings that files of sparsify do not have."""
 
 
 def units(path: Path) -> list[Path]:
     """Folders of one encoder each."""
-    return [folder for folder in files.units(path, *FILES) if sparsify.SAEURON & files.settings(folder / FILES[0]).keys()]
+    return [folder for folder in files.units(path, *FILES) if OWN & files.settings(folder / FILES[0]).keys()]
 
 
 def read(path: Path, title: str) -> Foreign:  # noqa: ARG001

@@ -14,13 +14,11 @@ from . import files
 from .foreign import Foreign, Found, refuse
 
 FILES = ("cfg.json", "sae.safetensors")
-SAEURON = {"batch_topk", "sample_topk", "input_unit_norm"}
-"""Settings that only SAeUron's files have."""
 
 
 def units(path: Path) -> list[Path]:
     """Folders of one encoder each."""
-    return [folder for folder in files.units(path, *FILES) if not SAEURON & files.settings(folder / FILES[0]).keys()]
+    return files.units(path, *FILES)
 
 
 def read(path: Path, title: str) -> Foreign:  # noqa: ARG001
@@ -47,7 +45,7 @@ def _found(folder: Path, model: str) -> Found:
 
 
 def weights(folder: Path) -> dict[str, Any]:
-    """The tensors in our words; SAeUron has the same."""
+    """The tensors by our names."""
     tensors = files.safetensors(folder / FILES[1])
     found: dict[str, Tensor] = {"encoder": files.part(tensors, "encoder.weight", 2), "decoder": files.part(tensors, "W_dec", 2)}
     found |= {ours: files.part(tensors, theirs, 1) for ours, theirs in (("bias", "encoder.bias"), ("decoder_bias", "b_dec"))}

@@ -13,126 +13,121 @@ code: x moves by `(z' - z) w`, where z', after all additions to the latent toget
 describe stays. Their targets are met before those of directions, which see what they did.
 """
 
-from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from math import inf
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from ..bank.concepts import Concept, Gate
-from ..encoders import Encoder, Rows
+from ..bank.concepts import Gate, Place
+from ..encoders import Rows
 from ..encoders.base import fired
-from ..errors import RowMismatch, Unanswerable
-from ..schedules import Branch, StepState, gain
-from .interventions import Intervention, Rule
-
-Key = Hashable
-"""One concept of one bank: what notes between sites are filed under."""
+from ..errors import RowMismatch
+from ..passes import StepState
+from ..schedules import Window
+from .aims import Aim, each
+from .reading import Key, Reader
+from .shares import Share
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Edit:
-    """One intervention on one concept, in raw coordinates."""
+    """One intervention on one coordinate, lowered: how it is read, what it writes, what it aims at, what lets it through.
+
+    Attributes:
+        key: concept and bank, for notes and conflicts.
+        name: of the concept.
+        place: the coordinate.
+        rows: of this coordinate alone: `read[1, D]`, `bias[1]`, `write[1, D]`.
+        read: tells its reading.
+        aim: what it does.
+        shares: what it is multiplied by.
+        leaves: the note of how far it moved the concept, for later sites; None: none is needed.
+        natural: raw readings between which 99 % of reference data lie; None where that was not measured.
+    """
 
     key: Key
-    concept: Concept
+    name: str
+    place: Place
     rows: Rows
-    """Of this concept alone: `read[1, D]`, `bias[1]`, `write[1, D]`."""
-    rule: Rule
-    intervention: Intervention
-    branch: Branch | None = None
-    crowd: Encoder | None = None
-    """Where latents compete: all of them, to see whether this one is kept."""
-    heard: Key | None = None
-    """The note that holds its reading, where that is taken at an earlier site."""
-    gates: tuple[Gate, ...] = ()
-    """Bounded (plans fill in what a bank stores); what they let through multiplies."""
-    shut: tuple[Gate, ...] = ()
-    """Those that let it through where they are closed: of concepts held at its site."""
-    norm: float | None = None
-    """Additions are multiplied by a token's length over this."""
-    forecast: Mapping[Key, float] = field(default_factory=dict)
-    """Add these multiples of the changes noted for other concepts (raw per raw)."""
-    held: bool = False
-    """Keep the reading of an unsteered twin."""
-    keeps_norm: bool = False
-    """Tokens that it moves keep their length."""
-    replays: str = ""
-    """What it takes from a tape: the recorded readings of its concept, by its name, or the activations of its site."""
-    swaps: bool = False
-    """Whether the tape gives whole activations."""
-    scope: object = None
-    """The session whose later sites are told how far this concept was moved; None: nobody is told."""
+    read: Reader
+    aim: Aim
+    shares: tuple[Share, ...] = ()
+    leaves: Key | None = None
+    natural: tuple[float, float] | None = None
 
     @property
     def is_target(self) -> bool:
         """Whether the concept has to read a given value afterwards."""
-        return self.held or self.rule.is_target
+        return self.aim.is_target
 
-    def reading(self, x: Float[Tensor, "B N D"], state: StepState) -> Float[Tensor, "B N"]:
-        """z as it is, in raw coordinates."""
-        if self.heard is not None:
-            return state.notes[self.heard]
-        return Reading(self.key, self.rows, 1.0, self.crowd, self.concept.index).of(x)
+    @property
+    def gates(self) -> tuple[Gate, ...]:
+        """Where it acts."""
+        return tuple(share.gate for share in self.shares if share.gate is not None)
 
     @property
     def is_constant(self) -> bool:
-        """Whether the change depends on nothing but the row and the part of the text."""
-        i, floored = self.intervention, self.rows.is_sparse and _least(self.rule.shift) < 0
-        unconditional = i.when is None and i.mask is None and self.branch is None and not (self.gates or self.shut)
-        return (
-            unconditional
-            and not (
-                self.is_target
-                or floored
-                or self.rows.norm
-                or self.forecast
-                or self.scope is not None
-                or isinstance(i.tokens, slice)
-                or self.swaps
-                or self.keeps_norm
-            )
-            and self.norm is None
-            and self.rule.scale == 1
-        )
+        """Whether its change is the same at every token, wherever it is let through as a whole."""
+        floored = self.rows.is_sparse and min(each(self.aim.rule.shift)) < 0
+        free = self.leaves is None and not floored and not self.rows.norm
+        return free and self.aim.is_constant and all(share.is_constant for share in self.shares)
+
+    @property
+    def span(self) -> Window:
+        """The part of denoising outside of which it does nothing."""
+        spans = [share.span for share in self.shares]
+        start, stop = max((s.start for s in spans), default=0.0), min((s.stop for s in spans), default=1.0)
+        return Window(start, stop) if start < stop else Window()
+
+    def weight(self, x: Float[Tensor, "B N D"], now: StepState) -> "float | Tensor":
+        """The share of it that each token gets: one number for all, or `[B, N]`."""
+        weight: float | Tensor = 1.0
+        for share in self.shares:
+            own = share.weight(x, now)
+            if isinstance(own, Tensor) and own.device != x.device:
+                own = own.to(x.device)
+            weight = own if isinstance(weight, float) and weight == 1.0 else weight * own
+            if isinstance(weight, float) and weight == 0.0:
+                break
+        return weight
 
 
-class Kept(NamedTuple):
-    """Activations that other edits ask for."""
+class Given(NamedTuple):
+    """What differs between tokens in this pass; None where nothing does."""
 
-    key: Key
-
-    def of(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
-        """As they are."""
-        return x
-
-
-class Reading(NamedTuple):
-    """A concept whose reading, in its units, other edits ask for."""
-
-    key: Key
-    rows: Rows
-    unit: float
-    crowd: Encoder | None = None
-    index: int = 0
-    """Its place in the crowd."""
-
-    def of(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B N"]:
-        """In units, float32."""
-        z = self.rows.reading(x) if self.crowd is None else self.crowd.readings(x, [self.index])
-        return z[..., 0] / self.unit
+    gains: Float[Tensor, "B N K"] | None = None
+    """The share of each edit; None: all of it everywhere."""
+    row: Int[Tensor, " B"] | None = None
+    """Which of the `R` amounts each row gets; None: there is one for all."""
+    forecast: Float[Tensor, "B N K"] | None = None
+    """Added to shifts."""
+    wanted: Float[Tensor, "B N K"] | None = None
+    """Targets in place of the bounds; NaN: none."""
+    known: Float[Tensor, "B N K"] | None = None
+    """Readings in place of those by one row; NaN: none."""
+    lengths: Float[Tensor, "B N K"] | None = None
+    """What encoders that normalise divide tokens by."""
 
 
-def _least(amount: Any) -> float:
-    return min(amount) if isinstance(amount, tuple) else amount
+class Change(NamedTuple):
+    """What the edits of a site do in a pass."""
+
+    delta: Float[Tensor, "B N D"]
+    moved: Float[Tensor, "B N K"]
+    """The change of each coordinate."""
+    length: Float[Tensor, "B N"]
+    """Of the change, before the cap."""
+    acting: Bool[Tensor, "B N"] | None
+    """Where an edit acts; None: everywhere."""
 
 
 @dataclass(eq=False)
-class Table:
-    """`K` edits as tensors; a compiled model keeps one of fixed size and has its contents replaced in place."""
+class EditTensors:
+    """`K` edits as tensors."""
 
     read: Float[Tensor, "K D"]
     bias: Float[Tensor, " K"]
@@ -145,159 +140,76 @@ class Table:
     low: Float[Tensor, "R K"]
     high: Float[Tensor, "R K"]
     target: Float[Tensor, " K"]
-    schedule: Float[Tensor, "K 5"]
-    paced: Float[Tensor, " K"]
-    """1 where progress opens the schedule, 0 where steps do."""
-    span: Float[Tensor, "K 2"]
-    """Positions from and up to which an edit acts."""
-    sections: Float[Tensor, "2 K"]
-    """Whether it acts in the prompt and on new tokens."""
     cap: Float[Tensor, ""]
     """Longest change of a token."""
-    prompts: Float[Tensor, ""]
-    """`R` of the contents, which may be less than there is room for."""
 
     @classmethod
-    def empty(cls, edits: int, width: int, rows: int = 1, device: torch.device | None = None) -> "Table":
-        """Room for some edits, none of which does anything."""
-        new = torch.zeros(0, device=device).new_full
-        return cls(
-            read=new((edits, width), 0),
-            bias=new((edits,), 0),
-            write=new((edits, width), 0),
-            threshold=new((edits,), -inf),
-            same=torch.eye(edits, device=device),
-            scale=new((rows, edits), 1),
-            shift=new((rows, edits), 0),
-            low=new((rows, edits), -inf),
-            high=new((rows, edits), inf),
-            target=new((edits,), 0),
-            schedule=torch.tensor([0, inf, 1, 1, 0.0], device=device).repeat(edits, 1),
-            paced=new((edits,), 0),
-            span=torch.tensor([0, inf], device=device).repeat(edits, 1),
-            sections=new((2, edits), 1),
-            cap=new((), inf),
-            prompts=new((), 1),
+    def of(cls, edits: Sequence[Edit], cap: float = inf) -> "EditTensors":
+        """The contents for some edits, on the CPU. Raises `RowMismatch` where amounts are for different numbers of rows."""
+        given = {len(amount) for edit in edits for amount in edit.aim.rule if isinstance(amount, tuple)}
+        if len(given) > 1:
+            raise RowMismatch(f"expected amounts for one number of rows, got {' and '.join(map(str, sorted(given)))}")
+        rows = max(given, default=1)
+        read, bias, write, threshold = (torch.cat(rows) for rows in zip(*(edit.rows[:4] for edit in edits), strict=True))
+        scale, shift, low, high = (
+            torch.tensor([each(amount) if len(each(amount)) == rows else each(amount) * rows for amount in column]).T
+            for column in zip(*(edit.aim.rule for edit in edits), strict=True)
         )
+        same = torch.tensor([[float(one.key == other.key) for other in edits] for one in edits])
+        target = torch.tensor([float(edit.is_target) for edit in edits])
+        return cls(read, bias, write, threshold, same, scale, shift, low, high, target, torch.tensor(cap))
 
-    @classmethod
-    def of(cls, edits: Sequence[Edit], cap: float = inf) -> "Table":
-        """The contents for some edits, on the CPU."""
-        amounts = [amount for edit in edits for amount in edit.rule if isinstance(amount, tuple)]
-        rows = max(map(len, amounts), default=1)
-        if {len(amount) for amount in amounts} - {rows}:
-            raise RowMismatch(f"expected equally many amounts for all concepts, got {sorted(map(len, amounts))}")
-        table = cls.empty(len(edits), edits[0].rows.write.shape[-1], rows)
-        for name in ("read", "bias", "write", "threshold"):
-            setattr(table, name, torch.cat([getattr(edit.rows, name) for edit in edits]))
-        table.same = torch.tensor([[float(one.key == other.key) for one in edits] for other in edits])
-        for k, edit in enumerate(edits):
-            for column, amount in zip((table.scale, table.shift, table.low, table.high), edit.rule, strict=True):
-                column[:, k] = torch.tensor(amount)
-            table.target[k] = edit.is_target
-            if (when := edit.intervention.when) is not None:
-                table.schedule[k] = torch.tensor(when.numbers())
-                table.paced[k] = when.clock == "progress"
-            tokens = edit.intervention.tokens
-            if isinstance(tokens, slice):
-                table.span[k] = torch.tensor([tokens.start or 0, inf if tokens.stop is None else tokens.stop])
-            else:
-                table.sections[:, k] = torch.tensor([tokens != "generated", tokens != "prompt"])
-        table.cap.fill_(cap)
-        table.prompts.fill_(rows)
-        return table
-
-    def to(self, device: torch.device) -> "Table":
+    def to(self, device: torch.device) -> "EditTensors":
         """The same contents elsewhere."""
-        return Table(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
+        return EditTensors(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
 
-    def fill(self, other: "Table | None") -> None:
-        """Replace the contents in place, leaving shapes, and so compiled code, as they are."""
-        edits, width = self.read.shape
-        room = Table.empty(edits, width, len(self.scale), self.read.device)
-        if other is not None:
-            k, rows = len(other.read), len(other.scale)
-            if k > edits or rows > len(self.scale):
-                raise Unanswerable(
-                    f"a compiled model has room for {edits} edits and {len(self.scale)} rows at a site, got {k} and "
-                    f"{rows}; edit fewer at once, or do not compile"
-                )
-            for f in fields(self):
-                mine, theirs = getattr(room, f.name), getattr(other, f.name)
-                mine[tuple(slice(size) for size in theirs.shape)] = theirs.to(mine.device)
-        for f in fields(self):
-            getattr(self, f.name).copy_(getattr(room, f.name))
+    def constant(self, cap: float) -> Float[Tensor, "R D"]:
+        """The change of every token where all edits are constant, cut to a length."""
+        delta = self.shift @ self.write
+        return delta * (cap / delta.norm(dim=-1, keepdim=True).clamp(min=1e-30)).clamp(max=1)
+
+    def readings(self, x: Float[Tensor, "B N D"], given: Given) -> Float[Tensor, "B N K"]:
+        """z of float32 activations."""
+        z = x @ self.read.T if given.lengths is None else x @ self.read.T / given.lengths
+        z = fired(z + self.bias, self.threshold)
+        return z if given.known is None else torch.where(given.known.isnan(), z, given.known)
 
     def change(
-        self,
-        x: Float[Tensor, "B N D"],
-        state: StepState,
-        *,
-        extra: Float[Tensor, "B N K"] | None = None,
-        forecast: Float[Tensor, "B N K"] | None = None,
-        wanted: Float[Tensor, "B N K"] | None = None,
-        known: Float[Tensor, "B N K"] | None = None,
-        lengths: Float[Tensor, "B N K"] | None = None,
-        has_targets: bool = True,
-        has_latents: bool = True,
-    ) -> tuple[Float[Tensor, "B N D"], Float[Tensor, "B N K"], Float[Tensor, "B N"], Bool[Tensor, "B N"]]:
-        """The change of x, the change of each coordinate, the change's length before the cap, and where edits act.
-
-        `extra` scales each edit (gates, masks), `forecast` adds to its shift, `wanted` replaces targets that are not NaN, and
-        `known` readings that are not; `lengths` is what encoders that normalise divide tokens by.
-        """
-        row = state.row(self.prompts.long(), len(x)).to(x.device)
+        self, x: Float[Tensor, "B N D"], given: Given, *, has_targets: bool = True, has_latents: bool = True
+    ) -> Change:  # fmt: skip
+        """What the edits do to activations, by the formulas above."""
         x = x.float()
-        z = x @ self.read.T if lengths is None else x @ self.read.T / lengths
-        z = z + self.bias
-        if has_latents:
-            z = fired(z, self.threshold)
-        if known is not None:
-            z = torch.where(known.isnan(), z, known)
-        g = self.gains(state, z) if extra is None else self.gains(state, z) * extra
-        shift = self.shift[row, None] if forecast is None else self.shift[row, None] + forecast
-        moved = g * ((self.scale[row, None] - 1) * z + shift)
-        written = self.write if lengths is None else lengths[..., None] * self.write
+        z, g = self.readings(x, given), given.gains
+        scale, shift, low, high = (self._for(amounts, given.row) for amounts in (self.scale, self.shift, self.low, self.high))
+        moved = (scale - 1) * z + (shift if given.forecast is None else shift + given.forecast)
+        moved = moved if g is None else g * moved
+        written = self.write if given.lengths is None else given.lengths[..., None] * self.write
         if has_latents:
             moved = self._floored(moved, z)
         delta = _sum(moved, written)
         if has_targets:
-            active = self.target * (g > 0)
-            low, high = self.low[row, None], self.high[row, None]
+            share = self.target if g is None else self.target * (g > 0)
+            gains = 1.0 if g is None else g
             if has_latents:
-                miss = self._miss(z + moved @ self.same, low.clamp(min=0), high, wanted, active * (self.threshold > -inf) * g)
-                delta, moved = delta + _sum(miss, written), moved + miss
-                active = active * (self.threshold == -inf)
-            miss = self._miss(z + delta @ self.read.T, low, high, wanted, active * g)
-            delta, moved = delta + self._least_change(miss, active), moved + miss
+                sparse = self.threshold > -inf
+                miss = _miss(z + moved @ self.same, low.clamp(min=0), high, given.wanted, share * sparse * gains)
+                delta, moved, share = delta + _sum(miss, written), moved + miss, share * ~sparse
+            miss = _miss(z + delta @ self.read.T, low, high, given.wanted, share * gains)
+            delta, moved = delta + self._least_change(miss, share.expand_as(z)), moved + miss
         length = delta.detach().norm(dim=-1)  # the cap is a measure, not a part of the edit that is learned through
         kept = (self.cap / length.clamp(min=1e-30)).clamp(max=1)[..., None]
-        return delta * kept, moved * kept, length, (g > 0).any(-1)
+        return Change(delta * kept, moved * kept, length, None if g is None else (g > 0).any(-1))
+
+    def _for(self, amounts: Float[Tensor, "R K"], row: Tensor | None) -> Tensor:
+        """Amounts of each row of the batch, `[B, 1, K]`, or one for all."""
+        return amounts[0] if row is None else amounts[row, None]
 
     def _floored(self, moved: Float[Tensor, "B N K"], z: Float[Tensor, "B N K"]) -> Float[Tensor, "B N K"]:
         """Additions that leave no latent below 0; several to one latent count together, and each is given its part."""
         floor = torch.where(self.threshold > -inf, -z, -inf)
         return (moved @ self.same).maximum(floor) / self.same.sum(0)
 
-    def _miss(self, z: Tensor, low: Tensor, high: Tensor, wanted: Tensor | None, share: Tensor) -> Float[Tensor, "B N K"]:
-        """How far readings are from their targets, as far as edits act."""
-        aim = z.clamp(low, high)
-        if wanted is not None:
-            aim = torch.where(wanted.isnan(), aim, wanted)
-        return share * (aim - z)
-
-    def gains(self, state: StepState, z: Tensor) -> Tensor:
-        """Share of each edit at each token."""
-        positions, steps = state.positions, state.steps
-        inside = (positions[..., None] >= self.span[:, 0]) & (positions[..., None] < self.span[:, 1])
-        section = torch.where(steps[..., None] > 0, self.sections[1], self.sections[0])
-        moment = steps[..., None]
-        if state.progress is not None:
-            moment = torch.where(self.paced > 0, state.progress, moment)
-        g = gain(moment, self.schedule) * section * inside
-        return (g if state.real is None else g * state.real[..., None]).expand_as(z)
-
-    def _least_change(self, miss: Tensor, active: Tensor) -> Tensor:
+    def _least_change(self, miss: Float[Tensor, "B N K"], active: Float[Tensor, "B N K"]) -> Float[Tensor, "B N D"]:
         """The shortest d with `r_k d = miss_k` for the active k: `R^T (R R^T)^-1 miss`."""
         gram = self.read @ self.read.T
         if len(gram) == 1:
@@ -307,6 +219,14 @@ class Table:
         return torch.linalg.solve(system, miss[..., None])[..., 0] @ self.read
 
 
-def _sum(moved: Float[Tensor, "B N K"], written: Tensor) -> Float[Tensor, "B N D"]:
+def _miss(z: Tensor, low: Tensor, high: Tensor, wanted: Tensor | None, share: Tensor) -> Float[Tensor, "B N K"]:
+    """How far readings are from their targets, as far as edits act."""
+    aim = z.clamp(low, high)
+    if wanted is not None:
+        aim = torch.where(wanted.isnan(), aim, wanted)
+    return share * (aim - z)
+
+
+def _sum(moved: Float[Tensor, "B N K"], written: Any) -> Float[Tensor, "B N D"]:
     """What movements write, `[K, D]`, or of each token its own, `[B, N, K, D]`."""
     return moved @ written if written.ndim == 2 else torch.einsum("bnk,bnkd->bnd", moved, written)

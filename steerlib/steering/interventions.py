@@ -1,7 +1,6 @@
-"""What is done to a concept: values that can be compared, logged and hashed.
+"""What is done to a concept: values that can be compared, logged and hashed. An intervention is one class here.
 
-Every intervention lowers to one `Rule` in raw coordinates: `z' = clamp(scale * z + shift, low, high)`. Rules with finite
-bounds are targets (the concept must read them afterwards); the others are additions.
+Each lowers itself to an aim in raw coordinates.
 """
 
 from abc import ABC, abstractmethod
@@ -11,46 +10,59 @@ from math import inf, isfinite
 from typing import Any, Literal, NamedTuple
 
 from ..bank.concepts import Gate
-from ..errors import BadEdit
-from ..schedules import Branch, Schedule
-from . import masks
+from ..errors import BadEdit, Unanswerable
+from ..passes import Branch
+from ..schedules import Schedule
+from .aims import Aim, Amount, Numbers, Recorded, Rule, Swapped, each
+from .masks import mask_of
+from .reading import Reader
+from .replay import Replay
 
-Amount = float | Sequence[float]
-"""One number, or one per row."""
 
+class Coordinate(NamedTuple):
+    """What an intervention has to know of the coordinate that it moves."""
 
-class Rule(NamedTuple):
-    """`z' = clamp(scale * z + shift, low, high)`, each a number or one per row, in raw coordinates."""
-
-    scale: Amount = 1.0
-    shift: Amount = 0.0
-    low: Amount = -inf
-    high: Amount = inf
-
-    @property
-    def is_target(self) -> bool:
-        """Whether the concept has to read a given value afterwards."""
-        return self.low != -inf or self.high != inf
+    name: str
+    """Of the concept."""
+    site: str
+    unit: float
+    """One unit, raw."""
+    read: Reader
+    natural: tuple[float, float] | None = None
+    """Raw readings that a concept is forced to at most; None: any."""
+    count: int = 1
+    """Coordinates that move with the concept, this one included."""
 
 
 @dataclass(frozen=True)
 class Intervention(ABC):
-    """What to do to one concept, and under which circumstances."""
+    """What to do to one concept, and under which circumstances.
+
+    Args:
+        when: a schedule (`Window`, `Steps`, `Ramp`, `PerStep`); None: always, or the window of the concept's noise level.
+        tokens: positions to edit, of text: "all", "prompt" (what the model reads in its first pass), "generated" (the input
+            positions after it, so the first new token is not moved), or a slice that counts prompt and new tokens together.
+        unit: what amounts count: "concept", units of the concept, or "raw", coordinates of its encoder.
+        branch: the half of guidance, "both", "cond" or "uncond"; None: what `steer` says.
+        gate: a `Gate` on what another concept reads, beside the one stored with the concept; "open" lifts the stored one.
+        mask: where. Text: the share of the edit at each position, `[L]` or `[rows, L]`; positions beyond `L` get none.
+            Images: a box `(left, top, right, bottom)` in parts of the image, shares `[height, width]` or
+            `[rows, height, width]` of any size (for videos with frames before the height), or a `Word` of the prompt.
+
+    Every amount may be a sequence, one number for each prompt. Raises `BadEdit` for values that make no sense.
+    """
 
     when: Schedule | None = field(default=None, kw_only=True)
-    """None: always (or the window of the concept's level)."""
     tokens: Literal["all", "prompt", "generated"] | slice = field(default="all", kw_only=True)
-    """Which positions: those of the prompt, of new tokens, or a slice that counts both together."""
     unit: Literal["concept", "raw"] = field(default="concept", kw_only=True)
-    """Amounts in units of the concept, or in raw coordinates."""
-    branch: Branch | None = field(default=None, kw_only=True)
-    """Which half of guidance; None: what `steer` says."""
+    branch: Literal["both"] | Branch | None = field(default=None, kw_only=True)
     gate: Gate | Literal["open"] | None = field(default=None, kw_only=True)
-    """Where another concept reads high, beside the gate stored with the concept, if any; "open" lifts the stored one."""
-    mask: masks.Mask | None = field(default=None, kw_only=True, compare=False)
-    """Where. Text: the share of the edit at each position, `[L]` or `[rows, L]`; positions beyond `L` get none. Images: a box
-    `(left, top, right, bottom)` in parts of the image, shares `[height, width]` or `[rows, height, width]` of any size, for
-    videos with frames before the height, or a `Word` of the prompt."""
+    mask: Any = field(default=None, kw_only=True, compare=False)
+
+    def __init_subclass__(cls) -> None:
+        """What `help` shows of an intervention lists the arguments that all have, too."""
+        shared = (Intervention.__doc__ or "").partition("Args:")[2]
+        cls.__doc__ = f"{(cls.__doc__ or '').rstrip()}\n\n    Arguments of every intervention, by keyword:{shared}"
 
     def __post_init__(self) -> None:
         if isinstance(self.tokens, slice):
@@ -66,12 +78,36 @@ class Intervention(ABC):
         if self.gate is not None and self.gate != "open" and not isinstance(self.gate, Gate):
             raise BadEdit(f"expected gate to be a Gate or 'open', got {self.gate!r}")
         if self.when is not None and not isinstance(self.when, Schedule):
-            raise BadEdit(f"expected when to be Steps, PerStep, Window or Ramp, got {self.when!r}")
-        object.__setattr__(self, "mask", masks.check(self.mask))
+            raise BadEdit(f"expected when to be a schedule such as Steps, PerStep, Window or Ramp, got {self.when!r}")
+        if self.mask is not None:
+            mask_of(self.mask)
 
     @abstractmethod
-    def rule(self, unit: float) -> Rule:
-        """This intervention in raw coordinates, where one unit is `unit`."""
+    def aim(self, at: Coordinate) -> Aim:
+        """This intervention in the raw coordinates of one of the places that it moves."""
+
+    @property
+    def amounts(self) -> tuple[float, ...]:
+        """What is compared with the safe range of the concept, in its units."""
+        return ()
+
+    def is_capped(self, unit: float, natural: tuple[float, float]) -> bool:  # noqa: ARG002
+        """Whether natural readings cut what it forces a concept to."""
+        return False
+
+    @property
+    def matches_norm(self) -> bool:
+        """Whether it grows and shrinks with each token's own length."""
+        return False
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether equal interventions do equal things, so that a plan of one serves the other; tensors are not compared."""
+        return self.mask is None
+
+    def _raw(self, unit: float) -> float:
+        """What amounts are multiplied by."""
+        return unit if self.unit == "concept" else 1.0
 
 
 def _amount(value: Any) -> Amount:
@@ -79,40 +115,62 @@ def _amount(value: Any) -> Amount:
     if hasattr(value, "tolist"):  # a tensor or an array
         value = value.tolist()
     amounts = tuple(map(float, value)) if isinstance(value, Sequence) and not isinstance(value, str) else float(value)
-    if not all(map(isfinite, amounts if isinstance(amounts, tuple) else (amounts,))) or amounts == ():
+    if not all(map(isfinite, each(amounts))) or amounts == ():
         raise BadEdit(f"expected a finite amount, or one per row, got {value!r}")
     return amounts[0] if isinstance(amounts, tuple) and len(amounts) == 1 else amounts
 
 
-def _each(amount: Amount) -> tuple[float, ...]:
-    return amount if isinstance(amount, tuple) else (amount,)  # type: ignore[return-value]
+def _times(amount: Any, unit: float) -> Amount:
+    return tuple(a * unit for a in amount) if isinstance(amount, tuple) else amount * unit
 
 
-def _times(amount: Amount, unit: float) -> Amount:
-    return tuple(a * unit for a in amount) if isinstance(amount, tuple) else amount * unit  # type: ignore[operator]
+def _within(amount: Any, low: float, high: float) -> Amount:
+    return tuple(min(max(a, low), high) for a in amount) if isinstance(amount, tuple) else min(max(amount, low), high)
 
 
 @dataclass(frozen=True)
 class Add(Intervention):
-    """Move the concept by an amount. A bare number means this."""
+    """Move the concept by an amount. A bare number in `steer` means this.
+
+    Args:
+        amount: how far, in units of the concept; one number, or one for each prompt.
+        match_norm: grow and shrink with each token's own length, relative to the site's median.
+        keep_norm: give every token that is moved its old length again: turn it, and no more.
+
+    >>> sl.Add(2.0, tokens="generated").amount
+    2.0
+    """
 
     amount: Amount
     match_norm: bool = field(default=False, kw_only=True)
-    """Grow and shrink with each token's own length, relative to the site's median."""
     keep_norm: bool = field(default=False, kw_only=True)
-    """Give every token that is moved its old length again: turn it, and no more."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "amount", _amount(self.amount))
 
-    def rule(self, unit: float) -> Rule:
-        return Rule(shift=_times(self.amount, unit if self.unit == "concept" else 1.0))
+    def aim(self, at: Coordinate) -> Aim:
+        return Numbers(Rule(shift=_times(self.amount, self._raw(at.unit))), self.keep_norm)
+
+    @property
+    def amounts(self) -> tuple[float, ...]:
+        return each(self.amount) if self.unit == "concept" else ()
+
+    @property
+    def matches_norm(self) -> bool:
+        return self.match_norm
 
 
 @dataclass(frozen=True)
 class Scale(Intervention):
-    """Multiply the concept's reading."""
+    """Multiply the concept's reading.
+
+    Args:
+        factor: a number, or one for each prompt; 0 is `Ablate` of a direction, negative numbers turn it around.
+
+    >>> sl.Scale(0.5).factor
+    0.5
+    """
 
     factor: Amount
 
@@ -120,13 +178,22 @@ class Scale(Intervention):
         super().__post_init__()
         object.__setattr__(self, "factor", _amount(self.factor))
 
-    def rule(self, unit: float) -> Rule:  # noqa: ARG002 - a factor has no unit
-        return Rule(scale=self.factor)
+    def aim(self, at: Coordinate) -> Aim:  # noqa: ARG002 - a factor has no unit
+        return Numbers(Rule(scale=self.factor))
 
 
 @dataclass(frozen=True)
 class Set(Intervention):
-    """Make the concept read a value."""
+    """Make the concept read a value.
+
+    Args:
+        value: what it has to read, in units of the concept from its mean on reference data; a number, or one for each prompt.
+
+    It is kept within the natural values that the bank stores, unless `allow_ood=True`.
+
+    >>> sl.Set(1.5, when=sl.Window(0.0, 0.4)).value
+    1.5
+    """
 
     value: Amount
 
@@ -134,22 +201,41 @@ class Set(Intervention):
         super().__post_init__()
         object.__setattr__(self, "value", _amount(self.value))
 
-    def rule(self, unit: float) -> Rule:
-        value = _times(self.value, unit if self.unit == "concept" else 1.0)
-        return Rule(low=value, high=value)
+    def aim(self, at: Coordinate) -> Aim:
+        value = _times(self.value, self._raw(at.unit))
+        value = value if at.natural is None else _within(value, *at.natural)
+        return Numbers(Rule(low=value, high=value))
+
+    def is_capped(self, unit: float, natural: tuple[float, float]) -> bool:
+        value = _times(self.value, self._raw(unit))
+        return value != _within(value, *natural)
 
 
 @dataclass(frozen=True)
 class Ablate(Intervention):
-    """Make the concept read 0: for a direction, its mean on reference data."""
+    """Make the concept read 0: for a direction, its mean on reference data.
 
-    def rule(self, unit: float) -> Rule:  # noqa: ARG002 - zero has no unit
-        return Rule(low=0.0, high=0.0)
+    >>> sl.Ablate(tokens="prompt").tokens
+    'prompt'
+    """
+
+    def aim(self, at: Coordinate) -> Aim:  # noqa: ARG002 - zero has no unit
+        return Numbers(Rule(low=0.0, high=0.0))
 
 
 @dataclass(frozen=True)
 class Clamp(Intervention):
-    """Keep the concept's reading between two values; None leaves a side open."""
+    """Keep the concept's reading between two values.
+
+    Args:
+        low: least value, in units of the concept; None: any.
+        high: largest value; None: any. Each a number, or one for each prompt.
+
+    Raises `BadEdit` without a bound, or with `low > high`.
+
+    >>> sl.Clamp(high=1.0).high
+    1.0
+    """
 
     low: Amount | None = None
     high: Amount | None = None
@@ -158,15 +244,20 @@ class Clamp(Intervention):
         super().__post_init__()
         low = -inf if self.low is None else _amount(self.low)
         high = inf if self.high is None else _amount(self.high)
-        lows, highs = (_each(end) for end in (low, high))
-        if (self.low is None and self.high is None) or max(lows) > min(highs):
+        if (self.low is None and self.high is None) or max(each(low)) > min(each(high)):
             raise BadEdit(f"expected a low, a high or both, with low <= high, got {self.low} and {self.high}")
         object.__setattr__(self, "low", low)
         object.__setattr__(self, "high", high)
 
-    def rule(self, unit: float) -> Rule:
-        unit = unit if self.unit == "concept" else 1.0
-        return Rule(low=_times(self.low, unit), high=_times(self.high, unit))  # type: ignore[arg-type]
+    def aim(self, at: Coordinate) -> Aim:
+        low, high = (_times(end, self._raw(at.unit)) for end in (self.low, self.high))
+        if at.natural is not None:
+            low, high = _within(low, -inf, at.natural[1]), _within(high, at.natural[0], inf)
+        return Numbers(Rule(low=low, high=high))
+
+    def is_capped(self, unit: float, natural: tuple[float, float]) -> bool:
+        low, high = (_times(end, self._raw(unit)) for end in (self.low, self.high))
+        return max(each(low)) > natural[1] or min(each(high)) < natural[0]
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,10 +266,29 @@ class Patch(Intervention):
 
     A tape of the concept's *site* gives whole activations instead: with `gate=` on the concept, tokens where it shows are
     replaced by those of the other run (detect and replace). What was not recorded is left alone.
+
+    Args:
+        tape: what `sl.record` gives; it must hold this concept or its site.
+
+    Raises `BadEdit` in `steer` where the tape holds neither.
     """
 
     tape: Any
-    """The tape of `sl.record`, which must hold this concept or its site."""
 
-    def rule(self, unit: float) -> Rule:  # noqa: ARG002 - readings are raw
-        return Rule(low=0.0, high=0.0)
+    def aim(self, at: Coordinate) -> Aim:
+        held = next((name for name in (at.name, at.site) if name in self.tape), None)
+        if held is None:
+            raise BadEdit(
+                f"the tape does not hold {at.name!r}; record it with sl.record(model, bank, [{at.name!r}]), or its site with "
+                f"sl.record(model, [{at.site!r}]) to replace whole activations"
+            )
+        replay = Replay(self.tape[held], at.name)
+        if held != at.name:
+            return Swapped(replay)
+        if at.count > 1:
+            raise Unanswerable(f"a tape holds one reading of {at.name!r}, which moves at {at.count} sites; use Set")
+        return Recorded(replay, at.read)
+
+    @property
+    def is_plain(self) -> bool:
+        return False

@@ -1,5 +1,7 @@
-"""What a mask leaves of an edit at each token: by position in a text, by place in an image."""
+"""Where an edit acts: by position in a text, by place in an image. A mask is one class here."""
 
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,52 +11,150 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..errors import BadEdit, RowMismatch, Unanswerable
-from ..schedules import Grid, StepState
+from ..passes import Grid, StepState
+from ..sites import Site
 
-Box = tuple[float, float, float, float]
-"""Left, top, right, bottom of a part of an image, each a share of its width or height."""
+
+class Mask(ABC):
+    """Where an edit acts. Your own mask is one subclass: `share` says how much each token gets."""
+
+    reads: tuple[str, ...] = ()
+    """Sites before the edited one whose activations it needs; it finds them in `state.notes["kept", site]`."""
+
+    @abstractmethod
+    def share(self, state: StepState, x: Float[Tensor, "B N D"], name: str) -> Float[Tensor, "B N"]:
+        """How much of an edit of the concept `name` each token of `x` gets. `B` may be 1."""
+
+    def check(self, moved: Site, is_before: Callable[[str], bool], name: str) -> None:
+        """Raise `Unanswerable` where it cannot be laid over the site `moved`."""
+        if moved.reads_text:
+            raise Unanswerable(
+                f"the mask of {name!r} is a part of an image, and the tokens of {moved.name!r} are the prompt's; "
+                "mask at a site of image tokens"
+            )
+        if late := next((site for site in self.reads if not is_before(site)), None):
+            raise Unanswerable(
+                f"the mask of {name!r} reads {late!r}, which is not before {moved.name!r}; name an attention of an "
+                "earlier block"
+            )
+
+
+def mask_of(given: Any) -> Mask:
+    """The mask that a tensor, a box or a mask means; raises `BadEdit` for anything else."""
+    if isinstance(given, Mask):
+        return given
+    if isinstance(given, Tensor):
+        return Weights(given)
+    try:
+        left, top, right, bottom = (float(end) for end in given)
+    except (TypeError, ValueError):
+        raise BadEdit(f"expected a mask as a tensor, a Word or a box (left, top, right, bottom), got {given!r:.60}") from None
+    if not (0 <= left < right <= 1 and 0 <= top < bottom <= 1):
+        raise BadEdit(f"expected a box of shares of the image, 0 <= left < right <= 1 and 0 <= top < bottom <= 1, got {given}")
+    return Box(left, top, right, bottom)
 
 
 @dataclass(frozen=True)
-class Word:
-    """Where an image attends to a word of its prompt, in the half of guidance that reads the prompt."""
+class Box(Mask):
+    """A part of an image: 1 on tokens whose centre lies in it. Ends are shares of its width and height."""
+
+    left: float
+    top: float
+    right: float
+    bottom: float
+
+    def share(self, state: StepState, x: Float[Tensor, "B N D"], name: str) -> Float[Tensor, "B N"]:
+        front, grid = layout(state, x, name)
+        across, down = ((torch.arange(n, device=x.device) + 0.5) / n for n in (grid.width, grid.height))
+        inside = ((down >= self.top) & (down < self.bottom))[:, None] & ((across >= self.left) & (across < self.right))
+        flat = inside.float().expand(grid.frames, -1, -1).reshape(1, -1)
+        return F.pad(flat, (front, 0)).expand(len(x), -1)
+
+
+@dataclass(frozen=True, eq=False)
+class Weights(Mask):
+    """The share of the edit at each position of a text, or at each place of an image of any size."""
+
+    weights: Tensor
+
+    def share(self, state: StepState, x: Float[Tensor, "B N D"], name: str) -> Float[Tensor, "B N"]:
+        if state.progress is None:
+            return self._by_position(state, x, name)
+        front, grid = layout(state, x, name)
+        axes = 3 + (grid.frames > 1)
+        layers = self.weights.to(x.device, torch.float32)[(None,) * (axes - self.weights.ndim)]
+        if layers.ndim != axes:
+            raise BadEdit(
+                f"expected the mask of {name!r} as [height, width] or [rows, height, width], got {list(layers.shape)}"
+            )
+        sized = F.pad(_laid(layers[:, None], grid), (front, 0))
+        return sized[_rows(len(sized), len(x), state, name).to(x.device)]
+
+    def _by_position(self, state: StepState, x: Tensor, name: str) -> Tensor:
+        """Positions beyond the mask get none."""
+        table = self.weights.to(x.device, torch.float32)
+        table = table if table.ndim == 2 else table[None]
+        table = table[_rows(len(table), len(x), state, name).to(x.device)]
+        position = state.positions.expand(len(x), -1).clamp(min=0)
+        return table.gather(1, position.clamp(max=table.shape[1] - 1)) * (position < table.shape[1])
+
+
+@dataclass(frozen=True)
+class Word(Mask):
+    """Where an image attends to a word of its prompt, in the half of guidance that reads the prompt.
+
+    Args:
+        text: the word, as it stands in the prompt.
+        at: the cross-attention whose weights decide: a site before the edited one, such as `unet.down_blocks.1.….attn2`.
+        above: share of the most attentive token's attention from which on a token counts, in (0, 1].
+
+    Attention is the mean over heads of `softmax(q k^T / sqrt(d))`, summed over the word's tokens.
+
+    >>> sl.Word("hat", at="unet.mid_block.attentions.0.transformer_blocks.0.attn2").above
+    0.5
+    """
 
     text: str
     at: str
-    """The cross-attention that is asked: a site before the edited one, such as `unet.down_blocks.1.….attn2`."""
     above: float = 0.5
-    """Share of the most attentive token's attention from which on a token counts."""
 
     def __post_init__(self) -> None:
         if not 0 < self.above <= 1:
             raise BadEdit(f"expected 0 < above <= 1, got {self.above}")
 
     @property
-    def asked(self) -> tuple[str, str]:
+    def reads(self) -> tuple[str, str]:  # type: ignore[override]
         """Sites that hold the queries of the image and the keys of the text."""
         return f"{self.at}.to_q", f"{self.at}.to_k"
 
+    def share(self, state: StepState, x: Float[Tensor, "B N D"], name: str) -> Float[Tensor, "B N"]:
+        front, grid = layout(state, x, name)
+        return F.pad(_laid(self._attended(state, name)[:, None], grid), (front, 0))
 
-Mask = Tensor | Box | Word
+    def _attended(self, state: StepState, name: str) -> Float[Tensor, "B ..."]:
+        """1 where a token of the image attends to the word, 0 elsewhere and in the half of guidance without the prompt."""
+        q, k = (state.notes.get(("kept", site)) for site in self.reads)
+        grid = None if q is None or state.grid is None else state.grid.of(q.shape[1])
+        if q is None or k is None or grid is None or state.words is None or k.shape[1] != state.texts:
+            raise Unanswerable(
+                f"the mask of {name!r} needs the attention of {self.at!r} to {self.text!r}, which this pass did not go through "
+                "before the edit, or which does not look at text; name a cross-attention (attn2) of an earlier block"
+            )
+        heads = state.words.heads(self.at)
+        q, k = (x.float().unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k))
+        weights = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1).mean(1)
+        halves, found = state.branches or ("cond",), torch.zeros(weights.shape[:2], device=weights.device)
+        each = len(weights) // len(halves)
+        for row in (row for row in range(len(weights)) if halves[row // each] == "cond"):
+            attention = weights[row, :, state.words.columns(self.text, row % each, each)].sum(-1)
+            found[row] = (attention >= self.above * attention.max()).float()
+        return found.unflatten(1, tuple(grid) if grid.frames > 1 else (grid.height, grid.width))
 
 
-def check(mask: Any) -> Mask | None:
-    """A mask as it is kept; raises `BadEdit` for what is none."""
-    if mask is None or isinstance(mask, Tensor | Word):
-        return mask
-    try:
-        left, top, right, bottom = (float(end) for end in mask)
-    except (TypeError, ValueError):
-        raise BadEdit(f"expected a mask as a tensor, a Word or a box (left, top, right, bottom), got {mask!r:.60}") from None
-    if not (0 <= left < right <= 1 and 0 <= top < bottom <= 1):
-        raise BadEdit(f"expected a box of shares of the image, 0 <= left < right <= 1 and 0 <= top < bottom <= 1, got {mask}")
-    return left, top, right, bottom
-
-
-def share(mask: Mask, state: StepState, x: Float[Tensor, "B N D"], name: str) -> Float[Tensor, "B N"]:
-    """How much of an edit of the concept `name` each token gets."""
+def layout(state: StepState, x: Float[Tensor, "B N D"], name: str) -> tuple[int, Grid]:
+    """How many tokens of `x` stand in front of those of the image, and how the latter lie in it."""
     if state.progress is None:
-        return _by_position(mask, state, x, name)
+        raise BadEdit(f"the mask of {name!r} is a part of an image, this is text; give a tensor of positions")
     front, grid = 0, _grid(state, len(x), x.shape[1])
     if grid is None and state.grid is not None and 0 < state.texts < x.shape[1]:
         front, grid = state.texts, state.grid.of(x.shape[1] - state.texts)
@@ -64,16 +164,7 @@ def share(mask: Mask, state: StepState, x: Float[Tensor, "B N D"], name: str) ->
             f"the mask of {name!r} cannot be laid over the {x.shape[1]} tokens of this site, because they are not those of the "
             f"image (latent: {latent}); mask at a site of image tokens"
         )
-    if isinstance(mask, tuple):
-        return F.pad(_box(mask, grid, x.device), (front, 0)).expand(len(x), -1)
-    if isinstance(mask, Word):
-        sized = _laid(_attended(mask, state, name)[:, None], grid)
-        return F.pad(sized, (front, 0))
-    layers = mask.to(x.device, torch.float32)[(None,) * (3 + (grid.frames > 1) - mask.ndim)]
-    if layers.ndim != 3 + (grid.frames > 1):
-        raise BadEdit(f"expected the mask of {name!r} as [height, width] or [rows, height, width], got {list(mask.shape)}")
-    sized = _laid(layers[:, None], grid)
-    return F.pad(sized, (front, 0))[_rows(len(sized), len(x), state, name).to(x.device)]
+    return front, grid
 
 
 def _grid(state: StepState, rows: int, count: int) -> Grid | None:
@@ -89,51 +180,6 @@ def _grid(state: StepState, rows: int, count: int) -> Grid | None:
 def _laid(layers: Float[Tensor, "rows 1 ..."], grid: Grid) -> Float[Tensor, "rows N"]:
     """Shares of any size as shares of tokens."""
     return F.interpolate(layers, size=tuple(grid) if grid.frames > 1 else grid[1:], mode="area").flatten(1)
-
-
-def _attended(word: Word, state: StepState, name: str) -> Float[Tensor, "B ..."]:
-    """1 where a token of the image attends to the word, 0 elsewhere and in the half of guidance that does not read it.
-
-    Attention is the mean over heads of `softmax(q k^T / sqrt(d))`, summed over the word's tokens.
-    """
-    q, k = (state.notes.get(("kept", site)) for site in word.asked)
-    grid = None if q is None or state.grid is None else state.grid.of(q.shape[1])
-    if q is None or k is None or grid is None or state.words is None or k.shape[1] != state.texts:
-        raise Unanswerable(
-            f"the mask of {name!r} asks {word.at!r} for the attention to {word.text!r}, which this pass did not go through "
-            "before the edit, or which does not look at text; name a cross-attention (attn2) of an earlier block"
-        )
-    heads = state.words.heads(word.at)
-    q, k = (x.float().unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k))
-    weights = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1).mean(1)
-    halves = state.branches or ("cond",)
-    found = torch.zeros(weights.shape[:2], device=weights.device)
-    for row in range(len(weights)):
-        each = len(weights) // len(halves)
-        if halves[row // each] == "cond":
-            columns = state.words.columns(word.text, row % each, each)
-            attention = weights[row, :, columns].sum(-1)
-            found[row] = (attention >= word.above * attention.max()).float()
-    return found.unflatten(1, tuple(grid) if grid.frames > 1 else (grid.height, grid.width))
-
-
-def _by_position(mask: Mask, state: StepState, x: Tensor, name: str) -> Tensor:
-    """Positions beyond the mask get none."""
-    if not isinstance(mask, Tensor):
-        raise BadEdit(f"the mask of {name!r} is a part of an image, this is text; give a tensor of positions")
-    table = mask.to(x.device, torch.float32)
-    table = table if table.ndim == 2 else table[None]
-    table = table[_rows(len(table), len(x), state, name).to(x.device)]
-    position = state.positions.expand(len(x), -1).clamp(min=0)
-    return table.gather(1, position.clamp(max=table.shape[1] - 1)) * (position < table.shape[1])
-
-
-def _box(box: Box, grid: Grid, device: torch.device) -> Float[Tensor, "1 N"]:
-    """1 on tokens whose centre lies in the box."""
-    left, top, right, bottom = box
-    across, down = ((torch.arange(n, device=device) + 0.5) / n for n in (grid.width, grid.height))
-    inside = ((down >= top) & (down < bottom))[:, None] & ((across >= left) & (across < right))
-    return inside.float().expand(grid.frames, -1, -1).reshape(1, -1)
 
 
 def _rows(count: int, rows: int, state: StepState, name: str) -> Tensor:

@@ -1,55 +1,62 @@
-"""`record`: what passes see, by concept or by site."""
+"""`record`: what passes read, by concept or by site; and activations replaced by hand."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 from torch import Tensor
 
-from ..bank.concept_bank import ConceptBank
-from ..bank.concepts import Concept
-from ..errors import ConflictingEdits
-from ..hooks.attach import LOCK, Attachment, attachment
-from ..hosts import Host, host_for
-from ..schedules import StepState
-from ..sites import Site
-from .edit import Reading
+from ..bank import ConceptBank
+from ..hosts import host_for
+from ..passes import StepState
+from .dispatch import Owner, acting
+from .reading import reader
 
+Observe = Callable[[Tensor, StepState], Any]
 Replace = Callable[[Tensor, StepState], Tensor]
 Tape = dict[str, list[tuple[StepState, Tensor]]]
 
 
 @contextmanager
 def record(target: object, bank_or_sites: ConceptBank | Sequence[str], concepts: Sequence[str] | None = None) -> Iterator[Tape]:
-    """Record every pass inside a `with` block: `tape[name]` lists `(state, values)`.
+    """Record every pass inside a `with` block.
 
-    With a bank, values are the concepts' readings `z[B, N]` (raw coordinates, after any edit); with names of sites,
-    the activations `x[B, N, D]` themselves.
+    Args:
+        target: what `sl.steer` takes.
+        bank_or_sites: a bank, or names of sites.
+        concepts: of the bank; None: all.
+
+    Gives a tape: `tape[name]` lists `(state, values)`, one for each pass, where `state` says where the pass stands. With a
+    bank, values are the concepts' readings `z[B, N]`, in raw coordinates and after any edit; with names of sites, the
+    activations `x[B, N, D]` themselves. Raises `UnknownConcept`, `UnknownSite` or `WrongModel`.
+
+    >>> with sl.record(model, bank, ["a"]) as tape:
+    ...     _ = model(torch.ones(1, 4, dtype=torch.long))
+    >>> tape["a"][0][1].shape
+    torch.Size([1, 4])
     """
-    host = host_for(target)
     tape: Tape = {}
+    if not isinstance(bank_or_sites, ConceptBank):
+        names = [bank_or_sites] if isinstance(bank_or_sites, str) else bank_or_sites
+        with observing(target, {name: _keeper(tape.setdefault(name, []), lambda x, _: x.detach().clone()) for name in names}):
+            yield tape
+        return
+    bank, host = bank_or_sites, host_for(target)
+    bank.check(host)
     with ExitStack() as stack:
-        if isinstance(bank_or_sites, ConceptBank):
-            bank_or_sites.check(host)
-            for name in concepts if concepts is not None else bank_or_sites.concepts:
-                concept = bank_or_sites[name]
-                site = host.site(bank_or_sites.read_at(concept))
-                _observe(host, site, _reader(bank_or_sites, concept, tape.setdefault(concept.name, [])), stack)
-        else:
-            for name in [bank_or_sites] if isinstance(bank_or_sites, str) else bank_or_sites:
-                _observe(host, host.site(name), _keeper(tape.setdefault(name, [])), stack)
+        for concept in [bank[name] for name in (concepts if concepts is not None else bank.concepts)]:
+            keep = _keeper(tape.setdefault(concept.name, []), reader(bank, concept, concept.name))
+            stack.enter_context(acting(host, host.site(bank.read_at(concept)), Owner("observe", keep)))
         yield tape
 
 
 @contextmanager
-def observing(target: object, observers: Mapping[str, Callable[[Tensor, StepState], None]]) -> Iterator[None]:
+def observing(target: object, observers: Mapping[str, Observe]) -> Iterator[None]:
     """Inside a `with` block, show every pass to an observer at each of some sites, by name: `x[B, N, D]` and the state.
 
     What an observer raises ends the pass and reaches whoever ran the model.
     """
-    host = host_for(target)
-    with ExitStack() as stack:
-        for name, observe in observers.items():
-            _observe(host, host.site(name), observe, stack)
+    with _acting(target, "observe", observers):
         yield
 
 
@@ -58,48 +65,21 @@ def replacing(target: object, edits: Mapping[str, Replace]) -> Iterator[None]:
     """Inside a `with` block, what goes on from each of some sites, by name, is what a function makes of it: `x[B, N, D]` and
     the state, to a tensor of the same shape.
 
-    For whoever patches activations by hand. Raises `ConflictingEdits` where a session steers one of the sites.
+    For whoever patches activations by hand. Edits of `steer` at the same site act on what the function gives.
     """
-    host = host_for(target)
-    sites = {name: host.site(name) for name in edits}
-    with ExitStack() as stack:
-        for name, edit in edits.items():
-            with LOCK:
-                place = attachment(host)
-                place.require(host, [sites[name]])
-            stack.callback(_release, place, host, sites[name])
-            socket = place.sockets[sites[name].name]
-            if socket.edit is not None:
-                raise ConflictingEdits(f"expected nobody to steer {name!r}, but a session does; leave it first")
-            socket.edit = edit
-            stack.callback(setattr, socket, "edit", None)
+    with _acting(target, "replace", edits):
         yield
 
 
-def _observe(host: Host, site: Site, observe: Callable[[Tensor, StepState], None], stack: ExitStack) -> None:
-    with LOCK:
-        place = attachment(host)
-        place.require(host, [site])
-    stack.callback(_release, place, host, site)
-    observers = place.sockets[site.name].observers
-    observers.append(observe)
-    stack.callback(observers.remove, observe)
+@contextmanager
+def _acting(target: object, role: Any, acts: Mapping[str, Callable[[Tensor, StepState], Any]]) -> Iterator[None]:
+    host = host_for(target)
+    sites = {name: host.site(name) for name in acts}
+    with ExitStack() as stack:
+        for name, act in acts.items():
+            stack.enter_context(acting(host, sites[name], Owner(role, act)))
+        yield
 
 
-def _release(place: Attachment, host: Host, site: Site) -> None:
-    with LOCK:
-        place.release(host, [site])
-
-
-def _reader(bank: ConceptBank, concept: Concept, out: list[tuple[StepState, Tensor]]) -> Callable[[Tensor, StepState], None]:
-    crowd = bank.encoder(concept.encoder) if bank.competes(concept) else None
-    reading = Reading(concept.id, bank.rows(concept), 1.0, crowd, concept.index)
-
-    def observe(x: Tensor, state: StepState) -> None:
-        out.append((state.kept(), reading.of(x)))
-
-    return observe
-
-
-def _keeper(out: list[tuple[StepState, Tensor]]) -> Callable[[Tensor, StepState], None]:
-    return lambda x, state: out.append((state.kept(), x.detach().clone()))
+def _keeper(out: list[tuple[StepState, Tensor]], read: Callable[[Tensor, StepState], Tensor]) -> Observe:
+    return lambda x, state: out.append((state.detached(), read(x, state)))

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..errors import BadEdit, RowMismatch, Unanswerable
-from ..schedules import StepState
+from ..passes import StepState
 
 
 class Replay:

@@ -3,94 +3,92 @@
 import threading
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from functools import partial
-from math import inf
 from types import TracebackType
 from typing import Any, Literal
-from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ..bank.concept_bank import ConceptBank
-from ..errors import BadEdit, ConflictingEdits, ModelBusy, OutOfRange, SiteNotReached, Unanswerable
-from ..hooks.attach import ASIDE, LOCK, Attachment, Dispatch, Socket, attachment, before_forward, is_compiled, modules_on
+from ..bank import ConceptBank
+from ..errors import BadEdit, ConflictingEdits, ModelBusy, OutOfRange, SiteNotReached
+from ..hooks.attach import LOCK, Attachment, Socket, attachment, is_compiled
 from ..hosts import host_for
-from ..schedules import Branch, PerStep, StepState, Within
+from ..passes import Branch
 from ..sites import Site
-from .edit import Table
-from .interventions import Patch
-from .plan import Do, Edits, Options, plan_for
-from .program import Program, why_not
-from .report import Line, Report
-
-
-class Contents:
-    """What a compiled model runs at one site: a table of fixed size, changed in place."""
-
-    def __init__(self, table: Table):
-        self.table = table
-        self.hits = torch.zeros((), dtype=torch.long, device=table.read.device)
-
-    def __call__(self, x: Tensor, state: StepState) -> Tensor:
-        self.hits.add_(1)
-        delta, *_ = self.table.change(x, state)
-        return x + delta.to(x.dtype)
+from .compiled import EDITS, ROWS, CompiledEdit
+from .dispatch import Owner, rewire
+from .plan import Do, Edits, Options, Plan, plan_for
+from .program import Run
+from .report import Report, line
+from .twin import follow
 
 
 class Steering:
-    """A live session: what is attached, what is edited, what happened. Also a context manager."""
+    """A live session: what is attached, what is edited, what happened. `sl.steer` and `sl.attach` make one.
+
+    A context manager: edits act inside its `with` block. Printing it shows the report.
+
+    Attributes:
+        bank: the bank whose concepts it edits.
+        host: the model, as steerlib sees it.
+    """
 
     def __init__(self, target: object, bank: ConceptBank, *, edits: Edits, options: Options):
-        self.host, self.bank = host_for(target), bank
-        self.programs: dict[str, Program] = {}
-        self._options = options
-        self._plan = plan_for(bank, self.host, edits, options)
-        self._standing: tuple[Site, ...] = ()
-        self._held: tuple[Site, ...] = ()
-        self._attachment: Attachment | None = None
-        self._thread = 0
-        self._passes: dict[str, Counter[int]] = {}
+        self.host, self.bank, self.options = host_for(target), bank, options
+        self.plan: Plan = plan_for(bank, self.host, edits, options)
+        self.runs: dict[str, Run] = {}
+        """By site."""
+        self.thread = 0
+        """The one that it was entered in, and acts in."""
         self._place: Attachment | None = None
+        self._owners: list[tuple[Socket, Owner]] = []
+        self._passes: dict[str, Counter[int]] = {}
+        self._standing: tuple[Site, ...] = ()
         self._ran = self._entered = False
-        self._undo_twin = ExitStack()
-        self._caches: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
+        self._undo = ExitStack()
 
-    # -- life ------------------------------------------------------------------------------------------------
+    # -- life --------------------------------------------------------------------------------------------------
 
     def attach(self) -> "Steering":
-        """Put permanent sockets at every site of the bank, so that the model can be compiled."""
-        with torch.inference_mode(False):  # their contents are changed in place later, in whatever mode
-            return self._attach()
-
-    def _attach(self) -> "Steering":
+        """Put permanent sockets at every site of the bank, so that the model can be compiled afterwards."""
         sites = tuple(self.host.site(name) for name in self.bank.sites)
-        with LOCK:
+        with LOCK, torch.inference_mode(False):  # their tensors are changed in place later, in whatever mode
             place = attachment(self.host)
             place.require(self.host, sites)
-        self._attachment, self._place, self._standing = place, place, sites
-        room = Counter(self.bank.site_of(place) for concept in self.bank.concepts.values() for place in concept.places)
-        for site in sites:
-            socket = place.sockets[site.name]
-            if socket.traced is None:
-                device = _device(self.host.model, site)
-                width = self.bank.sites[site.name].width
-                socket.traced = Contents(Table.empty(max(EDITS, room[site.name]), width, ROWS, device))
+            self._place, self._standing = place, sites
+            room = Counter(self.bank.site_of(at) for concept in self.bank.concepts.values() for at in concept.at)
+            for site in sites:
+                if (socket := place.sockets[site.name]).traced is None:
+                    width, device = self.bank.sites[site.name].width, _device(self.host.model, site)
+                    socket.traced = CompiledEdit(max(EDITS, room[site.name]), ROWS, width, device)
         return self
 
-    def set(self, edits: Edits) -> "Steering":
-        """Edit these concepts from now on, in place of those before."""
-        before, plan = self._plan, plan_for(self.bank, self.host, edits, self._options)
+    def set(self, edits: Edits, **options: Any) -> "Steering":
+        """Edit these concepts from now on, in place of those before.
+
+        Args:
+            edits: as for `sl.steer`.
+            options: `branch`, `do`, `hold`, `free`, `allow_ood` and `exact` of `sl.steer`; those left out stay as they were.
+
+        Returns this session. Raises what `sl.steer` raises, and then edits what it edited before.
+
+        >>> steering = sl.attach(model, bank)
+        >>> steering.set({"a": 2.0}).clear().detach()
+        """
+        chosen = {name: tuple(v) if name in ("hold", "free") else v for name, v in options.items()}
+        options_ = self.options._replace(**chosen)
+        before, plan = (self.plan, self.options), plan_for(self.bank, self.host, edits, options_)
         self._leave()
-        self._plan, self._ran = plan, False
+        (self.plan, self.options), self._ran = (plan, options_), False
         try:
             self._enter()
         except BaseException:
-            self._plan = before
+            self.plan, self.options = before
             self._enter()
             raise
+        notify(plan, 3)
         return self
 
     def clear(self) -> "Steering":
@@ -98,15 +96,15 @@ class Steering:
         return self.set({})
 
     def detach(self) -> None:
-        """Leave the model as it was."""
+        """Leave the model as it was: no hook, attribute or tensor of steerlib stays."""
         self._leave()
-        if self._place is not None:
+        if (place := self._place) is not None and self._standing:
             with LOCK:
                 for site in self._standing:
-                    if (socket := self._place.sockets.get(site.name)) is not None and self._place.uses(site) == 1:
+                    if (socket := place.sockets.get(site.name)) is not None and place.uses(site) == 1:
                         socket.traced = None
-                self._place.release(self.host, self._standing)
-            self._place, self._standing = None, ()
+                place.release(self.host, self._standing)
+            self._standing = ()
 
     def __enter__(self) -> "Steering":
         if not self._entered:
@@ -114,7 +112,7 @@ class Steering:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        missed, capped = ([], False) if kind else (self._missed(), self._capped())
+        missed, capped = ([], False) if kind else (self._missed(), any(int(r.counts.capped) for r in self.runs.values()))
         self.detach()
         if missed:
             raise SiteNotReached(
@@ -125,127 +123,82 @@ class Steering:
             warnings.warn("edits were capped in length at run time; see report()", OutOfRange, stacklevel=2)
 
     def _enter(self) -> None:
-        self._thread = threading.get_ident()
+        self.thread = threading.get_ident()
         with LOCK:
             place = attachment(self.host)
-            others = [session for session in place.sessions if session._plan.edits]
-            if any(s._thread != self._thread for s in others) and self._plan.edits and is_compiled([self.host.model]):
-                raise ModelBusy("another thread steers this compiled model; take turns, or load a second copy")
-            self._refuse_conflicts(others)
-            place.require(self.host, self._plan.sites)
-            self._attachment, self._held, self._entered = place, self._plan.sites, True
+            self._refuse(place.sessions)
+            place.require(self.host, self.plan.sites)
+            self._place, self._entered = place, True
             try:
                 self._passes = {path: clock.passes.copy() for path, clock in place.clocks.items()}
-                self.programs = {name: program.anew() for name, program in self._plan.programs.items()}
-                if self._plan.edits:
+                self.runs = {name: Run(program) for name, program in self.plan.programs.items()}
+                if self.plan.programs:
                     place.sessions.append(self)
-                    if self._plan.holds:
-                        for path in self.host.passes():
-                            module = self.host.model.get_submodule(path)
-                            self._undo_twin.callback(before_forward(module, partial(self._run_twin, path)))
-                _rewire(place)
+                    self._owners = [(place.sockets[name], Owner("edit", run, self.thread)) for name, run in self.runs.items()]
+                    for socket, owner in self._owners:
+                        socket.owners.append(owner)
+                    if self.plan.pins:
+                        self._undo.callback(follow(self, place))
+                rewire(place)
             except BaseException:
                 self._leave()
                 raise
 
     def _leave(self) -> None:
-        place = self._attachment
+        place = self._place
         if place is None or not self._entered:
             return
         self._ran, self._entered = self._ran or self._has_run(), False
         with LOCK:
-            self._undo_twin.close()
+            self._undo.close()
             if self in place.sessions:
                 place.sessions.remove(self)
-            held, self._held = self._held, ()
-            _rewire(place)
-            place.release(self.host, held)
+            for socket, owner in self._owners:
+                socket.owners.remove(owner)
+            self._owners = []
+            rewire(place)
+            place.release(self.host, self.plan.sites)
 
-    def _refuse_conflicts(self, others: Sequence["Steering"]) -> None:
-        """One concept may be given one value only."""
-        fixed = {e.key for s in others if s._thread == self._thread for es in s._plan.edits.values() for e in es if e.is_target}
-        for edits in self._plan.edits.values():
-            for edit in edits:
-                if edit.is_target and edit.key in fixed:
-                    raise ConflictingEdits(f"{edit.concept.name!r} is set by an outer steer() already; set it once")
+    def _refuse(self, others: Sequence["Steering"]) -> None:
+        """One concept may be given one value only, and a compiled model be steered by one thread."""
+        same = [session for session in others if session.thread == self.thread]
+        if len(same) < len(others) and self.plan.programs and is_compiled([self.host.model]):
+            raise ModelBusy("another thread steers this compiled model; take turns, or load a second copy")
+        fixed = {edit.key for session in same for edit in session.plan.edits if edit.is_target}
+        if twice := next((edit for edit in self.plan.edits if edit.is_target and edit.key in fixed), None):
+            raise ConflictingEdits(f"{twice.name!r} is set by an outer steer() already; set it once")
 
-    def _run_twin(self, path: str, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Before each pass: the same pass without edits, to know what held concepts would have read."""
-        place = self._attachment
-        elsewhere = threading.get_ident() != self._thread
-        if ASIDE.running or (elsewhere and place is not None and {s._thread for s in place.sessions} != {self._thread}):
-            return
-        if reason := self.host.refuse_twin():
-            raise Unanswerable(reason)
-        ASIDE.running = True
-        try:
-            self.host.run_twin(path, args, kwargs, self._caches)
-        finally:
-            ASIDE.running = False
-
-    # -- what happened ---------------------------------------------------------------------------------------
+    # -- what happened -----------------------------------------------------------------------------------------
 
     def _missed(self) -> list[str]:
         """Sites that were never reached although the model ran."""
-        place = self._attachment
-        if place is None or not self._held:
+        if self._place is None or not self._entered or not self._has_run():
             return []
-        reached = {name for name, program in self.programs.items() if program.tally.passes}
-        ran = self._has_run()
-        return [site.name for site in self._held if ran and site.name not in reached and not self._hit(site)]
+        sockets = self._place.sockets
+        hit = {n for n, s in sockets.items() if isinstance(s.traced, CompiledEdit) and bool(s.traced.hits)}
+        return [site.name for site in self.plan.sites if not self.runs[site.name].tally.passes and site.name not in hit]
 
     def _has_run(self) -> bool:
         """Whether the model made a pass inside this session."""
-        place = self._attachment
-        if place is None:
+        if (place := self._place) is None:
             return False
-        alone = all(session._thread == self._thread for session in place.sessions)
-        for path, clock in place.clocks.items():
-            new = clock.passes - self._passes.get(path, Counter())
-            if new[self._thread] or (alone and new):
-                return True
-        return False
+        alone = all(session.thread == self.thread for session in place.sessions)
+        new = [clock.passes - self._passes.get(path, Counter()) for path, clock in place.clocks.items()]
+        return any(passes[self.thread] or (alone and passes) for passes in new)
 
-    def _hit(self, site: Site) -> bool:
-        socket = self._attachment.sockets.get(site.name) if self._attachment else None
-        return socket is not None and isinstance(socket.traced, Contents) and bool(socket.traced.hits)
-
-    def _capped(self) -> bool:
-        """Whether a change that only the run could tell was cut short."""
-        return any(int((p.merged or (p, 0))[0].tally.capped) for p in self.programs.values())
-
-    def report(self) -> "Report":
+    def report(self) -> Report:
         """What was edited where, how much, and how far off the natural range; and why nothing happened, if so."""
         lines = []
-        for name, program in self.programs.items():
-            if not program.edits:
-                continue
-            whole, at = program.merged or (program, 0)
-            tally, norm, looked = whole.tally, self.bank.sites[name].norm, int(whole.tally.looked)
-            for k, edit in enumerate(program.edits, start=at):
-                lines.append(
-                    Line(
-                        concept=edit.concept.name,
-                        site=name,
-                        passes=program.tally.passes,
-                        acted=tally.acts + int(tally.acted),
-                        tokens=round(float(tally.tokens)),
-                        seen=tally.seen,
-                        change=float(tally.changed) / looked / norm if norm and looked else None,
-                        off_range=float(tally.off[k]) / looked if edit.concept.natural and tally.off is not None else None,
-                        largest=None if tally.largest is None else float(tally.largest[k]),
-                        capped=float(tally.capped) / max(1.0, float(tally.tokens)),
-                        why="" if float(tally.tokens) else why_not(edit, tally),
-                    )
-                )
+        for name, run in self.runs.items():
+            counts, norm = run.counts, self.bank.sites[name].norm if run.program.edits else None
+            lines += [line(edit, k, name, norm, counts) for k, edit in enumerate(run.program.edits)]
         return Report(tuple(lines), self._ran or self._has_run())
 
     def __repr__(self) -> str:
         return str(self.report())
 
-
-EDITS, ROWS = 8, 64
-"""Edits, and rows, for which a compiled site has room at least."""
+    def _repr_html_(self) -> str:
+        return self.report()._repr_html_()
 
 
 def _device(model: nn.Module, site: Site) -> torch.device:
@@ -253,109 +206,10 @@ def _device(model: nn.Module, site: Site) -> torch.device:
     return next(inside, next(model.parameters(), torch.zeros(()))).device
 
 
-def _rewire(place: Attachment) -> None:
-    """Give every socket what the active sessions want there, thread by thread."""
-    threads = {session._thread for session in place.sessions}
-    for name, socket in place.sockets.items():
-        if len(threads) <= 1:
-            socket.edit = _merged(place.sessions, name) if threads else None
-        else:
-            socket.edit = Dispatch({t: _merged([s for s in place.sessions if s._thread == t], name) for t in threads})
-        if isinstance(socket.traced, Contents):
-            blind = not place.sessions[0].host.counts_compiled if place.sessions else False
-            _fill(socket, [program for s in place.sessions if (program := s.programs.get(name)) is not None], blind)
-
-
-def _merged(sessions: Sequence[Steering], name: str) -> Callable[[Tensor, StepState], Tensor] | None:
-    """One edit for all sessions of a thread at one site."""
-    programs = [program for session in sessions if (program := session.programs.get(name)) is not None]
-    if not programs:
-        return None
-    merged = programs[0] if len(programs) == 1 else _Together(programs)
-    return _Listening(merged, programs) if any(session._plan.holds for session in sessions) else merged
-
-
-def _cap(programs: Sequence[Program]) -> float:
-    """The tightest cap among sessions that edit here; one that only reads has no say."""
-    return min((program.cap for program in programs if program.edits), default=inf)
-
-
-class _Together:
-    """The programs of several sessions as one, so that their additions and targets are solved together."""
-
-    def __init__(self, programs: Sequence[Program]):
-        self.programs = programs
-        edits = [edit for program in programs for edit in program.edits]
-        readings = [reading for program in programs for reading in program.readings]
-        self.merged = Program(edits, readings, _cap(programs))
-        at = 0
-        for program in programs:
-            program.twin = self.merged.twin
-            program.merged, at = (self.merged, at), at + len(program.edits)
-
-    def __call__(self, x: Tensor, state: StepState) -> Tensor:
-        for program in self.programs:
-            program.tally.passes += 1
-        return self.merged(x, state)
-
-
-class _Listening:
-    """A program that only listens while the unsteered twin runs."""
-
-    def __init__(self, edit: Callable[[Tensor, StepState], Tensor], programs: Sequence[Program]):
-        self.edit, self.programs = edit, programs
-
-    def __call__(self, x: Tensor, state: StepState) -> Tensor:
-        if ASIDE.running:
-            for program in self.programs:
-                program.listen(x)
-            return x
-        return self.edit(x, state)
-
-
-def _fill(socket: Socket, programs: Sequence[Program], blind: bool) -> None:
-    """Put the edits into the tensors that compiled code reads, and refuse what only Python can do once it is compiled.
-
-    `blind`: a clock that is compiled cannot count steps.
-    """
-    assert isinstance(socket.traced, Contents)
-    blind = blind and any(is_compiled([socket.model.get_submodule(clock.path)]) for clock in socket.clocks)
-    edits = [edit for program in programs for edit in program.edits]
-    try:
-        for edit in edits:
-            i = edit.intervention
-            if (
-                edit.gates
-                or edit.norm is not None
-                or i.mask is not None
-                or edit.branch
-                or edit.held
-                or edit.forecast
-                or isinstance(i, Patch)
-                or isinstance(i.when, PerStep | Within)
-                or edit.keeps_norm
-            ):
-                raise Unanswerable(
-                    f"{edit.concept.name!r}: gates, PerStep, when= at several levels, match_norm, keep_norm, masks, branches, "
-                    "patches, do='hold' and 'graph' need Python at every pass, which a compiled model leaves out; use them "
-                    "on one that is not compiled"
-                )
-            if blind and i.when is not None and i.when.clock == "steps":
-                raise Unanswerable(
-                    f"{edit.concept.name!r}: steps cannot be counted where the whole denoiser is compiled; use a Window, or "
-                    "compile_repeated_blocks() in place of compile()"
-                )
-            if not edit.is_constant and (edit.crowd is not None or edit.heard is not None or edit.rows.norm):
-                raise Unanswerable(
-                    f"{edit.concept.name!r}: latents that compete, that are read at an earlier site or from normalised tokens "
-                    "need Python at every pass, which a compiled model leaves out; a TopK latent can do with exact=False"
-                )
-        socket.traced.table.fill(Table.of(edits, _cap(programs)) if edits else None)
-        socket.traced.hits.zero_()
-    except Unanswerable:
-        socket.traced.table.fill(None)
-        if is_compiled(modules_on(socket.model, socket.site.module)):
-            raise
+def notify(plan: Plan, stacklevel: int) -> None:
+    """Give the plan's warnings, at the line of whoever is `stacklevel` calls above."""
+    for text, kind in plan.notices:
+        warnings.warn(text, kind, stacklevel=stacklevel)
 
 
 def steer(
@@ -372,19 +226,55 @@ def steer(
 ) -> Steering:
     """Change concepts of a model inside a `with` block.
 
-    `edits` maps concept names to a number (an addition, in units of the concept), one number per row, or an
-    intervention. With `do="hold"` the concept's descendants, but for those in `free`, and the concepts in `hold` keep
-    their unsteered reading; where one has a place of its own (a stored gate), edits of other places are not written there.
-    With `do="graph"` the bank's graph moves descendants too. Edits are capped where the bank knows what is natural, unless
-    `allow_ood`. Latents of TopK encoders are read beside all others; with `exact=False` by the
-    threshold that the bank stores, which costs no more than a direction. Raises `BadEdit`, `BadBank` or `UnknownConcept`
-    before anything is touched.
+    Args:
+        target: a transformers model, a PEFT model, a diffusers pipeline, or any `torch.nn.Module`. Compiled models are
+            attached to first (`sl.attach`).
+        bank: whose concepts are edited. It must have been made for this architecture.
+        edits: concept names (or `encoder/index`) -> a number, which is an addition in units of the concept; a sequence, one
+            number for each prompt; or an intervention such as `Set`.
+        branch: the half of guidance that is edited: "both", "cond" (with the prompt) or "uncond".
+        do: what follows an edit. "model": the network itself carries it on. "hold": each pass also runs unsteered, and the
+            descendants of the edited concepts in the bank's graph are pinned to their values there; if a pinned concept has
+            a stored gate, edits that do not share it are skipped on tokens where it is open. "graph": the bank's graph also
+            moves descendants at later sites, as it forecasts.
+        hold: with `do="hold"`, other concepts to pin.
+        free: with `do="hold"`, descendants that are not pinned.
+        allow_ood: allow values outside the natural range of a concept and changes of any length ("out of distribution");
+            otherwise they are capped, with a warning.
+        exact: read latents that compete (TopK) beside all others; False: by the threshold that the bank stores, which
+            costs no more than a direction.
+
+    Returns a `Steering`; `with ... as session` gives it, `session.report()` says what happened.
+
+    Raises, before the model is touched: `UnknownConcept`, `UnknownSite`, `UnsupportedTarget`, `BadEdit` (`ConflictingEdits`,
+    `Unanswerable`), `WrongModel` and other `BadBank`, `CompiledModel`. From the run: `RowMismatch` where amounts are not one
+    for each prompt; at the end of the block `SiteNotReached` where the model never went through an edited site.
+
+    >>> with sl.steer(model, bank, {"a": 2.0, "b": sl.Ablate()}) as session:
+    ...     _ = model(torch.ones(1, 4, dtype=torch.long))
+    >>> session.report().ran
+    True
     """
     if not isinstance(edits, Mapping):
         raise BadEdit(f"expected edits as a mapping from concept names, got {type(edits).__name__}")
-    return Steering(target, bank, edits=edits, options=Options(branch, do, tuple(hold), tuple(free), allow_ood, exact))
+    options = Options(branch, do, tuple(hold), tuple(free), allow_ood, exact)
+    session = Steering(target, bank, edits=edits, options=options)
+    notify(session.plan, 3)
+    return session
 
 
 def attach(target: object, bank: ConceptBank, *, allow_ood: bool = False, exact: bool = True) -> Steering:
-    """Put sockets at every site of a bank that stay until `detach()`; edit with `set`. Do this before compiling."""
-    return Steering(target, bank, edits={}, options=Options(allow_ood=allow_ood, exact=exact)).attach()
+    """Put sockets at every site of a bank that stay until `detach()`. Do this before compiling; edit with `set`.
+
+    Args:
+        target, bank, allow_ood, exact: as for `sl.steer`.
+
+    Returns a `Steering` that edits nothing yet. Raises `CompiledModel` where torch has compiled the model already, since it
+    ignores hooks that are added later, and what `sl.steer` raises about bank and model.
+
+    >>> steering = sl.attach(model, bank)
+    >>> steering.set({"a": 2.0}).detach()
+    """
+    session = Steering(target, bank, edits={}, options=Options(allow_ood=allow_ood, exact=exact))
+    notify(session.plan, 3)
+    return session.attach()

@@ -59,9 +59,8 @@ def find_graphs() -> None:
     import steerlib.training.discover.text_graph  # noqa: F401
 
 
-assert bank.folder is not None
 told(lambda: sl.load("org/model"), "transformers")
-told(lambda: sl.load(str(bank.folder.parent / "scenes-32" / "pipeline")), "diffusers")
-told(lambda: made.save_pretrained(Path(folder) / "signed", key="key.pem"), "sign")
+told(lambda: sl.load(f"{sl.ConceptBank.from_pretrained('scenes-32').folder}/pipeline"), "diffusers")
+told(lambda: made.save_pretrained(Path(folder) / "signed", key=Path("key.pem")), "sign")
 told(find_graphs, "train")
 told(run_commands, "cli")

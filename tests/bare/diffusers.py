@@ -1,13 +1,11 @@
 """With `[diffusers]`: steer the pipeline that ships with a bank."""
 
 import torch
-from diffusers import DiffusionPipeline
 
 import steerlib as sl
 
 bank = sl.ConceptBank.from_pretrained("scenes-32")
-assert bank.folder is not None
-pipe = DiffusionPipeline.from_pretrained(bank.folder / "pipeline")
+pipe, _ = sl.load(f"{bank.folder}/pipeline")
 pipe.set_progress_bar_config(disable=True)
 
 

@@ -1,13 +1,22 @@
 """With `[transformers]`: steer a Llama of random weights while it generates, and record it."""
 
+from typing import Any
+
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import steerlib as sl
 
 torch.manual_seed(0)
-shape = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 128}
-model = LlamaForCausalLM(LlamaConfig(**shape, num_hidden_layers=2, bos_token_id=1, eos_token_id=None, pad_token_id=0)).eval()
+shape: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 128,
+}
+shape |= {"num_hidden_layers": 2, "bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0}
+model: Any = LlamaForCausalLM(LlamaConfig(**shape)).eval()
 bank = sl.ConceptBank.from_directions({"a": torch.randn(32)}, site="layers.0", base=model)
 prompt = {"input_ids": torch.tensor([[1, 5, 9]]), "attention_mask": torch.ones(1, 3, dtype=torch.long)}
 

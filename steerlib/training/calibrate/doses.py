@@ -1,7 +1,7 @@
 """Site, method and strength from measured effect; units from reference text; the range within which text stays sound."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from functools import cached_property
 from math import isclose, sqrt
 from typing import Any, NamedTuple
@@ -12,10 +12,11 @@ from torch import Tensor
 
 from ...bank.concept_bank import ConceptBank
 from ...errors import BadRecipe
-from ...evaluation.comparison import Condition, Scores, Unrelated, answer, best_prompt, joint, stacked
+from ...evaluation.comparison import Condition, Scores, Unrelated, best_prompt, joint, stacked
 from ...evaluation.text import Judge
-from ...steering.plan import SHARE
-from ..recipe import ConceptRecipe, Recipe
+from ...steering.lowering import SHARE
+from ..directions.studio import Studio
+from ..entries import ConceptRecipe
 
 DOSES = (-1.5, -0.75, 1.5, 2.0)
 """Multiples of the chosen strength at which the text is looked at for its range."""
@@ -35,9 +36,6 @@ SHARES = (0.7, 1.0)
 """Of the strongest: where sites are compared, and what is tried of every method."""
 
 
-Banks = Callable[[str, str], ConceptBank]
-
-
 class Statistics(NamedTuple):
     """How a direction reads on reference text, in raw coordinates."""
 
@@ -55,146 +53,120 @@ def statistics(direction: Float[Tensor, " D"], x: Float[Tensor, "tokens D"]) -> 
     return Statistics(*torch.stack((z.mean(), z.std(), low, high)).float().tolist())
 
 
-class Setting(NamedTuple):
-    """A lever to try at a strength."""
-
-    method: str
-    site: str
-    strength: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Trial:
-    """One setting that was tried, on the prompts used to choose; scores as in `evaluation.comparison`."""
+class Trial(NamedTuple):
+    """A method, site and strength that was tried, and its joint score on the prompts used to choose."""
 
     method: str
     site: str
     strength: float
     joint: float
-    concept: float
-    relevance: float
-    fluency: float
-    nll: float
-
-    @property
-    def setting(self) -> Setting:
-        """What was tried."""
-        return Setting(self.method, self.site, self.strength)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """What the search chose, and all it tried."""
+    """What the search chose, and all it tried.
+
+    Text stays sound at strengths from `low` to `high`; `beyond` says what was seen beyond them. `prompt` is the index of the
+    instruction that asks best for the concept, `answers` how many were generated.
+    """
 
     method: str
     site: str
     strength: float
     low: float
     high: float
-    """Strengths between which text stays sound."""
     beyond: str
     prompt: int
-    """Which of the instructions asks best for the concept."""
     answers: int
-    """Answers written to find out."""
-    unsteered: float
-    prompted: float
-    """Joint scores of the anchors."""
     trials: tuple[Trial, ...]
 
     def best_of(self, method: str) -> Trial:
-        """The best setting of one method."""
+        """The best trial of one method."""
         return max((trial for trial in self.trials if trial.method == method), key=lambda trial: trial.joint)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values."""
-        return asdict(self)
+        return {**vars(self), "trials": [trial._asdict() for trial in self.trials]}
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "Choice":
-        return cls(**{**values, "trials": tuple(Trial(**trial) for trial in values["trials"])})
+    def from_dict(cls, values: Mapping[str, Any]) -> "Choice":
+        """From plain values; unknown ones, of other versions, are ignored."""
+        trials = tuple(Trial(*(trial[name] for name in Trial._fields)) for trial in values["trials"])
+        return cls(**{f.name: values[f.name] for f in fields(cls) if f.name != "trials"}, trials=trials)
 
 
 class Search:
     """Choose a method, a site and a strength for one concept by what they do to answers to development prompts.
 
-    First the best prompt; then the site, by difference of means; then every method there; then the best few once more on other
+    First the best prompt; then the site, by the first method; then every method there; then the best few once more on other
     answers; then the range of the best. Best is the highest joint score. Strengths are shares of the strongest that leaves
     ordinary text nearly as it is, so sites and methods are compared where they disturb it alike. Of the recipe's budget,
     enough is kept for the last two; when the rest is used up, no more is tried.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, concept: ConceptRecipe, judge: Judge, recipe: Recipe):
-        self.model, self.tokenizer, self.concept, self.recipe, self.judge = model, tokenizer, concept, recipe, judge
-        self.prompts, self.column = recipe.read_prompts("dev"), judge.names.index(concept.name)
+    def __init__(self, studio: Studio, concept: ConceptRecipe, judge: Judge):
+        self.studio, self.concept, self.judge = studio, concept, judge
+        self.prompts, self.column = studio.recipe.read_prompts("dev"), judge.names.index(concept.name)
         self.answers = 0
-        self.trials: dict[Setting, Trial] = {}
-        self.strongest: dict[tuple[str, str], float] = {}
-        """By method and site."""
+        self.trials: dict[tuple[str, str, float], Trial] = {}
+        self.strongest: dict[tuple[str, str], float] = {}  # by method and site
         words = [Condition(name="prompted", instruction=instruction) for instruction in concept.asked]
         plain = self._answers([Condition(name="unsteered"), *words], DEV_SEEDS)
         best = best_prompt(plain, self.column)
         self.prompt = best - 1
-        self.anchors = [plain.of([0, best], slice(k, k + 1)) for k in range(len(DEV_SEEDS))]
-        """Unsteered and prompted answers, by seed."""
+        self.anchors = [plain.of([0, best], slice(k, k + 1)) for k in range(len(DEV_SEEDS))]  # by seed: unsteered, prompted
 
     @cached_property
     def ordinary(self) -> Unrelated:
         """Ordinary text that should stay as it is."""
-        return Unrelated(self.model, self.tokenizer, self.recipe.read_texts(self.recipe.reference)[-ORDINARY:])
+        recipe = self.studio.recipe
+        return Unrelated(self.studio.model, self.studio.tokenizer, recipe.read_texts(recipe.reference)[-ORDINARY:])
 
-    def run(self, sites: Sequence[str], bank: Banks) -> Choice:
-        """`bank(method, site)` fits what is to be tried, as a bank whose one concept is `lever`."""
-        methods = self.concept.methods or self.recipe.methods
-        found = self._try([(methods[0], site, QUICK) for site in sites], bank)
+    def run(self) -> Choice:
+        """Go through all steps."""
+        methods = self.concept.methods or self.studio.recipe.methods
+        found = self._try([(methods[0], site, QUICK) for site in self.studio.sites])
         site = max(found, key=lambda trial: trial.joint).site
-        self._try([(method, site, share) for method in methods for share in SHARES], bank)
-        best = self._final(bank)
-        low, high, beyond = self._sound_range(best.setting, bank)
-        scores = joint(self.anchors[0], self.column).total.mean((1, 2))
-        return Choice(
-            **best.setting._asdict(),
-            low=low,
-            high=high,
-            beyond=beyond,
-            prompt=self.prompt,
-            answers=self.answers,
-            unsteered=float(scores[0]),
-            prompted=float(scores[1]),
-            trials=tuple(self.trials.values()),
-        )
+        self._try([(method, site, share) for method in methods for share in SHARES])
+        best = self._final()
+        low, high, beyond = self._sound_range(best)
+        facts = {"low": low, "high": high, "beyond": beyond, "prompt": self.prompt, "answers": self.answers}
+        return Choice(method=best.method, site=best.site, strength=best.strength, **facts, trials=tuple(self.trials.values()))
+
+    def bank(self, method: str, site: str) -> ConceptBank:
+        """A lever to try, fitted to the best prompt, as a bank whose one concept is `lever`."""
+        return self.studio.bank(self.concept, self.concept.asked[self.prompt], method, site)
+
+    def _condition(self, method: str, site: str, strength: float) -> Condition:
+        return Condition(name=f"{method} {strength:g}", bank=self.bank(method, site), edits={"lever": strength})
 
     def _answers(self, conditions: Sequence[Condition], seeds: Sequence[int]) -> Scores:
         self.answers += len(conditions) * len(seeds) * len(self.prompts)
-        new = self.recipe.new_tokens
-        return answer(
-            self.model, self.tokenizer, conditions, self.prompts, self.judge, seeds=seeds, new_tokens=new, what="answers"
-        )
+        return self.studio.scored(conditions, self.prompts, self.judge, seeds)
 
-    def _try(self, shares: Sequence[tuple[str, str, float]], bank: Banks) -> list[Trial]:
+    def _try(self, shares: Sequence[tuple[str, str, float]]) -> list[Trial]:
         """Trials of methods at sites, at shares of their strongest strength, as far as the budget goes."""
         later = FINALISTS + len(DOSES)
-        room = max(0 if self.trials else 1, (self.recipe.budget - self.answers) // len(self.prompts) - later)
-        tried = ((method, site, share * self._strongest(method, site, bank)) for method, site, share in shares[:room])
-        settings = [Setting(method, site, round(strength, 4)) for method, site, strength in tried]
+        room = max(0 if self.trials else 1, (self.studio.recipe.budget - self.answers) // len(self.prompts) - later)
+        tried = ((method, site, share * self._strongest(method, site)) for method, site, share in shares[:room])
+        settings = [(method, site, round(strength, 4)) for method, site, strength in tried]
         if not settings:
             return []
-        scores = self._answers([condition(setting, bank) for setting in settings], DEV_SEEDS[:1])
-        found = self._trials(settings, scores, self.anchors[0])
-        self.trials |= {trial.setting: trial for trial in found}
+        found = self._scored(settings, seed=0)
+        self.trials |= {trial[:3]: trial for trial in found}
         return found
 
-    def _strongest(self, method: str, site: str, bank: Banks) -> float:
+    def _strongest(self, method: str, site: str) -> float:
         """The strength at which ordinary text changes by as much as it may, or at which the cap on lengths begins.
 
         The change grows about with the square of the strength, so a few looks find it.
         """
         key = method, site
         if key not in self.strongest:
-            longest = _longest(bank(method, site))
+            longest = _longest(self.bank(method, site))
             strength, best = longest / 2, 0.0
             for _ in range(LOOKS):
-                kl = self.ordinary.side_effects(condition(Setting(method, site, strength), bank)).kl
+                kl = self.ordinary.side_effects(self._condition(method, site, strength)).kl
                 best = max(best, strength) if kl <= DISTURBANCE else best
                 closer = min(longest, strength * sqrt(0.95 * DISTURBANCE / max(kl, 1e-6)))  # a little less, to be within it
                 if best and closer < 1.05 * best:
@@ -203,31 +175,22 @@ class Search:
             self.strongest[key] = best or strength
         return self.strongest[key]
 
-    def _trials(self, settings: Sequence[Setting], scores: Scores, anchors: Scores) -> list[Trial]:
-        j = joint(stacked(anchors, scores), self.column)
-        return [
-            Trial(
-                **setting._asdict(),
-                joint=float(j.total[2 + i].mean()),
-                concept=float(j.concept[2 + i].mean()),
-                relevance=float(j.relevance[2 + i].mean()),
-                fluency=float(j.fluency[2 + i].mean()),
-                nll=float(scores.nll[i].mean()),
-            )
-            for i, setting in enumerate(settings)
-        ]
+    def _scored(self, settings: Sequence[tuple[str, str, float]], seed: int) -> list[Trial]:
+        """Settings with their joint scores on answers of one seed."""
+        scores = self._answers([self._condition(*setting) for setting in settings], DEV_SEEDS[seed : seed + 1])
+        found = joint(stacked(self.anchors[seed], scores), self.column).total
+        return [Trial(*setting, joint=float(found[2 + i].mean())) for i, setting in enumerate(settings)]
 
-    def _final(self, bank: Banks) -> Trial:
+    def _final(self) -> Trial:
         """The best of the first round's best, by both rounds together."""
         best = sorted(self.trials.values(), key=lambda trial: -trial.joint)[:FINALISTS]
-        scores = self._answers([condition(trial.setting, bank) for trial in best], DEV_SEEDS[1:])
-        second = self._trials([trial.setting for trial in best], scores, self.anchors[1])
+        second = self._scored([trial[:3] for trial in best], seed=1)
         return max(zip(best, second, strict=True), key=lambda both: both[0].joint + both[1].joint)[0]
 
-    def _sound_range(self, chosen: Setting, bank: Banks) -> tuple[float, float, str]:
+    def _sound_range(self, chosen: Trial) -> tuple[float, float, str]:
         """The strengths around 0 within which text stays likely, and what was seen just beyond."""
         doses = [round(dose * chosen.strength, 4) for dose in DOSES]
-        scores = self._answers([condition(chosen._replace(strength=dose), bank) for dose in doses], DEV_SEEDS[:1])
+        scores = self._answers([self._condition(chosen.method, chosen.site, dose) for dose in doses], DEV_SEEDS[:1])
         limit = float(self.anchors[0].nll.mean((1, 2)).max()) + WORN
         worn = dict(zip(doses, scores.nll.mean((1, 2)), strict=True))
         ends, seen = [0.0, 0.0], []
@@ -248,9 +211,3 @@ def _longest(bank: ConceptBank) -> float:
     """The strength at which the first of a lever's moves reaches the cap on lengths."""
     moves = ((bank.sites[bank.site_of(place)].norm, bank.rows(place).write.norm()) for place in bank["lever"].places)
     return min(SHARE * norm / float(length) for norm, length in moves if norm is not None)
-
-
-def condition(setting: Setting, bank: Banks) -> Condition:
-    """A setting as one way to answer."""
-    name = f"{setting.method} {setting.strength:g}"
-    return Condition(name=name, bank=bank(setting.method, setting.site), edits={"lever": setting.strength})

@@ -7,60 +7,37 @@ import numpy as np
 
 from ...bank.concept_bank import ConceptBank
 from ...bank.concepts import Concept, Gate
-from ...evaluation.comparison import (
-    Condition,
-    Joint,
-    Scores,
-    answer,
-    dose_response,
-    excess,
-    joint,
-    lexicon,
-    random_bank,
-    specificity,
-)
+from ...evaluation import comparison
+from ...evaluation.comparison import Condition, Joint, Response, Scores
+from ...evaluation.effects import Example, MeasuredEffects
 from ...evaluation.text import Judge
 from ..directions.studio import Studio
-from ..recipe import ConceptRecipe
-from .doses import Choice, Search, condition
+from ..entries import ConceptRecipe
+from .doses import Choice, Search
 
 ANSWERING = "answering"
 GATED = "steered, gated"
-"""What was chosen, where a gate lets it act only in answers."""
+"""The condition of the chosen lever with a gate that lets it act only in answers."""
 EXAMPLES = 3
 DOSES = (-1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5)
 """Multiples of the useful amount in the dose–response."""
 
 
-def measure(bank: ConceptBank, concept: ConceptRecipe, judge: Judge, studio: Studio, choice: Choice | None) -> dict[str, Any]:
+def measure(bank: ConceptBank, concept: ConceptRecipe, judge: Judge, studio: Studio, choice: Choice | None) -> MeasuredEffects:
     """Scores of a concept at its useful amount and of its controls, side effects, dose–response, examples: plain values."""
     recipe, fact, column = studio.recipe, bank[concept.name], judge.names.index(concept.name)
-    which = choice.prompt if choice else Search(studio.model, studio.tokenizer, concept, judge, recipe).prompt
+    which = choice.prompt if choice else Search(studio, concept, judge).prompt
     methods, same = _methods(studio, concept, choice)
     conditions = [
         Condition(name="unsteered"),
         Condition(name="prompted", instruction=concept.asked[which]),
         *_steered_and_controls(bank, fact, studio, concept, choice),
-        *_gated(bank, fact),
         *methods,
     ]
-    prompts, scores = recipe.read_prompts("evaluation"), _answers(studio, judge, conditions)
-    found, rows = joint(scores, column), {c.name: i for i, c in enumerate(conditions)}
+    prompts, seeds = recipe.read_prompts("evaluation"), range(recipe.seed, recipe.seed + recipe.seeds)
+    scores = studio.scored(conditions, prompts, judge, seeds)
+    found, rows = comparison.joint(scores, column), {c.name: i for i, c in enumerate(conditions)}
     rows |= {name: rows["steered"] for name in same}
-    response = dose_response(
-        studio.model,
-        studio.tokenizer,
-        bank,
-        concept.name,
-        [round(dose * (fact.useful or 1.0), 4) for dose in DOSES],
-        prompts,
-        lexicon(*zip(*((pair.positive, pair.negative) for pair in recipe.read_pairs(concept)), strict=True)),
-    )
-    table = {name: _line(scores, found, column, i) for name, i in rows.items()}
-    for name, effects in _side_effects(studio, conditions).items():
-        for target in (name, *(same if name == "steered" else ())):
-            table[target] = {**table.get(target, {}), **effects}
-    totals = {name: found.total[i].mean(0).tolist() for name, i in rows.items()}
     before, after = (scores.concepts[rows[name], ..., column].mean(0) for name in ("unsteered", "steered"))
     record: dict[str, Any] = {
         "concept": concept.name,
@@ -69,22 +46,44 @@ def measure(bank: ConceptBank, concept: ConceptRecipe, judge: Judge, studio: Stu
         "method": choice.method if choice else fact.source.partition(",")[0],
         "amount": fact.useful,
         "instruction": concept.asked[which],
-        "answers": len(prompts) * recipe.seeds,
+        "answers": scores.nll[0].size,
         "moved": float((after > before).mean()),
-        "conditions": table,
-        "joint": totals,
-        "response": response._asdict(),
+        "conditions": _table(scores, found, column, rows, same, _side_effects(studio, conditions)),
+        "joint": {name: found.total[i].mean(0).tolist() for name, i in rows.items()},
+        "response": _response(bank, fact, studio, concept)._asdict(),
         "examples": _examples(prompts, scores),
-        "tried": [[*trial.setting, trial.joint] for trial in choice.trials] if choice else [],
+        "tried": [[*trial] for trial in choice.trials] if choice else [],
     }
     return _rounded({**record, "passes": _passes(record), "also": _also(record)})
+
+
+def _response(bank: ConceptBank, fact: Concept, studio: Studio, concept: ConceptRecipe) -> Response:
+    """Dose and response, in words that tell the pairs' answers with the concept from those without it."""
+    pairs = studio.recipe.read_pairs(concept)
+    words = comparison.lexicon([pair.positive for pair in pairs], [pair.negative for pair in pairs])
+    doses = [round(dose * (fact.useful or 1.0), 4) for dose in DOSES]
+    prompts = studio.recipe.read_prompts("evaluation")
+    return comparison.dose_response(studio.model, studio.tokenizer, bank, concept.name, doses, prompts, words)
+
+
+def _table(
+    scores: Scores,
+    found: Joint,
+    column: int,
+    rows: Mapping[str, int],
+    same: Sequence[str],
+    side_effects: Mapping[str, Mapping[str, float]],
+) -> dict[str, dict[str, float]]:
+    """By condition, its mean scores and side effects; those in `same` are what was steered, under another name."""
+    effects = {**side_effects, **{name: side_effects["steered"] for name in same}}
+    return {name: {**_line(scores, found, column, i), **effects.get(name, {})} for name, i in rows.items()}
 
 
 def _steered_and_controls(
     bank: ConceptBank, fact: Concept, studio: Studio, concept: ConceptRecipe, choice: Choice | None
 ) -> list[Condition]:
     amount = {fact.name: fact.useful or 0.0}
-    controls = random_bank(fact, bank, seed=studio.recipe.seed)
+    controls = comparison.random_bank(fact, bank, seed=studio.recipe.seed)
     others = [c.name for c in bank.concepts.values() if c.useful is not None]
     wrong = others[(others.index(fact.name) + 1) % len(others)]
     if choice is None or all(trial.method != "difference-of-means" for trial in choice.trials):
@@ -100,25 +99,22 @@ def _steered_and_controls(
     if wrong != fact.name:
         found.append(Condition(name="wrong concept", bank=bank, edits={wrong: bank[wrong].useful or 0.0}))
     randoms = [name for name in controls if name.startswith("random-")]
-    return found + [Condition(name=name, bank=controls, edits={name: fact.useful or 0.0}) for name in randoms]
+    found += [Condition(name=name, bank=controls, edits={name: fact.useful or 0.0}) for name in randoms]
+    return found + [Condition(name=GATED, bank=bank, edits=amount, gate=Gate(ANSWERING))] * (ANSWERING in bank.concepts)
 
 
 def _methods(studio: Studio, concept: ConceptRecipe, choice: Choice | None) -> tuple[list[Condition], list[str]]:
-    """Every method at the strength the development prompts chose; and the names of those that are what was chosen."""
-    if choice is None:
-        return [], []
-
-    def bank(method: str, site: str) -> ConceptBank:
-        return studio.bank(concept, concept.asked[choice.prompt], method, site)
-
+    """Every method at its best strength on the development prompts, and the names of those that are the chosen lever."""
     found, same = [], []
+    if choice is None:
+        return found, same
     for method in dict.fromkeys(trial.method for trial in choice.trials):
-        best = choice.best_of(method).setting
-        if best == (choice.method, choice.site, choice.strength):
+        best = choice.best_of(method)
+        if best[:3] == (choice.method, choice.site, choice.strength):
             same.append(method)
         else:
-            made = condition(best, bank)
-            found.append(Condition(name=method, bank=made.bank, edits=made.edits))
+            bank = studio.bank(concept, concept.asked[choice.prompt], method, best.site)
+            found.append(Condition(name=method, bank=bank, edits={"lever": best.strength}))
     return found, same
 
 
@@ -129,27 +125,6 @@ def _side_effects(studio: Studio, conditions: Sequence[Condition]) -> dict[str, 
     return {c.name: studio.unrelated.side_effects(c)._asdict() for c in measured}
 
 
-def _gated(bank: ConceptBank, fact: Concept) -> list[Condition]:
-    """Nothing where the bank does not know what an answer is."""
-    if ANSWERING not in bank.concepts:
-        return []
-    return [Condition(name=GATED, bank=bank, edits={fact.name: fact.useful or 0.0}, gate=Gate(ANSWERING))]
-
-
-def _answers(studio: Studio, judge: Judge, conditions: Sequence[Condition]) -> Scores:
-    recipe = studio.recipe
-    return answer(
-        studio.model,
-        studio.tokenizer,
-        conditions,
-        recipe.read_prompts("evaluation"),
-        judge,
-        seeds=range(recipe.seed, recipe.seed + recipe.seeds),
-        new_tokens=recipe.new_tokens,
-        what="answers",
-    )
-
-
 def _line(scores: Scores, found: Joint, column: int, i: int) -> dict[str, float]:
     spread = found.total.mean((1, 2))
     return {
@@ -158,10 +133,10 @@ def _line(scores: Scores, found: Joint, column: int, i: int) -> dict[str, float]
         "relevance": float(found.relevance[i].mean()),
         "fluency": float(found.fluency[i].mean()),
         "joint": float(spread[i]),
-        "ratio": float(excess(spread[i], spread[0], spread[1])),
+        "ratio": float(comparison.excess(spread[i], spread[0], spread[1])),
         "nll": float(scores.nll[i].mean()),
         "distinct": float(scores.distinct[i].mean()),
-        "specificity": specificity(scores, column, i),
+        "specificity": comparison.specificity(scores, column, i),
     }
 
 
@@ -190,10 +165,10 @@ def _also(record: Mapping[str, Any]) -> dict[str, bool]:
     }
 
 
-def _examples(prompts: Sequence[str], scores: Scores) -> list[dict[str, str]]:
-    names = ("unsteered", "prompted", "steered")
+def _examples(prompts: Sequence[str], scores: Scores) -> list[Example]:
+    unsteered, prompted, steered = (scores.texts[i][0] for i in range(3))
     return [
-        {"prompt": prompt, **{name: scores.texts[i][0][k] for i, name in enumerate(names)}}
+        {"prompt": prompt, "unsteered": unsteered[k], "prompted": prompted[k], "steered": steered[k]}
         for k, prompt in enumerate(prompts[:EXAMPLES])
     ]
 

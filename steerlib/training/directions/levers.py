@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -11,26 +11,23 @@ from torch import Tensor
 from ...bank.concept_bank import BaseModel, ConceptBank, SiteFacts
 from ...bank.concepts import Concept, Gate, Part
 from ...encoders import Directions
-from ..recipe import Pair
-
-
-class TokenGate(NamedTuple):
-    """How much of a change each token gets: `clamp(x @ read + bias, 0, 1)` at an earlier site, or the same."""
-
-    site: str
-    read: Float[Tensor, " D"]
-    bias: Float[Tensor, ""]
+from ..entries import Pair
+from .readouts import Readout
 
 
 @dataclass(frozen=True, kw_only=True)
 class Lever:
-    """Vectors that are added at some sites when the strength is 1."""
+    """Vectors that are added at some sites when the strength is 1.
+
+    Args:
+        moves: By site; the first site is where the concept is read.
+        gate: Share of the addition that a token gets: this reading, kept between 0 and 1. Default: all of it.
+        norm: Median length of an activation at the first site, for a lever that grows and shrinks with each token's own length.
+    """
 
     moves: dict[str, Float[Tensor, " D"]]
-    """By site; the first is where the concept is read."""
-    gate: TokenGate | None = None
+    gate: Readout | None = None
     norm: float | None = None
-    """Median length of an activation there, for a lever that grows and shrinks with each token's own."""
 
     @property
     def site(self) -> str:
@@ -54,39 +51,36 @@ class Lever:
             if kind == "move":
                 moves[rest[1]] = tensors[key]
             elif kind == "gate":
-                gate = TokenGate(rest[0], tensors[key][:-1], tensors[key][-1])
+                gate = Readout(rest[0], tensors[key][:-1], tensors[key][-1])
         return cls(moves=moves, gate=gate, norm=float(tensors["norm"]) if "norm" in tensors else None)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """What a method may look at to find the lever of one concept."""
+    """What a method may use to find the lever of one concept.
+
+    `instruction` is how a prompt would ask for it. Nothing is ever measured on `prompts`, requests to learn from; `texts` are
+    ordinary text, which a gate should leave alone. Methods of one site work at `site`; `sites` are all that are tried, in the
+    model's order. By site: `positive` and `negative`, mean activations over answers of the pairs with and without the concept;
+    `reference`, activations of ordinary text; `norms`, their median length; `keep`, directions of the other concepts. `memo`
+    keeps what several methods need and one has made.
+    """
 
     model: Any
     tokenizer: Any
     instruction: str
-    """How a prompt would ask for the concept."""
     pairs: Sequence[Pair]
     prompts: Sequence[str]
-    """Requests to learn from; nothing is ever measured on them."""
     texts: Sequence[str]
-    """Ordinary text, which a gate should leave alone."""
     site: str
-    """Where methods of one site work."""
     sites: Sequence[str]
-    """All sites that are tried, in the model's order."""
     positive: dict[str, Float[Tensor, "n D"]]
-    """By site: mean activations over answers with the concept."""
     negative: dict[str, Float[Tensor, "n D"]]
     reference: dict[str, Float[Tensor, "tokens D"]]
-    """By site: activations of ordinary text."""
     norms: dict[str, float]
-    """By site: the median length of an activation."""
     keep: dict[str, Float[Tensor, "k D"]] = field(default_factory=dict)
-    """By site: directions of the other concepts."""
     seed: int = 0
     memo: dict[str, Any] = field(default_factory=dict, repr=False)
-    """What several methods need and one has made."""
 
     def at(self, direction: Float[Tensor, " D"], **others: Any) -> Lever:
         """A lever of one site: the direction, as long as the site's activations."""
@@ -97,37 +91,37 @@ class Task:
         return replace(self, site=site)
 
 
-def bank_of(levers: Sequence[tuple[str, Lever]], norms: Mapping[str, float] | None = None) -> ConceptBank:
-    """Levers as a bank: one concept each, whose unit is the lever itself; a gate is a concept of its own.
+class DirectionRows:
+    """Directions by site, which concepts name by encoder and index."""
 
-    With the `norms` of all sites, changes are capped in length as in a finished bank.
+    def __init__(self) -> None:
+        self.rows: dict[str, list[tuple[Tensor, Tensor]]] = {}
+
+    def add(self, site: str, direction: Float[Tensor, " D"], mean: Tensor) -> tuple[str, int]:
+        """Add a direction with its reference mean; gives its encoder and index."""
+        rows = self.rows.setdefault(site, [])
+        rows.append((direction, mean))
+        return site, len(rows) - 1
+
+    def encoders(self) -> dict[str, Directions]:
+        """One for each site."""
+        return {site: Directions(*map(torch.stack, zip(*rows, strict=True))) for site, rows in self.rows.items()}
+
+
+def bank_of(lever: Lever, norms: Mapping[str, float] | None = None) -> ConceptBank:
+    """A bank of one concept, `lever`, whose unit is the lever itself; a gate is a concept of its own.
+
+    With the `norms` of its sites, changes are capped in length as in a finished bank.
     """
-    rows: dict[str, list[Tensor]] = {}
-    bias: dict[str, list[Tensor]] = {}
-
-    def place(site: str, vector: Tensor, mean: Tensor | None = None) -> tuple[str, int]:
-        rows.setdefault(site, []).append(vector)
-        bias.setdefault(site, []).append(torch.zeros(()) if mean is None else mean)
-        return site, len(rows[site]) - 1
-
-    concepts = []
-    for name, lever in levers:
-        (first, index), *others = [place(site, vector) for site, vector in lever.moves.items()]
-        gate = None
-        if lever.gate is not None:
-            # a direction d reads <x, d> / |d|^2 - mean, so d = read / |read|^2 reads x @ read
-            vector = lever.gate.read / lever.gate.read.square().sum()
-            concepts.append(_concept(f"{name}.gate", *place(lever.gate.site, vector, -lever.gate.bias)))
-            gate = Gate(f"{name}.gate", above=0.0, full=1.0)
-        parts = tuple(Part(encoder=site, index=i, unit=1.0) for site, i in others)
-        concepts.append(
-            Concept(name=name, encoder=first, index=index, parts=parts, gate=gate, match_norm=lever.norm is not None)
-        )
-    norms = norms or {lever.site: lever.norm for _, lever in levers if lever.norm is not None}
-    encoders = {site: Directions(torch.stack(vectors), torch.stack(bias[site])) for site, vectors in rows.items()}
-    sites = {site: SiteFacts(width=len(vectors[0]), norm=norms.get(site)) for site, vectors in rows.items()}
+    rows, concepts, gate, zero = DirectionRows(), [], None, torch.zeros(())
+    (first, index), *others = [rows.add(site, vector, zero) for site, vector in lever.moves.items()]
+    if lever.gate is not None:
+        encoder, row = rows.add(lever.gate.site, lever.gate.row, lever.gate.mean)
+        concepts.append(Concept(name="lever.gate", encoder=encoder, index=row))
+        gate = Gate("lever.gate", above=0.0, full=1.0)
+    facts = {"parts": tuple(Part(encoder=site, index=i, unit=1.0) for site, i in others), "gate": gate}
+    concepts.append(Concept(name="lever", encoder=first, index=index, match_norm=lever.norm is not None, **facts))
+    norms = norms or ({} if lever.norm is None else {lever.site: lever.norm})
+    encoders = rows.encoders()
+    sites = {site: SiteFacts(width=e.decoder.shape[1], norm=norms.get(site)) for site, e in encoders.items()}
     return ConceptBank("levers", concepts, encoders, base=BaseModel(), sites=sites)
-
-
-def _concept(name: str, encoder: str, index: int) -> Concept:
-    return Concept(name=name, encoder=encoder, index=index)

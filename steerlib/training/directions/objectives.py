@@ -21,37 +21,28 @@ TOKENS = 20
 
 
 class Lesson(NamedTuple):
-    """Requests with answers, padded on both sides, and what the next-token distributions should be."""
+    """Requests with answers, padded on both sides; the answers are the last `answer` columns, with tokens where `real` is 1.
+
+    `target` holds the log-probabilities to reproduce; without it the answer itself is to be predicted.
+    """
 
     ids: Tensor
     mask: Tensor
     answer: int
-    """Columns of the answers, at the end."""
     real: Float[Tensor, "rows answer"]
-    """1 where an answer has a token."""
     target: Float[Tensor, "rows answer vocab"] | None = None
-    """Log-probabilities to reproduce; None: predict the answer itself."""
 
 
 def told(task: Task) -> Lesson:
     """Answers of the model when the prompt asks for the concept, with the distributions it drew them from."""
     if "told" not in task.memo:
-        task.memo["told"] = _told(task)
+        asked = [chat(task.tokenizer, prompt) for prompt in task.prompts]
+        with_words = [chat(task.tokenizer, prompt, task.instruction) for prompt in task.prompts]
+        written = complete(task.model, task.tokenizer, with_words, new_tokens=TOKENS)
+        new, real = written.ids[:, written.prompt :], written.mask[:, written.prompt :]
+        target = _targets(task.model, written.ids, written.mask, new.shape[1])
+        task.memo["told"] = Lesson(*_behind(task.tokenizer, asked, new, real), new.shape[1], real.float(), target)
     return task.memo["told"]
-
-
-def _told(task: Task) -> Lesson:
-    asked = [chat(task.tokenizer, prompt) for prompt in task.prompts]
-    with_words = [chat(task.tokenizer, prompt, task.instruction) for prompt in task.prompts]
-    written = complete(task.model, task.tokenizer, with_words, new_tokens=TOKENS)
-    new, real = written.ids[:, written.prompt :], written.mask[:, written.prompt :]
-    with torch.no_grad():
-        parts = [
-            _logits(task.model, ids, mask, new.shape[1]).log_softmax(-1).half()
-            for ids, mask in zip(written.ids.split(BATCH), written.mask.split(BATCH), strict=True)
-        ]
-    ids, mask = _behind(task.tokenizer, asked, new, real)
-    return Lesson(ids, mask, new.shape[1], real.float(), torch.cat(parts))
 
 
 def shown(task: Task) -> Lesson:
@@ -69,12 +60,7 @@ def untouched(task: Task) -> Lesson:
     batch = task.tokenizer(list(task.texts), return_tensors="pt", truncation=True, max_length=32, padding=True)
     ids, mask = batch["input_ids"].to(task.model.device), batch["attention_mask"].bool().to(task.model.device)
     answer = ids.shape[1] - 1
-    with torch.no_grad():
-        parts = [
-            _logits(task.model, i, m, answer).log_softmax(-1).half()
-            for i, m in zip(ids.split(BATCH), mask.split(BATCH), strict=True)
-        ]
-    return Lesson(ids, mask, answer, mask[:, 1:].float(), torch.cat(parts))
+    return Lesson(ids, mask, answer, mask[:, 1:].float(), _targets(task.model, ids, mask, answer))
 
 
 def _behind(tokenizer: Any, asked: Sequence[str], new: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
@@ -87,6 +73,13 @@ def _behind(tokenizer: Any, asked: Sequence[str], new: Tensor, real: Tensor) -> 
 def _logits(model: Any, ids: Tensor, mask: Tensor, answer: int) -> Float[Tensor, "rows answer vocab"]:
     out = model(input_ids=ids, attention_mask=mask.long(), logits_to_keep=answer + 1, use_cache=False)
     return out.logits[:, :-1].float()
+
+
+@torch.no_grad()
+def _targets(model: Any, ids: Tensor, mask: Tensor, answer: int) -> Float[Tensor, "rows answer vocab"]:
+    """Log-probabilities of the model as it is, in half precision."""
+    batches = zip(ids.split(BATCH), mask.split(BATCH), strict=True)
+    return torch.cat([_logits(model, *some, answer).log_softmax(-1).half() for some in batches])
 
 
 def loss(model: Any, lesson: Lesson, rows: Tensor) -> Float[Tensor, ""]:
@@ -122,7 +115,7 @@ def optimise(
     falling = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 1 / steps, total_iters=steps - 1)
     generator = torch.Generator().manual_seed(task.seed)
     for _ in progress(range(steps), what):
-        with _frozen(task.model), steer(task.model, bank_of([("lever", build(tensors))]), {"lever": 1.0}, allow_ood=True):
+        with _frozen(task.model), steer(task.model, bank_of(build(tensors)), {"lever": 1.0}, allow_ood=True):
             total = sum(
                 loss(task.model, some, torch.randperm(len(some.ids), generator=generator)[:BATCH])
                 for some in (lesson, retain)

@@ -1,6 +1,5 @@
 """What levers are made from: activations of contrast pairs and of ordinary text, read once, and levers, fitted once."""
 
-import json
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -8,27 +7,35 @@ from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ...bank.concept_bank import ConceptBank
-from ...evaluation.comparison import Unrelated
+from ...evaluation.comparison import Condition, Scores, Unrelated, answer
+from ...evaluation.effects import DetectorEffects
+from ...evaluation.text import Judge
 from ...text import progress
-from ..recipe import ConceptRecipe, Recipe
+from ..entries import ConceptRecipe
+from ..recipe import DirectionRecipe
 from ..record.activations import answers, tokens
-from .levers import Lever, Task, TokenGate, bank_of
+from ..store import recorded, remembered
+from .levers import Lever, Task, bank_of
 from .methods import METHODS
-from .methods.gated import discriminant
+from .readouts import Readout, discriminant
 
 
 class Detector(NamedTuple):
-    """A reading that is 1 on average where something is present and 0 where it is not, and how well it tells, by token."""
+    """A reading that is 1 on average where something is present and 0 where it is not, with its precision and recall by token,
+    on `tokens` tokens of texts that it was not made from."""
 
-    gate: TokenGate
+    gate: Readout
     precision: float
     recall: float
     tokens: int
-    """Tokens of texts it was not made from, with and without."""
+
+    @property
+    def effects(self) -> DetectorEffects:
+        """What a bank stores of it."""
+        return {"precision": round(self.precision, 3), "recall": round(self.recall, 3), "tokens": self.tokens}
 
 
 TESTED = 20
@@ -38,9 +45,9 @@ PRESENT = 0.5
 
 
 class Studio:
-    """A model, a recipe, and everything measured on the way to levers. `folder` keeps it for a run that goes on."""
+    """A model, a recipe, and everything measured on the way to levers. `folder` keeps it for a later run that goes on."""
 
-    def __init__(self, model: Any, tokenizer: Any, recipe: Recipe, sites: Sequence[str], folder: Path | None = None):
+    def __init__(self, model: Any, tokenizer: Any, recipe: DirectionRecipe, sites: Sequence[str], folder: Path | None = None):
         self.model, self.tokenizer, self.recipe, self.sites, self.folder = model, tokenizer, recipe, list(sites), folder
         self._tasks: dict[str, Task] = {}
         self._levers: dict[tuple[str, str, str], Lever] = {}
@@ -48,9 +55,12 @@ class Studio:
     @cached_property
     def activations(self) -> dict[str, Tensor]:
         """Mean activations of every answer of the pairs, `side|concept|site`, and tokens of ordinary text, `reference|site`."""
-        path = self.folder and self.folder / "activations.safetensors"
-        if path is not None and path.is_file():
-            return load_file(path)
+        return recorded(self._kept("activations.safetensors"), self._read)
+
+    def _kept(self, name: str) -> Path | None:
+        return None if self.folder is None else self.folder / name
+
+    def _read(self) -> dict[str, Tensor]:
         texts = self.recipe.read_texts(self.recipe.reference)
         found = tokens(self.model, self.tokenizer, texts, self.sites, what="reference text")
         stored = {f"reference|{site}": x for site, x in found.items()}
@@ -60,7 +70,6 @@ class Studio:
                 texts = [(pair.prompt, getattr(pair, side)) for pair in pairs]
                 read = answers(self.model, self.tokenizer, texts, self.sites, what=concept.name)
                 stored |= {f"{side}|{concept.name}|{site}": torch.stack([t.mean(0) for t in x]) for site, x in read.items()}
-        write(path, stored)
         return stored
 
     @cached_property
@@ -78,6 +87,11 @@ class Studio:
         """Ordinary text on which side effects are measured."""
         return Unrelated(self.model, self.tokenizer, self.recipe.read_texts(self.recipe.unrelated))
 
+    def scored(self, conditions: Sequence[Condition], prompts: Sequence[str], judge: Judge, seeds: Sequence[int]) -> Scores:
+        """Answers to prompts under conditions, as long as the recipe says, and their scores."""
+        new = self.recipe.new_tokens
+        return answer(self.model, self.tokenizer, conditions, prompts, judge, seeds=seeds, new_tokens=new)
+
     def _means(self, side: str, concept: str) -> dict[str, Tensor]:
         return {site: self.activations[f"{side}|{concept}|{site}"] for site in self.sites}
 
@@ -85,7 +99,7 @@ class Studio:
         """What methods may look at for a concept."""
         if concept.name not in self._tasks:
             others = [other.name for other in self.recipe.concepts if other.name != concept.name]
-            task = Task(
+            self._tasks[concept.name] = Task(
                 model=self.model,
                 tokenizer=self.tokenizer,
                 instruction=instruction,
@@ -101,7 +115,6 @@ class Studio:
                 keep={site: self._differences(others, site) for site in self.sites} if others else {},
                 seed=self.recipe.seed,
             )
-            self._tasks[concept.name] = task
         return self._tasks[concept.name]
 
     def _differences(self, concepts: Sequence[str], site: str) -> Float[Tensor, "k D"]:
@@ -110,29 +123,27 @@ class Studio:
         return found / found.norm(dim=-1, keepdim=True)
 
     def lever(self, concept: ConceptRecipe, instruction: str, method: str, site: str) -> Lever:
-        """The lever of a concept by a method at a site, fitted or remembered."""
+        """The lever of a concept by a method at a site, fitted once."""
         key = concept.name, method, site
         if key not in self._levers:
-            path = self.folder and self.folder / "levers" / concept.name / f"{method}@{site}.safetensors"
-            if path is not None and path.is_file():
-                self._levers[key] = Lever.from_tensors(load_file(path))
-            else:
-                self._levers[key] = METHODS[method].fit(self.task(concept, instruction).elsewhere(site))
-                write(path, self._levers[key].to_tensors())
+            path = self._kept(f"levers/{concept.name}/{method}@{site}.safetensors")
+            fit = METHODS[method].fit
+            made = recorded(path, lambda: fit(self.task(concept, instruction).elsewhere(site)).to_tensors())
+            self._levers[key] = Lever.from_tensors(made)
         return self._levers[key]
 
     def bank(self, concept: ConceptRecipe, instruction: str, method: str, site: str) -> ConceptBank:
         """The same as a bank to try it with: its one concept is `lever`."""
-        return bank_of([("lever", self.lever(concept, instruction, method, site))], self.norms)
+        return bank_of(self.lever(concept, instruction, method, site), self.norms)
 
     def shuffled(self, concept: ConceptRecipe, site: str) -> ConceptBank:
-        """Such a bank of the difference of means after the labels of all texts were dealt at random: a control."""
+        """Such a bank of the difference of means after the labels of all texts were permuted at random: a control."""
         task = self.task(concept, "").elsewhere(site)
         both = torch.cat((task.positive[site], task.negative[site]))
         both = both[torch.randperm(len(both), generator=torch.Generator().manual_seed(self.recipe.seed))]
         half = len(both) // 2
         difference = both[:half].mean(0) - both[half:].mean(0)
-        return bank_of([("lever", task.at(difference))], self.norms)
+        return bank_of(task.at(difference), self.norms)
 
     def forget(self, concept: ConceptRecipe) -> None:
         """Free what only this concept needed."""
@@ -170,33 +181,13 @@ class Studio:
         asked = [(prompts[i % len(prompts)], text) for i, text in enumerate(texts)]
         return torch.cat(answers(self.model, self.tokenizer, asked, [site], what="held-out text")[site])
 
-    def _tested(self, name: str, gate: TokenGate, texts: Callable[[], Sequence[Tensor]]) -> Detector:
+    def _tested(self, name: str, gate: Readout, texts: Callable[[], Sequence[Tensor]]) -> Detector:
         """`texts` gives the activations of tokens that should open the gate, and of tokens that should not."""
 
         def test() -> dict[str, Any]:
             present, absent = texts()
-            right, wrong = (int(((x @ gate.read + gate.bias) > PRESENT).sum()) for x in (present, absent))
+            right, wrong = (int((gate(x) > PRESENT).sum()) for x in (present, absent))
             total = len(present) + len(absent)
             return {"precision": right / max(1, right + wrong), "recall": right / len(present), "tokens": total}
 
-        return Detector(gate, **remembered(self.folder and self.folder / "detectors" / f"{name}.json", test))
-
-
-def remembered(path: Path | None, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What an earlier run wrote, or what `make` gives, written whole or not at all."""
-    if path is not None and path.is_file():
-        return json.loads(path.read_text(encoding="utf-8"))
-    made = json.dumps(make(), indent=1, sort_keys=True) + "\n"
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.with_suffix(".part").write_text(made, encoding="utf-8")
-        path.with_suffix(".part").replace(path)
-    return json.loads(made)  # as a run that goes on would read it
-
-
-def write(path: Path | None, tensors: dict[str, Tensor]) -> None:
-    """Tensors into a file, whole or not at all."""
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path.with_suffix(".part"))
-        path.with_suffix(".part").replace(path)
+        return Detector(gate, **remembered(self._kept(f"detectors/{name}.json"), test))

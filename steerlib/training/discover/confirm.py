@@ -161,7 +161,7 @@ def _group(pair: Pair, parents: Sequence[int], seed: int) -> Confirmation:
 
 
 def _edges(pair: Pair, parent: int, taken: Trials, given: Trials) -> Confirmation:
-    """What the trials of one parent say of each child."""
+    """The effect of one parent on each child, from its trials."""
     children = pair.children(parent)
     m, z = taken.sums(taken.z), taken.z[:, None] > 0
     effect = effects(taken.sums(taken.before - taken.after), m)

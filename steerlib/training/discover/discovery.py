@@ -25,7 +25,7 @@ from .confirm import Confirmation, Pair, adjusted, confirmed
 from .independence import Test, by_independence, fisher_z
 from .minimality import without_echoes
 from .regress import Fit, Rows, fitted
-from .rows import Folder, Level, ablated_at_random, observed
+from .rows import ABLATED, Folder, Level, ablated_at_random, observed
 from .screen import firing_together, pointing
 from .systems import Codes, Contexts, System, csr, entries
 
@@ -38,10 +38,10 @@ CHANGED = 0.05
 """Share of what a latent usually reads by which it has to change to count as changed."""
 
 
-def eligible(z: Codes, rates: tuple[float, float] = RATES) -> NDArray[Any]:
-    """Latents that fire neither too rarely to tell nor all the time."""
+def eligible(z: Codes) -> NDArray[Any]:
+    """Latents that fire neither too rarely to be tested nor all the time."""
     rate = np.bincount(z.indices, minlength=z.shape[1]) / z.shape[0]
-    return (rate >= rates[0]) & (rate <= rates[1])
+    return (rate >= RATES[0]) & (rate <= RATES[1])
 
 
 def proposed(
@@ -118,7 +118,7 @@ class Discovery(NamedTuple):
 
     @property
     def echoes(self) -> list[tuple[str, str]]:
-        """Edges that were left out because the later latent only echoes a neighbour that is mixed into it."""
+        """Edges that were dropped because they are explained by a correlated neighbour of the later latent."""
         ends = ((pair, fit.echoes.nonzero()) for pair, fit in self.fits.items() if fit.echoes is not None)
         return [(f"{src}/{a}", f"{dst}/{b}") for (src, dst), (p, c) in ends for a, b in zip(p, c, strict=True)]
 
@@ -128,7 +128,6 @@ def discover(
     *,
     method: Method = "randomised",
     skips: bool = False,
-    share: float = 0.15,
     held_out: float = 0.25,
     verify: Collection[str] | None = None,
     folder: str | os.PathLike[str] | None = None,
@@ -138,31 +137,26 @@ def discover(
 ) -> Discovery:
     """Find and verify the causal graph of a system.
 
-    The first contexts are ablated at random (`share` of all firings) and fitted; in the last, a share `held_out`, each parent
-    is ablated alone; with `verify` only these, by `level/index`, while edges of others stay `randomised`. `skips`: also look
-    for edges over a level, that are there while the level in between keeps its readings.
-    `test` is what method `independence` asks (default: causal-learn's Fisher z; extra `graph`).
-    `folder` keeps what was run, from which the same call goes on; the processes of an `accelerator` share the runs through it.
-    Raises `BadRecipe` where that was of other settings.
+    Args:
+        method: How edges are proposed from the first contexts; see above.
+        skips: Also look for edges over a level: effects that are there while the level in between keeps its readings.
+        held_out: Share of the contexts, the last ones, in which each parent is ablated alone.
+        verify: Parents to ablate, by `level/index`; edges of others stay `randomised`. None: all.
+        folder: Keeps what was run; the same call goes on from there.
+        accelerator: Accelerate's; its processes share the runs through `folder`.
+        test: The test of method `independence` (default: causal-learn's Fisher z; extra `graph`).
+
+    Raises `BadRecipe` where `folder` holds a graph of other settings.
     """
-    settings = {"method": method, "skips": skips, "share": share, "held_out": held_out, "seed": seed, "contexts": len(system)}
+    settings = {"method": method, "skips": skips, "share": ABLATED, "held_out": held_out, "seed": seed, "contexts": len(system)}
     settings |= {} if verify is None else {"verify": sorted(verify)}
     kept = Folder(None if folder is None else Path(folder), settings | {"levels": dict(system.levels)}, accelerator)
-    contexts, first = np.arange(len(system)), len(system) - int(len(system) * held_out)
-    fits = proposed(
-        system,
-        ablated_at_random(system, contexts[:first], kept, share=share, seed=seed),
-        contexts[:first],
-        method=method,
-        skips=skips,
-        test=test,
-    )
-    seen = observed(system, contexts[first:], kept)
-    results = {}
+    first, last = np.split(np.arange(len(system)), [len(system) - int(len(system) * held_out)])
+    fits = proposed(system, ablated_at_random(system, first, kept, seed=seed), first, method=method, skips=skips, test=test)
+    seen, results = observed(system, last, kept), {}
     for (src, dst), fit in fits.items():
         only = None if verify is None else {int(own.rpartition("/")[2]) for own in verify if own.rpartition("/")[0] == src}
-        pair = Pair(system, contexts[first:], seen, src, dst, fit.effects)
-        results[src, dst] = confirmed(pair, kept, seed=seed, only=only)
+        results[src, dst] = confirmed(Pair(system, last, seen, src, dst, fit.effects), kept, seed=seed, only=only)
     p = adjusted(np.concatenate([found.p for found in results.values()]))
     return _judged(fits, results, p, method)
 
@@ -200,16 +194,15 @@ def _judged(
     return Discovery(CausalGraph(edges), whole, sum(edge.n_verify == 0 for edge in edges), refused, fits)
 
 
-def composition(system: System, *, folder: str | os.PathLike[str] | None = None, contexts: Contexts | None = None) -> Discovery:
+def composition(system: System) -> Discovery:
     """Which latents of a level are parts of which of the level before: relation `selection`, from readings alone.
 
     Wholes are selected by their parts, and parts of one whole come together without an edge between them; so each whole is
     fitted to its parts, against the order of generation. Necessity is `1 - P(whole | no part) / P(whole | part)`,
     sufficiency `P(whole | part)`.
     """
-    contexts = np.arange(len(system)) if contexts is None else contexts
-    kept = Folder(None if folder is None else Path(folder), {"contexts": len(contexts), "levels": dict(system.levels)})
-    seen = {name: Level(z, z, z) for name, z in observed(system, contexts, kept).items()}
+    contexts = np.arange(len(system))
+    seen = {name: Level(z, z, z) for name, z in observed(system, contexts, Folder(None, {})).items()}
     names, edges, fits = list(system.levels), [], {}
     for whole, part in pairwise(names):
         fit = fitted(rows_of(system, seen, [part], whole, contexts, "observational"), signed=False, centred=True)
@@ -238,8 +231,8 @@ def _parts(effects: Codes, seen: Mapping[str, Level], part: str, whole: str) -> 
 
 
 def with_graph(bank: ConceptBank, graph: CausalGraph) -> ConceptBank:
-    """The bank with a graph over its latents, whose levels are its encoders; effects are brought to units of the concepts, and
-    latents that the bank said nothing of are listed."""
+    """The bank with a graph over its latents, whose levels are its encoders. Effects are converted to units of the concepts;
+    latents that were not listed among the concepts are added."""
     ends = {end: bank[end] for edge in graph.edges for end in (edge.src, edge.dst)}
     concepts = {**bank.concepts, **{concept.name: concept for concept in ends.values()}}
     edges = [_in_units(edge, ends[edge.src], ends[edge.dst]) for edge in graph.edges]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 class Products(NamedTuple):
-    """All that a linear fit has to know of its data: means over rows. What is not a candidate has zeros."""
+    """Sufficient statistics of a linear fit: means over rows, with zeros for what is not a candidate."""
 
     gram: Float[Tensor, "B S S"]
     cross: Float[Tensor, "B S"]

@@ -1,4 +1,4 @@
-"""What a graph must not hold or cannot tell: echoes of neighbours, latents that are one, and latents that no data tell apart.
+"""Edges explained by a correlated neighbour, duplicate latents, and latents that the data cannot distinguish.
 
 B  effects [parents, children]     z  readings [units, latents]     pa(c)  parents of c, ch(c)  children
 """
@@ -18,13 +18,13 @@ from ...graph.causal_graph import EVIDENCE, CausalGraph, Edge
 from .systems import Codes, Columns, csr
 
 ALONE = 5
-"""Units that are needed to tell an echo."""
+"""Fewest units from which an echo is concluded."""
 ALIKE = 0.9
 """Cosine of decoder rows from which two latents may be one."""
 
 
 def without_echoes(effects: Codes, parents: Codes, children: Codes) -> Codes:
-    """The effects on each child that do not come from a neighbour mixed into what it reads.
+    """The effects on each child, without those explained by a correlated neighbour of the child.
 
     A latent that fires wherever a stronger neighbour of its level does, even where none of their parents fires, echoes it; of
     the parents that they share, it has only those that move it more.
@@ -71,11 +71,11 @@ class Doubts(NamedTuple):
     """Groups with the same parents, the same children, and decoder rows that point the same way: one latent."""
     within: tuple[tuple[str, str], ...]
     """Pairs of one level of which the parents of the first are among the parents of the second: moving the first by its
-    parents always moves the second, so that no data tell the two apart component by component."""
+    parents always moves the second, so that the data cannot distinguish the two component by component."""
 
 
 def doubts(graph: CausalGraph, decoders: dict[str, Tensor]) -> Doubts:
-    """What the graph cannot tell apart; `decoders` has the rows of each level, `[latents, D]`."""
+    """Latents that the graph cannot distinguish; `decoders` has the rows of each level, `[latents, D]`."""
     parents, children = _neighbours(graph)
     names = sorted({*parents, *children})
     alike: dict[tuple, list[str]] = {}
@@ -89,8 +89,8 @@ def doubts(graph: CausalGraph, decoders: dict[str, Tensor]) -> Doubts:
 def merged(bank: ConceptBank, same: Iterable[tuple[str, ...]]) -> ConceptBank:
     """The bank with each group (`Doubts.same`) as one concept, the first, that moves all of its latents together.
 
-    It moves others as much as they do together, whose intervals add up, which is wider than need be; what moves the first
-    moves it.
+    Its effect on others is the sum of theirs. Intervals are added as well, which makes them wider than necessary. Edges to it
+    are those to the first.
     """
     concepts, first = dict(bank.concepts), {}
     for name, *others in same:

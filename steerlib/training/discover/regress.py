@@ -39,7 +39,7 @@ class Rows(NamedTuple):
 
 
 class Fit(NamedTuple):
-    """The effects on one level, and how well effects foretell it on rows they were not fitted to."""
+    """The effects on one level, and how well they predict rows they were not fitted to."""
 
     effects: Codes
     """`[parents, children]`: change of a child where a parent changes by 1, by all routes."""
@@ -47,7 +47,7 @@ class Fit(NamedTuple):
     scores: Mapping[float, Sequence[float]]
     """By price, `R2 = 1 - sum |y - xb|^2 / sum |y|^2` on each block of held-out rows."""
     echoes: Codes | None = None
-    """Effects that were left out because the child only echoes a neighbour."""
+    """Effects that were dropped because a correlated neighbour of the child explains them."""
 
 
 def fitted(rows: Rows, *, signed: bool, centred: bool = False, path: Sequence[float] = PATH) -> Fit:
@@ -64,7 +64,8 @@ def fitted(rows: Rows, *, signed: bool, centred: bool = False, path: Sequence[fl
         """By price, the effects fitted to the first rows and to all."""
         columns, some = columns_of(rows.candidates[of], routes), y[:, of]
         before = products(first, some[:kept], columns, centred)
-        whole = mixed(before, products(last, some[kept:], columns, centred), kept / n)
+        after = products(last, some[kept:], columns, centred)
+        whole = Products(*(kept / n * one + (1 - kept / n) * other for one, other in zip(before, after, strict=True)))
         found = []
         for support in along(before, 2 * (log(max(parents, 2)) / kept) ** 0.5, order, routes=routes, signed=signed):
             support = support & explains(whole, support, routes)
@@ -107,11 +108,6 @@ def products(x: Columns, y: Columns, columns: NDArray[Any], centred: bool) -> Pr
             cross[child, :k] -= mean * middle
             power[child] -= middle**2
     return Products(*map(torch.from_numpy, (gram, cross, power)))
-
-
-def mixed(a: Products, b: Products, share: float) -> Products:
-    """Those of all rows, a `share` of which `a` is of."""
-    return Products(*(share * one + (1 - share) * other for one, other in zip(a, b, strict=True)))
 
 
 def along(p: Products, unit: float, path: Sequence[float], **how: Any) -> Iterator[Bool[Tensor, "B S"]]:

@@ -10,14 +10,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
-from safetensors.numpy import load_file, save_file
 from scipy.sparse import vstack
 from tqdm.auto import tqdm
 
 from ...errors import BadRecipe
+from ..store import recorded, whole
 from .systems import Codes, Contexts, System, csr, entries, thinned
 
+ABLATED = 0.15
+"""Share of all firings that random ablations set to 0."""
 Make = Callable[[], Mapping[str, NDArray[Any]]]
 
 
@@ -44,12 +47,12 @@ class Folder:
             if accelerator is not None and accelerator.num_processes > 1:
                 raise BadRecipe("expected a folder that several processes share, got none; give folder=")
             return
-        path.mkdir(parents=True, exist_ok=True)
         text, file = json.dumps(settings, indent=1, sort_keys=True) + "\n", path / "settings.json"
         if file.is_file() and file.read_text(encoding="utf-8") != text:
             raise BadRecipe(f"{path.name} holds a graph of other settings; use another folder, or delete it")
-        if accelerator is None or accelerator.is_main_process:
-            file.write_text(text, encoding="utf-8")
+        if not file.is_file() and (accelerator is None or accelerator.is_main_process):
+            with whole(file) as part:
+                part.write_text(text, encoding="utf-8")
 
     def all(self, jobs: Mapping[str, Make], what: str) -> list[dict[str, NDArray[Any]]]:
         """The results of jobs by name, those that are not kept yet made now, a part by each process."""
@@ -65,11 +68,11 @@ class Folder:
     def _kept(self, name: str, make: Make) -> dict[str, NDArray[Any]]:
         if self.path is None:
             return dict(make())
-        file = self.path / f"{name}.safetensors"
-        if not file.is_file():
-            save_file({key: np.ascontiguousarray(value) for key, value in make().items()}, file.with_suffix(".part"))
-            file.with_suffix(".part").replace(file)
-        return load_file(file)
+
+        def tensors() -> dict[str, torch.Tensor]:
+            return {key: torch.from_numpy(np.ascontiguousarray(value)) for key, value in make().items()}
+
+        return {key: value.numpy() for key, value in recorded(self.path / f"{name}.safetensors", tensors).items()}
 
 
 def flat(name: str, z: Codes) -> dict[str, NDArray[Any]]:
@@ -84,26 +87,24 @@ def deep(name: str, arrays: Mapping[str, NDArray[Any]]) -> Codes:
     return csr((data, indices, indptr), shape=tuple(map(int, shape)))
 
 
-def observed(system: System, contexts: Contexts, folder: Folder, *, what: str = "reading") -> dict[str, Codes]:
+def observed(system: System, contexts: Contexts, folder: Folder) -> dict[str, Codes]:
     """Readings of every level."""
-    return _collected(contexts, system.batch, folder, what, list(system.levels), lambda some, _: _read(system, some))
+    return _collected(contexts, system.batch, folder, "reading", list(system.levels), lambda some, _: _read(system, some))
 
 
 def _read(system: System, contexts: Contexts) -> dict[str, Codes]:
     return {name: reading.flows for name, reading in system.run(contexts).items()}
 
 
-def ablated_at_random(
-    system: System, contexts: Contexts, folder: Folder, *, share: float = 0.15, seed: int = 0
-) -> dict[str, Level]:
-    """Two runs of each context with the same chance: as it is, and with a `share` of all firings taken away, at every level
-    and unit by a draw of its own. What a level lost is what was taken there and what it lost by the levels before."""
+def ablated_at_random(system: System, contexts: Contexts, folder: Folder, *, seed: int = 0) -> dict[str, Level]:
+    """Two runs of each context with the same random numbers: one as it is, one with a share `ABLATED` of all firings set to 0,
+    drawn anew at every level and unit. What a level lost is what was taken there and what it lost by the levels before."""
     parts = [f"{name}/{part}" for name in system.levels for part in Level._fields]
 
     def both(some: Contexts, number: int) -> dict[str, Codes]:
         random = np.random.default_rng([seed, number])
         plain = system.run(some)
-        less = system.run(some, {name: thinned(share, random) for name in system.levels})
+        less = system.run(some, {name: thinned(ABLATED, random) for name in system.levels})
         found = {}
         for name, reading in plain.items():
             found[f"{name}/z"] = reading.flows

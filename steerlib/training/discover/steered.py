@@ -13,13 +13,10 @@ from torch import Tensor
 from ...bank.concept_bank import ConceptBank
 from ...encoders import Sparse
 from ...errors import BadRecipe
-from ...schedules import StepState
+from ...passes import StepState
 from ...steering.recording import Replace, replacing
+from ..record.activations import Enough
 from .systems import Codes, Contexts, Do, Reading, System, csr, csr_matrix
-
-
-class Enough(Exception):  # noqa: N818 - nothing went wrong
-    """Every layer was read; nobody needs the rest of the pass."""
 
 
 class SteeredText(System):

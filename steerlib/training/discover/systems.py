@@ -1,4 +1,4 @@
-"""Something whose latents can be read and moved while it runs: a language model, an image pipeline, or a toy with known edges.
+"""A model whose latents can be read and changed while it runs: a language model, an image pipeline, or one with known edges.
 
 Readings are sparse and never negative: one row a unit (a token, a part of an image), one column a latent. A context is a
 prompt or a seed; its units stand together.
@@ -34,7 +34,7 @@ class Reading(NamedTuple):
 
 
 class System(ABC):
-    """What runs again the same way: same context, same chance, so that two runs differ by nothing but what was done."""
+    """Runs are repeatable: same context, same random numbers, so that two runs differ only by the intervention."""
 
     batch: int = 2048
     """Contexts that one run is best given."""
@@ -62,7 +62,7 @@ class System(ABC):
         return ("same",)
 
     def carried(self, route: str, z: Codes, contexts: Contexts) -> Codes:  # noqa: ARG002
-        """Readings as they arrive by a route: the mean of the tokens before, say. Linear."""
+        """Readings as they arrive by a route, for example the mean of the tokens before. Must be linear."""
         return z
 
     def weights(self, src: str, dst: str) -> tuple[Any, Any] | None:  # noqa: ARG002

@@ -1,10 +1,9 @@
-"""The causal graph of a bank of text latents: found on some texts, verified on others, foretold on a third part.
+"""The causal graph of a bank of text latents: found on some texts, verified on others, tested by forecasts on a third part.
 
 p -> c  an edge     M  contexts     d  how much less a child reads where its parent is ablated alone, by context
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,14 +18,14 @@ from ...bank.concept_bank import BaseModel, ConceptBank
 from ...encoders import Sparse
 from ...errors import BadRecipe
 from ...graph.causal_graph import CausalGraph, Edge
-from ...steering.recording import observing
 from ...text import progress
-from ..directions.studio import remembered
+from ..entries import GraphRecipe
 from ..fit.encoder_recipe import EncoderRecipe
 from ..fit.inputs import Tokens
 from ..fit.run import fit
-from ..recipe import GraphRecipe
+from ..record.activations import reading
 from ..record.documents import pieces
+from ..store import remembered
 from .confirm import CONFIRMED, FEWEST, Pair
 from .discovery import Discovery, discover, with_graph
 from .rows import Folder, observed
@@ -37,7 +36,7 @@ CARRIED = 0.2
 """How far an effect lies at most from the product of decoder and encoder row, as a share of it, to be the residual stream
 carrying a concept on."""
 STEPS = 600
-"""Of training encoders for the control, whose model knows nothing."""
+"""Training steps of the encoders of the control, a model with random weights."""
 
 
 def contexts(tokenizer: Any, texts: Sequence[Path], recipe: GraphRecipe) -> Int[Tensor, "C N"]:
@@ -80,7 +79,7 @@ def graphed(model: Any, bank: ConceptBank, ids: Int[Tensor, "C N"], recipe: Grap
 
 
 def best_known(bank: ConceptBank, levels: Sequence[str], count: int) -> list[str]:
-    """The latents of which the bank says most: those that go with an attribute, then those that were moved, then the rest."""
+    """The best described latents: first those that go with an attribute, then those that were moved, then the most frequent."""
     probed = {
         f"{level}/{index}"
         for level in levels
@@ -133,7 +132,7 @@ class Foretold(NamedTuple):
 
 
 def foretold(bank: ConceptBank, system: System, graph: CausalGraph, folder: Path, *, seed: int = 0) -> Iterator[Foretold]:
-    """Each parent ablated alone in contexts where it fires, and what `bank.graph.forecast` says of its children there."""
+    """Each parent ablated alone in contexts where it fires, and what `bank.graph.forecast` predicts for its children there."""
     assert bank.graph is not None
     names, everything, edges = list(system.levels), np.arange(len(system)), {(e.src, e.dst): e for e in bank.graph.edges}
     kept = Folder(folder, {"contexts": len(system), "edges": len(graph), "seed": seed})
@@ -160,8 +159,8 @@ def _trial(pair: Pair, parent: int, seed: int) -> dict[str, NDArray[Any]]:
 
 
 def _kinds(rows: Sequence[Foretold], seed: int) -> dict[str, list[Foretold]]:
-    """All edges that are more than carried on, those of each pair of levels, and those that are carried on; the first ones also
-    as foretold by the regression's weights, and, as a control, by each other's effects."""
+    """All edges that are more than carried on, those of each pair of levels, and those that are carried on; the first also with
+    forecasts from the regression's weights and, as a control, from effects that are permuted among edges."""
     more = [row for row in rows if not row.carried]
     pairs = {pair: [row for row in more if row.pair == pair] for pair in dict.fromkeys(row.pair for row in more)}
     weights, effects = [row.edge.weight for row in more], np.array([row.edge.effect for row in more])
@@ -175,12 +174,12 @@ def _kinds(rows: Sequence[Foretold], seed: int) -> dict[str, list[Foretold]]:
 
 
 def _by(rows: Sequence[Foretold], effects: Sequence[float]) -> list[Foretold]:
-    """The same, foretold by other effects."""
+    """The same with forecasts from other effects."""
     return [row._replace(said=row.said * own / row.edge.effect) for row, own in zip(rows, effects, strict=True)]
 
 
 def scores(rows: Sequence[Foretold]) -> dict[str, float]:
-    """Share of edges whose mean change has the sign that was foretold, and `1 - sum (d - f)^2 / sum d^2` of mean changes and
+    """Share of edges whose mean change has the predicted sign, and `1 - sum (d - f)^2 / sum d^2` of mean changes and
     of those of single prompts."""
     if not rows:
         return {"edges": 0}
@@ -254,10 +253,7 @@ def _encoded(model: Any, bank: ConceptBank, ids: Int[Tensor, "C N"], recipe: Gra
 @torch.no_grad()
 def _activations(model: Any, sites: Sequence[str], ids: Int[Tensor, "C N"]) -> Mapping[str, Tensor]:
     """Of all tokens but the first of every context."""
-    parts: dict[str, list[Tensor]] = {site: [] for site in sites}
-    with ExitStack() as stack:
-        keep = {site: lambda x, _, site=site: parts[site].append(x[:, 1:].flatten(0, 1).float().cpu()) for site in sites}
-        stack.enter_context(observing(model, keep))
-        for some in progress(list(ids.split(64)), "reading the untrained model"):
-            model.base_model(some.to(model.device), use_cache=False)
-    return {site: torch.cat(own) for site, own in parts.items()}
+    with reading(model, sites) as read:
+        passes = (read(some.to(model.device), None) for some in progress(list(ids.split(64)), "reading the untrained model"))
+        parts = [{site: x[:, 1:].flatten(0, 1).float().cpu() for site, x in found.items()} for found in passes]
+    return {site: torch.cat([part[site] for part in parts]) for site in sites}

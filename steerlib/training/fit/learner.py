@@ -1,4 +1,4 @@
-"""One encoder while it is trained: its weights, what Adam remembers, and which latents are silent."""
+"""One encoder while it is trained: its weights, Adam's state, and which latents are dead."""
 
 from typing import Any
 
@@ -7,15 +7,16 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ...encoders import BatchTopK, Gated, JumpReLU, Matryoshka, ReLU, Sparse, TopK, Transcoder
+from ...encoders import KINDS, Sparse, Transcoder
+from ...encoders.objective import Weights
 from ...errors import BadRecipe
-from .dense_step import BANDWIDTH, dense_step
-from .encoder_recipe import COMPETING, TRANSCODING, EncoderRecipe
+from .dense_step import dense_step
+from .encoder_recipe import EncoderRecipe, transcoding
 from .inputs import Affine, geometric_median, normalising, times
 from .sparse_step import Gather, Outcome, sparse_step
 
 REFRESH = 50
-"""Steps between looks at which latents are dead, which the processor has to wait for."""
+"""Steps between looks at which latents are dead, for which the CPU has to wait for the accelerator."""
 MEMORY = 100
 """Batches over which the threshold of BatchTopK is averaged."""
 
@@ -32,8 +33,8 @@ class Learner:
         gather: Gather | None = None,
     ):
         """`x`, and for a transcoder `y`, are a sample from which scale, variance and the decoder bias are taken."""
-        if y is not None and recipe.kind not in TRANSCODING:
-            raise BadRecipe(f"expected a kind that can be a transcoder ({', '.join(TRANSCODING)}), got {recipe.kind!r}")
+        if y is not None and not recipe.objective.transcodes:
+            raise BadRecipe(f"expected a kind that can be a transcoder ({transcoding()}), got {recipe.kind!r}")
         if y is None and recipe.skip:
             raise BadRecipe("expected skip for a transcoder only; name the site that it reads, or leave it out")
         self.recipe, self.steps, self.transcodes, self.gather = recipe, steps, y is not None, gather
@@ -61,12 +62,12 @@ class Learner:
 
     @torch.no_grad()
     def outcome(self, x: Float[Tensor, "N D"], y: Float[Tensor, "N D2"] | None, step: int) -> Outcome:
-        """What a batch, or a process's part of one, says at this step."""
+        """Loss and gradients of a batch, or of a process's part of one, at this step."""
         recipe = self.recipe
         x, y = self.normal(x, y)
-        weights: dict[str, Tensor] = {name: parameter.detach() for name, parameter in self.weights.items()}
+        weights: Weights = {name: parameter.detach() for name, parameter in self.weights.items()}
         unit = recipe.batch * self.variance
-        if recipe.kind in COMPETING:
+        if recipe.objective.loss is None:
             dead = self.dead if recipe.auxk and len(self.dead) else None
             return sparse_step(recipe, weights, x, y, unit=unit, dead=dead, gather=self.gather)
         price = recipe.price_at(step, self.steps)
@@ -81,7 +82,7 @@ class Learner:
             parameter.grad = outcome.gradients[name]
         self.adam.step()
         self.adam.zero_grad()
-        if self.recipe.kind != "relu":
+        if self.recipe.objective.unit_rows:
             normalize(self.weights["decoder"], dim=-1, out=self.weights["decoder"])
         self.since.add_(self.recipe.batch).masked_fill_(outcome.fired > 0, 0)
         self.threshold.lerp_(outcome.least, max(1 / MEMORY, 1 / (step + 1)))
@@ -124,9 +125,8 @@ class Learner:
 
         Where latents do not compete each is rescaled until its decoder row has unit length; otherwise all are, by one factor.
         """
-        w = {name: parameter.detach().clone() for name, parameter in self.weights.items()}
-        if self.recipe.kind == "jumprelu":
-            w["threshold"] = w.pop("log_threshold").exp()
+        objective = self.recipe.objective
+        w = objective.finish({name: parameter.detach().clone() for name, parameter in self.weights.items()})
         if self.reads is not None and self.writes is not None:
             w["encoder"], w["decoder"] = times(w["encoder"], self.reads.forth), times(w["decoder"], self.writes.back)
             w["decoder_bias"] = self.writes.mean + times(w["decoder_bias"][None], self.writes.back)[0]
@@ -136,33 +136,29 @@ class Learner:
         if self.transcodes and self.reads is not None:
             w["bias"] = w["bias"] - w["encoder"] @ self.reads.mean
         length = w["decoder"].norm(dim=-1)
-        if self.recipe.kind in COMPETING:
+        if objective.keeps is not None:
             length = length.mean().expand_as(length)
         w["encoder"], w["decoder"] = w["encoder"] * length[:, None], w["decoder"] / length[:, None]
-        for name in {"bias", "threshold", "gate_bias"} & set(w):
+        for name in objective.potentials:
             w[name] = w[name] * length
         return self._made({name: t.cpu().contiguous() for name, t in w.items()}, float(self.threshold * length[0]))
 
-    def _made(self, tensors: dict[str, Any], threshold: float) -> Sparse:
-        recipe = self.recipe
-        if self.transcodes:
-            flat = threshold if recipe.kind == "batchtopk" else 0.0
-            tensors.setdefault("threshold", torch.full((recipe.latents,), flat))
-            return Transcoder(**tensors, k=recipe.k if recipe.kind == "topk" else None)
-        tensors["centred"] = True
-        if recipe.kind == "topk":
-            return TopK(k=recipe.k, **tensors)
-        if recipe.kind == "batchtopk":
-            return BatchTopK(k=recipe.k, threshold=threshold, **tensors)
-        if recipe.kind == "matryoshka":
-            return Matryoshka(groups=recipe.sizes, k=recipe.k, threshold=threshold, **tensors)
-        return {"relu": ReLU, "jumprelu": JumpReLU, "gated": Gated}[recipe.kind](**tensors)
+    def _made(self, tensors: Weights, threshold: float) -> Sparse:
+        recipe, objective = self.recipe, self.recipe.objective
+        known = {"k": recipe.k, "groups": recipe.sizes, "threshold": threshold}
+        settings = {name: known[name] for name in objective.settings} | ({} if self.transcodes else {"centred": True})
+        skip = tensors.pop("skip", None)
+        made = KINDS[recipe.kind].from_tensors(tensors, settings)
+        assert isinstance(made, Sparse)
+        if not self.transcodes:
+            return made
+        own: dict[str, Any] = {name: tensors[name] for name in (*Sparse.tensors, *Sparse.shared)}
+        k = recipe.k if objective.keeps == "token" else None
+        return Transcoder(**own, threshold=made.thresholds(), skip=skip, k=k)
 
 
 @torch.no_grad()
-def begun(
-    recipe: EncoderRecipe, x: Float[Tensor, "tokens D"], y: Float[Tensor, "tokens D2"] | None, scale: float
-) -> dict[str, Tensor]:
+def begun(recipe: EncoderRecipe, x: Float[Tensor, "tokens D"], y: Float[Tensor, "tokens D2"] | None, scale: float) -> Weights:
     """First weights: unit directions that read what they write, around the geometric median (Gao et al. 2024)."""
     generator, n = torch.Generator().manual_seed(recipe.seed), recipe.latents
     target = x if y is None else y
@@ -170,10 +166,6 @@ def begun(
     encoder = decoder.clone() if y is None else normalize(torch.randn(n, x.shape[-1], generator=generator), dim=-1).to(x)
     bias = torch.zeros(n).to(x) if y is None else -encoder @ geometric_median(x)
     weights = {"encoder": encoder, "bias": bias, "decoder": decoder, "decoder_bias": geometric_median(target)}
-    if recipe.kind == "jumprelu":
-        weights["log_threshold"] = torch.full_like(bias, BANDWIDTH * scale).log()
     if recipe.skip:
         weights["skip"] = torch.zeros(target.shape[-1], x.shape[-1]).to(x)
-    if recipe.kind == "gated":
-        weights |= {"gate_bias": torch.zeros_like(bias), "log_scale": torch.zeros_like(bias)}
-    return weights
+    return weights | recipe.objective.begin(torch.zeros_like(bias), scale)

@@ -1,7 +1,7 @@
 """Train sparse encoders, several from one pass over activations, on any number of processes.
 
 A run that was killed goes on where its last checkpoint was written and ends with the same bytes. Processes share each batch and
-add up what they find, so that their number does not matter.
+add up their gradients, so that the result does not depend on their number.
 """
 
 import json
@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from ...encoders import Sparse
 from ...errors import BadRecipe
+from ..store import save
 from .encoder_recipe import EncoderRecipe
 from .inputs import Batch, Source, first_tokens, pair
 from .learner import Learner
@@ -27,7 +27,7 @@ from .sparse_step import Outcome
 
 CHECKPOINT = "encoders.safetensors"
 LOOK = 50
-"""Steps between looks at the figures, which the processor has to wait for."""
+"""Steps between updates of the figures shown, for which the CPU has to wait for the accelerator."""
 
 
 def fit(
@@ -60,7 +60,7 @@ def fit(
             if step % LOOK == 0 or step == steps:
                 show(figures(learners, seen), step, bar, accelerator)
             if path is not None and first and (step % save_every == 0 or step == steps):
-                save(path, learners, step, about)
+                keep(path, learners, step, about)
     if step < steps:
         raise BadRecipe(f"expected {steps} batches of {batch} tokens, the source ended after {step}")
     if accelerator:
@@ -85,7 +85,7 @@ def checked(recipes: Mapping[str, EncoderRecipe], steps: int, accelerator: Any) 
 def beginners(
     recipes: Mapping[str, EncoderRecipe], source: Source, steps: int, device: torch.device, accelerator: Any
 ) -> dict[str, Learner]:
-    """Learners that know the scale of the activations, but have not learned from them."""
+    """Untrained learners, with the scale of the activations from a sample of them."""
     x, y = first_tokens(source, next(iter(recipes.values())).batch)
     sample = x.to(device), None if y is None else y.to(device)
     gather = accelerator.gather if accelerator and accelerator.num_processes > 1 else None
@@ -93,7 +93,7 @@ def beginners(
 
 
 def stepped(learner: Learner, x: Tensor, y: Tensor | None, step: int, accelerator: Any) -> Outcome:
-    """Learn from a batch; what was found, less the gradients."""
+    """Learn from a batch; returns the outcome without gradients."""
     outcome = together(accelerator, learner.outcome(x, y, step))
     learner.learn(outcome, step)
     return outcome._replace(gradients={})
@@ -115,7 +115,7 @@ def ahead(batches: Iterator[Batch], device: torch.device, accelerator: Any) -> I
 
 
 def moving(batch: Tensor, device: torch.device, accelerator: Any) -> Tensor:
-    """The rows of this process, copied to its device without anybody waiting."""
+    """The rows of this process, copied to its device; on CUDA the copy does not block."""
     rows = len(batch) // (accelerator.num_processes if accelerator else 1)
     part = batch[rows * accelerator.process_index :][:rows] if accelerator else batch
     if device.type != "cuda" or part.is_cuda:
@@ -124,7 +124,7 @@ def moving(batch: Tensor, device: torch.device, accelerator: Any) -> Tensor:
 
 
 def together(accelerator: Any, outcome: Outcome) -> Outcome:
-    """What all processes found, added up; the least potential is their mean."""
+    """The outcomes of all processes added up; the least potential is their mean."""
     if accelerator is None or accelerator.num_processes == 1:
         return outcome
     whole = accelerator.reduce(outcome, reduction="sum")
@@ -153,19 +153,14 @@ def show(figures: Mapping[str, Mapping[str, float]], step: int, bar: Any, accele
         accelerator.log({f"{name}/{key}": value for name, f in figures.items() for key, value in f.items()}, step=step)
 
 
-def save(path: Path, learners: Mapping[str, Learner], step: int, about: str) -> None:
+def keep(path: Path, learners: Mapping[str, Learner], step: int, about: str) -> None:
     """All that the next step depends on, whole or not at all."""
-    tensors = {f"{name}|{key}": t.cpu().clone() for name, learner in learners.items() for key, t in learner.tensors.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    save_file(tensors, part, metadata={"state": json.dumps({"step": step, "of": about})})  # of several, the order would vary
-    with part.open("rb") as file:
-        os.fsync(file.fileno())
-    part.replace(path)
+    tensors = {f"{name}|{key}": t.clone() for name, learner in learners.items() for key, t in learner.tensors.items()}
+    save(path, tensors, {"state": json.dumps({"step": step, "of": about})})
 
 
 def restored(path: Path | None, learners: Mapping[str, Learner], about: str) -> int:
-    """The step at which a checkpoint was written, after the learners were brought there."""
+    """Load a checkpoint, if there is one, into the learners; returns its step, or 0."""
     if path is None or not path.is_file():
         return 0
     with safe_open(path, "pt") as file:

@@ -45,7 +45,7 @@ class Firings(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What a step found, all of it sums over the tokens it saw."""
+    """The result of a step; everything but `least` is a sum over the tokens of this process."""
 
     gradients: dict[str, Tensor]
     """Of the loss, by parameter."""
@@ -111,7 +111,7 @@ def chosen(
     """Firings, those of dead latents, and the least potential that was kept."""
     low = recipe.precision == "bf16"
     inputs = [t.bfloat16() if low else t for t in (x, encoder, bias)]
-    apart = recipe.kind != "topk"
+    apart = recipe.objective.keeps == "batch"
     rows = len(x) if apart else max(64, BLOCK.get(x.device.type, BLOCK["cuda"]) // len(encoder))
     kept, spare = [], []
     for block in inputs[0].split(rows):
@@ -126,7 +126,8 @@ def chosen(
         least = gather(found[0].values).topk(recipe.k * recipe.batch).values.min()
     below = found[0].values < least
     if low:
-        found = [firings._replace(values=potentials(firings, x, encoder, bias)) for firings in found]
+        wide = [firings._replace(values=firings.values.float()) for firings in found]
+        found = [part._replace(values=products(part, x, encoder) + bias[part.latents]) for part in wide]
     found = [firings._replace(values=firings.values.clamp(min=0)) for firings in found]
     return found[0]._replace(values=found[0].values.masked_fill(below, 0)), found[1] if spare else None, least.float()
 
@@ -158,7 +159,7 @@ def largest(p: Float[Tensor, "N n"], count: int) -> Firings:
     """The `count` largest of the batch."""
     count = min(count, p.numel())
     flat, n = p.flatten(), p.shape[-1]
-    candidates = None if p.is_cuda else above(flat, floor_of(p, count))
+    candidates = None if p.is_cuda else (flat > floor_of(p, count)).nonzero()[:, 0]
     if candidates is None or len(candidates) < count:
         places = flat.topk(count, sorted=False).indices
     else:
@@ -172,11 +173,6 @@ def floor_of(p: Float[Tensor, "N n"], count: int) -> Tensor:
     """A value that somewhat more than `count` of p exceed, judged by a part of the rows."""
     some = p[:: max(1, len(p) // 256)]
     return some.flatten().topk(min(some.numel(), int(1.5 * count * len(some) / len(p)) + 1)).values[-1]
-
-
-def above(flat: Float[Tensor, " m"], floor: Tensor) -> Int[Tensor, " found"]:
-    """Where values exceed a floor."""
-    return (flat > floor).nonzero()[:, 0]
 
 
 def joined(parts: Sequence[Firings]) -> Firings:
@@ -221,13 +217,6 @@ def products(firings: Firings, rows: Float[Tensor, "rows D"], matrix: Float[Tens
             firings.offsets, firings.latents, torch.zeros_like(firings.values), (len(rows), len(matrix)), check_invariants=False
         )
         return torch.sparse.sampled_addmm(where, rows, matrix.T, beta=0.0).values()
-
-
-def potentials(
-    firings: Firings, x: Float[Tensor, "N D"], encoder: Float[Tensor, "n D"], bias: Float[Tensor, " n"]
-) -> Float[Tensor, " M"]:
-    """p of each firing, float32."""
-    return products(firings._replace(values=firings.values.float()), x, encoder) + bias[firings.latents]
 
 
 def pulled_back(

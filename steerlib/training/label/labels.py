@@ -31,12 +31,12 @@ Below and above, readings count in the first and last bin."""
 
 @dataclass(frozen=True, eq=False)
 class Sightings:
-    """Of each of `n` latents, on `tokens` tokens: its highest activations and how often it fires how strongly."""
+    """Of each of `n` latents, on `tokens` tokens: its highest activations, the rows of the recording where they are, and a
+    histogram of its positive readings. Where `highest` is 0, fewer were seen."""
 
     tokens: int
     highest: Float[Tensor, "n contexts"]
     rows: Int[Tensor, "n contexts"]
-    """Where: rows of the recording. What is 0 in `highest` was not seen."""
     histogram: Int[Tensor, "n bins"]
 
     @property

@@ -19,7 +19,7 @@ from ...bank.concept_bank import ConceptBank
 from ...bank.concepts import Concept
 from ...encoders import Directions, Sparse
 from ...steering.interventions import Add
-from ...steering.plan import SHARE
+from ...steering.lowering import SHARE
 from ...steering.session import steer
 from ...text import progress
 from ..record.shards import Shards
@@ -40,11 +40,11 @@ TWICE = 2.0
 
 
 class Followers(NamedTuple):
-    """The tokens that follow a latent more than they follow others."""
+    """The tokens that follow a latent more than they follow others, and how telling they are: `weight` is the sum of
+    `p(token | latent) log p(token | latent) / p(token)`, in nats."""
 
     tokens: tuple[int, ...]
     weight: float
-    """How much they tell: the sum of `p(token | latent) log p(token | latent) / p(token)`, nats."""
 
 
 def followers(encoder: Sparse, shards: Shards, site: str) -> dict[int, Followers]:
@@ -83,18 +83,19 @@ def fired_on(encoder: Sparse, shards: Shards, site: str) -> tuple[NDArray[np.int
 
 @dataclass(frozen=True)
 class Verification:
-    """What moving a latent did to its tokens, as the gain of their log-probability in nats, beside controls."""
+    """What moving a latent did to its tokens, as the gain of their log-probability in nats, beside controls.
+
+    `others` is the mean gain of the tokens of other latents (permuted labels), `highest` the gain that 95 % of them stay below.
+    `random`: whether a random direction as long would have passed in its place. `swapped`: whether the latent would have
+    passed with the tokens of another.
+    """
 
     tokens: tuple[int, ...]
     gain: float
     others: float
-    """Gain of the tokens of other latents, on average: permuted labels."""
     highest: float
-    """Which of them gain 95 % stay below."""
     random: bool
-    """Whether a random direction as long would have passed in the latent's place."""
     swapped: bool
-    """Whether the latent would have passed with the tokens of another."""
 
     @property
     def holds(self) -> bool:
@@ -110,7 +111,7 @@ def passes(gain: float, others: float, highest: float) -> bool:
 def verify(
     model: Any, tokenizer: Any, bank: ConceptBank, labelled: Mapping[str, Followers], texts: Sequence[str], *, seed: int = 0
 ) -> dict[str, Verification]:
-    """Move each latent on texts by twice as much as it usually fires, and see what is likelier to come next.
+    """Move each latent on texts by twice as much as it usually fires, and measure which next tokens become likelier.
 
     `labelled` holds latents by name. The tokens of all others of the same encoder are the permuted labels of each.
     """

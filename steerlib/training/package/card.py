@@ -6,8 +6,9 @@ from typing import Any
 from ...bank.card import example, front
 from ...bank.concept_bank import ConceptBank
 from ...bank.concepts import Concept
-from ...evaluation.report import latents_table, missed, summary_table, table
-from ..recipe import Recipe
+from ...evaluation.effects import MeasuredEffects
+from ...evaluation.report import latents_table, markdown, missed, summary_table, table
+from ..recipe import DirectionRecipe, TextEncoderRecipe
 
 PICTURE = "effects.png"
 CONTROLS = """*Ratio to prompting* is a joint score of concept, relevance and fluency, 0 for the unsteered model and 1
@@ -20,7 +21,7 @@ ordinary text by at most 0.3 nats per token. *Anti-steerable* is the share of
 prompts on which a higher dose means less of the concept."""
 
 
-def card(bank: ConceptBank, recipe: Recipe, records: Sequence[dict[str, Any]], trust: str) -> str:
+def card(bank: ConceptBank, recipe: DirectionRecipe, records: Sequence[MeasuredEffects], trust: str) -> str:
     """The card, in Markdown with model-card metadata."""
     kept = [record for record in records if record["concept"] in bank.concepts]
     left_out = [record for record in records if record["concept"] not in bank.concepts]
@@ -47,7 +48,7 @@ def card(bank: ConceptBank, recipe: Recipe, records: Sequence[dict[str, Any]], t
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def latents_card(bank: ConceptBank, recipe: Recipe) -> str:
+def latents_card(bank: ConceptBank, recipe: TextEncoderRecipe) -> str:
     """The card of a bank of sparse encoders, from what was measured of each."""
     first = next(iter([*_best(bank), *bank.concepts.values()]))
     parts = [
@@ -72,14 +73,13 @@ def latents_card(bank: ConceptBank, recipe: Recipe) -> str:
 def pictures_card(bank: ConceptBank, description: str) -> str:
     """The card of a bank of latents by noise level, from what was measured of each encoder."""
     best = sorted(bank.concepts.values(), key=lambda concept: -concept.effects["correlation"])[:SHOWN]
-    rows = [f"| {c.name} | {c.label} | {c.effects['correlation']:.2f} | {c.effects['frequency']:.2%} |" for c in best]
+    rows = [(c.name, c.label, f"{c.effects['correlation']:.2f}", f"{c.effects['frequency']:.2%}") for c in best]
     parts = [
         front(bank.name, bank.base.id, bank.license, [], {"tags": ["sae", "diffusers"]}).strip(),
         f"# {bank.name}\n\n{description.strip()}",
         f"## What was measured\n\nOn pictures that no encoder was trained on.\n\n{latents_table(bank.provenance['quality'])}",
-        "## Latents and the words they go with most\n\n| latent | word | correlation over pictures | fires on |\n"
-        + "|---|---|---|---|\n"
-        + "\n".join(rows),
+        "## Latents and the words they go with most\n\n"
+        + markdown("latent | word | correlation over pictures | fires on", rows),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -94,29 +94,27 @@ Forecasts are `bank.graph.forecast` against what ablating a parent alone does to
 def graph_table(found: Mapping[str, Any]) -> str:
     """How a graph was found, what it foretells, and the controls, as Markdown."""
     said, control, null = found["recipe"], found["random model"], found["shuffled"]
-    lines = [
-        "| | proposed | not tested | refused | verified | of these carried on | negative |\n" + "|---" * 7 + "|",
-        _edges("this model", found),
-        _edges("random weights, encoders trained on them", control),
-        f"| first two layers, of different texts | {null['proposed']:,} | | | {null['verified']} | | |",
-        "",
-        "| foretold | edges | sign right | R² | R² by prompt |\n|---|---|---|---|---|",
-    ]
+    edges = {"this model": found, "random weights, encoders trained on them": control}
+    rows = [_edges(name, own) for name, own in edges.items()]
+    shuffled = f"| first two layers, of different texts | {null['proposed']:,} | | | {null['verified']} | | |"
     whole, apart = "more than carried on", "carried on"
-    lines += [
-        f"| {name} | {row['edges']} | {row['sign']:.0%} | {row['r2']:.2f} | {row['r2 by prompt']:.2f} |"
-        for name, row in sorted(found["forecast"].items(), key=lambda item: (item[0] == apart, item[0] != whole, item[0]))
+    order = sorted(found["forecast"].items(), key=lambda item: (item[0] == apart, item[0] != whole, item[0]))
+    foretold = [
+        (name, str(row["edges"]), f"{row['sign']:.0%}", f"{row['r2']:.2f}", f"{row['r2 by prompt']:.2f}")
+        for name, row in order
         if row["edges"]
     ]
     parts = f"{said['contexts']:,} texts of {said['length']} tokens: half fitted, a third verifying, a sixth foretold. "
     parts += f"Ablated alone: up to {said['parents']} latents of this model, {said['controls']} of the random one."
-    return "\n".join([*lines, "", parts])
+    head = "| proposed | not tested | refused | verified | of these carried on | negative"
+    forecasts = markdown("foretold | edges | sign right | R² | R² by prompt", foretold)
+    return "\n\n".join([f"{markdown(head, rows)}\n{shuffled}", forecasts, parts])
 
 
-def _edges(name: str, found: Mapping[str, Any]) -> str:
+def _edges(name: str, found: Mapping[str, Any]) -> list[str]:
     carried, negative = (sum(own[kind] for own in found["levels"].values()) for kind in ("carried", "negative"))
     counts = [f"{found[kind]:,}" for kind in ("proposed", "untested", "refused", "verified")]
-    return f"| {name} | {' | '.join(counts)} | {carried} | {negative} |"
+    return [name, *counts, str(carried), str(negative)]
 
 
 SHOWN = 30
@@ -131,21 +129,19 @@ def _best(bank: ConceptBank) -> list[Concept]:
 
 def verified(bank: ConceptBank, count: int) -> str:
     """What moving the best of its latents did, as Markdown."""
-    lines = ["| latent | tokens that follow it | their gain when it is moved, nats | gain of other latents' tokens | seen in |"]
-    lines.append("|---|---|---|---|---|")
+    rows = []
     for concept in _best(bank)[:count]:
         found = concept.effects["verified"]
         tokens = ", ".join(f"“{token.strip() or '␣'}”" for token in found["tokens"])
-        context = (concept.examples or ("",))[0]
-        cells = [concept.name, tokens, f"{found['gain']:+.2f}", f"{found['others']:+.2f}", context]
-        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    return "\n".join(lines)
+        cells = [concept.name, tokens, f"{found['gain']:+.2f}", f"{found['others']:+.2f}", (concept.examples or ("",))[0]]
+        rows.append([cell.replace("|", "\\|") for cell in cells])
+    gains = "their gain when it is moved, nats | gain of other latents' tokens"
+    return markdown(f"latent | tokens that follow it | {gains} | seen in", rows)
 
 
 def _sources(corpus: Sequence[Mapping[str, Any]]) -> str:
-    lines = ["| source | licence | documents | share of the text |\n|---|---|---|---|"]
-    lines += [f"| {row['source']} | {row['licence']} | {row['documents']:,} | {row['share']:.1%} |" for row in corpus]
-    return "\n".join(lines)
+    rows = [(row["source"], row["licence"], f"{row['documents']:,}", f"{row['share']:.1%}") for row in corpus]
+    return markdown("source | licence | documents | share of the text", rows)
 
 
 LABELS = """Labels of verified latents are tokens that follow them in held-out text; of others, tokens of their highest
@@ -153,32 +149,31 @@ activations, or those that the model's own head makes of them. No person has che
 
 
 def _concepts(levers: Sequence[Concept]) -> str:
-    lines = ["| concept | meaning | made by | useful amount | safe range | beyond it |\n|---|---|---|---|---|---|"]
+    rows = []
     for c in levers:
         low, high = c.range or (0.0, 0.0)
-        lines.append(
-            f"| {c.name} | {c.label} | {c.source} | {c.useful:+.2f} | {low:+.2f} to {high:+.2f} | {c.beyond or 'not seen'} |"
-        )
-    return "\n".join(lines)
+        amounts = f"{c.useful:+.2f}", f"{low:+.2f} to {high:+.2f}"
+        rows.append((c.name, c.label, c.source, *amounts, c.beyond or "not seen"))
+    return markdown("concept | meaning | made by | useful amount | safe range | beyond it", rows)
 
 
 def _gates(bank: ConceptBank) -> str:
     found = [concept for concept in bank.concepts.values() if concept.present is not None and "precision" in concept.effects]
     if not found:
         return ""
-    lines = [
-        f"| {c.name} | {c.label} | {c.effects['precision']:.2f} | {c.effects['recall']:.2f} | {c.effects['tokens']} |"
+    rows = [
+        (c.name, c.label, f"{c.effects['precision']:.2f}", f"{c.effects['recall']:.2f}", str(c.effects["tokens"]))
         for c in found
     ]
     return (
         "## Gates\n\nReadings that say where something is present, by token: "
         '`Add(2.0, gate=sl.Gate("answering"))` acts only there. '
         "Precision and recall are those of single tokens, on texts that nothing was made from.\n\n"
-        "| gate | opens on | precision | recall | tokens |\n|---|---|---|---|---|\n" + "\n".join(lines)
+        + markdown("gate | opens on | precision | recall | tokens", rows)
     )
 
 
-def _example(record: Mapping[str, Any]) -> str:
+def _example(record: MeasuredEffects) -> str:
     e = record["examples"][0]
     lines = [f"> {name}: {_line(e[name])}" for name in ("unsteered", "prompted", "steered")]
     return f"**{record['concept']} {record['amount']:+.2f}** — {e['prompt']}\n\n" + "\n>\n".join(lines)

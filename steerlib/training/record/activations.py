@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ...errors import SiteNotReached
-from ...schedules import StepState
+from ...passes import StepState
 from ...steering.recording import observing
 from ...text import chat, progress
 
@@ -18,8 +18,8 @@ Read = Callable[[Tensor, Tensor | None], dict[str, Tensor]]
 """`ids[B, N]` and `mask[B, N]`, or None without pads, to activations `x[B, N, D]` by site."""
 
 
-class _Enough(Exception):
-    """Every site was seen; nobody needs the rest of the pass."""
+class Enough(Exception):  # noqa: N818 - nothing went wrong
+    """Ends a pass once every site was seen."""
 
 
 @contextmanager
@@ -34,7 +34,7 @@ def reading(model: Any, sites: Sequence[str], dtype: torch.dtype | None = None) 
         def observe(x: Tensor, state: StepState) -> None:  # noqa: ARG001
             seen.setdefault(site, x.detach().clone())
             if len(seen) == len(sites):
-                raise _Enough
+                raise Enough
 
         return observe
 
@@ -45,7 +45,7 @@ def reading(model: Any, sites: Sequence[str], dtype: torch.dtype | None = None) 
         seen.clear()
         try:
             run(input_ids=ids, attention_mask=mask, use_cache=False)
-        except _Enough:
+        except Enough:
             return dict(seen)
         missed = ", ".join(repr(site) for site in sites if site not in seen)
         raise SiteNotReached(f"the model ran and did not reach {missed}; name sites that a plain forward passes")

@@ -4,9 +4,9 @@ import json
 import os
 import random
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -15,7 +15,6 @@ from ...errors import BadRecipe
 Texts = str | os.PathLike[str] | Iterable[Any]
 """A .txt file, whose paragraphs are documents; a .jsonl file, one document a line; or documents themselves: texts, chats (lists
 of messages), or rows of a dataset that hold one or the other. Of paths there may be several."""
-Keep = Literal["first", "special"]
 COLUMNS = ("text", "messages")
 ROOM = 10_000
 """Documents among which a stream is shuffled."""
@@ -32,49 +31,45 @@ class Piece(NamedTuple):
     """Which tokens to record."""
 
 
-def pieces(
-    tokenizer: Any, texts: Texts, context: int, *, keep: Collection[Keep] = (), column: str | None = None, seed: int | None = 0
-) -> Iterator[Piece]:
+def pieces(tokenizer: Any, texts: Texts, context: int, *, seed: int | None = 0) -> Iterator[Piece]:
     """Every document in pieces of at most `context` tokens; a piece with nothing to record is left out.
 
-    Documents never share a piece: nothing is read behind a stranger's text. Where the tokenizer begins texts with a token
-    of its own, every piece begins with it. Not kept, unless `keep` says so, are the `first` token of a piece, on which
-    attention rests whatever it is, and `special` ones: the tokenizer's, and all of a chat that its messages do not say.
-    With a seed documents are shuffled: all of them where they can be counted, else a stream's within a buffer.
+    Documents never share a piece, so that no text is read after an unrelated one. Where the tokenizer begins texts with a
+    special token, every piece begins with it. Not kept are the first token of a piece, to which attention goes whatever it is,
+    and special ones: the tokenizer's, and of a chat everything that the template adds to the messages. With a seed documents
+    are shuffled: all of them where their number is known, else within a buffer.
     """
     begin = tokenizer("")["input_ids"][:1] if tokenizer.bos_token_id is not None else []
     begin = [int(token) for token in begin if token == tokenizer.bos_token_id]
     special, size = set(tokenizer.all_special_ids), context - len(begin)
-    for number, document in enumerate(documents(texts, column, seed)):
+    for number, document in enumerate(documents(texts, seed)):
         ids, said = _tokens(tokenizer, document)
         skip = len(begin) if ids[: len(begin)] == begin else 0  # a template may have begun with it already
         ids, said = ids[skip:], said[skip:]
         for start in range(0, len(ids), size):
             own = ids[start : start + size]
-            kept = [
-                ("special" in keep) or (s and i not in special) for i, s in zip(own, said[start : start + size], strict=True)
-            ]
-            kept = ["special" in keep for _ in begin] + kept
-            kept[0] = kept[0] and "first" in keep
+            kept = [s and i not in special for i, s in zip(own, said[start : start + size], strict=True)]
+            kept = [False] * len(begin) + kept
+            kept[0] = False
             if any(kept):
                 yield Piece(number, start - len(begin), begin + own, kept)
 
 
-def documents(texts: Texts, column: str | None = None, seed: int | None = None) -> Iterator[Any]:
+def documents(texts: Texts, seed: int | None = None) -> Iterator[Any]:
     """Texts and chats, in the order they are numbered in."""
     if isinstance(texts, (str, os.PathLike)):
         texts = [Path(texts)]
     if isinstance(texts, Mapping):
         raise BadRecipe(f"expected documents, got a mapping of {', '.join(map(str, texts))}; choose one of these")
     for found in _shuffled(_opened(texts), seed):
-        document = _cell(found, column) if isinstance(found, Mapping) else found
+        document = _cell(found) if isinstance(found, Mapping) else found
         if not isinstance(document, str) and not _is_chat(document):
             raise BadRecipe(f"expected texts, chats as lists of messages with role and content, or rows, got {document!r:.80}")
         yield document
 
 
 def _opened(texts: Iterable[Any]) -> Iterable[Any]:
-    """The same, where paths are given as what their files hold."""
+    """The documents, those of files where paths are given."""
     if isinstance(texts, Sequence) and texts and all(isinstance(text, os.PathLike) for text in texts):
         return [document for path in texts for document in _read(Path(path))]
     return texts
@@ -93,13 +88,13 @@ def _read(path: Path) -> list[Any]:
 
 
 def sources(paths: Iterable[Path]) -> list[dict[str, Any]]:
-    """What files are made of: documents and their share of all characters, by the `source` and `licence` that lines state."""
+    """Number of documents and share of all characters, by the `source` and `licence` that lines of the files state."""
     sizes: dict[tuple[str, str], list[int]] = {}
     for path in paths:
         for line in _read(path):
             row = line if isinstance(line, Mapping) else {}
             key = str(row.get("source", path.name)), str(row.get("licence", "not stated"))
-            sizes.setdefault(key, []).append(len(str(_cell(row, None) if row else line)))
+            sizes.setdefault(key, []).append(len(str(_cell(row) if row else line)))
     whole = sum(map(sum, sizes.values()))
     return [
         {"source": source, "licence": licence, "documents": len(own), "share": round(sum(own) / whole, 4)}
@@ -125,10 +120,10 @@ def _shuffled(texts: Any, seed: int | None) -> Iterator[Any]:
         yield from waiting
 
 
-def _cell(row: Mapping[str, Any], column: str | None) -> Any:
-    found = [name for name in ([column] if column else COLUMNS) if name in row]
+def _cell(row: Mapping[str, Any]) -> Any:
+    found = [name for name in COLUMNS if name in row]
     if not found:
-        raise BadRecipe(f"expected a column {column or ' or '.join(COLUMNS)!r}, got {', '.join(row)}; name it by column=")
+        raise BadRecipe(f"expected rows with a column text or messages, got {', '.join(row)}; give the texts themselves")
     return row[found[0]]
 
 
@@ -142,12 +137,12 @@ def _is_chat(document: Any) -> bool:
 
 
 def _tokens(tokenizer: Any, document: Any) -> tuple[list[int], list[bool]]:
-    """The ids of a document, and for each whether the document says it, not the chat template."""
+    """The ids of a document, and for each whether it is the document's own and not the chat template's."""
     if isinstance(document, str):
         ids = tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
         return ids, [True] * len(ids)
     if not tokenizer.is_fast:
-        raise BadRecipe("chats need a fast tokenizer, which knows where tokens lie in the text; load it with use_fast=True")
+        raise BadRecipe("chats need a fast tokenizer, which tells where tokens lie in the text; load it with use_fast=True")
     text, spans = rendered(tokenizer, document)
     found = tokenizer(text, add_special_tokens=False, verbose=False, return_offsets_mapping=True)
     said = bytearray(len(text))
@@ -157,7 +152,7 @@ def _tokens(tokenizer: Any, document: Any) -> tuple[list[int], list[bool]]:
 
 
 def rendered(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> tuple[str, list[tuple[int, int]]]:
-    """A chat as its template writes it, and where in it the messages' own words lie."""
+    """A chat as its template writes it, and the spans in it that are the messages' own."""
     text = tokenizer.apply_chat_template(list(messages), tokenize=False)
     marked = [{**message, "content": f"\ue000{i}\ue001"} for i, message in enumerate(messages)]
     parts = re.split("\ue000(\\d+)\ue001", tokenizer.apply_chat_template(marked, tokenize=False))

@@ -3,7 +3,7 @@
 import hashlib
 import os
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -17,13 +17,15 @@ from tqdm.auto import tqdm
 from ...errors import BadRecipe, SteeringWarning
 from ...hosts import host_for
 from .activations import Read, reading
-from .documents import Keep, Piece, Texts, pieces
+from .documents import Piece, Texts, pieces
 from .shards import HEADER, LABELS, Shards, Shelf
 
 Precision = Literal["bf16", "fp16", "fp32"]
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 FAST = {"bf16": ("avx512_bf16", "amx_bf16", "bf16"), "fp16": ("avx512_fp16", "amx_fp16", "fp16_arith"), "fp32": ()}
-"""What a processor must be able to do, as torch names it, to be faster at a precision than at float32."""
+"""By precision, capabilities of a CPU, as torch names them, any of which makes it faster than float32."""
+SHARD_BYTES = 64 << 20
+"""Most bytes of a shard."""
 
 
 def harvest(
@@ -36,49 +38,40 @@ def harvest(
     tokens: int,
     context: int = 128,
     batch: int = 2048,
-    budget_bytes: int | None = None,
-    shard_bytes: int = 64 << 20,
     dtype: Precision = "bf16",
     compute: Precision | None = None,
-    keep: Collection[Keep] = (),
-    column: str | None = None,
     seed: int | None = 0,
 ) -> Shards:
-    """Record `tokens` tokens of texts at several sites, in passes over at most `batch` tokens that end at the deepest site.
+    """Record activations of texts at several sites. A run that was stopped or gets more `tokens` goes on after its last shard.
 
-    What texts may be, how they are cut into pieces of `context` tokens, and which tokens are recorded: see `pieces`. Shards
-    hold `dtype`. Passes compute in `compute`, by default in `dtype` where the machine is fast at that, else as the model is.
-    A run that was broken off goes on behind the last whole shard, and, with more `tokens`, so does a finished one. Before
-    a shard that would exceed `budget_bytes` it stops and warns, as it does when the texts run out.
+    Args:
+        texts: Files, texts, chats or rows; see `pieces`, which cuts them to `context` tokens, each piece read by itself.
+        tokens: How many to record; it warns where the texts have fewer.
+        batch: Most tokens of a pass, which ends at the deepest site.
+        dtype: On disk; passes compute in `compute`, by default `dtype` where the machine is fast at it, else as the model does.
+        seed: Of the order of the documents; None: as they come.
+
+    Raises `BadRecipe` for settings that cannot work, or that are not those that `folder` was recorded with.
     """
-    _check(model, sites, keep, {"tokens": tokens, "context": context, "batch": batch})
+    _check(model, sites, {"tokens": tokens, "context": context, "batch": batch})
     compute = compute or (dtype if is_fast(model.device, dtype) else None)
     with reading(model, sites, compute and PRECISIONS[compute]) as read:
         recorder = Recorder.of(read, sites, model.device, PRECISIONS[dtype], batch)
-        rows = recorder.rows_in(shard_bytes, context)
-        computed = PRECISIONS[compute] if compute else model.dtype
-        settings = {"sites": recorder.widths, "dtype": dtype, "compute": str(computed), "model": identity(model)}
-        settings |= {"context": context, "batch": batch, "keep": sorted(keep), "seed": seed, "rows": rows}
-        shelf = Shelf(Path(folder), settings)
-        if shelf.rows > tokens:
-            raise BadRecipe(f"{shelf.folder.name} holds {shelf.rows} tokens, got tokens={tokens}; ask for as many or more")
-        groups = _groups(pieces(tokenizer, texts, context, keep=keep, column=column, seed=seed), rows, tokens)
-        is_full = _fill(shelf, groups, recorder, tokens, budget_bytes)
-    if is_full or shelf.rows < tokens:
-        why = f"the next shard would exceed budget_bytes={budget_bytes}" if is_full else "the texts ran out"
-        warnings.warn(f"recorded {shelf.rows} of {tokens} tokens, {shelf.bytes} bytes: {why}", SteeringWarning, stacklevel=2)
-    if not shelf.rows:
-        raise BadRecipe(f"expected something to record, got none of {tokens} tokens; give more texts, or a larger budget")
+        rows = recorder.rows_in(SHARD_BYTES, context)
+        computed = str(PRECISIONS[compute] if compute else model.dtype)
+        settings = {"sites": recorder.widths, "dtype": dtype, "compute": computed, "model": identity(model)}
+        shelf = Shelf(Path(folder), settings | {"context": context, "batch": batch, "seed": seed, "rows": rows})
+        _fill(shelf, _groups(pieces(tokenizer, texts, context, seed=seed), rows, tokens), recorder, tokens)
+    if shelf.rows < tokens:
+        warnings.warn(f"recorded {shelf.rows} of {tokens} tokens: the texts ran out", SteeringWarning, stacklevel=2)
     return Shards(folder)
 
 
-def _check(model: Any, sites: Sequence[str], keep: Collection[str], counts: dict[str, int]) -> None:
+def _check(model: Any, sites: Sequence[str], counts: dict[str, int]) -> None:
     if isinstance(sites, str) or not sites or len(set(sites)) < len(sites):
         raise BadRecipe(f"expected a list of sites, each once, got {sites!r}")
     if bad := {name: count for name, count in counts.items() if count < (2 if name == "context" else 1)}:
         raise BadRecipe(f"expected positive numbers, and a context of two tokens or more, got {bad}")
-    if isinstance(keep, str) or set(keep) - {"first", "special"}:
-        raise BadRecipe(f"expected keep to list 'first', 'special' or neither, got {keep!r}")
     if model.training:
         raise BadRecipe("expected a model in evaluation mode, got one that trains; call model.eval() first")
 
@@ -94,24 +87,25 @@ def is_fast(device: torch.device, precision: Precision) -> bool:
 
 
 def identity(model: Any) -> dict[str, Any]:
-    """Tells this model from others, as far as can be told."""
+    """Architecture and weights, so that a folder is not continued with another model."""
     host = host_for(model)
     return {**host.fingerprint(), "weights": host.weights_digest()}
 
 
-def _fill(shelf: Shelf, groups: Iterable[list[Piece]], recorder: "Recorder", tokens: int, budget: int | None) -> bool:
-    """Make the shards that are not there yet; gives back whether the budget ended it."""
+def _fill(shelf: Shelf, groups: Iterable[list[Piece]], recorder: "Recorder", tokens: int) -> None:
+    """Make the shards that are not there yet."""
+    if shelf.rows > tokens:
+        raise BadRecipe(f"{shelf.folder.name} holds {shelf.rows} tokens, got tokens={tokens}; ask for as many or more")
     with tqdm(total=tokens, desc="recording", unit=" tokens", unit_scale=True, leave=False) as bar:
         for number, group in enumerate(groups):
             labels, source = _labels(group), _digest(group)
             count = len(labels["documents"])
             if shelf.has(number, source):
                 bar.update(count)
-            elif budget is not None and shelf.bytes + HEADER + count * recorder.row_bytes > budget:
-                return True
             else:
                 shelf.put(source, {**labels, **recorder.activations(group, count, bar)})
-    return False
+    if not shelf.rows:
+        raise BadRecipe(f"expected something to record, got none of {tokens} tokens; give more texts")
 
 
 # -- one shard -----------------------------------------------------------------------------------------------
@@ -174,7 +168,7 @@ class Recorder:
 
     @classmethod
     def of(cls, read: Read, sites: Sequence[str], device: torch.device, dtype: torch.dtype, batch: int) -> "Recorder":
-        """Learns the widths of sites from a pass over two tokens."""
+        """Takes the widths of sites from a pass over two tokens."""
         found = read(torch.zeros(1, 2, dtype=torch.long, device=device), None)
         return cls(read, {site: found[site].shape[-1] for site in sites}, device, dtype, batch)
 
@@ -188,8 +182,8 @@ class Recorder:
         rows = (shard_bytes - HEADER) // self.row_bytes
         if rows < context:
             raise BadRecipe(
-                f"expected room for {context} tokens of {self.row_bytes} bytes, and a head of {HEADER}, in a shard, "
-                f"got shard_bytes={shard_bytes}"
+                f"expected room for {context} tokens of {self.row_bytes} bytes and a head of {HEADER} in a shard, "
+                f"got {shard_bytes} bytes; give a shorter context, or fewer sites"
             )
         return rows
 

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ...errors import SiteNotReached
-from ...schedules import StepState, Window, windows
+from ...passes import StepState
+from ...schedules import Window, windows
 from ...steering.recording import observing
 
 Seen = dict[str, Float[Tensor, "B N D"]]
@@ -64,7 +65,7 @@ def conditional(x: Tensor, state: StepState) -> Tensor | None:
 
 @torch.no_grad()
 def noised(pipe: Any, pixels: NDArray[np.uint8], captions: Sequence[str], levels: Sequence[int], *, seed: int) -> None:
-    """Ask a denoiser about pictures `[B, H, W, 3]` with the noise of each level: its hooks see what it makes of them."""
+    """Run a denoiser on pictures `[B, H, W, 3]` with the noise of each level added; hooks record what it computes."""
     x = torch.from_numpy(pixels).to(pipe.unet.device, pipe.unet.dtype).permute(0, 3, 1, 2) / 127.5 - 1
     latents = pipe.vae.encode(x).latent_dist.mean * pipe.vae.config.scaling_factor
     text = pipe.text_encoder(tokens(pipe.tokenizer, list(captions)).to(latents.device))[0]

@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ...errors import BadRecipe, UnknownFormat, nearest
+from ..store import save, whole
 
 FORMAT = 1
 LABELS = ("documents", "positions", "ids")
@@ -33,12 +33,11 @@ HEADER = 4096
 
 
 class Shelf:
-    """A folder that shards are put into, one by one, each whole or not at all. `settings` are what all of them follow from."""
+    """A folder to which shards are added one by one, each whole or not at all. `settings` determine all of them."""
 
     def __init__(self, folder: Path, settings: Mapping[str, Any]):
         self.folder, self.settings = folder, json.loads(json.dumps(settings))
         self.entries: list[dict[str, Any]] = []
-        folder.mkdir(parents=True, exist_ok=True)
         if (folder / "index.json").is_file():
             index = _index(folder)
             if other := sorted(k for k in {*index["settings"], *settings} if index["settings"].get(k) != self.settings.get(k)):
@@ -49,12 +48,9 @@ class Shelf:
     def rows(self) -> int:
         return sum(entry["rows"] for entry in self.entries)
 
-    @property
-    def bytes(self) -> int:
-        return sum(entry["bytes"] for entry in self.entries)
-
     def has(self, number: int, source: str) -> bool:
-        """Whether shard `number` is there and was made from `source`, a digest. The last one may come to be another."""
+        """Whether shard `number` is there and was made from `source`, a digest. The last one, which may have been cut short by
+        the number of tokens, may be made again from more."""
         if number >= len(self.entries):
             return False
         entry = self.entries[number]
@@ -68,14 +64,13 @@ class Shelf:
     def put(self, source: str, tensors: Mapping[str, Tensor]) -> None:
         """Add the next shard."""
         name, documents = f"{len(self.entries):05}.safetensors", tensors["documents"]
-        path = self.folder / name
-        save_file({n: tensor.contiguous() for n, tensor in tensors.items()}, path.with_suffix(".part"))
-        path.with_suffix(".part").replace(path)
-        entry = {"file": name, "rows": len(documents), "bytes": path.stat().st_size, "source": source}
+        save(self.folder / name, tensors)
+        size = (self.folder / name).stat().st_size
+        entry = {"file": name, "rows": len(documents), "bytes": size, "source": source}
         self.entries.append(entry | {"first": int(documents[0]), "last": int(documents[-1])})
         written = json.dumps({"format": FORMAT, "settings": self.settings, "shards": self.entries}, indent=1, sort_keys=True)
-        (self.folder / "index.part").write_text(written + "\n", encoding="utf-8")
-        (self.folder / "index.part").replace(self.folder / "index.json")
+        with whole(self.folder / "index.json") as part:
+            part.write_text(written + "\n", encoding="utf-8")
 
 
 def _index(folder: Path) -> dict[str, Any]:
@@ -134,10 +129,10 @@ class Shards:
     @cached_property
     def training(self) -> int:
         """Rows that batches are made of; those behind them are held out."""
-        return sum(rows for _, rows in self._training)
+        return sum(rows for _, rows in self.training_shards)
 
     @cached_property
-    def _training(self) -> list[tuple[int, int]]:
+    def training_shards(self) -> list[tuple[int, int]]:
         """Shards by number, and how many of their first rows are for training."""
         found = []
         for number, entry in enumerate(self.entries):
@@ -160,29 +155,25 @@ class Shards:
         *,
         seed: int = 0,
         epochs: int | None = None,
-        rank: int = 0,
-        world: int = 1,
         mix: int = 8,
     ) -> Iterator[Any]:
         """Training batches from step `start_step` on, `[batch, D]` each, as they are stored; by name if several are asked for.
 
         Rows of `mix` shards, which are in memory together, are shuffled at a time; which shards, and how, is drawn anew each
         epoch. A batch may begin in one epoch and end in the next; after `epochs` (None: never) there are no more whole ones.
-        Of each batch, process `rank` of `world` gets its part: together they get what a single one would.
         """
-        if not 0 < batch <= self.training or not 0 <= rank < world <= batch or start_step < 0 or mix < 1:
+        if not 0 < batch <= self.training or start_step < 0 or mix < 1:
             raise BadRecipe(
-                f"expected a batch of at most the {self.training} rows for training, and 0 <= rank < world <= batch, "
-                f"got batch={batch}, start_step={start_step}, rank={rank}, world={world}, mix={mix}"
+                f"expected a batch of at most the {self.training} rows for training, a start of 0 or more and shards to mix, "
+                f"got batch={batch}, start_step={start_step}, mix={mix}"
             )
         mixed = Mixed(self, self._known(names), seed, mix)
-        first, last = rank * batch // world, (rank + 1) * batch // world
         steps = math.inf if epochs is None else epochs * self.training // batch
 
         def generate() -> Iterator[Any]:
             step = start_step
             while step < steps:
-                yield _as_asked(names, mixed.rows(step * batch + first, last - first))
+                yield _as_asked(names, mixed.rows(step * batch, batch))
                 step += 1
 
         return generate()
@@ -285,7 +276,7 @@ class Mixed:
 
     def _pools(self, epoch: int) -> list[list[tuple[int, int]]]:
         """The epoch's shards in pools of at most `mix`, as equal as can be."""
-        shards = self.shards._training
+        shards = self.shards.training_shards
         order = np.random.default_rng([self.seed, epoch]).permutation(len(shards))
         return [[shards[i] for i in part] for part in np.array_split(order, math.ceil(len(shards) / self.mix))]
 

@@ -1,18 +1,13 @@
-"""Ways to find a lever, one a file: `fit(task) -> Lever`.
+"""Ways to find a lever, one a file: `fit(task) -> Lever`. A new method is one file in this folder.
 
-A new method is one file and its line here.
+Its name is the file's, with hyphens: `norm_matched.py` is `norm-matched`. The first line of the file says what it does.
 """
 
-from . import difference_of_means, distilled, gated, norm_matched, orthogonal, pca, probe, rank_one, several_layers
+from importlib import import_module
+from pkgutil import iter_modules
+from types import ModuleType
 
-METHODS = {
-    "difference-of-means": difference_of_means,
-    "pca": pca,
-    "probe": probe,
-    "orthogonal": orthogonal,
-    "norm-matched": norm_matched,
-    "rank-one": rank_one,
-    "distilled": distilled,
-    "several-layers": several_layers,
-    "gated": gated,
+METHODS: dict[str, ModuleType] = {
+    found.name.replace("_", "-"): import_module(f"{__name__}.{found.name}") for found in iter_modules(__path__)
 }
+"""By name, in alphabetical order."""

@@ -7,13 +7,12 @@ chat and ordinary text.
 
 from collections.abc import Sequence
 
-from jaxtyping import Float
 from torch import Tensor
 
-from ..levers import Lever, Task, TokenGate
+from ..levers import Lever, Task
 from ..objectives import optimise, told, untouched
+from ..readouts import Readout, discriminant
 from .difference_of_means import direction
-from .orthogonal import metric
 
 STEPS = 24
 RATE = 0.3
@@ -21,21 +20,12 @@ GATE_RATE = 0.02
 """A gate that moves as fast as the vectors closes before they have learned anything."""
 
 
-def discriminant(
-    site: str, present: Float[Tensor, " D"], absent: Float[Tensor, " D"], x: Float[Tensor, "tokens D"]
-) -> TokenGate:
-    """Fisher's discriminant: along `S^-1 (present - absent)`, S the covariance of x; reads 1 at one mean and 0 at the other."""
-    read = metric(x) @ (present - absent)
-    read = read / (read @ (present - absent))
-    return TokenGate(site, read, -read @ absent)
-
-
-def first_gate(task: Task) -> TokenGate:
+def first_gate(task: Task) -> Readout:
     """Opens between a quarter and three quarters of the way from ordinary text to answers."""
     site = task.sites[0]
     answers = (task.positive[site].mean(0) + task.negative[site].mean(0)) / 2
     between = discriminant(site, answers, task.reference[site].mean(0), task.reference[site])
-    return TokenGate(site, 2 * between.read, 2 * between.bias - 0.5)
+    return Readout(site, 2 * between.read, 2 * between.bias - 0.5)
 
 
 def fit(task: Task) -> Lever:
@@ -44,7 +34,7 @@ def fit(task: Task) -> Lever:
 
     def build(tensors: Sequence[Tensor]) -> Lever:
         *vectors, read, bias = tensors
-        return Lever(moves=dict(zip(sites, vectors, strict=True)), gate=TokenGate(gate.site, read, bias))
+        return Lever(moves=dict(zip(sites, vectors, strict=True)), gate=Readout(gate.site, read, bias))
 
     return optimise(
         task,

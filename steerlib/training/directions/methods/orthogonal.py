@@ -13,18 +13,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..levers import Lever, Task
+from ..readouts import metric
 from .difference_of_means import direction
-
-SHRINKAGE = 0.1
-"""Share of the mean variance put on the diagonal: there are few tokens for so many coordinates."""
-
-
-def metric(x: Float[Tensor, "tokens D"]) -> Float[Tensor, "D D"]:
-    """The inverse of the shrunk covariance."""
-    centred = x - x.mean(0)
-    covariance = centred.T @ centred / len(x)
-    mean = covariance.diagonal().mean()
-    return torch.linalg.inv((1 - SHRINKAGE) * covariance + SHRINKAGE * mean * torch.eye(len(covariance)))
 
 
 def without(d: Float[Tensor, " D"], keep: Float[Tensor, "k D"], inverse: Float[Tensor, "D D"]) -> Float[Tensor, " D"]:

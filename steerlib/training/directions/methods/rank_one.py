@@ -8,8 +8,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ..levers import Lever, Task, TokenGate
+from ..levers import Lever, Task
 from ..objectives import optimise, shown
+from ..readouts import Readout
 from .difference_of_means import direction
 
 STEPS = 24
@@ -24,7 +25,7 @@ def fit(task: Task) -> Lever:
 
     def build(tensors: Sequence[Tensor]) -> Lever:
         vector, read, bias = tensors
-        return Lever(moves={site: vector}, gate=TokenGate(site, read, bias))
+        return Lever(moves={site: vector}, gate=Readout(site, read, bias))
 
     read = d / n
     start = [(d * n * 0.15, RATE), (read, GATE_RATE), (0.8 - read @ both, GATE_RATE)]

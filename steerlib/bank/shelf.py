@@ -1,0 +1,142 @@
+"""The encoders of a bank: in memory, or in files of which single rows are read and checked."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from ..encoders import KINDS, Encoder, Rows
+from ..encoders.sparse import STATISTICS
+from ..errors import CorruptBank, UnknownConcept, WrongWidth
+from . import trust
+from .concepts import Concept, Place
+from .hub import Home
+from .manifest import EncoderFacts, SiteFacts, file_of
+
+
+class Shelf:
+    """Encoders by id. `home` holds the files of those that are not `made`; `records` are their sizes and hashes."""
+
+    def __init__(
+        self,
+        facts: Mapping[str, EncoderFacts],
+        made: Mapping[str, Encoder] | None = None,
+        *,
+        home: Home | None = None,
+        records: Mapping[str, Mapping[str, Any]] | None = None,
+    ):
+        self.facts, self.home, self.records = dict(facts), home, records or {}
+        self._made: dict[str, Encoder] = dict(made or {})
+        self._files: dict[str, trust.Tensors] = {}
+        self._rows: dict[str, Rows] = {}
+
+    @classmethod
+    def of(cls, encoders: Mapping[str, Encoder], where: Mapping[str, str] | None, reads: Mapping[str, str] | None) -> "Shelf":
+        """Encoders in memory; `where` and `reads` are the arguments of `ConceptBank`."""
+        site_of = where or {id: id.partition("@")[0].partition("#")[0] for id in encoders}
+        return cls(
+            {
+                id: EncoderFacts(
+                    site=site_of[id], kind=e.kind, file=file_of(id), reads=(reads or {}).get(id, ""), settings=e.settings
+                )
+                for id, e in encoders.items()
+            },
+            encoders,
+        )
+
+    def whole(self, others: Mapping[str, Encoder]) -> "Shelf":
+        """All encoders in memory, `others` in place of those of the same id."""
+        made = {id: others[id] if id in others else self.encoder(id) for id in self.facts}
+        where = {id: facts.site for id, facts in self.facts.items()}
+        return Shelf.of(made, where, {id: facts.reads for id, facts in self.facts.items()})
+
+    def encoder(self, id: str) -> Encoder:
+        """A whole encoder, kept once it was read."""
+        if id not in self._made:
+            facts, file = self.facts[id], self._file(id)
+            tensors = {name: file.all(name) for name in file.header}
+            self._made[id] = self._checked(id, lambda kind: kind.from_tensors(tensors, facts.settings))
+        return self._made[id]
+
+    def count(self, id: str) -> int:
+        """Rows of an encoder."""
+        first = KINDS[self.facts[id].kind].tensors[0]
+        return len(self._made[id].to_tensors()[first]) if id in self._made else self._file(id).shape(first)[0]
+
+    def concept(self, name: str) -> Concept | None:
+        """The concept `encoder/index`, of which no more is known than its statistics; None where there is no such encoder."""
+        id, _, row = name.rpartition("/")
+        if id not in self.facts:
+            return None
+        if not (row.isascii() and row.isdigit()) or int(row) >= self.count(id):
+            raise UnknownConcept(f"encoder {id!r} has rows 0 to {self.count(id) - 1}, got {row!r}")
+        known = {key: float(tensor) for key, tensor in self._one(id, int(row), STATISTICS).items()}
+        high = known.get("high", 0.0)
+        unit = known.get("unit") or 1.0  # a latent that never fired on reference data has none
+        natural = (0.0, high) if high > 0 else None
+        return Concept(name=f"{id}/{int(row)}", encoder=id, index=int(row), unit=unit, natural=natural)
+
+    def rows(self, at: Concept | Place, sites: Mapping[str, SiteFacts]) -> Rows:
+        """What steering needs of one coordinate, read when first asked for, and checked; `sites` are those of the bank."""
+        if (found := self._rows.get(at.id)) is None:
+            found, facts = self._read(at), self.facts[at.encoder]
+            for site, tensor in ((facts.reads or facts.site, found.read), (facts.site, found.write)):
+                if (width := sites[site].width) != tensor.shape[-1]:
+                    raise WrongWidth(f"concept {at.id!r} has width {tensor.shape[-1]}, its site {site!r} has width {width}")
+            self._rows[at.id] = found
+        return found
+
+    def _read(self, at: Concept | Place) -> Rows:
+        if at.encoder in self._made:
+            return self._checked(at.encoder, lambda _: self._made[at.encoder].rows([at.index]))
+        stored, settings = KINDS[self.facts[at.encoder].kind], self.facts[at.encoder].settings
+        one = self._one(at.encoder, at.index, (*stored.tensors, *stored.shared))
+        return self._checked(at.encoder, lambda kind: kind.from_tensors(one, kind.of_rows(settings, 1)).rows([0]))
+
+    def _one(self, id: str, index: int, names: Iterable[str]) -> dict[str, Tensor]:
+        """One row of each of these tensors that an encoder has, and the whole of those that all rows share."""
+        shared = KINDS[self.facts[id].kind].shared
+        if id in self._made:
+            tensors = self._made[id].to_tensors()
+            return {n: tensors[n] if n in shared else tensors[n][index : index + 1] for n in names if n in tensors}
+        file = self._file(id)
+        here = [name for name in names if name in file.header]
+        return {name: file.all(name) if name in shared else file.rows(name, index, index + 1) for name in here}
+
+    def _file(self, id: str) -> trust.Tensors:
+        name = self.facts[id].file
+        for each in (trust.HASHES, name):
+            if each not in self._files:
+                assert self.home is not None
+                if each not in self.records:
+                    raise CorruptBank(f"bank.json does not describe {each}; download the bank again")
+                hashes = self._files.get(trust.HASHES)
+                self._files[each] = trust.Tensors(self.home.read, each, self.records[each], hashes)
+        return self._files[name]
+
+    def _checked(self, id: str, make: Callable[[type[Encoder]], Any]) -> Any:
+        """An encoder of a stranger's tensors and settings, or its rows."""
+        kind = KINDS[self.facts[id].kind]
+        try:
+            return make(kind)
+        except (ArithmeticError, AttributeError, LookupError, TypeError, RuntimeError) as error:
+            raise CorruptBank(f"an encoder of kind {kind.kind!r} is not made of this: {error!s:.200}") from None
+
+    def verify(self, places: Iterable[Place], sites: Mapping[str, SiteFacts]) -> None:
+        """Check every file, hash, value and row; raises `CorruptBank` at the first that is wrong."""
+        if self.home is not None:
+            self.home.fetch(self.records)
+            for name, record in self.records.items():
+                self.home.check(name, record)
+        places = list(places)
+        for id in self.facts:
+            encoder = self.encoder(id)
+            tensors = encoder.to_tensors()
+            if not all(tensor.isfinite().all() for tensor in tensors.values() if tensor.is_floating_point()):
+                raise CorruptBank(f"encoder {id!r} has values that are not finite")
+            count = {len(tensor) for name, tensor in tensors.items() if name not in encoder.shared}
+            most = max((place.index for place in places if place.encoder == id), default=-1)
+            if len(count) != 1 or most >= count.pop():
+                raise CorruptBank(f"encoder {id!r} does not fit its concepts or its site")
+        for place in places:
+            self.rows(place, sites)

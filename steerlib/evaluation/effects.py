@@ -1,0 +1,82 @@
+"""What `Concept.effects` holds, by kind of concept: the one place that names its keys. Values are plain JSON.
+
+A concept has the keys of one kind. All that a bank's reader may rely on is that a key which is there has this type.
+"""
+
+from typing import Any, TypedDict
+
+
+class Example(TypedDict):
+    """A prompt and its answers."""
+
+    prompt: str
+    unsteered: str
+    prompted: str
+    steered: str
+
+
+class MeasuredEffects(TypedDict):
+    """Of a concept of a language model at its useful `amount`, in units (`training.calibrate.measure`).
+
+    By condition (unsteered, prompted, steered, controls, methods), `conditions` holds mean scores and side effects, and `joint`
+    the joint score of each prompt. `moved` is the share of prompts on which steering raises the concept, `response` a
+    `comparison.Response`, `tried` every setting with its joint score. `passes` and `also` say whether it clears each bar: those
+    that a shipped concept has to clear, and those that are only reported.
+    """
+
+    concept: str
+    label: str
+    site: str
+    method: str
+    amount: float | None
+    instruction: str
+    answers: int
+    moved: float
+    conditions: dict[str, dict[str, float]]
+    joint: dict[str, list[float]]
+    response: dict[str, Any]
+    examples: list[Example]
+    tried: list[list[Any]]
+    passes: dict[str, bool]
+    also: dict[str, bool]
+
+
+class DetectorEffects(TypedDict):
+    """Of a concept that reads where something is present: precision and recall by token, and on how many tokens."""
+
+    precision: float
+    recall: float
+    tokens: int
+
+
+class Verified(TypedDict):
+    """What moving a latent did to the tokens that follow it, in nats (`training.label.verify.Verification`)."""
+
+    tokens: list[str]
+    holds: bool
+    gain: float
+    others: float
+    highest: float
+
+
+class LatentEffects(TypedDict, total=False):
+    """Of a latent of a sparse encoder.
+
+    `frequency` is the share of tokens that it fires on, `promotes` the tokens that the model's own head makes likelier by it.
+    `correlation` and `overlap` (intersection over union) are those of its readings with what its label says.
+    """
+
+    frequency: float
+    promotes: list[str]
+    histogram: dict[str, Any]
+    verified: Verified
+    correlation: float
+    overlap: float
+
+
+class PictureEffects(TypedDict, total=False):
+    """Of a lever of a diffusion model: the chosen edit, `"Set"` or `"Add"`, its amount in units, and the bars it clears."""
+
+    edit: str
+    amount: float
+    passes: dict[str, bool]

@@ -1,0 +1,199 @@
+"""From a concept and an intervention to an edit: done once, before the first pass; afterwards parts only run."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import inf
+from typing import Any, Literal, NamedTuple
+
+import torch
+
+from ..bank import ConceptBank
+from ..bank.concepts import Concept, Gate, Place
+from ..errors import BadEdit, Unanswerable
+from ..hosts import Host
+from ..passes import Branch
+from ..schedules import Schedule, Within
+from ..sites import Site
+from . import masks
+from .aims import AsTwin, Forecast
+from .edit import Edit
+from .interventions import Ablate, Add, Coordinate, Intervention
+from .reading import Key, Note, NoteReader, Reader, reader
+from .shares import Gated, Half, Masked, OwnLength, Section, Share, When
+
+Do = Literal["model", "hold", "graph"]
+
+
+class Options(NamedTuple):
+    """How edits are carried out; `sl.steer` says what each means."""
+
+    branch: Literal["both"] | Branch = "both"
+    do: Do = "model"
+    hold: tuple[str, ...] = ()
+    free: tuple[str, ...] = ()
+    allow_ood: bool = False
+    exact: bool = True
+
+
+@dataclass(frozen=True)
+class Lowering:
+    """Makes edits of one bank for one model."""
+
+    bank: ConceptBank
+    host: Host
+    options: Options
+
+    def key(self, place: Place | Concept) -> Key:
+        """What notes on a concept are filed under."""
+        return id(self.bank), place.id
+
+    def edit(self, concept: Concept, place: Place, intervention: Intervention, leaves: Key | None = None) -> Edit:
+        """One intervention at one of a concept's places."""
+        site = self.bank.site_of(place)
+        when = self._when(concept, place, intervention)
+        self._check(concept, self.host.site(site), intervention, when)
+        read, natural = self._reader(concept, place), None if self.options.allow_ood else place.natural
+        at = Coordinate(concept.name, site, place.unit, read, natural, len(concept.at))
+        given = intervention.gate
+        gates = [gate for gate in (None if given == "open" else concept.gate, given) if isinstance(gate, Gate)]
+        shares: list[Share] = [When(when)] if when is not None else []
+        shares += [Section(intervention.tokens)] if intervention.tokens != "all" else []
+        branch: Any = intervention.branch or self.options.branch
+        shares += [Half(branch, concept.name)] if branch != "both" else []
+        shares += [self._gated(concept.name, place, self._bounded(gate)) for gate in gates]
+        if intervention.matches_norm or (concept.match_norm and isinstance(intervention, Add)):
+            shares.append(OwnLength(self._norm(site)))
+        shares += [Masked(masks.mask_of(intervention.mask), concept.name)] if intervention.mask is not None else []
+        return self._made(concept, place, read, intervention.aim(at), shares, leaves)
+
+    def pinned(self, concept: Concept, place: Place) -> Edit:
+        """An edit that keeps a concept at its reading in the unsteered twin, in the window of its level, where its gate is."""
+        if self.bank.read_at(place) != self.bank.site_of(place):
+            raise Unanswerable(f"do='hold' cannot hold {concept.name!r}, which is read at an earlier site than it is moved")
+        plain = self.edit(concept, place, Ablate())
+        return replace(plain, aim=AsTwin(plain.key), shares=tuple(s for s in plain.shares if not isinstance(s, Half)))
+
+    def forecast(self, name: str, place: Place, parents: Mapping[str, float], scope: object) -> Edit:
+        """An edit that moves a concept as the graph foretells from the changes of its parents."""
+        concept = self.bank[name]
+        for parent in parents:
+            if not self._is_before(self.bank.site_of(self.bank[parent]), self.bank.site_of(place)):
+                raise Unanswerable(f"do='graph' needs {name!r} at a later site of the same stack than its cause {parent!r}")
+        weights: dict[Key, float] = {}
+        for parent, weight in ((self.bank[parent], weight) for parent, weight in parents.items()):
+            weights[scope, self.key(parent)] = weight * place.unit / parent.unit
+        return self._made(concept, place, self._reader(concept, place), Forecast(weights), (), (scope, self.key(place)))
+
+    def notes(self, edit: Edit) -> list[tuple[str, Note]]:
+        """What an edit has to know, and the sites at which that is read."""
+        found = [note for share in edit.shares for note in share.notes]
+        if isinstance(edit.read, NoteReader):
+            read = reader(self.bank, edit.place, edit.name, exact=self.options.exact)
+            found.append((self.bank.read_at(edit.place), Note(edit.read.key, read)))
+        return found
+
+    def check_order(self, edit: Edit) -> None:
+        """Raise `Unanswerable` where an edit has to know what is only read after it."""
+        site, read = self.bank.site_of(edit.place), self.bank.read_at(edit.place)
+        if read != site and not self._is_before(read, site):
+            raise Unanswerable(f"{edit.name!r} is read at {read!r}, which is not before {site!r}, where it acts")
+        for share in edit.shares:
+            share.check(self.host.site(site), lambda earlier: self._is_before(earlier, site))
+
+    def _is_before(self, one: str, other: str) -> bool:
+        """Whether a pass of one stack reaches one site before another."""
+        first, second = self.host.site(one), self.host.site(other)
+        return self.host.order(first) < self.host.order(second) and self.host.clocks(first) == self.host.clocks(second)
+
+    def beside(self, edit: Edit, pinned: Iterable[Edit]) -> Edit:
+        """An edit, closed wherever the gate of a pinned concept of its encoder is open that it does not share: pinning one
+        coordinate cannot cancel all that the edit writes."""
+        own = {gate.concept for gate in edit.gates}
+        gates = [gate for other in pinned if other.place.encoder == edit.place.encoder for gate in other.gates]
+        closed = [
+            self._gated(edit.name, edit.place, gate, closed=True) for gate in dict.fromkeys(gates) if gate.concept not in own
+        ]
+        return replace(edit, shares=(*edit.shares, *closed)) if closed else edit
+
+    # -- parts -------------------------------------------------------------------------------------------------
+
+    def _made(
+        self, concept: Concept, place: Place, read: Reader, aim: Any, shares: Sequence[Share], leaves: Key | None
+    ) -> Edit:  # fmt: skip
+        rows = self.bank.rows(place)
+        if isinstance(read, NoteReader):
+            rows = rows._replace(read=torch.zeros_like(rows.write), bias=torch.zeros(1), norm="")
+        return Edit(
+            key=self.key(place),
+            name=concept.name,
+            place=place,
+            rows=rows,
+            read=read,
+            aim=aim,
+            shares=tuple(shares),
+            leaves=leaves,
+            natural=concept.natural if place == concept.at[0] else None,  # of its parts nothing was measured
+        )
+
+    def _reader(self, concept: Concept, place: Place) -> Reader:
+        """How the site of the edit learns what its concept reads."""
+        if self.bank.read_at(place) == self.bank.site_of(place):
+            return reader(self.bank, place, concept.name, exact=self.options.exact)
+        return NoteReader(("reading", self.key(place)), concept.name)
+
+    def _when(self, concept: Concept, place: Place, intervention: Intervention) -> Schedule | None:
+        """The edit's own schedule; that of the noise level; or, for a concept of several levels, both."""
+        window, when = self.bank.window_of(place), intervention.when
+        if window is None:
+            return when
+        several = len({*map(self.bank.window_of, concept.at)}) > 1
+        return window if when is None else Within(when, window) if several else when
+
+    def _check(self, concept: Concept, site: Site, intervention: Intervention, when: Schedule | None) -> None:
+        """Refuse what this model cannot answer."""
+        if when is not None and when.clock == "progress" and not self.host.has_progress:
+            raise Unanswerable(
+                f"{concept.name!r}: text has no progress for a {type(when).__name__} to open on, because its end is unknown; "
+                "use Steps, which counts new tokens"
+            )
+        if intervention.tokens != "all" and not self.host.counts_tokens(site):
+            raise Unanswerable(
+                f"{concept.name!r}: tokens={intervention.tokens!r} counts tokens of text, and those of {site.name!r} are none; "
+                "use mask= for a part of an image, and when= for a part of the run"
+            )
+
+    def _gated(self, name: str, place: Place, gate: Gate, *, closed: bool = False) -> Gated:
+        """A gate, read at the very place of the edit if its concept has a part there."""
+        places, own = self.bank[gate.concept].at, place.encoder.partition("#")[0]
+        where = next((at for at in places if at.encoder.partition("#")[0] == own), places[0])
+        read = reader(self.bank, where, gate.concept, exact=self.options.exact)
+        note = Note(("gate", self.key(place), gate), read, where.unit)
+        return Gated(gate, note, self.bank.read_at(where), name, closed)
+
+    def _bounded(self, gate: Gate) -> Gate:
+        """The gate, with the bank's threshold where it names none."""
+        if gate.is_bounded:
+            return gate
+        if (present := self.bank[gate.concept].present) is None:
+            raise BadEdit(
+                f"bank {self.bank.name!r} does not know from which reading on {gate.concept!r} is present; give the gate a "
+                f"bound: Gate({gate.concept!r}, above=1.0)"
+            )
+        return replace(gate, above=present)
+
+    def _norm(self, site: str) -> float:
+        """The length that a token's own is compared with."""
+        if (norm := self.bank.sites[site].norm) is None:
+            raise BadEdit(
+                f"match_norm needs to know how long activations are at {site!r}, which bank {self.bank.name!r} does not say"
+            )
+        return norm
+
+    def cap(self, site: str) -> float:
+        """The longest change at a site."""
+        norm = self.bank.sites[site].norm if site in self.bank.sites else None  # masks read sites of their own
+        return inf if self.options.allow_ood or norm is None else SHARE * norm
+
+
+SHARE = 0.35
+"""Longest change at a site, as a share of its activations' median length."""

@@ -1,0 +1,106 @@
+"""Who tells what a concept reads: its own row, the whole code it competes in, or a note from an earlier site."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from jaxtyping import Float
+from torch import Tensor
+
+from ..bank import ConceptBank
+from ..bank.concepts import Concept, Place
+from ..encoders import Encoder, Rows
+from ..errors import BadEdit, Unanswerable
+from ..passes import StepState
+
+Key = Hashable
+"""What notes between sites are filed under: one concept of one bank, a gate, a site."""
+
+
+class Reader(ABC):
+    """Tells the reading `z[B, N]` of one concept, raw and float32, from `x[B, N, D]`."""
+
+    is_traceable: bool = False
+    """Whether compiled code can read so."""
+    is_own: bool = False
+    """Whether the concept's own row says it, in one product with those of other edits."""
+    code: Encoder | None = None
+    """The encoder whose whole code is made to read it; edits that share it share the code."""
+
+    @abstractmethod
+    def __call__(self, x: Float[Tensor, "B N D"], now: StepState) -> Float[Tensor, "B N"]:
+        """z of the activations."""
+
+
+@dataclass(frozen=True, eq=False)
+class RowReader(Reader):
+    """By the concept's own row of its encoder."""
+
+    rows: Rows
+    is_own: bool = True
+
+    def __call__(self, x: Float[Tensor, "B N D"], now: StepState) -> Float[Tensor, "B N"]:  # noqa: ARG002
+        return self.rows.reading(x)[..., 0]
+
+    @property
+    def is_traceable(self) -> bool:  # type: ignore[override]
+        return not self.rows.norm
+
+
+@dataclass(frozen=True, eq=False)
+class CodeReader(Reader):
+    """By all latents of its encoder, with which it competes."""
+
+    encoder: Encoder
+    index: int
+
+    @property
+    def code(self) -> Encoder:  # type: ignore[override]
+        return self.encoder
+
+    def __call__(self, x: Float[Tensor, "B N D"], now: StepState) -> Float[Tensor, "B N"]:  # noqa: ARG002
+        return self.encoder.readings(x, [self.index])[..., 0]
+
+
+@dataclass(frozen=True, eq=False)
+class NoteReader(Reader):
+    """By a note from the earlier site at which the concept is read."""
+
+    key: Key
+    name: str
+
+    def __call__(self, x: Float[Tensor, "B N D"], now: StepState) -> Float[Tensor, "B N"]:  # noqa: ARG002
+        if self.key not in now.notes:
+            raise Unanswerable(f"{self.name!r} is read at an earlier site, which this pass did not go through")
+        return now.notes[self.key]
+
+
+class Note(NamedTuple):
+    """What a site leaves for edits there and at later sites: a reading in units, or whole activations."""
+
+    key: Key
+    read: Reader | None
+    """None: the activations."""
+    unit: float = 1.0
+
+    def of(self, x: Float[Tensor, "B N D"], now: StepState) -> Tensor:
+        """Its value in this pass."""
+        return x if self.read is None else self.read(x, now) / self.unit
+
+
+def reader(bank: ConceptBank, place: Place | Concept, name: str, *, exact: bool = True) -> Reader:
+    """The reader of a coordinate of the concept `name`, at the site where it is read.
+
+    With `exact=False` a latent that competes is read by its calibrated threshold. Raises `BadEdit` where the bank has none.
+    """
+    if not bank.competes(place):
+        return RowReader(bank.rows(place))
+    if exact:
+        return CodeReader(bank.encoder(place.encoder), place.index)
+    if "threshold" not in bank.encoders[place.encoder].settings:
+        raise BadEdit(
+            f"{name!r} is one of the largest latents of a token or silent, and bank {bank.name!r} has no threshold by "
+            "which to tell without the others; leave out exact=False, or calibrate the encoder"
+        )
+    return RowReader(bank.rows(place))

@@ -1,0 +1,158 @@
+"""The entries of a recipe: a concept with its contrast pairs, an encoder at a site, a graph."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any, NamedTuple
+
+from ..errors import BadRecipe
+from .fit.encoder_recipe import EncoderRecipe, transcoding
+
+TEMPLATES = ("Answer in this way: {}.", "Your whole answer has to show this: {}.", "Let your answer be full of it: {}.")
+"""How a prompt asks for a concept of which only the label is known."""
+
+
+class Pair(NamedTuple):
+    """Two answers to one prompt, with and without the concept."""
+
+    prompt: str
+    positive: str
+    negative: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConceptRecipe:
+    """One concept to make.
+
+    Args:
+        name: What edits call it.
+        label: What it means, for the card.
+        instructions: How prompts would ask for it: what steering is compared with and what learned methods imitate. Default:
+            made from the label.
+        positive: Ten or so example sentences that show it. Without them, contrast pairs are read from a file.
+        negative: As many sentences that do not show it.
+        methods: Methods to try for it, in place of the recipe's.
+        scorer: `{count = "words"}`, or `{pattern = "...", per = "word"}` (or `per = "sentence"`), where counting measures the
+            concept better than a classifier of texts. Default: the classifier.
+    """
+
+    name: str
+    label: str
+    instructions: tuple[str, ...] = ()
+    positive: tuple[str, ...] = ()
+    negative: tuple[str, ...] = ()
+    methods: tuple[str, ...] = ()
+    scorer: Mapping[str, Any] | None = None
+
+    @property
+    def asked(self) -> tuple[str, ...]:
+        """The instructions, or some made from the label."""
+        return self.instructions or tuple(template.format(self.label) for template in TEMPLATES)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiteEncoder:
+    """One sparse encoder to make. In TOML its fields stand beside those of its `EncoderRecipe`.
+
+    Args:
+        site: The site whose activations its latents write, such as `layers.15`.
+        recipe: How it is trained.
+        level: Of a diffusion model: the timestep at whose noise it is trained, and around which its latents are moved.
+        name: Tells encoders of one site apart.
+        reads: The site whose activations it reads, if that is another, earlier one. This makes it a transcoder.
+        seeds: The number of seeds it is trained from. Only the first encoder is kept; the others measure how much of it every
+            seed finds.
+        verify: The number of latents to verify by moving them: those whose following tokens are the most telling ones.
+    """
+
+    site: str
+    recipe: EncoderRecipe
+    level: int | None = None
+    name: str = ""
+    reads: str = ""
+    seeds: int = 1
+    verify: int = 100
+
+    @property
+    def id(self) -> str:
+        """Its name in the bank: `site[@level][#name]`."""
+        level = "" if self.level is None else f"@{self.level}"
+        return f"{self.site}{level}#{self.name}" if self.name else f"{self.site}{level}"
+
+    def check(self) -> None:
+        """Raise `BadRecipe` for what cannot work."""
+        self.recipe.check()
+        if self.seeds < 1 or self.verify < 0:
+            raise BadRecipe(
+                f"{self.id!r}: expected seeds of 1 or more and verify of 0 or more, got {self.seeds}, {self.verify}"
+            )
+        if self.level is not None and (self.level < 0 or self.reads):
+            raise BadRecipe(f"{self.id!r}: expected a timestep from 0 up, and no reads beside it, got {self.level}")
+        if self.reads and not self.recipe.objective.transcodes:
+            raise BadRecipe(f"{self.id!r}: expected a transcoder of {transcoding()}, got {self.recipe.kind!r}")
+        if self.recipe.skip and not self.reads:
+            raise BadRecipe(f"{self.id!r}: expected a site that it reads beside skip; name it by reads, or leave skip out")
+
+    @property
+    def runs(self) -> dict[str, EncoderRecipe]:
+        """What is trained: the encoder itself, and its twins of other seeds as `id seed 1`, …"""
+        twins = {f"{self.id} seed {n}": replace(self.recipe, seed=self.recipe.seed + n) for n in range(1, self.seeds)}
+        return {self.id: self.recipe, **twins}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], where: str) -> "SiteEncoder":
+        """From an entry of a recipe file; `where` names it in errors."""
+        own = {f.name: values[f.name] for f in fields(cls) if f.name != "recipe" and f.name in values}
+        rest = {key: value for key, value in values.items() if key not in own}
+        return made_of(cls, {**own, "recipe": made_of(EncoderRecipe, rest, where)}, where)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GraphRecipe:
+    """How the causal graph of text latents is found, from the beginnings of the corpus' documents.
+
+    Args:
+        contexts: The number of documents. Half are ablated at random and fitted, a third verify, a sixth measures forecasts.
+        length: Tokens of each.
+        parents: The number of latents that are ablated alone, starting with those of which the bank says most.
+        controls: The same number for a model with random weights.
+        seed: Seed of all random choices.
+    """
+
+    contexts: int = 3600
+    length: int = 32
+    parents: int = 400
+    controls: int = 40
+    seed: int = 0
+
+    @property
+    def first(self) -> int:
+        """The number of contexts that are fitted."""
+        return self.contexts // 2
+
+    @property
+    def second(self) -> int:
+        """The number of contexts that verify."""
+        return self.contexts // 3
+
+    @property
+    def held_out(self) -> float:
+        """Share of verifying contexts among those that are fitted or verify."""
+        return self.second / (self.first + self.second)
+
+    def check(self) -> None:
+        """Raise `BadRecipe` for what cannot work."""
+        if self.contexts < 120 or self.length < 2 or min(self.parents, self.controls) < 1:
+            raise BadRecipe("expected a graph of 120 contexts of two tokens or more, and positive numbers of parents, controls")
+
+
+def made_of(cls: Any, values: Mapping[str, Any], where: str) -> Any:
+    """A dataclass from the fields that a file gives, arrays as tuples; unknown and missing fields raise `BadRecipe`."""
+    known = {f.name for f in fields(cls)}
+    values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+    if unknown := sorted(set(values) - known):
+        known = ", ".join(sorted(known - {"folder"}))
+        raise BadRecipe(f"{where}: unknown fields {', '.join(unknown)}; known to a {cls.__name__} are {known}")
+    try:
+        return cls(**values)
+    except TypeError as error:
+        raise BadRecipe(f"{where}: {error}") from None

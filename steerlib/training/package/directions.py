@@ -1,0 +1,192 @@
+"""From a language model and example texts to a bank of directions: choose by measured effect, assemble, measure.
+
+folder/activations.safetensors   of contrast pairs and ordinary text
+folder/levers/, detectors/       what methods found
+folder/search/, effects/         what was chosen for each concept, and what it does
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...bank.concept_bank import BaseModel, ConceptBank, SiteFacts
+from ...bank.concepts import Concept, Gate, Part
+from ...errors import BadRecipe
+from ...evaluation.effects import MeasuredEffects
+from ...evaluation.report import picture
+from ...evaluation.text import Judge, judge_for, trust
+from ...hosts import host_for
+from ...text import progress
+from ..calibrate.doses import Choice, Search, statistics
+from ..calibrate.measure import ANSWERING, measure
+from ..directions.levers import DirectionRows, Lever
+from ..directions.methods import METHODS
+from ..directions.readouts import Readout
+from ..directions.studio import PRESENT, Studio
+from ..entries import ConceptRecipe
+from ..recipe import DirectionRecipe
+from ..store import remembered
+from .card import PICTURE, card
+
+
+def check_methods(recipe: DirectionRecipe) -> None:
+    """Raise `BadRecipe` for a method that is not in the registry."""
+    tried = {method for methods in (recipe.methods, *(concept.methods for concept in recipe.concepts)) for method in methods}
+    if unknown := sorted(tried - set(METHODS)):
+        raise BadRecipe(f"unknown methods {', '.join(unknown)}; known are {', '.join(METHODS)}")
+
+
+def train_directions(model: Any, tokenizer: Any, recipe: DirectionRecipe, folder: Path) -> ConceptBank:
+    """A concept for each entry of the recipe: its lever chosen by what it does to text, calibrated and measured."""
+    sites = [f"layers.{layer}" for layer in layers_to_try(model, recipe)]
+    studio, judge = Studio(model, tokenizer, recipe, sites, folder), judge_for(recipe.scorers)
+    choices = {concept.name: choose(studio, judge, concept) for concept in progress(recipe.concepts, "concepts")}
+    bank = assemble(studio, choices)
+    records = evaluate(model, tokenizer, bank, recipe, judge=judge, studio=studio, choices=choices, work=folder)
+    if recipe.ship == "clearing":
+        kept = [record["concept"] for record in records if all(record["passes"].values())]
+        bank = assemble(studio, {name: choices[name] for name in kept})
+    return with_effects(bank, recipe, records)
+
+
+def layers_to_try(model: Any, recipe: DirectionRecipe) -> tuple[int, ...]:
+    """The recipe's layers, or six spread over the first two thirds of the model."""
+    depth = sum(name.removeprefix("layers.").isdigit() for name in host_for(model).sites())
+    layers = recipe.layers or tuple(sorted({round(depth * (0.2 + 0.1 * i)) for i in range(6)}))
+    if not depth or max(layers) >= depth or min(layers) < 0:
+        raise BadRecipe(f"expected layers from 0 to {depth - 1}, got {layers}")
+    return layers
+
+
+def choose(studio: Studio, judge: Judge, concept: ConceptRecipe) -> Choice:
+    """The best method, site and strength for a concept, or what an earlier run chose."""
+
+    def search() -> dict[str, Any]:
+        choice = Search(studio, concept, judge).run()
+        studio.forget(concept)
+        return choice.to_dict()
+
+    path = studio.folder and studio.folder / "search" / f"{concept.name}.json"
+    return Choice.from_dict(remembered(path, search))
+
+
+def evaluate(
+    model: Any,
+    tokenizer: Any,
+    bank: ConceptBank,
+    recipe: DirectionRecipe,
+    *,
+    judge: Judge | None = None,
+    studio: Studio | None = None,
+    choices: Mapping[str, Choice] | None = None,
+    work: Path | None = None,
+    concepts: Sequence[str] | None = None,
+) -> list[MeasuredEffects]:
+    """Measure concepts of a bank, by default all that the recipe has too, on the recipe's evaluation prompts; one record each.
+
+    `judge`, `studio` and `choices` are those of a training run: every method that it tried is measured beside what was chosen.
+    `work` is a folder that keeps the records, from which the same call goes on.
+    """
+    known = {concept.name: concept for concept in recipe.concepts}
+    scorer = judge or judge_for(recipe.scorers)
+    names = list(concepts or [name for name in known if name in bank.concepts])
+    if strange := [name for name in names if name not in known]:
+        raise BadRecipe(f"recipe {recipe.name!r} has no prompts for {', '.join(strange)}")
+    chosen = replace(recipe, concepts=tuple(known[name] for name in names))
+    place = studio or Studio(model, tokenizer, chosen, sorted({bank.site_of(bank[name]) for name in names}))
+    return [
+        remembered(
+            work and work / "effects" / f"{name}.json",
+            lambda name=name: measure(bank, known[name], scorer, place, choices[name] if choices else None),
+        )
+        for name in progress(names, "measuring on prompts used for nothing else")
+    ]
+
+
+def with_effects(bank: ConceptBank, recipe: DirectionRecipe, records: Sequence[MeasuredEffects]) -> ConceptBank:
+    """The bank with measured effects and examples in its concepts and its card."""
+    by_name = {record["concept"]: record for record in records}
+    concepts = []
+    for concept in bank.concepts.values():
+        if (record := by_name.get(concept.name)) is not None:
+            examples = tuple(f"{example['prompt']} → {example['steered']}" for example in record["examples"])
+            concept = replace(concept, examples=examples, effects=record)
+        concepts.append(concept)
+    measured = bank.with_concepts(concepts)
+    shown = [record for record in records if record["concept"] in bank.concepts]
+    measured.pictures = {PICTURE: picture(shown)} if shown and find_spec("matplotlib") else {}
+    said = trust(recipe.scorers, *recipe.read_held_out())
+    return measured.with_concepts(concepts, card=card(measured, recipe, records, said))
+
+
+# -- the bank of what was chosen -----------------------------------------------------------------------------
+
+
+def assemble(studio: Studio, choices: Mapping[str, Choice]) -> ConceptBank:
+    """The bank of what was chosen, with its gates: one encoder a site, units in standard deviations."""
+    recipe, rows = studio.recipe, DirectionRows()
+    known = {concept.name: concept for concept in recipe.concepts}
+
+    def detecting(name: str, found: Readout, label: str, **facts: Any) -> Concept:
+        site, index = rows.add(found.site, found.row, found.mean)
+        return Concept(name=name, encoder=site, index=index, label=label, present=PRESENT, **facts)
+
+    concepts, gates, source = [], [], "Fisher's discriminant of activations on ordinary text"
+    for name, choice in choices.items():
+        lever = studio.lever(known[name], known[name].asked[choice.prompt], choice.method, choice.site)
+        concept = calibrated(known[name], choice, lever, studio.reference, rows)
+        if lever.gate is not None:
+            label = f"how much of “{name}” each token gets"
+            gates.append(detecting(f"{name}.gate", lever.gate, label, source=concept.source))
+            concept = replace(concept, gate=Gate(f"{name}.gate", above=0.0, full=1.0))
+        concepts.append(concept)
+        if (found := studio.detector(known[name])) is not None:
+            label = f"tokens of texts with: {known[name].label}"
+            gates.append(detecting(f"{name}.present", found.gate, label, source=source, effects=found.effects))
+    answering = studio.answering()
+    label = "tokens of an answer in a chat"
+    gates.append(detecting(ANSWERING, answering.gate, label, source=source, effects=answering.effects))
+    encoders = dict(sorted(rows.encoders().items(), key=lambda item: int(item[0].partition(".")[2])))
+    return ConceptBank(
+        recipe.name,
+        [*concepts, *gates],
+        encoders,
+        base=BaseModel.of(studio.model, id=recipe.base),
+        sites={site: SiteFacts(width=e.decoder.shape[1], norm=round(studio.norms[site], 4)) for site, e in encoders.items()},
+        license=recipe.license,
+        provenance=recipe.provenance,
+    )
+
+
+def calibrated(
+    recipe: ConceptRecipe, choice: Choice, lever: Lever, reference: Mapping[str, Tensor], rows: DirectionRows
+) -> Concept:
+    """A chosen lever as a concept, in `rows`. Its unit is the standard deviation of its reading at the first site."""
+    (site, vector), *others = lever.moves.items()
+    fact = statistics(vector / vector.norm(), reference[site])
+    encoder, index = rows.add(site, vector / vector.norm(), torch.tensor(fact.mean))
+    in_units = float(vector.norm()) / fact.std
+    parts = []
+    for other, moved in others:
+        mean = statistics(moved / moved.norm(), reference[other]).mean
+        there, row = rows.add(other, moved / moved.norm(), torch.tensor(mean))
+        parts.append(Part(encoder=there, index=row, unit=float(moved.norm()) / in_units))
+    return Concept(
+        name=recipe.name,
+        encoder=encoder,
+        index=index,
+        unit=fact.std,
+        natural=(fact.low, fact.high),
+        range=(round(choice.low * in_units, 3), round(choice.high * in_units, 3)),
+        useful=round(choice.strength * in_units, 3),
+        beyond=choice.beyond,
+        parts=tuple(parts),
+        match_norm=lever.norm is not None,
+        label=recipe.label,
+        source=f"{choice.method}, chosen among {len(choice.trials)} settings by {choice.answers} answers",
+    )
