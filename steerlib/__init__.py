@@ -1,42 +1,83 @@
-"""Change what a generation model is thinking of, while it runs."""
+"""Change what a generation model is thinking of, while it runs.
 
-from .bank.concept_bank import ConceptBank as ConceptBank
-from .bank.concepts import Concept as Concept
-from .bank.concepts import Gate as Gate
-from .bank.concepts import Part as Part
-from .bank.hub import list_banks as list_banks
-from .bank.manifest import BaseModel as BaseModel
-from .encoders import Directions as Directions
-from .encoders import Encoder as Encoder
-from .graph.causal_graph import CausalGraph as CausalGraph
-from .graph.causal_graph import Edge as Edge
-from .hosts import Host as Host
-from .hosts import load as load
-from .passes import StepState as StepState
-from .readers import read_bank as read_bank
-from .schedules import PerStep as PerStep
-from .schedules import Ramp as Ramp
-from .schedules import Schedule as Schedule
-from .schedules import Steps as Steps
-from .schedules import Window as Window
-from .sites import Site as Site
-from .steering.interventions import Ablate as Ablate
-from .steering.interventions import Add as Add
-from .steering.interventions import Clamp as Clamp
-from .steering.interventions import Intervention as Intervention
-from .steering.interventions import Patch as Patch
-from .steering.interventions import Scale as Scale
-from .steering.interventions import Set as Set
-from .steering.masks import Word as Word
-from .steering.recording import record as record
-from .steering.session import Steering as Steering
-from .steering.session import attach as attach
-from .steering.session import steer as steer
-from .training.pipeline import train as train
-from .training.recipe import Recipe as Recipe
+    import steerlib as sl
+
+    bank = sl.ConceptBank.from_pretrained("smollm2-135m-instruct")
+    with sl.steer(model, bank, {"science": 2.5}):
+        model.generate(**inputs)
+
+Nothing is loaded before it is used, neither torch nor a part of steerlib: `sl.steer` loads what steering needs, `sl.train`
+what training needs. `HOMES` says in which module each public name lives.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # what HOMES says, for type checkers and editors
+    from .bank.concept_bank import ConceptBank
+    from .bank.concepts import Concept, Gate, Part
+    from .bank.hub import list_banks
+    from .bank.manifest import BaseModel
+    from .encoders import Directions, Encoder
+    from .graph.causal_graph import CausalGraph, Edge
+    from .hosts import Host, load
+    from .passes import StepState
+    from .readers import read_bank
+    from .schedules import PerStep, Ramp, Schedule, Steps, Window
+    from .sites import Site
+    from .steering.interventions import Ablate, Add, Clamp, Intervention, Patch, Scale, Set
+    from .steering.masks import Word
+    from .steering.recording import record
+    from .steering.session import Steering, attach, steer
+    from .training.pipeline import train
+    from .training.recipe import Recipe
+
+    __version__: str
 
 __all__ = [
     "Ablate", "Add", "BaseModel", "CausalGraph", "Clamp", "Concept", "ConceptBank", "Directions", "Edge", "Encoder",
     "Gate", "Host", "Intervention", "Part", "Patch", "PerStep", "Ramp", "Recipe", "Scale", "Schedule", "Set", "Site",
     "Steering", "StepState", "Steps", "Window", "Word", "attach", "list_banks", "load", "read_bank", "record", "steer", "train",
 ]  # fmt: skip
+
+HOMES = {
+    "bank.concept_bank": ("ConceptBank",),
+    "bank.concepts": ("Concept", "Gate", "Part"),
+    "bank.hub": ("list_banks",),
+    "bank.manifest": ("BaseModel",),
+    "encoders": ("Directions", "Encoder"),
+    "graph.causal_graph": ("CausalGraph", "Edge"),
+    "hosts": ("Host", "load"),
+    "passes": ("StepState",),
+    "readers": ("read_bank",),
+    "schedules": ("PerStep", "Ramp", "Schedule", "Steps", "Window"),
+    "sites": ("Site",),
+    "steering.interventions": ("Ablate", "Add", "Clamp", "Intervention", "Patch", "Scale", "Set"),
+    "steering.masks": ("Word",),
+    "steering.recording": ("record",),
+    "steering.session": ("Steering", "attach", "steer"),
+    "training.pipeline": ("train",),
+    "training.recipe": ("Recipe",),
+}
+"""Public names by the module that defines them."""
+
+
+def __getattr__(name: str) -> Any:
+    """Load the module of a public name when the name is first used."""
+    if name == "__version__":
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            return version("steerlib")
+        except PackageNotFoundError:
+            return "unknown (steerlib is not installed)"
+    home = next((home for home, names in HOMES.items() if name in names), None)
+    if home is None and name != "errors":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = import_module(f".{home or name}", __name__)
+    globals()[name] = value = getattr(module, name) if home else module
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, "__version__", "errors"} - {"HOMES", "TYPE_CHECKING", "Any", "import_module"})

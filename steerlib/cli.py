@@ -1,26 +1,20 @@
-"""The command line: `steerlib demo | steer | train | eval | concepts | info | graph | list | pull | push | verify | migrate`.
+"""The command line: `steerlib demo | steer | train | eval | concepts | info | graph | examples | list | pull | push | ...`.
 
-It exits with 0; with 1 where steerlib refuses; with 2 where the command is misspelt; with 3 where a bank cannot be trusted.
+Nothing here imports torch before a command needs it: `sl` loads each name when it is first used.
 """
 
 import json
-import sys
-import time
 import warnings
 from collections import Counter
-from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import suppress
 from dataclasses import asdict, replace
+from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any
 
-from .bank.concept_bank import ConceptBank
-from .bank.concepts import printable
-from .bank.hub import list_banks
-from .encoders import KINDS, Sparse
-from .errors import BadEdit, BadRecipe, CorruptBank, MissingExtra, SteerlibError, UnknownFormat
-from .hosts import load
-from .steering.session import steer as steered
+import steerlib as sl
+
+from .errors import BadEdit, BadRecipe, MissingExtra
 
 try:
     import typer
@@ -32,165 +26,99 @@ except ImportError:
 
 app = typer.Typer(help="Change what a generation model is thinking of, while it runs.", no_args_is_help=True)
 console = Console()
-errors = Console(stderr=True)
-_traceback = False
-
-DEMO_BANK = "smollm2-135m-instruct"
-DEMO_PROMPTS = ("What did you do on your last holiday?", "Tell me about the place where you live.", "Why is it good to wait?")
-DEMO_SCENES = "scenes-32"
-DEMO_LEVERS = ("sunset", "stone", "blue", "circle", "large", "striped")
-DEMO_SCENE_PROMPTS = (
-    "a small plain red square at the front left at night on grass under a navy sky lit from the left",
-    "a medium checked green triangle at the back right by day on sand under an azure sky lit from above",
-    "a medium plain yellow cross at the front middle by day on grass under a pale sky lit from the right",
-    "a small plain purple square at the front right indoors on wood before a cream wall lit from above",
-)
-DEMO_CONCEPTS = ("french", "fantasy", "formality")
-DEMO_STRENGTHS = (-0.5, 0.5, 1.0)
-DEMO_TOKENS = 40
+state = {"traceback": False}
+"""Options of the program, not of a command."""
 
 BankName = Annotated[str, typer.Argument(help="a folder, a shipped bank, or a Hub id")]
 Revision = Annotated[str | None, typer.Option(help="branch, tag or commit of a Hub bank")]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON, for machines")]
 Key = Annotated[Path | None, typer.Option(help="Ed25519 key in PEM: public to verify, private to sign")]
+Model = Annotated[str, typer.Option(help="folder, Hub id or package:<name>/<file>.gguf (default: the bank's own)")]
+Threads = Annotated[int, typer.Option(help="processor threads (0: as many as a trial of 0.2 s finds fastest)", min=0)]
 
 
 def recipes() -> Path:
     """The folder of the recipes that come with steerlib."""
-    from importlib.resources import files
-
     return Path(str(files("steerlib.concept_banks"))) / "recipes"
 
 
-def recipe_of(bank: ConceptBank, recipe: Path | None) -> Any:
+def shipped_recipe(bank: "sl.ConceptBank") -> Path:
+    """Where the recipe of a bank would be, if it came with steerlib."""
+    return recipes() / str(bank.provenance.get("recipe", bank.name)) / "recipe.toml"
+
+
+def recipe_of(bank: "sl.ConceptBank", recipe: Path | None) -> Any:
     """The recipe given, or the shipped one that the bank was made from."""
-    from .training.recipe import Recipe
+    if recipe is None and not shipped_recipe(bank).is_file():
+        raise BadRecipe(f"bank {bank.name!r} comes without its recipe; name one with --recipe")
+    return sl.Recipe.from_file(recipe or shipped_recipe(bank), to_train=False)
 
-    path = recipe or recipes() / str(bank.provenance.get("recipe", bank.name)) / "recipe.toml"
-    return Recipe.from_file(path, to_train=False)
+
+def source_of(bank: "sl.ConceptBank") -> str:
+    """Where a bank's model is: a pipeline in its folder, the source in its shipped recipe, or the Hub id of its base model."""
+    if bank.folder is not None and (pipeline := bank.folder / "pipeline").is_dir():
+        return str(pipeline)
+    return recipe_of(bank, None).source if shipped_recipe(bank).is_file() else bank.base.id
 
 
-def loaded(source: str) -> Any:
-    """A model and its tokenizer, with the loader's progress bars but not its remarks."""
-    from transformers.utils import logging
+def loaded(source: str, threads: int) -> Any:
+    """A model and its tokenizer, or a pipeline and None, with the loader's progress bars but not its remarks."""
+    from .threads import use_threads
 
-    logging.set_verbosity_error()
-    console.print(f"loading {source}", style="dim", highlight=False)
+    with suppress(ImportError):
+        from transformers.utils import logging
+
+        logging.set_verbosity_error()
+    console.print(f"loading {source} (processor threads: {use_threads(threads)})", style="dim", highlight=False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return load(source)
+        return sl.load(source)
 
 
 @app.command()
 def demo(
-    tokens: Annotated[int, typer.Option(help="new tokens of each answer")] = DEMO_TOKENS,
-    threads: Annotated[int, typer.Option(help="processor threads (0: torch's choice)")] = 0,
+    tokens: Annotated[int, typer.Option(help="new tokens of each answer")] = 40,
+    threads: Threads = 0,
     only: Annotated[str, typer.Option(help="text or images (default: both)")] = "",
-    out: Annotated[Path, typer.Option(help="where the pictures are drawn")] = Path("demo.png"),
+    out: Annotated[Path, typer.Option(help="PNG file that the pictures are drawn to")] = Path("demo.png"),
 ) -> None:
     """Steer real models: three concepts of SmolLM2-135M-Instruct at several strengths, and six of a model of scenes."""
-    import torch
-
-    torch.set_num_threads(threads or torch.get_num_threads())
-    if only != "images":
-        _demo_text(tokens)
-    if only != "text":
-        _demo_images(out)
-
-
-def _demo_images(out: Path) -> None:
-    """One grid of pictures, steered by one concept a row, from the same noise and prompts."""
-    from .evaluation.pictures import draw_as_told, edit_of, grid
-
-    bank = ConceptBank.from_pretrained(DEMO_SCENES)
-    if bank.folder is None or not (pipeline := bank.folder / "pipeline").is_dir():
-        raise CorruptBank(f"bank {bank.name!r} lacks its pipeline; install steerlib anew")
-    pipe, rows = loaded(str(pipeline))[0], {}
-    for name in ("unsteered", *DEMO_LEVERS):
-        edits = {name: edit_of(bank[name].effects["edit"], bank[name].effects["amount"])} if name in DEMO_LEVERS else {}
-        with steered(pipe, bank, edits, branch="cond"):
-            drawn = draw_as_told(pipe, DEMO_SCENE_PROMPTS)
-        rows[name] = {prompt: drawn[i : i + 1] for i, prompt in enumerate(DEMO_SCENE_PROMPTS)}
-    out.write_bytes(grid(rows))
-    console.print(f"Pictures of {len(DEMO_SCENE_PROMPTS)} prompts, steered by {', '.join(DEMO_LEVERS)}: {out}")
-
-
-def _demo_text(tokens: int) -> None:
+    from . import terminal
     from .evaluation.text import judge_for
-    from .text import chat, complete, progress
 
-    bank = ConceptBank.from_pretrained(DEMO_BANK)
-    recipe = recipe_of(bank, None)
-    model, tokenizer = loaded(recipe.source)
-    judge = judge_for(recipe.scorers)
-    column = {name: judge.names.index(name) for name in DEMO_CONCEPTS}
-    asked = [chat(tokenizer, prompt) for prompt in DEMO_PROMPTS]
-    complete(model, tokenizer, asked, new_tokens=2)  # warm up
-    plain, seconds = _timed(model, tokenizer, asked, tokens)
-    done = {}
-    for name in progress(DEMO_CONCEPTS, "writing"):
-        useful = bank[name].useful or 1.0
-        for share in DEMO_STRENGTHS:
-            amount = round(share * useful, 2)
-            with steered(model, bank, {name: amount}):
-                done[name, amount] = _timed(model, tokenizer, asked, tokens)
-    for i, prompt in enumerate(DEMO_PROMPTS):
-        table = Table("", "score", "text", title=f"“{prompt}”", title_justify="left", show_lines=True, title_style="bold")
-        table.add_row("unsteered", "", plain[i])
-        for (name, amount), (texts, _) in done.items():
-            before, after = judge([plain[i], texts[i]])[:, column[name]]
-            table.add_row(f"{name} {amount:+.2f}", f"{before:.2f} → {after:.2f}", texts[i])
-        console.print(table)
-    summary = Table("concept", "amount", "mean score, unsteered → steered", title="Measured", title_justify="left")
-    for (name, amount), (texts, _) in done.items():
-        before, after = (judge(some)[:, column[name]].mean() for some in (plain, texts))
-        summary.add_row(name, f"{amount:+.2f}", f"{before:.2f} → {after:.2f}")
-    console.print(summary)
-    times: dict[str, list[float]] = {"plain": [seconds], "steered": []}
-    for _ in range(2):  # in turns, so that a busy machine troubles both alike
-        with steered(model, bank, {DEMO_CONCEPTS[0]: bank[DEMO_CONCEPTS[0]].useful or 1.0}):
-            times["steered"].append(_timed(model, tokenizer, asked, tokens)[1])
-        times["plain"].append(_timed(model, tokenizer, asked, tokens)[1])
-    before, after = min(times["plain"]), min(times["steered"])
-    console.print(f"Writing took {before:.2f} s unsteered and {after:.2f} s steered ({after / before:.2f} ×; a rough figure.")
-    console.print("scripts/bench_steering.py measures it properly).")
-
-
-def _timed(model: Any, tokenizer: Any, asked: Sequence[str], tokens: int) -> tuple[list[str], float]:
-    """Greedy answers of a fixed length, on one line each, and the seconds they took."""
-    from .text import complete
-
-    ends, model.generation_config.eos_token_id = model.generation_config.eos_token_id, None
-    try:
-        start = time.perf_counter()
-        texts = complete(model, tokenizer, asked, new_tokens=tokens).texts
-        return [" ".join(text.split()) for text in texts], time.perf_counter() - start
-    finally:
-        model.generation_config.eos_token_id = ends
+    if only not in ("", "text", "images"):
+        raise BadEdit(f"expected --only text or --only images, got {only!r}")
+    if only != "images":
+        bank = sl.ConceptBank.from_pretrained(terminal.TEXT_BANK)
+        model, tokenizer = loaded(source_of(bank), threads)
+        terminal.demo_text(model, tokenizer, bank, judge_for(recipe_of(bank, None).scorers), tokens)
+    if only != "text":
+        bank = sl.ConceptBank.from_pretrained(terminal.SCENES_BANK)
+        terminal.demo_images(loaded(source_of(bank), threads)[0], bank, out)
 
 
 @app.command()
 def steer(
     bank: BankName,
-    prompt: Annotated[str, typer.Argument(help="what to ask")],
-    edit: Annotated[list[str], typer.Option("--edit", "-e", help="concept=amount; may be repeated")] = [],  # noqa: B006
-    model: Annotated[str, typer.Option(help="folder, Hub id or package:<name>/<file>.gguf; default: the bank's own")] = "",
-    tokens: Annotated[int, typer.Option(help="new tokens")] = 60,
+    prompt: Annotated[str, typer.Argument(help="what to ask, or what to draw")],
+    edit: Annotated[list[str], typer.Option("--edit", "-e", help="concept=amount in its units; may be repeated")] = [],  # noqa: B006
+    model: Model = "",
+    tokens: Annotated[int, typer.Option(help="new tokens of each answer")] = 60,
+    threads: Threads = 0,
+    out: Annotated[Path, typer.Option(help="PNG file, if it draws: unsteered left, steered right")] = Path("steered.png"),
 ) -> None:
-    """Answer a prompt with and without steering."""
-    from .text import chat, complete
+    """Answer or draw a prompt with and without steering."""
+    from . import terminal
 
-    opened = ConceptBank.from_pretrained(bank)
+    opened = sl.ConceptBank.from_pretrained(bank)
     edits = dict(_edit(text) for text in edit)
     for name in edits:
         opened[name]
-    language_model, tokenizer = loaded(model or recipe_of(opened, None).source)
-    for title, context in (("unsteered", nullcontext()), ("steered", steered(language_model, opened, edits))):
-        with context as session:
-            text = complete(language_model, tokenizer, [chat(tokenizer, prompt)], new_tokens=tokens).texts[0]
-        console.print(f"[bold]{title}[/bold]: ", end="")
-        console.print(text, markup=False)
-    console.print(str(session), markup=False)
+    target, tokenizer = loaded(model or source_of(opened), threads)
+    if tokenizer is None:
+        terminal.draw_both(target, opened, prompt, edits, out)
+    else:
+        terminal.answer_twice(target, tokenizer, opened, prompt, edits, tokens)
 
 
 def _edit(text: str) -> tuple[str, float]:
@@ -203,6 +131,8 @@ def _edit(text: str) -> tuple[str, float]:
 
 def said(values: Any, text: str, as_json: bool) -> None:
     """Print for machines or for people."""
+    from .bank.concepts import printable
+
     typer.echo(json.dumps(values, sort_keys=True, ensure_ascii=False) if as_json else printable(text))
 
 
@@ -214,7 +144,9 @@ def concepts(
     as_json: AsJson = False,
 ) -> None:
     """List the concepts of a bank, or find some."""
-    opened = ConceptBank.from_pretrained(bank, revision=revision)
+    from .bank.concepts import printable
+
+    opened = sl.ConceptBank.from_pretrained(bank, revision=revision)
     found = opened.find(words, limit=20) if words else list(opened.concepts.values())
     if as_json:
         said([{**concept.to_dict(), "site": opened.site_of(concept)} for concept in found], "", True)
@@ -233,7 +165,7 @@ def concepts(
 @app.command()
 def info(bank: BankName, revision: Revision = None, as_json: AsJson = False) -> None:
     """Show a bank's card."""
-    opened = ConceptBank.from_pretrained(bank, revision=revision)
+    opened = sl.ConceptBank.from_pretrained(bank, revision=revision)
     facts = {
         "name": opened.name,
         "base_model": opened.base.id,
@@ -255,7 +187,7 @@ def graph(
     from .graph.exports import circuit_tracer, graphml
     from .graph.page import page
 
-    opened, path = ConceptBank.from_pretrained(bank), out or Path(f"{Path(bank).name}-graph.html")
+    opened, path = sl.ConceptBank.from_pretrained(bank), out or Path(f"{Path(bank).name}-graph.html")
     ways = {".html": page, ".json": circuit_tracer, ".graphml": graphml}
     if path.suffix not in ways:
         raise BadEdit(f"expected a file that ends in {', '.join(ways)}, got {path.name!r}")
@@ -268,7 +200,7 @@ def graph(
 @app.command()
 def pull(bank: BankName, revision: Revision = None, key: Key = None, as_json: AsJson = False) -> None:
     """Download a bank whole and check every file; afterwards it opens offline."""
-    opened = ConceptBank.from_pretrained(bank, revision=revision)
+    opened = sl.ConceptBank.from_pretrained(bank, revision=revision)
     opened.verify(key)
     assert opened.folder is not None
     said({"name": opened.name, "folder": str(opened.folder)}, str(opened.folder), as_json)
@@ -285,7 +217,7 @@ def push(
     as_json: AsJson = False,
 ) -> None:
     """Check a bank and publish it in one commit, signed where there is a key."""
-    opened = ConceptBank.from_pretrained(bank)
+    opened = sl.ConceptBank.from_pretrained(bank)
     opened.verify()
     commit = opened.push_to_hub(repo, private=private or None, revision=revision, commit_message=message, key=key)
     said({"repo": repo, "commit": commit}, f"{repo} at {commit}", as_json)
@@ -294,7 +226,7 @@ def push(
 @app.command()
 def verify(bank: BankName, revision: Revision = None, key: Key = None, as_json: AsJson = False) -> None:
     """Check every file, hash and value of a bank, and whose it is."""
-    opened = ConceptBank.from_pretrained(bank, revision=revision)
+    opened = sl.ConceptBank.from_pretrained(bank, revision=revision)
     opened.verify(key)
     signed = ", signed with this key" if key else ""
     text = f"{opened.name}: {len(opened)} concepts and gates, every file as it should be{signed}"
@@ -304,7 +236,7 @@ def verify(bank: BankName, revision: Revision = None, key: Key = None, as_json: 
 @app.command()
 def migrate(bank: BankName, folder: Annotated[Path, typer.Argument(help="where the new bank goes")]) -> None:
     """Write a bank of an older format in the newest one; the old bank stays as it is."""
-    opened = ConceptBank.from_pretrained(bank)
+    opened = sl.ConceptBank.from_pretrained(bank)
     opened.verify()
     typer.echo(str(opened.save_pretrained(folder)))
 
@@ -316,7 +248,7 @@ def list_(
     as_json: AsJson = False,
 ) -> None:
     """List the banks that come with steerlib, and those on the Hub."""
-    found = list_banks(base_model, local_files_only=not hub)
+    found = sl.list_banks(base_model, local_files_only=not hub)
     text = "\n".join(f"{bank.name}  for {bank.base_model or 'a model'}{'  (shipped)' * bank.is_shipped}" for bank in found)
     said([asdict(bank) for bank in found], text, as_json)
 
@@ -325,16 +257,15 @@ def list_(
 def train(
     recipe: Annotated[Path, typer.Argument(help="recipe.toml")],
     out: Annotated[Path | None, typer.Option(help="folder of the bank (default: out/<name>)")] = None,
-    work: Annotated[Path, typer.Option(help="where stages keep their results, so that a run can go on")] = Path("out/work"),
+    work: Annotated[Path, typer.Option(help="folder of what each stage made, so that a run can go on")] = Path("out/work"),
+    threads: Threads = 0,
 ) -> None:
     """Train a bank from a recipe. Run it again to go on where it stopped."""
     from .training.pipeline import best_device
-    from .training.pipeline import train as run
-    from .training.recipe import Recipe
 
-    read = Recipe.from_file(recipe)
-    model, tokenizer = loaded(read.source)
-    bank = run(model.to(best_device()), read, tokenizer=tokenizer, work=work)
+    read = sl.Recipe.from_file(recipe)
+    model, tokenizer = loaded(read.source, threads)
+    bank = sl.train(model.to(best_device()), read, tokenizer=tokenizer, work=work)
     folder = bank.save_pretrained(out or Path("out") / read.name)
     console.print(repr(bank), markup=False)
     console.print(f"written to {folder}; what was measured is in its README.md")
@@ -349,81 +280,91 @@ def eval_(
     quick: Annotated[bool, typer.Option(help="four prompts, one seed, 24 tokens: a look, not a measurement")] = False,
     out: Annotated[Path | None, typer.Option(help="write the figures here as JSON, and a picture beside them")] = None,
     save: Annotated[bool, typer.Option(help="write effects and card into the bank, which must be a folder")] = False,
-    model: Annotated[str, typer.Option(help="folder, Hub id or package:<name>/<file>.gguf; default: the bank's own")] = "",
+    model: Model = "",
     against: Annotated[str, typer.Option(help="of latents: a bank of the same encoders trained from another seed")] = "",
+    threads: Threads = 0,
 ) -> None:
     """Measure a bank's concepts on prompts never used before: beside prompting, random directions and other controls.
 
     Of a bank of latents: what its encoders keep of ordinary text, and what their latents tell of the recipe's attributes.
     """
-    from .evaluation.report import missed, picture, summary_table, table
-    from .training.package.directions import evaluate, with_effects
+    from .encoders import KINDS, Sparse
+    from .evaluation.report import latents_table, missed, picture, summary_table, table
 
-    opened = ConceptBank.from_pretrained(bank)
-    if any(issubclass(KINDS[facts.kind], Sparse) for facts in opened.encoders.values()):
-        if save or concept or quick:
-            raise BadEdit("a bank of latents is measured encoder by encoder; leave out --concept, --quick and --save")
-        _eval_latents(opened, recipe, model, against, stored, out)
-        return
+    opened = sl.ConceptBank.from_pretrained(bank)
+    are_latents = any(issubclass(KINDS[facts.kind], Sparse) for facts in opened.encoders.values())
+    if are_latents and (save or concept or quick):
+        raise BadEdit("a bank of latents is measured encoder by encoder; leave out --concept, --quick and --save")
     if save and (concept or quick or stored):
         raise BadEdit("--save writes a card of all concepts, as measured whole; leave out --concept, --quick and --stored")
-    if stored:
-        chosen = [opened[name] for name in concept or opened.concepts]
-        records = [dict(c.effects) for c in chosen if "conditions" in c.effects]
+    if are_latents:
+        found: Any = opened.provenance.get("quality") if stored else _eval_latents(opened, recipe, model, against, threads)
+    elif stored:
+        found = [dict(made) for name in concept or opened.concepts if "conditions" in (made := opened[name].effects)]
     else:
-        read = recipe_of(opened, recipe)
-        if quick:
-            read = replace(read, evaluation_prompts=4, dev_prompts=4, seeds=1, new_tokens=24)
-        language_model, tokenizer = loaded(model or read.source)
-        records = evaluate(language_model, tokenizer, opened, read, concepts=concept)
-        if save:
-            with_effects(opened, read, records).save_pretrained(bank)
-    if not records:
+        found = _eval_concepts(opened, recipe, concept, quick, bank if save else "", model, threads)
+    if not found:
         raise BadRecipe(f"bank {opened.name!r} stores no measurements; leave out --stored to make them")
-    typer.echo(f"{table(records)}\n\n{summary_table(records)}\n\n{missed(records)}")
+    typer.echo(latents_table(found) if are_latents else f"{table(found)}\n\n{summary_table(found)}\n\n{missed(found)}")
     if out is not None:
-        out.write_text(json.dumps(records, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-        out.with_suffix(".png").write_bytes(picture(records))
+        out.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        are_latents or out.with_suffix(".png").write_bytes(picture(found))
 
 
-def _eval_latents(bank: ConceptBank, recipe: Path | None, source: str, against: str, stored: bool, out: Path | None) -> None:
-    from .evaluation.report import latents_table
+def _eval_concepts(
+    bank: "sl.ConceptBank", recipe: Path | None, names: list[str], quick: bool, save: str, source: str, threads: int
+) -> Any:
+    from .training.package.directions import evaluate, with_effects
+
+    read = recipe_of(bank, recipe)
+    if quick:
+        read = replace(read, evaluation_prompts=4, dev_prompts=4, seeds=1, new_tokens=24)
+    model, tokenizer = loaded(source or read.source, threads)
+    records = evaluate(model, tokenizer, bank, read, concepts=names)
+    if save:
+        with_effects(bank, read, records).save_pretrained(save)
+    return records
+
+
+def _eval_latents(bank: "sl.ConceptBank", recipe: Path | None, source: str, against: str, threads: int) -> Any:
     from .training.package.latents import evaluate_encoders
     from .training.recipe import TextEncoderRecipe
 
-    found = bank.provenance.get("quality", {})
-    if not stored:
-        named = recipes() / str(bank.provenance.get("recipe", bank.name)) / "recipe.toml"
-        is_known = recipe is not None or named.is_file()
-        read = (
-            recipe_of(bank, recipe) if is_known else TextEncoderRecipe(name=bank.name, base=bank.base.id, source=bank.base.id)
-        )
-        twin = ConceptBank.from_pretrained(against) if against else None
-        model, tokenizer = loaded(source or read.source)
-        found = evaluate_encoders(model, tokenizer, bank, read, against=twin)
-    if not found:
-        raise BadRecipe(f"bank {bank.name!r} stores no measurements; leave out --stored to make them")
-    typer.echo(latents_table(found))
-    if out is not None:
-        out.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    own = TextEncoderRecipe(name=bank.name, base=bank.base.id, source=bank.base.id)
+    read = recipe_of(bank, recipe) if recipe or shipped_recipe(bank).is_file() else own
+    twin = sl.ConceptBank.from_pretrained(against) if against else None
+    model, tokenizer = loaded(source or read.source, threads)
+    return evaluate_encoders(model, tokenizer, bank, read, against=twin)
+
+
+@app.command()
+def examples(
+    name: Annotated[str, typer.Argument(help="text, image or train: print this program")] = "",
+    out: Annotated[Path | None, typer.Option(help="folder to copy the programs to")] = None,
+) -> None:
+    """List three short programs, print one of them, or copy them to a folder."""
+    found = {path.stem: path for path in sorted((Path(__file__).parent / "examples").glob("*.py"))}
+    if name and name not in found:
+        raise BadEdit(f"expected one of {', '.join(found)}, got {name!r}")
+    for path in [found[name]] if name else found.values():
+        text = path.read_text(encoding="utf-8")
+        if out is not None:
+            out.mkdir(parents=True, exist_ok=True)
+            (out / path.name).write_text(text, encoding="utf-8")
+        first = text.splitlines()[0].strip('"')
+        typer.echo(text if name and out is None else f"{(out or Path()) / path.name}  {first}")
+
+
+def _version(is_wanted: bool) -> None:
+    if is_wanted:
+        typer.echo(f"steerlib {sl.__version__}")
+        raise typer.Exit
 
 
 @app.callback()
 def options(
     traceback: Annotated[bool, typer.Option("--traceback", help="show where in the code an error was raised")] = False,
+    version: Annotated[bool, typer.Option("--version", help="print the version", callback=_version, is_eager=True)] = False,  # noqa: ARG001
 ) -> None:
     """Change what a generation model is thinking of, while it runs."""
-    global _traceback
-    _traceback = traceback
-
-
-def main() -> None:
-    """Run the command line; what steerlib refuses is one line, not a traceback."""
-    try:
-        app()
-    except (SteerlibError, OSError) as error:
-        if _traceback:
-            raise
-        errors.print(f"[red]{type(error).__name__}[/red]: ", end="")
-        errors.print(str(error), markup=False, highlight=False)
-        sys.exit(3 if isinstance(error, (CorruptBank, UnknownFormat)) else 1)
+    state.update(traceback=traceback)

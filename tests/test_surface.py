@@ -1,7 +1,9 @@
 """What the package shows: public names, light import, namespace."""
 
+import ast
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from types import ModuleType
 
@@ -20,19 +22,50 @@ def test_only_attach_registers_hooks():
 
 def test_public_names_are_listed_sorted_and_there():
     assert sorted(sl.__all__) == sl.__all__
-    public = {n for n in vars(sl) if not n.startswith("_") and not isinstance(vars(sl)[n], ModuleType)}
+    assert {name for names in sl.HOMES.values() for name in names} == set(sl.__all__)
+    public = {name for name in dir(sl) if not name.startswith("_") and not isinstance(getattr(sl, name), ModuleType)}
     assert public == set(sl.__all__)
 
 
-HEAVY = ("transformers", "diffusers", "sklearn", "typer", "accelerate", "peft")
+def test_type_checkers_find_each_name_where_it_lives():
+    checked = next(node for node in ast.parse(Path(str(sl.__file__)).read_text()).body if isinstance(node, ast.If))
+    imported = {node.module: {name.name for name in node.names} for node in checked.body if isinstance(node, ast.ImportFrom)}
+    assert imported == {home: set(names) for home, names in sl.HOMES.items()}
 
 
-@pytest.mark.parametrize(("code", "light"), [("import steerlib", True), ("import steerlib, transformers", False)])
+def test_a_name_that_is_not_there_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = sl.nothing
+
+
+def test_the_version_is_that_of_the_project():
+    assert sl.__version__ == tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+
+
+HEAVY = ("transformers", "diffusers", "scipy", "sklearn", "matplotlib", "typer", "accelerate", "peft", "gguf", "causallearn")
+EVERY = f"import steerlib as sl; [getattr(sl, name) for name in {sl.__all__}]"
+
+
+@pytest.mark.parametrize(("code", "light"), [("import steerlib", True), (EVERY, True), ("import steerlib, scipy", False)])
 def test_import_is_light_and_this_test_can_fail(code, light):
     check = f"{code}; import sys; print(sorted(set({HEAVY!r}) & set(sys.modules)), 'hooks' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, cwd=ROOT, check=True)
     assert (done.stdout.strip() == "[] False") is light
     assert done.stderr == "" or not light
+
+
+@pytest.mark.parametrize("option", ["--help", "--version"])
+def test_the_command_line_tells_of_itself_without_torch(option):
+    check = f"import sys; sys.argv = ['steerlib', '{option}']\nfrom steerlib.__main__ import main\ntry: main()\n"
+    check += "finally: print('torch' in sys.modules, 'typer' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.endswith("False True\n") and done.stderr == ""
+
+
+def test_importing_loads_not_even_torch():
+    check = "import sys, steerlib as sl; print('torch' in sys.modules); sl.steer; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.split() == ["False", "True"]
 
 
 def test_core_and_hooks_come_from_the_same_checkout():
