@@ -308,7 +308,8 @@ def eval_(
     typer.echo(latents_table(found) if are_latents else f"{table(found)}\n\n{summary_table(found)}\n\n{missed(found)}")
     if out is not None:
         out.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-        are_latents or out.with_suffix(".png").write_bytes(picture(found))
+        if not are_latents:
+            out.with_suffix(".png").write_bytes(picture(found))
 
 
 def _eval_concepts(
