@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from .bank.concept_bank import ConceptBank
-from .bank.concepts import printable
+from .bank.concepts import printable, signed
 from .bank.hub import list_banks
 from .encoders import KINDS, Sparse
 from .errors import BadEdit, BadRecipe, CorruptBank, MissingExtra, SteerlibError, UnknownFormat
@@ -221,9 +221,8 @@ def concepts(
         return
     table = Table("concept", "meaning", "site", "useful", "safe range")
     for concept in found:
-        safe = "" if concept.range is None else f"{concept.range[0]:+.2f} to {concept.range[1]:+.2f}"
-        useful = "" if concept.useful is None else f"{concept.useful:+.2f}"
-        useful = "a gate" if concept.present is not None else useful
+        safe = signed(*concept.range or ())
+        useful = signed(concept.useful) if concept.present is None else "a gate"
         table.add_row(
             *(escape(printable(text)) for text in (concept.name, concept.label, opened.site_of(concept), useful, safe))
         )

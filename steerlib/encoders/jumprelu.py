@@ -3,7 +3,6 @@
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from .objective import Cost, Objective, Weights
@@ -66,6 +65,3 @@ class JumpReLU(Sparse):
     )
 
     threshold: Tensor
-
-    def thresholds(self) -> Float[Tensor, " n"]:
-        return self.threshold
