@@ -144,7 +144,7 @@ def concepts(
     as_json: AsJson = False,
 ) -> None:
     """List the concepts of a bank, or find some."""
-    from .bank.concepts import printable
+    from .bank.concepts import printable, signed
 
     opened = sl.ConceptBank.from_pretrained(bank, revision=revision)
     found = opened.find(words, limit=20) if words else list(opened.concepts.values())
@@ -153,9 +153,8 @@ def concepts(
         return
     table = Table("concept", "meaning", "site", "useful", "safe range")
     for concept in found:
-        safe = "" if concept.range is None else f"{concept.range[0]:+.2f} to {concept.range[1]:+.2f}"
-        useful = "" if concept.useful is None else f"{concept.useful:+.2f}"
-        useful = "a gate" if concept.present is not None else useful
+        safe = signed(*concept.range or ())
+        useful = signed(concept.useful) if concept.present is None else "a gate"
         table.add_row(
             *(escape(printable(text)) for text in (concept.name, concept.label, opened.site_of(concept), useful, safe))
         )

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from ..encoders import KINDS, Encoder, Rows
-from ..errors import BadBank, CorruptBank, NotReached, UnknownConcept, nearest
+from ..errors import BadBank, CorruptBank, NotReached, UnknownConcept, WrongModel, nearest
 from ..graph.causal_graph import CausalGraph
-from ..hosts import Host
+from ..hosts import Host, digest_of
 from ..schedules import Window
 from . import card, hub, layout, signature
 from .concepts import Concept, Place, printable
@@ -155,7 +155,19 @@ class Stored(Bank):
 
         `host` is the model's, `steerlib.hosts.host_for(model)`. Raises `WrongModel` if the architecture is another one.
         """
-        return self.base.check(host, self.name)
+        base, found = self.base, host.fingerprint()
+        for key, value in base.fingerprint.items():
+            if found.get(key) != value:
+                raise WrongModel(
+                    f"bank {self.name!r} was made for {base.id or 'a model'} with {key}={value!r}, this model has "
+                    f"{found.get(key)!r}; load {base.id or 'that model'}, or train a bank for this one"
+                )
+        if base.weights is None or digest_of(host) in (None, base.weights):
+            return ""
+        return (
+            f"bank {self.name!r} was measured on other weights of {base.id or 'this architecture'}; "
+            "effects may differ on a fine-tuned or differently quantised copy"
+        )
 
     def verify(self, key: str | PathLike[str] | None = None) -> None:
         """Check every file, hash, value and reference; files that are still on the Hub are fetched.

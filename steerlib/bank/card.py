@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..errors import CorruptBank
-from .concepts import Concept, printable
+from .concepts import Concept, printable, signed
 
 FRONT = re.compile(r"\A---\n(.*?)\n---\n", re.DOTALL)
 METRICS = {
@@ -70,7 +70,7 @@ def for_hub(card: str, name: str, repo: str, base: str, license: str, concepts: 
     if body.strip():
         return head + body.replace(f'from_pretrained("{name}")', f'from_pretrained("{repo}")')
     levers = [concept for concept in concepts if concept.present is None]
-    lines = [f"| {_cell(c.name)} | {_cell(c.label)} | {_number(c.useful)} | {_range(c)} |" for c in levers[:100]]
+    lines = [f"| {_cell(c.name)} | {_cell(c.label)} | {signed(c.useful)} | {signed(*c.range or ())} |" for c in levers[:100]]
     table = ["| concept | meaning | useful amount | safe range |\n|---|---|---|---|", *lines] if lines else []
     edit = f"{{{levers[0].name!r}: {levers[0].useful or 1.0:+.2f}}}" if levers else '{"<encoder>/17": sl.Set(1.0)}'
     parts = [head, f"# {name}", example(repo, base or "<the model>", edit), "\n".join(table)]
@@ -89,11 +89,3 @@ def _metadata(text: str) -> dict[str, Any]:
 
 def _cell(text: str) -> str:
     return " ".join(printable(text).replace("|", "\\|").split())
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:+.2f}"
-
-
-def _range(concept: Concept) -> str:
-    return "" if concept.range is None else f"{concept.range[0]:+.2f} to {concept.range[1]:+.2f}"

@@ -19,6 +19,11 @@ def printable(text: str, length: int | None = None) -> str:
     return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in shown)
 
 
+def signed(*amounts: float | None) -> str:
+    """An amount in units as text, or the ends of a range; nothing for what was not measured."""
+    return " to ".join(f"{amount:+.2f}" for amount in amounts if amount is not None)
+
+
 @dataclass(frozen=True)
 class Gate:
     """Apply an edit only where another concept reads `above` a value, or `below` one.
@@ -164,10 +169,8 @@ class Concept:
     @property
     def amounts(self) -> str:
         """What was measured of its amounts, in words."""
-        useful = "" if self.useful is None else f"useful {self.useful:+.2f}"
-        safe = "" if self.range is None else f"safe {self.range[0]:+.2f} to {self.range[1]:+.2f}"
-        present = "" if self.present is None else f"present above {self.present:+.2f}"
-        return "  ".join(filter(None, (useful, safe, present)))
+        known = {"useful": signed(self.useful), "safe": signed(*self.range or ()), "present above": signed(self.present)}
+        return "  ".join(f"{what} {amount}" for what, amount in known.items() if amount)
 
     def __repr__(self) -> str:
         parts = f"{len(self.parts)} more places" if self.parts else ""

@@ -228,9 +228,6 @@ def home_of(name: str | os.PathLike[str], *, revision: str | None = None, **opti
     return Home(found.parent, str(name), **options)
 
 
-# -- lists ---------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, kw_only=True)
 class Listed:
     """A bank that can be opened by its `name`: for the model `base_model`, and whether it comes with steerlib."""

@@ -4,7 +4,7 @@ README.md                    the card, with the pictures it shows
 bank.json                    format, base model, sites, encoders, provenance, size and SHA-256 of every other file
 bank.json.sig                a signature, if it was signed
 concepts.jsonl               one line a concept
-graph.safetensors            edges by line of concepts.jsonl, one entry an edge: see graph.py
+graph.safetensors            edges by line of concepts.jsonl, one entry an edge: see `CausalGraph`
 sites/<encoder>.safetensors  one row per concept in each tensor
 hashes.safetensors           block hashes, so that single rows can be trusted
 
@@ -14,7 +14,7 @@ Whatever is in a folder comes and goes as the arguments of `ConceptBank`, the en
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,12 @@ def read(home: hub.Home) -> dict[str, Any]:
     if sum(files[name]["size"] for name in pictures) > trust.MAX_PICTURES:
         raise CorruptBank(f"expected pictures of at most {trust.MAX_PICTURES} bytes together, got more")
     concepts = _concepts(_bytes(home, files, CONCEPTS))
+    graph = CausalGraph()
+    if GRAPH in files:
+        home.check(GRAPH, files[GRAPH])
+        file = trust.Tensors(home.read, GRAPH, files[GRAPH])
+        columns = {column: file.all(column) for column in file.header}
+        graph = CausalGraph.from_tensors(columns, [concept.name for concept in concepts])
     try:
         card = _bytes(home, files, CARD).decode("utf-8")
     except UnicodeDecodeError as error:
@@ -55,7 +61,7 @@ def read(home: hub.Home) -> dict[str, Any]:
         **said,
         "concepts": concepts,
         "encoders": Shelf(encoders, home=home, records=files),
-        "graph": _graph(home, files, [concept.name for concept in concepts]),
+        "graph": graph,
         "card": card,
         "pictures": {name: _bytes(home, files, name) for name in pictures},
     }
@@ -71,15 +77,6 @@ def _concepts(text: bytes) -> list[Concept]:
     if any(len(line) > trust.MAX_LINE for line in lines):
         raise CorruptBank(f"{CONCEPTS} has a line of more than {trust.MAX_LINE} bytes")
     return [Concept.from_dict(trust.strict_json(line, CONCEPTS)) for line in lines if line.strip()]
-
-
-def _graph(home: hub.Home, files: Files, names: Sequence[str]) -> CausalGraph:
-    """Edges name concepts by their line in `concepts.jsonl`."""
-    if GRAPH not in files:
-        return CausalGraph()
-    home.check(GRAPH, files[GRAPH])
-    file = trust.Tensors(home.read, GRAPH, files[GRAPH])
-    return CausalGraph.from_tensors({column: file.all(column) for column in file.header}, names)
 
 
 def write(target: Path, bank: Mapping[str, Any], key: str | PathLike[str] | None = None) -> Path:

@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
 from ..encoders import KINDS
-from ..errors import CorruptBank, UnknownFormat, WrongModel
-from ..hosts import Host, digest_of, host_for
+from ..errors import CorruptBank, UnknownFormat
+from ..hosts import host_for
 from ..schedules import Window
 from .trust import checked_files, checked_name, strict_json
 
@@ -43,22 +43,6 @@ class BaseModel:
         """The identity of a loaded model or pipeline; raises `UnsupportedTarget` for anything else."""
         host = host_for(model)
         return cls(id=id, fingerprint=host.fingerprint(), weights=host.weights_digest())
-
-    def check(self, host: Host, bank: str) -> str:
-        """A notice if a model has other weights, else "", for the bank of this name; raises `WrongModel`."""
-        found, model = host.fingerprint(), self.id or "a model"
-        for key, value in self.fingerprint.items():
-            if found.get(key) != value:
-                raise WrongModel(
-                    f"bank {bank!r} was made for {model} with {key}={value!r}, this model has {found.get(key)!r}; "
-                    f"load {self.id or 'that model'}, or train a bank for this one"
-                )
-        if self.weights is None or digest_of(host) in (None, self.weights):
-            return ""
-        return (
-            f"bank {bank!r} was measured on other weights of {self.id or 'this architecture'}; "
-            "effects may differ on a fine-tuned or differently quantised copy"
-        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,6 @@
 """The encoders of a bank: in memory, or in files of which single rows are read and checked."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -122,13 +122,12 @@ class Shelf:
         except (ArithmeticError, AttributeError, LookupError, TypeError, RuntimeError) as error:
             raise CorruptBank(f"an encoder of kind {kind.kind!r} is not made of this: {error!s:.200}") from None
 
-    def verify(self, places: Iterable[Place], sites: Mapping[str, SiteFacts]) -> None:
+    def verify(self, places: Sequence[Place], sites: Mapping[str, SiteFacts]) -> None:
         """Check every file, hash, value and row; raises `CorruptBank` at the first that is wrong."""
         if self.home is not None:
             self.home.fetch(self.records)
             for name, record in self.records.items():
                 self.home.check(name, record)
-        places = list(places)
         for id in self.facts:
             encoder = self.encoder(id)
             tensors = encoder.to_tensors()

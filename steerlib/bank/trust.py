@@ -10,6 +10,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -89,12 +90,8 @@ def _refuse(constant: str) -> None:
 
 def describe(path: Path) -> dict[str, Any]:
     """Size and SHA-256 of a file, as `bank.json` records them."""
-    return {"size": path.stat().st_size, "sha256": _sha256(path)}
-
-
-def _sha256(path: Path) -> str:
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 def contained(folder: Path, name: str) -> Path:
@@ -114,7 +111,7 @@ def contained(folder: Path, name: str) -> Path:
 def check_whole(folder: Path, name: str, record: Mapping[str, Any]) -> None:
     """Raise unless a file is there, whole and unaltered."""
     path = contained(folder, checked_name(name))
-    if path.stat().st_size != record["size"] or _sha256(path) != record["sha256"]:
+    if path.stat().st_size != record["size"] or describe(path)["sha256"] != record["sha256"]:
         raise CorruptBank(f"{name} is not the file that bank.json describes (truncated or altered); download the bank again")
 
 
@@ -140,7 +137,7 @@ class Tensors:
     def __init__(self, read: Read, name: str, record: Mapping[str, Any], hashes: "Tensors | None" = None):
         """`hashes` are those of its blocks; without them bytes are not checked here."""
         self.name, self.size = name, record["size"]
-        self._reader, self._record, self._hashes = read, record, hashes
+        self._read, self._hashes = partial(read, name, record), hashes
         self._groups: tuple[str, ...] = tuple(record.get("blocks", ()))
         self._checked: dict[int, bytes] = {}
         length = int.from_bytes(self._bytes(0, min(8, self.size)), "little")
@@ -230,6 +227,3 @@ class Tensors:
         if hashlib.sha256(hashes).hexdigest() != self._groups[group]:
             raise CorruptBank(f"the hashes of {self.name} were altered (group {group}); download the bank again")
         return hashes[place * 32 :][:32].hex()
-
-    def _read(self, start: int, stop: int, sha256: str | None) -> bytes:
-        return self._reader(self.name, self._record, start, stop, sha256)

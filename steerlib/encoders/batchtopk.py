@@ -2,10 +2,6 @@
 
 from typing import ClassVar
 
-import torch
-from jaxtyping import Float
-from torch import Tensor
-
 from .objective import Objective
 from .sparse import Sparse
 
@@ -23,6 +19,3 @@ class BatchTopK(Sparse):
 
     k: float
     threshold: float
-
-    def thresholds(self) -> Float[Tensor, " n"]:
-        return torch.full((len(self.encoder),), self.threshold)

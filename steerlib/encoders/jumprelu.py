@@ -3,7 +3,6 @@
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from .objective import Cost, Objective, Weights
@@ -38,13 +37,8 @@ def cost(w: Weights, x: Tensor, y: Tensor, root: float, scale: float) -> Cost:  
     return Cost(y - z @ w["decoder"], z, fires.sum())
 
 
-def begun(zeros: Tensor, scale: float) -> Weights:
-    """Thresholds of one window's width, as logarithms, which stay positive."""
-    return {"log_threshold": torch.full_like(zeros, BANDWIDTH * scale).log()}
-
-
 def finished(w: Weights) -> Weights:
-    """With thresholds in place of their logarithms."""
+    """With thresholds in place of their logarithms, which were trained since those stay positive."""
     return {**{name: w[name] for name in w if name != "log_threshold"}, "threshold": w["log_threshold"].exp()}
 
 
@@ -62,10 +56,11 @@ class JumpReLU(Sparse):
     kind: ClassVar[str] = "jumprelu"
     tensors: ClassVar[tuple[str, ...]] = (*Sparse.tensors, "threshold")
     objective: ClassVar[Objective] = Objective(
-        loss=cost, begin=begun, finish=finished, potentials=("bias", "threshold"), transcodes=True
+        loss=cost,
+        begin=lambda zeros, scale: {"log_threshold": torch.full_like(zeros, BANDWIDTH * scale).log()},
+        finish=finished,
+        potentials=("bias", "threshold"),
+        transcodes=True,
     )
 
     threshold: Tensor
-
-    def thresholds(self) -> Float[Tensor, " n"]:
-        return self.threshold

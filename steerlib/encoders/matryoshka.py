@@ -3,10 +3,6 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-import torch
-from jaxtyping import Float
-from torch import Tensor
-
 from ..errors import CorruptBank
 from .objective import Objective
 from .sparse import Sparse
@@ -37,9 +33,6 @@ class Matryoshka(Sparse):
     @classmethod
     def of_rows(cls, settings: Mapping[str, Any], rows: int) -> dict[str, Any]:
         return {**settings, "groups": [rows]}
-
-    def thresholds(self) -> Float[Tensor, " n"]:
-        return torch.full((len(self.encoder),), self.threshold)
 
     def first(self, groups: int) -> "Matryoshka":
         """The first groups alone: an encoder of fewer, more general latents."""

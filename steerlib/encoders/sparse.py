@@ -89,8 +89,9 @@ class Sparse(Encoder):
         return fired(p, self.thresholds().to(p).clamp(min=0))
 
     def thresholds(self) -> Float[Tensor, " n"]:
-        """The potential above which each latent fires, taken alone."""
-        return torch.zeros(len(self.encoder))
+        """The potential above which each latent fires, taken alone: the field `threshold` of kinds that have one, else 0."""
+        given = getattr(self, "threshold", None)
+        return given if isinstance(given, Tensor) else torch.full((len(self.encoder),), given or 0.0)
 
     def projected(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch n"]:
         """p without its bias, float32."""

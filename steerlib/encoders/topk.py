@@ -128,9 +128,6 @@ class TopK(Sparse):
     def select(self, p: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
         return top(p, self.k)
 
-    def thresholds(self) -> Float[Tensor, " n"]:
-        return torch.full((len(self.encoder),), self.threshold or 0.0)
-
     def calibrated(self, x: Float[Tensor, "tokens D"]) -> "TopK":
         """The same with `threshold` and `disagreement` from reference activations."""
         p = self.potential(x)

@@ -40,9 +40,6 @@ class Transcoder(Sparse):
     def select(self, p: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
         return super().select(p) if self.k is None else top(p, self.k)
 
-    def thresholds(self) -> Float[Tensor, " n"]:
-        return self.threshold
-
     def reconstruct(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch D2"]:
         y = super().reconstruct(x)
         return y if self.skip is None else y + x.float() @ self.skip.T.to(x.device).float()

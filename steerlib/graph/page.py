@@ -23,17 +23,15 @@ def page(bank: ConceptBank) -> str:
 
 def facts(bank: ConceptBank) -> dict[str, Any]:
     """What the page shows."""
-    concepts = [_concept(bank, name) for name in joined(bank)]
+    shown = ("name", "index", "label", "source", "unit", "range", "useful", "examples")
+    concepts = [
+        {
+            **{key: getattr(concept, key) for key in shown},
+            "level": concept.encoder,
+            "tokens": [str(token) for token in concept.effects.get("promotes", ())],
+            "picture": b64encode(bank.pictures.get(THUMBNAIL.format(concept.name), b"")).decode(),
+        }
+        for concept in map(bank.__getitem__, joined(bank))
+    ]
     edges = [asdict(edge) for edge in bank.graph.edges]
     return {"name": bank.name, "base": bank.base.id, "levels": levels(bank), "concepts": concepts, "edges": edges}
-
-
-def _concept(bank: ConceptBank, name: str) -> dict[str, Any]:
-    concept = bank[name]
-    return {
-        **{key: getattr(concept, key) for key in ("index", "label", "source", "unit", "range", "useful", "examples")},
-        "name": name,
-        "level": concept.encoder,
-        "tokens": [str(token) for token in concept.effects.get("promotes", ())],
-        "picture": b64encode(bank.pictures.get(THUMBNAIL.format(name), b"")).decode(),
-    }
