@@ -224,7 +224,7 @@ class Attachment:
         for path in paths:
             if path not in self.clocks:
                 clock = self.clocks[path] = Clock(host, path)
-                # last among the pre-hooks, to see the inputs as others leave them
+                # last among the pre-hooks, after all that change the inputs
                 handle = self.model.get_submodule(path).register_forward_pre_hook(clock.on_call, with_kwargs=True)
                 self._undo[f"clock {path}"] = handle.remove
             self.clocks[path].outer |= {outer for outer in paths if path.startswith(f"{outer}.") or (path and not outer)}
@@ -278,10 +278,6 @@ def modules_on(model: nn.Module, path: str) -> list[nn.Module]:
 
 def is_compiled(modules: Sequence[nn.Module]) -> bool:
     """Whether torch has compiled one of these modules in place; the first is the whole model."""
-    if "_compiled_call" in modules[0].__dict__:  # what transformers' generate() keeps
-        return True
-    for module in modules:
-        forward = module.__dict__.get("forward")
-        if module._compiled_call_impl is not None or hasattr(forward, "_torchdynamo_orig_callable"):
-            return True
-    return False
+    return "_compiled_call" in modules[0].__dict__ or any(  # the attribute that transformers' generate() sets
+        m._compiled_call_impl is not None or hasattr(m.__dict__.get("forward"), "_torchdynamo_orig_callable") for m in modules
+    )
