@@ -100,7 +100,7 @@ class TransformersHost(Host):
         if (tokens := kwargs.get("input_ids")) is None:
             tokens = _tokens(args, kwargs)
         length, mask, call = tokens.shape[1], kwargs.get("attention_mask"), RUNNING.call
-        seen = mask.shape if isinstance(mask, Tensor) else ()
+        seen: tuple[int, ...] = mask.shape if isinstance(mask, Tensor) else ()
         if len(seen) != 2 or seen[1] < length:
             mask = None
         start = None if mask is None else seen[1] - length
