@@ -100,10 +100,10 @@ class TransformersHost(Host):
         if (tokens := kwargs.get("input_ids")) is None:
             tokens = _tokens(args, kwargs)
         length, mask, call = tokens.shape[1], kwargs.get("attention_mask"), RUNNING.call
-        seen: tuple[int, ...] = mask.shape if isinstance(mask, Tensor) else ()
-        if len(seen) != 2 or seen[1] < length:
-            mask = None
-        start = None if mask is None else seen[1] - length
+        if isinstance(mask, Tensor) and len(shape := mask.shape) == 2 and shape[1] >= length:
+            start = shape[1] - length
+        else:
+            mask = start = None
         if call is not None and call.model is self.model and clock != self._encoder:
             return call.at(clock, tokens, length, start, mask, kwargs)
         return TextPass(length, int(cached(kwargs)) if start is None else start, None, mask, like=tokens)
