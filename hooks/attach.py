@@ -1,13 +1,13 @@
 """Register and remove: the only file that touches a module's hooks.
 
 A *socket* is a permanent hook at one site; what it does is a program that can be swapped without touching the hook. A
-*clock* is a hook on the module whose call tells where the pass stands. Both are gone when the last user detaches.
+*clock* is a hook on the module whose arguments show where the pass stands. Both are removed when the last user detaches.
 """
 
 from __future__ import annotations
 
 import threading
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from threading import get_ident
@@ -29,15 +29,14 @@ Act = Callable[[Tensor, StepState], Tensor]
 
 
 class Moment(threading.local):
-    """Where the pass of this thread stands, as the clocks of a group of sites last said."""
+    """Where the pass of this thread stands at a group of sites, and the path of the clock that ticked last."""
 
     state: StepState | None = None
     clock: str | None = None
-    """Path of the clock that ticked last."""
 
 
 class Aside(threading.local):
-    """Whether this thread is running a pass on the side, which nobody but its starter should see."""
+    """Whether this thread is running a pass on the side, such as an unsteered twin, which is neither edited nor observed."""
 
     running: bool = False
 
@@ -48,112 +47,115 @@ ASIDE = Aside()
 class Clock:
     """A pre-hook that reads where the pass stands."""
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Clock:  # noqa: ARG002
-        """Deep copies carry no sessions."""
-        return Clock(self.host, self.path)
-
     def __init__(self, host: Host, path: str):
         self.path, self.host = path, host
         self.moments: list[Moment] = []
         self.outer: set[str] = set()
         """Paths of the clocks around this one. If one of them ticked last, its answer stands."""
         self.traced: Any = None
-        self.passes: Counter[int] = Counter()
-        """Passes so far, by thread."""
+        self._passes: dict[int, int] = defaultdict(int)  # which counts faster than a Counter
 
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:  # noqa: ARG002
+    @property
+    def passes(self) -> Counter[int]:
+        """Passes so far, by thread."""
+        return Counter(self._passes)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Clock:  # noqa: ARG002
+        """Deep copies carry no sessions."""
+        return Clock(self.host, self.path)
+
+    def on_call(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:  # noqa: ARG002
+        """A forward pre-hook. Every microsecond here is paid at every token."""
         if is_compiling():
             self.traced = self.host.traced_state(self.path, args, kwargs)
             return
-        self.passes[get_ident()] += 1
+        self._passes[get_ident()] += 1
         state = None
         for moment in self.moments:
-            if moment.clock not in self.outer:
+            if not self.outer or moment.clock not in self.outer:
                 state = moment.state = state or self.host.state(self.path, args, kwargs)
             moment.clock = self.path
-        if isinstance(state, DenoisingPass):  # blocks may be compiled where what calls them is not
+        if type(state) is DenoisingPass:  # blocks may be compiled where what calls them is not
             self.traced = state.into_tensors(self.traced)
 
 
 class Socket:
-    """A hook at one site whose contents can be swapped while it stays."""
+    """A hook at one site whose contents can be swapped while it stays.
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Socket:  # noqa: ARG002
-        """Deep copies carry no sessions."""
-        return Socket(self.model, self.site, self.clocks, self.moment)
+    Attributes:
+        owners: who acts here, in the order of coming.
+        edit: what all of them do; None: nothing.
+        traced: what compiled code runs: its contents are tensors changed in place.
+    """
 
     def __init__(self, model: nn.Module, site: Site, clocks: tuple[Clock, ...], moment: Moment):
         self.model, self.site, self.clocks, self.moment = model, site, clocks, moment
         self.is_plain = site.is_plain
         self.owners: list[Any] = []
-        """Who acts here, in the order of coming."""
         self.edit: Act | None = None
-        """What all of them do; None: nothing."""
         self.traced: Act | None = None
-        """What compiled code runs: its contents are tensors changed in place."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Socket:  # noqa: ARG002
+        """Deep copies carry no sessions."""
+        return Socket(self.model, self.site, self.clocks, self.moment)
 
     def on_output(self, module: nn.Module, args: tuple, output: Any) -> Any:  # noqa: ARG002 - torch's signature
         """A forward hook. Every microsecond here is paid at every site of every token."""
-        if is_compiling():  # asked first: compiled code must not depend on what is edited
-            return self._compiled(output)
-        if (edit := self.edit) is None:
+        edit = None if (compiling := is_compiling()) else self.edit  # compiled code must not depend on what is edited
+        if edit is None and not compiling:
             return None
         if self.is_plain and type(output) is Tensor:
-            return self._run(edit, output)
+            return self._act(edit, output)
         x = self.site.read(output)
-        y = self._run(edit, x)
+        y = self._act(edit, x)
         return None if y is x else self.site.write(output, y)
 
-    def on_update(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:  # noqa: ARG002
+    def on_update(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         """A forward hook of a block: the tensor is its output minus its input."""
         edit = None if (compiling := is_compiling()) else self.edit
-        if not compiling and edit is None:
+        if edit is None and not compiling:
             return None
-        whole, at = self.site.read(output), self._given(module, args, kwargs)
-        before = self.site.read(args[at] if isinstance(at, int) else kwargs[at])
+        whole, before = self.site.read(output), self.site.read(self._given(module, args, kwargs)[1])
         if before.shape != whole.shape:
             raise WrongWidth(
                 f"site {self.site.name!r}: {self.site.module!r} is given {tuple(before.shape)} and gives {tuple(whole.shape)}; "
                 "it does not add to its input, so steer its output"
             )
         x = whole - before
-        y = self._traced(x) if edit is None else self._run(edit, x)
+        y = self._act(edit, x)
         return None if y is x else self.site.write(output, whole + (y - x))
-
-    def _given(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> int | str:
-        """Where the input is: by its name; else the first positional argument, or the first keyword that holds a tensor."""
-        name = self.site.argument
-        if name in kwargs:
-            return name
-        if name is not None:
-            return arguments(module).index(name) - 1
-        return 0 if args else next(name for name, value in kwargs.items() if isinstance(value, Tensor))
 
     def on_input(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         """A forward pre-hook on one argument."""
         edit = None if (compiling := is_compiling()) else self.edit
-        if not compiling and edit is None:
+        if edit is None and not compiling:
             return None
-        at = self._given(module, args, kwargs)
-        value = args[at] if isinstance(at, int) else kwargs[at]
-        if edit is None:
-            y = self._compiled(value)
-        else:
-            x = self.site.read(value)
-            changed = self._run(edit, x)
-            y = value if changed is x else self.site.write(value, changed)
-        return ((*args[:at], y, *args[at + 1 :]), kwargs) if isinstance(at, int) else (args, {**kwargs, at: y})
+        at, value = self._given(module, args, kwargs)
+        x = self.site.read(value)
+        y = self._act(edit, x)
+        value = value if y is x else self.site.write(value, y)
+        return ((*args[:at], value, *args[at + 1 :]), kwargs) if isinstance(at, int) else (args, {**kwargs, at: value})
 
-    def _run(self, edit: Act, x: Tensor) -> Tensor:
+    def _given(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[int | str, Any]:
+        """Place and value of the input: by its name; else the first positional argument, or the first keyword with a tensor."""
+        name = self.site.argument
+        if name in kwargs:
+            return name, kwargs[name]
+        if name is None and not args:
+            return next((name, value) for name, value in kwargs.items() if isinstance(value, Tensor))
+        at = 0 if name is None else arguments(module).index(name) - 1
+        return at, args[at]
+
+    def _act(self, edit: Act | None, x: Tensor) -> Tensor:
+        """What an edit makes of `x[B, N, D]`; None: what compiled code runs instead."""
+        if edit is None:
+            return self._traced(x)
         state = self.moment.state
         if state is None:  # called by hand, outside the model's own forward
             state = TextPass(x.shape[1], like=x)
-        elif state.length != x.shape[1]:
-            state = state.at(x.shape[1])
+        elif state.length != (length := x.shape[1]):
+            state = state.at(length)
         return edit(x, state)
-
-    def _compiled(self, value: Any) -> Any:
-        return self.site.write(value, self._traced(self.site.read(value)))
 
     def _traced(self, x: Tensor) -> Tensor:
         state = next((clock.traced for clock in reversed(self.clocks) if clock.traced is not None), None)
@@ -178,8 +180,7 @@ class Attachment:
         self._undo: dict[str, Callable[[], None]] = {}
 
     def require(self, host: Host, sites: Iterable[Site]) -> None:
-        """Have a socket at every site: all of them, or, if one fails, none."""
-        sites = list(sites)
+        """Put a socket at every site: at all of them, or, if one fails, at none."""
         with ExitStack() as stack:
             for site in sites:
                 stack.callback(self.release, host, [site])
@@ -189,20 +190,20 @@ class Attachment:
             stack.pop_all()
 
     def release(self, host: Host, sites: Iterable[Site]) -> None:
-        """Remove the sockets nobody needs any more, the last one with the clocks and the rest."""
+        """Remove the sockets and clocks that no session needs any more, and after the last one everything else."""
         for site in sites:
             self._uses[site.name] -= 1
             if not self._uses[site.name]:
                 del self._uses[site.name]
-                self.sockets.pop(site.name, None)
-                self._undo.pop(f"site {site.name}", _nothing)()
+                if self.sockets.pop(site.name, None) is not None:
+                    self._undo.pop(f"site {site.name}")()
         needed = {path for socket in self.sockets.values() for path in host.clocks(socket.site)}
-        for path in [path for path in self.clocks if path not in needed]:
+        for path in self.clocks.keys() - needed:
             del self.clocks[path]
-            self._undo.pop(f"clock {path}", _nothing)()
+            self._undo.pop(f"clock {path}")()
             self._moments = {paths: moment for paths, moment in self._moments.items() if path not in paths}
         if not self.sockets:
-            self._undo.pop("watch", _nothing)()
+            self._undo.pop("watch", lambda: None)()
             if _ATTACHED.get(self.model) is self:
                 del _ATTACHED[self.model]
 
@@ -217,15 +218,14 @@ class Attachment:
                 f"{type(self.model).__name__} is compiled already, and torch would ignore a hook added now at "
                 f"{site.name!r}. Load it anew (or call torch.compiler.reset()), then sl.attach(model, bank), then compile"
             )
-        module = inside[-1]
         if "watch" not in self._undo:
             self._undo["watch"] = host.watch()
         paths = host.clocks(site)
         for path in paths:
             if path not in self.clocks:
                 clock = self.clocks[path] = Clock(host, path)
-                # last among the pre-hooks, to see the inputs as others leave them
-                handle = self.model.get_submodule(path).register_forward_pre_hook(clock, with_kwargs=True)
+                # last among the pre-hooks, after all that change the inputs
+                handle = self.model.get_submodule(path).register_forward_pre_hook(clock.on_call, with_kwargs=True)
                 self._undo[f"clock {path}"] = handle.remove
             self.clocks[path].outer |= {outer for outer in paths if path.startswith(f"{outer}.") or (path and not outer)}
         clocks = tuple(self.clocks[path] for path in paths)
@@ -234,16 +234,16 @@ class Attachment:
             for clock in clocks:
                 clock.moments.append(moment)
         socket = Socket(self.model, site, clocks, moment)
+        self._undo[f"site {site.name}"] = _hook(host, inside[-1], socket)
         self.sockets[site.name] = socket
-        self._undo[f"site {site.name}"] = _hook(host, module, socket)
         for other in self.sockets.values():  # an output includes what was done to the update
             if site.side == "output" and other.site.side == "update" and other.site.module == site.module:
                 self._undo[f"site {other.site.name}"]()
-                self._undo[f"site {other.site.name}"] = _hook(host, module, other)
+                self._undo[f"site {other.site.name}"] = _hook(host, inside[-1], other)
 
 
 def _hook(host: Host, module: nn.Module, socket: Socket) -> Callable[[], None]:
-    """Register a socket, first among the hooks, so that every observer sees what flows on; gives back what removes it."""
+    """Register a socket, first among the hooks, so that every observer sees what flows on. Returns what removes it."""
     if (undo := host.plug(module, socket)) is not None:
         return undo
     if socket.site.side == "input":
@@ -253,12 +253,8 @@ def _hook(host: Host, module: nn.Module, socket: Socket) -> Callable[[], None]:
     return module.register_forward_hook(socket.on_output, prepend=True).remove
 
 
-def _nothing() -> None:
-    pass
-
-
 def before_forward(model: nn.Module, action: Callable[[tuple, dict[str, Any]], None]) -> Callable[[], None]:
-    """Do something before every pass of the whole model; gives back what undoes it."""
+    """Do something before every pass of the whole model. Returns what undoes it."""
     return model.register_forward_pre_hook(lambda _, args, kwargs: action(args, kwargs), with_kwargs=True, prepend=True).remove
 
 
@@ -269,10 +265,7 @@ LOCK = threading.RLock()
 
 def attachment(host: Host) -> Attachment:
     """The one attachment of a model. Call it, and `require` what is needed, under `LOCK`."""
-    found = _ATTACHED.get(host.model)
-    if found is None:
-        found = _ATTACHED[host.model] = Attachment(host)
-    return found
+    return _ATTACHED.setdefault(host.model, Attachment(host))
 
 
 def modules_on(model: nn.Module, path: str) -> list[nn.Module]:
@@ -285,10 +278,6 @@ def modules_on(model: nn.Module, path: str) -> list[nn.Module]:
 
 def is_compiled(modules: Sequence[nn.Module]) -> bool:
     """Whether torch has compiled one of these modules in place; the first is the whole model."""
-    if "_compiled_call" in modules[0].__dict__:  # what transformers' generate() keeps
-        return True
-    for module in modules:
-        forward = module.__dict__.get("forward")
-        if module._compiled_call_impl is not None or hasattr(forward, "_torchdynamo_orig_callable"):
-            return True
-    return False
+    return "_compiled_call" in modules[0].__dict__ or any(  # the attribute that transformers' generate() sets
+        m._compiled_call_impl is not None or hasattr(m.__dict__.get("forward"), "_torchdynamo_orig_callable") for m in modules
+    )

@@ -16,7 +16,7 @@ from steerlib.passes import StepState, TextPass, TracedPass
 from steerlib.sites import Site
 
 SIDES: dict[str, Literal["input", "update", "output"]] = {".in": "input", ".update": "update", "": "output"}
-"""What a path's ending says of the side."""
+"""The ending of a path -> the side."""
 Entry = TypeVar("Entry")
 
 

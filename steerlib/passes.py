@@ -146,7 +146,6 @@ class TextPass(StepState):
     def __init__(
         self,
         length: int,
-        *,
         start: int = 0,
         prompt: int | None = None,
         mask: Tensor | None = None,
@@ -156,10 +155,12 @@ class TextPass(StepState):
     ):
         self.length, self.start, self.prompt, self.mask = length, start, prompt, mask
         self.prompts, self.branches, self.like = prompts, branches, like
-        self.section: Section = (
-            "prompt" if prompt is None or start + length <= prompt else ("generated" if start >= prompt else "mixed")
-        )
-        self.is_plain = self.section == "generated" or (mask is None and self.section == "prompt")
+        if prompt is None or start + length <= prompt:
+            self.is_plain = mask is None
+        elif start >= prompt:
+            self.section = "generated"
+        else:
+            self.section, self.is_plain = "mixed", False
 
     def at(self, count: int) -> "TextPass":
         """This pass where only the last `count` tokens flow (`logits_to_keep`)."""
@@ -167,8 +168,8 @@ class TextPass(StepState):
             return self
         if count > self.length:  # called by hand, outside the model's own forward
             return TextPass(count, like=self.like)
-        known = {"prompt": self.prompt, "mask": self.mask, "prompts": self.prompts, "branches": self.branches}
-        return TextPass(count, start=self.start + self.length - count, **known, like=self.like)
+        start = self.start + self.length - count
+        return TextPass(count, start, self.prompt, self.mask, self.prompts, self.branches, self.like)
 
     @cached_property
     def real(self) -> Bool[Tensor, "B N"] | None:

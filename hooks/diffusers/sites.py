@@ -51,12 +51,12 @@ class PipelineSites:
     @cached_property
     def _texts(self) -> dict[str, Site]:
         """Sites of text encoders, named as in any transformers model behind the component's name."""
-        found: dict[str, Site] = {}
+        found: list[Site] = []
         for name, part in self.model.named_children():
             if type(part).__module__.startswith("transformers.") and "text_encoder" in name:
-                for inner, site in named_sites(part).items():
-                    found[f"{name}.{inner}"] = replace(site, name=f"{name}.{inner}", module=f"{name}.{site.module}")
-        return found
+                inside = named_sites(part).values()
+                found += [replace(site, name=f"{name}.{site.name}", module=f"{name}.{site.module}") for site in inside]
+        return {site.name: site for site in found}
 
     def find(self, name: str) -> Site:
         """A site by its name or path; raises `UnknownSite` with the nearest."""
@@ -131,7 +131,7 @@ class PipelineSites:
         return found
 
     def _stages(self, autoencoder: nn.Module) -> list[str]:
-        """Where an autoencoder can be looked at: its two halves and their blocks."""
+        """Paths of an autoencoder's two halves and of their blocks."""
         stages, whole = r"(encoder|decoder)(\.(mid_block|(down|up)_blocks\.\d+))?", ("encoder", "decoder")
         found = [path for path, _ in autoencoder.named_modules() if re.fullmatch(stages, path)]
         return [f"{path}{ending}" for path in found for ending in (("", ".in") if path in whole else ("",))]

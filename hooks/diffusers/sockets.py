@@ -30,10 +30,8 @@ class Plugged:
             args, kwargs = (args, kwargs) if changed is None else changed
             return self.below(*args, **kwargs)
         output = self.below(*args, **kwargs)
-        if socket.site.side == "update":
-            changed = socket.on_update(module, args, kwargs, output)
-        else:
-            changed = socket.on_output(module, args, output)
+        is_update = socket.site.side == "update"
+        changed = socket.on_update(module, args, kwargs, output) if is_update else socket.on_output(module, args, output)
         return output if changed is None else changed
 
     def remove(self) -> None:

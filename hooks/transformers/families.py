@@ -38,7 +38,7 @@ class Family:
 
 
 FAMILIES = {
-    # the residual is added inside, by a module that does not say so
+    # the residual is added inside a module whose arguments do not show it
     "XLNetLayer": Family(attn="", mlp="ff.layer_2", layout="NBD"),
     "ZambaHybridLayer": Family(attn="mamba_decoder.mamba", mlp=""),
     "Zamba2HybridLayer": Family(attn="mamba_decoder.mamba", mlp=""),

@@ -47,27 +47,31 @@ class Generation:
     uncond_prompt: int | None = None
     ends: dict[str, int] = field(default_factory=dict)
 
-    def at(self, clock: str, tokens: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> TextPass:
-        """Where a pass of this call stands that was given these tokens `[B, N, ...]`."""
-        length = tokens.shape[1]
+    def at(
+        self, clock: str, tokens: Tensor, length: int, start: int | None, mask: Tensor | None, kwargs: dict[str, Any]
+    ) -> TextPass:
+        """Where a pass of this call over `tokens` `[B, length, ...]` stands; `start` and `mask` are known together."""
         branch = _half() if self.guided else None
-        start = self._start(branch, clock, length, kwargs) if mask is None else mask.shape[1] - length
+        if start is None:
+            start = self._start(branch, clock, length, kwargs)
+        end = start + length
         if branch == "uncond":
-            self.uncond_prompt = prompt = self.uncond_prompt or start + length
+            self.uncond_prompt = prompt = self.uncond_prompt or end
         else:
             if not ASIDE.running:
-                self.ends[clock] = start + length
-            prompt = self.prompt = start + length if self.prompt is None else self.prompt
+                self.ends[clock] = end
+            if (prompt := self.prompt) is None:
+                prompt = self.prompt = end
             if mask is None and self.mask is not None:
                 mask = self.mask.repeat_interleave(len(tokens) // len(self.mask), dim=0)
-        halves = () if branch is None else (branch,)
-        return TextPass(length, start=start, prompt=prompt, mask=mask, prompts=self.prompts, branches=halves, like=tokens)
+        # arguments by place, since by name this call takes twice as long
+        return TextPass(length, start, prompt, mask, self.prompts, () if branch is None else (branch,), tokens)
 
     def _start(self, branch: Branch | None, clock: str, length: int, kwargs: dict[str, Any]) -> int:
         """The column of the first token of a pass that was given no mask."""
-        if kwargs.get("past_key_values") is not None:
+        if (cache := kwargs.get("past_key_values")) is not None:
             try:
-                return int(cached(kwargs))
+                return int(cache.get_seq_length())
             except (ValueError, AttributeError):  # caches of models without attention do not count
                 pass
         if branch == "uncond":

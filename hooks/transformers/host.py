@@ -97,17 +97,16 @@ class TransformersHost(Host):
     def state(self, clock: str, args: tuple, kwargs: dict[str, Any]) -> TextPass:
         if len(args) > 1:  # by place, not by name
             kwargs = named(self.model.get_submodule(clock), args, kwargs)
-        tokens = kwargs.get("input_ids")
-        if tokens is None:
+        if (tokens := kwargs.get("input_ids")) is None:
             tokens = _tokens(args, kwargs)
-        length, mask = tokens.shape[1], kwargs.get("attention_mask")
-        if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] >= length):
-            mask = None
-        call = RUNNING.call
+        length, mask, call = tokens.shape[1], kwargs.get("attention_mask"), RUNNING.call
+        if isinstance(mask, Tensor) and len(shape := mask.shape) == 2 and shape[1] >= length:
+            start = shape[1] - length
+        else:
+            mask = start = None
         if call is not None and call.model is self.model and clock != self._encoder:
-            return call.at(clock, tokens, mask, kwargs)
-        start = int(cached(kwargs)) if mask is None else mask.shape[1] - length
-        return TextPass(length, start=start, mask=mask, like=tokens)
+            return call.at(clock, tokens, length, start, mask, kwargs)
+        return TextPass(length, int(cached(kwargs)) if start is None else start, None, mask, like=tokens)
 
     @cached_property
     def _encoder(self) -> str | None:

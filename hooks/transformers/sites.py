@@ -169,9 +169,9 @@ def _heads(attention: nn.Module, path: str, name: str, config: Any) -> list[Site
     inner = dict(attention.named_modules())
     projections = [where for where in inner if where.rpartition(".")[2].lower() in PROJECTION]
     where, width = next(((w, n) for w in projections if (n := _first(inner[w], "in_features", "nx"))), ("", 0))
-    told = next((told for module in inner.values() if isinstance(told := _first(module, *HEADS), int)), None)
+    given = next((n for module in inner.values() if isinstance(n := _first(module, *HEADS), int)), None)
     size = getattr(attention, "head_dim", None)
-    count = told or (width // size if size else _first(config, *HEADS)) or 1
+    count = given or (width // size if size else _first(config, *HEADS)) or 1
     size, rest = divmod(width, count)
     if not width or rest:
         return []
