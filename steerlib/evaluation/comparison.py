@@ -18,8 +18,8 @@ and strengths chosen on other prompts than those reported on, follow AxBench (Wu
 import copy
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -130,21 +130,17 @@ def answer(
     )
 
 
-def together(model: Any, conditions: Sequence[Condition], each: int) -> ExitStack:
-    """Sessions of all conditions, each acting on `each` rows of its own and capped as any; enter the stack to steer."""
-    stack = ExitStack()
-    stack.enter_context(warnings.catch_warnings())
-    warnings.simplefilter("ignore", OutOfRange)  # what a search tries may be out of range, and stays capped
-    try:
+@contextmanager
+def together(model: Any, conditions: Sequence[Condition], each: int) -> Iterator[None]:
+    """Inside the block, sessions of all conditions, each acting on `each` rows of its own and capped as any."""
+    with warnings.catch_warnings(), ExitStack() as stack:
+        warnings.simplefilter("ignore", OutOfRange)  # what a search tries may be out of range, and stays capped
         for k, condition in enumerate(conditions):
             if condition.bank is not None and condition.edits:
                 own = [row // each == k for row in range(len(conditions) * each)]
                 edits = {n: Add([amount * mine for mine in own], gate=condition.gate) for n, amount in condition.edits.items()}
                 stack.enter_context(steer(model, condition.bank, edits))
-    except BaseException:
-        stack.close()
-        raise
-    return stack
+        yield
 
 
 @torch.no_grad()

@@ -1,6 +1,6 @@
 """Pictures to look at: drawn for captions, and laid out as a table."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from io import BytesIO
 from textwrap import fill
 from typing import Any
@@ -16,10 +16,8 @@ Pictures = NDArray[np.uint8]
 """`[B, H, W, 3]`"""
 
 
-def grid(
-    cells: Mapping[str, Mapping[str, Pictures]], *, title: str = "", label: Callable[[str, str], str] | None = None
-) -> bytes:
-    """A table of pictures as PNG: rows and columns by name, in every cell a strip of some; `label` says what is under one."""
+def grid(cells: Mapping[str, Mapping[str, Pictures]], *, title: str = "") -> bytes:
+    """A table of pictures as PNG: rows and columns by name, in every cell a strip of some."""
     try:
         import matplotlib
     except ImportError:
@@ -38,8 +36,7 @@ def grid(
     for row, (name, strip) in zip(axes, cells.items(), strict=True):
         for axis, column in zip(row, columns, strict=True):
             axis.imshow(strip_of(strip[column]), interpolation="nearest")
-            axis.set(xticks=[], yticks=[], xlabel=label(name, column) if label else "")
-            axis.xaxis.label.set_size("xx-small")
+            axis.set(xticks=[], yticks=[])
         row[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize="small")
     for axis, column in zip(axes[0], columns, strict=True):
         axis.set_title(fill(column, 26), fontsize="small" if len(column) < 26 else "xx-small")

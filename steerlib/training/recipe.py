@@ -122,9 +122,7 @@ class Recipe(ABC):
         labels = [int(line.get("label", -1)) for line in lines]
         if set(labels) != {0, 1}:
             raise BadRecipe(f"{name}: expected labels 0 and 1, got {sorted(set(labels))}")
-        positive, negative = (
-            [line["text"] for line, label in zip(lines, labels, strict=True) if label == side] for side in (1, 0)
-        )
+        positive, negative = ([line["text"] for line in lines if int(line["label"]) == side] for side in (1, 0))
         return positive, negative
 
     @property

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -73,7 +73,7 @@ class SteeredText(System):
 
             def replace(x: Tensor, state: StepState) -> Tensor:  # noqa: ARG001
                 own = x[:, 1:]
-                natural = sparse(encoder.encode(own).flatten(0, 1))
+                natural = csr_matrix(encoder.encode(own).flatten(0, 1).cpu().numpy())
                 flows = change(natural) if change else natural
                 found[name] = Reading(natural, flows)
                 if len(found) == len(self._encoders):
@@ -88,11 +88,6 @@ class SteeredText(System):
         with replacing(self.model, {site: at(name) for site, name in self._sites.items()}), suppress(Enough):
             self.model.base_model(self.ids[contexts].to(self.model.device), use_cache=False)
         return {name: found[name] for name in self.levels}
-
-
-def sparse(z: Float[Tensor, "U n"]) -> Codes:
-    """Readings by row."""
-    return csr_matrix(z.cpu().numpy())
 
 
 def _depth(site: str) -> int:

@@ -25,15 +25,12 @@ class Source(Protocol):
     @property
     def width(self) -> int:
         """Length of what is read."""
-        ...
 
     def __len__(self) -> int:
         """Tokens."""
-        ...
 
     def batches(self, start: int, batch: int) -> Iterator[Batch]:
         """Batches of `batch` tokens, from the `start`-th on."""
-        ...
 
 
 class Tokens:

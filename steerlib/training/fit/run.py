@@ -8,7 +8,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
-from itertools import islice
+from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -93,8 +93,11 @@ def beginners(
 
 
 def stepped(learner: Learner, x: Tensor, y: Tensor | None, step: int, accelerator: Any) -> Outcome:
-    """Learn from a batch; returns the outcome without gradients."""
-    outcome = together(accelerator, learner.outcome(x, y, step))
+    """Learn from a batch, whose outcomes in all processes are added up; returns the outcome without gradients."""
+    outcome = learner.outcome(x, y, step)
+    if accelerator is not None and accelerator.num_processes > 1:
+        outcome = accelerator.reduce(outcome, reduction="sum")
+        outcome = outcome._replace(least=outcome.least / accelerator.num_processes)  # the least potential is their mean
     learner.learn(outcome, step)
     return outcome._replace(gradients={})
 
@@ -104,14 +107,10 @@ def stepped(learner: Learner, x: Tensor, y: Tensor | None, step: int, accelerato
 
 def ahead(batches: Iterator[Batch], device: torch.device, accelerator: Any) -> Iterator[tuple[Tensor, Tensor | None]]:
     """This process's part of each batch, on its way to the device while the one before is worked on."""
-    waiting = None
-    for x, y in map(pair, batches):
-        moved = moving(x, device, accelerator), None if y is None else moving(y, device, accelerator)
-        if waiting is not None:
-            yield waiting
-        waiting = moved
-    if waiting is not None:
-        yield waiting
+    moved = (
+        (moving(x, device, accelerator), None if y is None else moving(y, device, accelerator)) for x, y in map(pair, batches)
+    )
+    return (one for one, _ in pairwise(chain(moved, [None])) if one is not None)
 
 
 def moving(batch: Tensor, device: torch.device, accelerator: Any) -> Tensor:
@@ -121,14 +120,6 @@ def moving(batch: Tensor, device: torch.device, accelerator: Any) -> Tensor:
     if device.type != "cuda" or part.is_cuda:
         return part.to(device)
     return part.pin_memory().to(device, non_blocking=True)
-
-
-def together(accelerator: Any, outcome: Outcome) -> Outcome:
-    """The outcomes of all processes added up; the least potential is their mean."""
-    if accelerator is None or accelerator.num_processes == 1:
-        return outcome
-    whole = accelerator.reduce(outcome, reduction="sum")
-    return whole._replace(least=whole.least / accelerator.num_processes)
 
 
 # -- what is shown and kept ----------------------------------------------------------------------------------

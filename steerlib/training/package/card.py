@@ -175,12 +175,8 @@ def _gates(bank: ConceptBank) -> str:
 
 def _example(record: MeasuredEffects) -> str:
     e = record["examples"][0]
-    lines = [f"> {name}: {_line(e[name])}" for name in ("unsteered", "prompted", "steered")]
+    lines = [f"> {name}: {' '.join(e[name].split())}" for name in ("unsteered", "prompted", "steered")]
     return f"**{record['concept']} {record['amount']:+.2f}** — {e['prompt']}\n\n" + "\n>\n".join(lines)
-
-
-def _line(text: str) -> str:
-    return " ".join(text.split())
 
 
 LIMITS = """## Limits

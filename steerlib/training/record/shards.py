@@ -148,14 +148,7 @@ class Shards:
             return {name: file.get_tensor(name) for name in names}
 
     def batches(
-        self,
-        names: str | Sequence[str],
-        start_step: int,
-        batch: int,
-        *,
-        seed: int = 0,
-        epochs: int | None = None,
-        mix: int = 8,
+        self, names: str | Sequence[str], start_step: int, batch: int, *, seed: int = 0, epochs: int | None = None, mix: int = 8
     ) -> Iterator[Any]:
         """Training batches from step `start_step` on, `[batch, D]` each, as they are stored; by name if several are asked for.
 
