@@ -363,10 +363,8 @@ def dose_response(
             with steer(model, bank, {concept: dose}, allow_ood=True):
                 table.append(_difference(_leaning(model, done), wanted, others) - before if dose else before * 0)
     p, x = np.stack(table), np.array(doses)
-    centred = x - x.mean()
-    slopes = centred @ p / (centred @ centred)
-    mean = p.mean(1)
-    sides = [_slope(x[side], mean[side]) for side in (x <= 0, x >= 0)]
+    slopes, mean = _slope(x, p), p.mean(1)
+    sides = [float(_slope(x[side], mean[side])) if side.sum() > 1 else 0.0 for side in (x <= 0, x >= 0)]
     return Response(
         doses=tuple(doses),
         propensity=tuple(float(v) for v in mean),
@@ -415,9 +413,9 @@ def _difference(leaning: Tensor, wanted: Sequence[int], others: Sequence[int]) -
     return (leaning[:, list(wanted)].mean(1) - leaning[:, list(others)].mean(1)).cpu().numpy()
 
 
-def _slope(x: np.ndarray, y: np.ndarray) -> float:
+def _slope(x: np.ndarray, y: np.ndarray) -> Any:
     centred = x - x.mean()
-    return float(centred @ y / (centred @ centred)) if len(x) > 1 else 0.0
+    return centred @ y / (centred @ centred)
 
 
 def _spearman(x: np.ndarray, y: np.ndarray) -> float:

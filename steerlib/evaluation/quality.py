@@ -107,9 +107,6 @@ def _next_tokens(model: Any, tokenizer: Any, texts: Sequence[str], length: int =
     return NextTokens(-torch.cat(own).mean(), torch.cat(scores))
 
 
-# -- what latents tell, and what seeds agree on ----------------------------------------------------------------
-
-
 def probed(encoder: Sparse, labelled: Mapping[str, Attribute]) -> dict[str, Any]:
     """Under `probes`, by attribute: accuracies of probes by how many latents they look at, and the latents that go best with
     it, with their selection scores. Nothing where there are no attributes."""

@@ -23,9 +23,6 @@ from ..evaluation.probing import LEAST
 from ..evaluation.text import Scorer, Scoring, counting
 from .entries import ConceptRecipe, GraphRecipe, Pair, SiteEncoder, made_of
 
-# -- the three kinds -----------------------------------------------------------------------------------------
-
-
 R = TypeVar("R", bound="Recipe")
 
 
@@ -185,7 +182,6 @@ class DirectionRecipe(Recipe):
     ship: str = "all"
 
     def check(self, *, to_train: bool = True) -> None:  # noqa: ARG002
-        """Raise `BadRecipe` for what cannot work, before any model is loaded."""
         _check_names([concept.name for concept in self.concepts])
         if min(self.budget, *self._counts.values(), self.seeds, self.new_tokens) < 1:
             raise BadRecipe("expected a positive budget and positive numbers of prompts, seeds and new tokens")
@@ -266,7 +262,6 @@ class CorpusRecipe(Recipe, ABC):
     has_levels: ClassVar[bool]
 
     def check(self, *, to_train: bool = True) -> None:
-        """Raise `BadRecipe` for what cannot work, before any model is loaded."""
         _check_names([made.id for made in self.encoders])
         for made in self.encoders:
             made.check()
@@ -305,7 +300,6 @@ class TextEncoderRecipe(CorpusRecipe):
     has_levels: ClassVar[bool] = False
 
     def check(self, *, to_train: bool = True) -> None:
-        """Raise `BadRecipe` for what cannot work, before any model is loaded."""
         super().check(to_train=to_train)
         if self.graph is not None:
             self.graph.check()
@@ -335,8 +329,6 @@ class PipelineEncoderRecipe(CorpusRecipe):
         """Timesteps of the noise levels, the noisiest first."""
         return sorted({made.level for made in self.encoders if made.level is not None}, reverse=True)
 
-
-# -- reading -------------------------------------------------------------------------------------------------
 
 KINDS: tuple[type[Recipe], ...] = (DirectionRecipe, TextEncoderRecipe, PipelineEncoderRecipe)
 DIGESTED = (

@@ -52,19 +52,18 @@ def measure(bank: ConceptBank, concept: ConceptRecipe, judge: Judge, studio: Stu
         "moved": float((after > before).mean()),
         "conditions": {name: _line(scores, found, column, i) | effects.get(name, {}) for name, i in rows.items()},
         "joint": {name: found.total[i].mean(0).tolist() for name, i in rows.items()},
-        "response": _response(bank, fact, studio, concept)._asdict(),
+        "response": _response(bank, fact, studio, concept, prompts)._asdict(),
         "examples": _examples(prompts, scores),
         "tried": [[*trial] for trial in choice.trials] if choice else [],
     }
     return _rounded({**record, "passes": _passes(record), "also": _also(record)})
 
 
-def _response(bank: ConceptBank, fact: Concept, studio: Studio, concept: ConceptRecipe) -> Response:
+def _response(bank: ConceptBank, fact: Concept, studio: Studio, concept: ConceptRecipe, prompts: Sequence[str]) -> Response:
     """Dose and response, in words that tell the pairs' answers with the concept from those without it."""
     pairs = studio.recipe.read_pairs(concept)
     words = comparison.lexicon([pair.positive for pair in pairs], [pair.negative for pair in pairs])
     doses = [round(dose * (fact.useful or 1.0), 4) for dose in DOSES]
-    prompts = studio.recipe.read_prompts("evaluation")
     return comparison.dose_response(studio.model, studio.tokenizer, bank, concept.name, doses, prompts, words)
 
 

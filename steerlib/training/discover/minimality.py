@@ -33,9 +33,10 @@ def without_echoes(effects: Codes, parents: Codes, children: Codes) -> Codes:
     shared = (abs(effects).T @ abs(effects)).tocoo()
     kept = effects.tolil(copy=True)
     for c, other in zip(shared.row.tolist(), shared.col.tolist(), strict=True):
-        if c == other or not _echoes(own, c, other, _busy(fires, np.union1d(_rows(b, c), _rows(b, other)))):
+        both = _rows(b, c), _rows(b, other)
+        if c == other or not _echoes(own, c, other, [_rows(fires, p) for p in np.union1d(*both).tolist()]):
             continue
-        for p in np.intersect1d(_rows(b, c), _rows(b, other)):
+        for p in np.intersect1d(*both):
             if abs(effects[p, c]) < abs(effects[p, other]):
                 kept[p, c] = 0
     found = csr(kept)
@@ -47,20 +48,12 @@ def _rows(z: Columns, column: int) -> NDArray[Any]:
     return z.indices[z.indptr[column] : z.indptr[column + 1]]
 
 
-def _busy(fires: Columns, latents: NDArray[Any]) -> NDArray[Any]:
-    """Units on which any of some latents fires."""
-    busy = np.zeros(fires.shape[0], bool)
-    for latent in latents.tolist():
-        busy[_rows(fires, latent)] = True
-    return busy
-
-
-def _echoes(z: Columns, c: int, other: int, busy: NDArray[Any]) -> bool:
+def _echoes(z: Columns, c: int, other: int, busy: list[NDArray[Any]]) -> bool:
     """Whether `c` fires on most units on which the other is the stronger, and on which nothing that moves either fires."""
     units, amounts = _rows(z, other), z.data[z.indptr[other] : z.indptr[other + 1]]
     mine = np.zeros(z.shape[0])
     mine[_rows(z, c)] = z.data[z.indptr[c] : z.indptr[c + 1]]
-    told = ~busy[units] & (amounts > mine[units])
+    told = ~np.isin(units, np.concatenate(busy)) & (amounts > mine[units])
     return bool(told.sum() >= ALONE) and bool((mine[units[told]] > 0).mean() > 0.5)
 
 

@@ -35,7 +35,8 @@ class SteeredText(System):
         self._encoders = {name: encoder for name, encoder in found.items() if isinstance(encoder, Sparse)}
         if len(self._encoders) < 2 or ids.ndim != 2 or ids.shape[1] < 2:
             raise BadRecipe(f"expected latents of two layers or more and ids [C, N >= 2], got {[*found]}, {tuple(ids.shape)}")
-        self._encoders = dict(sorted(self._encoders.items(), key=lambda item: _depth(bank.encoders[item[0]].site)))
+        depth = {name: int("".join(filter(str.isdigit, bank.encoders[name].site)) or -1) for name in self._encoders}
+        self._encoders = {name: self._encoders[name] for name in sorted(depth, key=depth.__getitem__)}
         self._sites = {bank.encoders[name].site: name for name in self._encoders}
         self.model, self.ids = model, ids
 
@@ -88,7 +89,3 @@ class SteeredText(System):
         with replacing(self.model, {site: at(name) for site, name in self._sites.items()}), suppress(Enough):
             self.model.base_model(self.ids[contexts].to(self.model.device), use_cache=False)
         return {name: found[name] for name in self.levels}
-
-
-def _depth(site: str) -> int:
-    return int("".join(filter(str.isdigit, site)) or -1)

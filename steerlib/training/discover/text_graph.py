@@ -91,9 +91,6 @@ def best_known(bank: ConceptBank, levels: Sequence[str], count: int) -> list[str
     return [concept.id for concept in some[:count]]
 
 
-# -- what the edges are --------------------------------------------------------------------------------------
-
-
 def carried(bank: ConceptBank, edge: Edge) -> bool:
     """Whether an edge is no more than the residual stream carrying its parent on: `tau` within 20 % of `<d_p, e_c>`."""
     src, dst = bank[edge.src], bank[edge.dst]
@@ -116,9 +113,6 @@ def account(bank: ConceptBank, found: Discovery) -> dict[str, Any]:
         counted["carried"] += is_carried
         counted["negative"] += (edge.tau or 0.0) < 0
     return {**counts, "levels": pairs}
-
-
-# -- what the graph foretells --------------------------------------------------------------------------------
 
 
 class Foretold(NamedTuple):
@@ -195,9 +189,6 @@ def scores(rows: Sequence[Foretold]) -> dict[str, float]:
 
 def _r2(said: NDArray[Any], happened: NDArray[Any]) -> float:
     return 1 - float(np.square(happened - said).sum()) / max(float(np.square(happened).sum()), 1e-12)
-
-
-# -- controls ------------------------------------------------------------------------------------------------
 
 
 def shuffled(

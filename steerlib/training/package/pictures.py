@@ -63,9 +63,6 @@ def train_pictures(pipe: Any, recipe: PipelineEncoderRecipe, folder: Path) -> Co
     return made.with_concepts(concepts, card=pictures_card(made, recipe.description))
 
 
-# -- activations -------------------------------------------------------------------------------------------------
-
-
 def drawn(pipe: Any, prompts: Sequence[str], recipe: PipelineEncoderRecipe) -> Seen:
     """Activations while prompts are drawn, of some tokens of every picture."""
     parts = []
@@ -92,9 +89,6 @@ def halves(x: Float[Tensor, "B N D"]) -> tuple[Float[Tensor, "T D"], Float[Tenso
     return x[:cut].flatten(0, 1).float(), x[cut:].flatten(0, 1).float()
 
 
-# -- encoders ----------------------------------------------------------------------------------------------------
-
-
 def fitted(
     specs: Iterable[SiteEncoder], seen: Seen, folder: Path, *, epochs: int
 ) -> tuple[dict[str, Sparse], dict[str, dict[str, Any]]]:
@@ -112,9 +106,6 @@ def fitted(
         figures[spec.id] = kept(encoder, apart_x, apart_x, control_of(encoder, apart_x, apart_x))
         figures[spec.id] |= {"used": used(encoder.encode(apart_x))} | apart([runs[name] for name in spec.runs], apart_x)
     return encoders, figures
-
-
-# -- labels ------------------------------------------------------------------------------------------------------
 
 
 def words(prompts: Sequence[str]) -> dict[str, Bool[Tensor, " B"]]:

@@ -122,9 +122,6 @@ def _cell(row: Mapping[str, Any]) -> Any:
     return row[found[0]]
 
 
-# -- tokens --------------------------------------------------------------------------------------------------
-
-
 def _is_chat(document: Any) -> bool:
     return isinstance(document, Sequence) and all(
         isinstance(m, Mapping) and isinstance(m.get("content"), str) and isinstance(m.get("role"), str) for m in document

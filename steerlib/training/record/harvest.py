@@ -108,9 +108,6 @@ def _fill(shelf: Shelf, groups: Iterable[list[Piece]], recorder: "Recorder", tok
         raise BadRecipe(f"expected something to record, got none of {tokens} tokens; give more texts")
 
 
-# -- one shard -----------------------------------------------------------------------------------------------
-
-
 def _groups(cut: Iterable[Piece], rows: int, tokens: int) -> Iterator[list[Piece]]:
     """Pieces of one shard each, with at most `rows` tokens to record, `tokens` in all."""
     group: list[Piece] = []
@@ -183,7 +180,13 @@ class Recorder:
             ids, mask, kept = self._padded([group[i] for i in together])
             places = torch.cat([torch.arange(ends[i] - sum(group[i].kept), ends[i]) for i in together])
             for site, x in self.read(ids, None if mask.all() else mask.long()).items():
-                out[site][places] = self._rows(site, x[kept])
+                rows = x[kept].to(self.dtype)
+                if not rows.isfinite().all():
+                    raise BadRecipe(
+                        f"expected finite activations at {site!r}, got others in {rows.dtype}; record and compute in bf16 "
+                        "or fp32"
+                    )
+                out[site][places] = rows.cpu()
             bar.update(len(places))
         return out
 
@@ -192,11 +195,3 @@ class Recorder:
         ids, kept = [piece.ids for piece in group], [piece.kept for piece in group]
         real = [[True] * len(own) for own in ids]
         return [pad_sequence([*map(torch.tensor, rows)], batch_first=True).to(self.device) for rows in (ids, real, kept)]
-
-    def _rows(self, site: str, x: Tensor) -> Tensor:
-        x = x.to(self.dtype)
-        if not x.isfinite().all():
-            raise BadRecipe(
-                f"expected finite activations at {site!r}, got others in {x.dtype}; record and compute in bf16 or fp32"
-            )
-        return x.cpu()
