@@ -75,7 +75,7 @@ def test_natural_activations_are_told_from_others():
 
 def test_a_grid_is_a_picture():
     pixels = world.draw(3).pixels
-    png = grid({"row": {"a": pixels, "b": pixels}}, title="t", label=lambda row, column: f"{row} {column}")
+    png = grid({"row": {"a": pixels, "b": pixels}}, title="t")
     assert png.startswith(b"\x89PNG") and len(png) > 1000
 
 

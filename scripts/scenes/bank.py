@@ -6,8 +6,8 @@ Activations are those of noised true renders, whose masks are exact, and of pict
     folder/encoders/          what `fit` keeps of every encoder
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -16,10 +16,12 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Bool, Int
+from numpy.typing import NDArray
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from scenes import contrast, places, world
+from scenes.wording import tokens
 from steerlib.bank.concept_bank import ConceptBank
 from steerlib.bank.concepts import Concept, Gate, Part
 from steerlib.encoders import Directions, Sparse
@@ -27,7 +29,7 @@ from steerlib.evaluation.pictures import draw_as_told
 from steerlib.training.entries import SiteEncoder
 from steerlib.training.fit.encoder_recipe import EncoderRecipe
 from steerlib.training.package.pictures import bank_of, best, described, fitted
-from steerlib.training.record.noised import Seen, at_levels, joined, noised
+from steerlib.training.record.noised import Seen, at_levels, joined
 from steerlib.training.store import recorded
 
 BASE = "scenes-32"
@@ -101,7 +103,8 @@ def train_scene_bank(pipe: Any, recipe: SceneRecipe, folder: Path) -> ConceptBan
     for id, encoder in latents.items():
         found = named(encoder, seen[id], drawn)
         concepts += [labelled(c, found) for c in described(id, encoder, *found[:2])]
-    bank = bank_of(pipe, BASE, BASE, concepts, encoders | latents, seen, recipe.levels, capped=False)
+    bank = bank_of(pipe, BASE, BASE, concepts, encoders | latents, seen)
+    bank.sites = {site: replace(facts, norm=None) for site, facts in bank.sites.items()}  # changes are not capped
     bank.provenance = {"quality": figures, "seed": recipe.seed, "pictures": recipe.pictures, "drawn": recipe.drawn}
     return bank
 
@@ -129,6 +132,19 @@ def seen_by(pipe: Any, recipe: SceneRecipe) -> Seen:
             run = partial(draw_as_told, pipe, said[start:stop], seed=start, batch=BATCH)
         parts.append(at_levels(pipe, recipe.sites, recipe.levels, run))
     return joined(parts)
+
+
+@torch.no_grad()
+def noised(pipe: Any, pixels: NDArray[np.uint8], captions: Sequence[str], levels: Sequence[int], *, seed: int) -> None:
+    """Run a denoiser on pictures `[B, H, W, 3]` with the noise of each level added; hooks record what it computes."""
+    x = torch.from_numpy(pixels).to(pipe.unet.device, pipe.unet.dtype).permute(0, 3, 1, 2) / 127.5 - 1
+    latents = pipe.vae.encode(x).latent_dist.mean * pipe.vae.config.scaling_factor
+    text = pipe.text_encoder(tokens(pipe.tokenizer, list(captions)).to(latents.device))[0]
+    for level in levels:
+        g = torch.Generator().manual_seed(seed * 1009 + level)
+        noise = torch.randn(latents.shape, generator=g).to(latents)
+        t = torch.full((len(latents),), level, device=latents.device)
+        pipe.unet(pipe.scheduler.add_noise(latents, noise, t), t, encoder_hidden_states=text)
 
 
 # -- directions --------------------------------------------------------------------------------------------------

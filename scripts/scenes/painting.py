@@ -29,10 +29,9 @@ from tqdm.auto import tqdm
 
 from scenes import faces, world
 from scenes.judges import PictureJudge, accuracy, truth
-from scenes.wording import APART, learn_words
+from scenes.wording import APART, learn_words, tokens
 from steerlib.evaluation.pictures import draw_as_told
 from steerlib.training import store
-from steerlib.training.record.noised import tokens
 
 ASKED = ("shape", "hue", "size", "scene")
 """Factors that decide when a model is good enough."""

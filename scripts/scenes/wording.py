@@ -8,13 +8,12 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
 from scenes import faces, judges, world
-from steerlib.training.record.noised import tokens
 
 GROUPS = {"scenes": judges.KINDS["scenes"].whole, "faces": judges.KINDS["faces"].whole, "cells": judges.KINDS["scenes"].cells}
 """Factors by what they are factors of."""
@@ -24,6 +23,12 @@ ASKED = 1000
 """Captions on which is measured what was learned."""
 APART = 10**9
 """A step that training never reaches."""
+
+
+def tokens(tokenizer: Any, captions: list[str]) -> Int[Tensor, "B N"]:
+    """As pipelines of diffusers give captions to a text encoder."""
+    length = tokenizer.model_max_length
+    return tokenizer(captions, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
 
 
 class CaptionReader(nn.Module):

@@ -18,8 +18,8 @@ and strengths chosen on other prompts than those reported on, follow AxBench (Wu
 import copy
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -130,21 +130,17 @@ def answer(
     )
 
 
-def together(model: Any, conditions: Sequence[Condition], each: int) -> ExitStack:
-    """Sessions of all conditions, each acting on `each` rows of its own and capped as any; enter the stack to steer."""
-    stack = ExitStack()
-    stack.enter_context(warnings.catch_warnings())
-    warnings.simplefilter("ignore", OutOfRange)  # what a search tries may be out of range, and stays capped
-    try:
+@contextmanager
+def together(model: Any, conditions: Sequence[Condition], each: int) -> Iterator[None]:
+    """Inside the block, sessions of all conditions, each acting on `each` rows of its own and capped as any."""
+    with warnings.catch_warnings(), ExitStack() as stack:
+        warnings.simplefilter("ignore", OutOfRange)  # what a search tries may be out of range, and stays capped
         for k, condition in enumerate(conditions):
             if condition.bank is not None and condition.edits:
                 own = [row // each == k for row in range(len(conditions) * each)]
                 edits = {n: Add([amount * mine for mine in own], gate=condition.gate) for n, amount in condition.edits.items()}
                 stack.enter_context(steer(model, condition.bank, edits))
-    except BaseException:
-        stack.close()
-        raise
-    return stack
+        yield
 
 
 @torch.no_grad()
@@ -367,10 +363,8 @@ def dose_response(
             with steer(model, bank, {concept: dose}, allow_ood=True):
                 table.append(_difference(_leaning(model, done), wanted, others) - before if dose else before * 0)
     p, x = np.stack(table), np.array(doses)
-    centred = x - x.mean()
-    slopes = centred @ p / (centred @ centred)
-    mean = p.mean(1)
-    sides = [_slope(x[side], mean[side]) for side in (x <= 0, x >= 0)]
+    slopes, mean = _slope(x, p), p.mean(1)
+    sides = [float(_slope(x[side], mean[side])) if side.sum() > 1 else 0.0 for side in (x <= 0, x >= 0)]
     return Response(
         doses=tuple(doses),
         propensity=tuple(float(v) for v in mean),
@@ -419,9 +413,9 @@ def _difference(leaning: Tensor, wanted: Sequence[int], others: Sequence[int]) -
     return (leaning[:, list(wanted)].mean(1) - leaning[:, list(others)].mean(1)).cpu().numpy()
 
 
-def _slope(x: np.ndarray, y: np.ndarray) -> float:
+def _slope(x: np.ndarray, y: np.ndarray) -> Any:
     centred = x - x.mean()
-    return float(centred @ y / (centred @ centred)) if len(x) > 1 else 0.0
+    return centred @ y / (centred @ centred)
 
 
 def _spearman(x: np.ndarray, y: np.ndarray) -> float:

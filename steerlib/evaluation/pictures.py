@@ -1,6 +1,6 @@
 """Pictures to look at: drawn for captions, and laid out as a table."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from io import BytesIO
 from textwrap import fill
 from typing import Any
@@ -16,10 +16,8 @@ Pictures = NDArray[np.uint8]
 """`[B, H, W, 3]`"""
 
 
-def grid(
-    cells: Mapping[str, Mapping[str, Pictures]], *, title: str = "", label: Callable[[str, str], str] | None = None
-) -> bytes:
-    """A table of pictures as PNG: rows and columns by name, in every cell a strip of some; `label` says what is under one."""
+def grid(cells: Mapping[str, Mapping[str, Pictures]], *, title: str = "") -> bytes:
+    """A table of pictures as PNG: rows and columns by name, in every cell a strip of some."""
     try:
         import matplotlib
     except ImportError:
@@ -37,9 +35,10 @@ def grid(
     )
     for row, (name, strip) in zip(axes, cells.items(), strict=True):
         for axis, column in zip(row, columns, strict=True):
-            axis.imshow(strip_of(strip[column]), interpolation="nearest")
-            axis.set(xticks=[], yticks=[], xlabel=label(name, column) if label else "")
-            axis.xaxis.label.set_size("xx-small")
+            line = np.full((len(strip[column][0]), 1, 3), 255, np.uint8)  # a light one between pictures
+            pixels = np.concatenate([part for picture in strip[column] for part in (picture, line)][:-1], 1)
+            axis.imshow(pixels, interpolation="nearest")
+            axis.set(xticks=[], yticks=[])
         row[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize="small")
     for axis, column in zip(axes[0], columns, strict=True):
         axis.set_title(fill(column, 26), fontsize="small" if len(column) < 26 else "xx-small")
@@ -48,12 +47,6 @@ def grid(
         figure.savefig(file, format="png", dpi=110)
         pyplot.close(figure)
         return file.getvalue()
-
-
-def strip_of(pictures: Sequence[NDArray[np.uint8]] | Pictures) -> NDArray[np.uint8]:
-    """Pictures side by side, a light line between them."""
-    line = np.full((len(pictures[0]), 1, 3), 255, np.uint8)
-    return np.concatenate([part for picture in pictures for part in (picture, line)][:-1], 1)
 
 
 def draw_as_told(

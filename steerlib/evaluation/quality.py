@@ -5,8 +5,7 @@ Every figure of the encoder stands beside that of a random dictionary that keeps
 x, x^  activations and their reconstruction [N, D]     z  code [N, n]     p  next-token distributions
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
@@ -70,7 +69,11 @@ def quality(
     plain = _next_tokens(model, tokenizer, texts)
 
     def passing(make: Replace, reads: str = "") -> NextTokens:
-        with _passing(model, site, make, reads):
+        """Predictions while activations at the site are what a function makes of them, or of those at `reads`."""
+        seen: list[Tensor] = []
+        observers = {reads: lambda x, _: seen.append(x)} if reads else {}
+        edits: dict[str, Replace] = {site: lambda x, state: make(seen.pop() if reads else x, state).to(x.dtype)}
+        with observing(model, observers), replacing(model, edits):
             return _next_tokens(model, tokenizer, texts)
 
     mean = passing(lambda a, _: middle.to(a.device).expand_as(a))
@@ -82,16 +85,6 @@ def quality(
         "control_recovered": 1 - float(random.loss - plain.loss) / whole,
         "kl": float((plain.scores.exp() * (plain.scores - own.scores)).sum(-1).mean()),
     }
-
-
-@contextmanager
-def _passing(model: Any, site: str, make: Replace, reads: str) -> Iterator[None]:
-    """Inside the block, activations at a site are what a function makes of them, or of those at an earlier site, `reads`."""
-    seen: list[Tensor] = []
-    observers = {reads: lambda x, _: seen.append(x)} if reads else {}
-    edits: dict[str, Replace] = {site: lambda x, state: make(seen.pop() if reads else x, state).to(x.dtype)}
-    with observing(model, observers), replacing(model, edits):
-        yield
 
 
 class NextTokens(NamedTuple):
@@ -112,9 +105,6 @@ def _next_tokens(model: Any, tokenizer: Any, texts: Sequence[str], length: int =
             scores.append(model(input_ids=ids).logits[0, :-1].float().log_softmax(-1).cpu())
             own.append(scores[-1].gather(-1, ids[0, 1:, None].cpu()))
     return NextTokens(-torch.cat(own).mean(), torch.cat(scores))
-
-
-# -- what latents tell, and what seeds agree on ----------------------------------------------------------------
 
 
 def probed(encoder: Sparse, labelled: Mapping[str, Attribute]) -> dict[str, Any]:

@@ -116,8 +116,6 @@ def missed(records: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(["Bars that were missed:\n", *lines]) if lines else "Every concept clears every bar."
 
 
-# -- encoders ------------------------------------------------------------------------------------------------
-
 COLUMNS = {
     "kind": "kind",
     "latents": "latents",
@@ -196,9 +194,6 @@ def _figure(value: Any) -> str:
     if value is None:
         return "–"
     return f"{value:.3f}" if isinstance(value, float) else str(value)
-
-
-# -- pictures ------------------------------------------------------------------------------------------------
 
 
 def picture(records: Sequence[Record]) -> bytes:

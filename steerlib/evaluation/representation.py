@@ -45,20 +45,16 @@ class Match(NamedTuple):
     mcc: float
 
 
-def matched(likeness: Float[Tensor, "truths latents"]) -> Match:
-    """The best assignment under a table of likenesses."""
+def dictionary_match(truth: Float[Tensor, "m D"], learned: Float[Tensor, "n D"]) -> Match:
+    """The best assignment by `|cos(d_i, d^_j)|`, as SAELens reports."""
     try:
         from scipy.optimize import linear_sum_assignment
     except ImportError:
         raise MissingExtra("matching dictionaries needs scipy: pip install 'steerlib[eval]'") from None
+    likeness = (normalize(truth.double(), dim=-1) @ normalize(learned.double(), dim=-1).T).abs()
     truths, latents = map(torch.as_tensor, linear_sum_assignment(likeness.numpy(), maximize=True))
     found = likeness[truths, latents]
     return Match(truths, latents, found, float(found.sum() / len(likeness)))
-
-
-def dictionary_match(truth: Float[Tensor, "m D"], learned: Float[Tensor, "n D"]) -> Match:
-    """By `|cos(d_i, d^_j)|`, as SAELens reports."""
-    return matched((normalize(truth.double(), dim=-1) @ normalize(learned.double(), dim=-1).T).abs())
 
 
 def random_dictionary(n: int, width: int, seed: int = 0) -> Float[Tensor, "n D"]:
@@ -72,12 +68,7 @@ def random_encoder(encoder: Sparse, x: Float[Tensor, "N D"], k: int, *, seed: in
     directions = random_dictionary(len(encoder.encoder), x.shape[1], seed)
     middle = x.mean(0)
     made = TopK(
-        encoder=directions,
-        bias=torch.zeros(len(directions)),
-        decoder=directions,
-        decoder_bias=middle,
-        centred=True,
-        k=k,
+        encoder=directions, bias=torch.zeros(len(directions)), decoder=directions, decoder_bias=middle, centred=True, k=k
     )
     rest, kept = x - middle, made.reconstruct(x) - middle
     by = float((rest * kept).sum() / kept.square().sum().clamp(min=1e-12))

@@ -22,9 +22,6 @@ FEW = 8
 """With fewer concepts than this, a judge learns ordinary texts as a class of their own."""
 
 
-# -- scorers -------------------------------------------------------------------------------------------------
-
-
 def counter(pattern: str, per: str) -> Scorer:
     """Matches of a pattern per `word` or per `sentence`."""
     found, whole = re.compile(pattern, re.IGNORECASE), {"word": r"\w+(?:['’]\w+)?", "sentence": r"[.!?…]+(?:\s|$)|$"}[per]
@@ -152,9 +149,6 @@ def distinct(text: str, n: int = 2) -> float:
     words = text.lower().split()
     grams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
     return len(set(grams)) / len(grams) if grams else 1.0
-
-
-# -- texts ---------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()

@@ -48,9 +48,6 @@ def best_device() -> torch.device:
     return (torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None) or torch.device("cpu")
 
 
-# -- a way for each kind of recipe -----------------------------------------------------------------------------
-
-
 def _directions(target: Any, tokenizer: Any, recipe: DirectionRecipe, folder: Path) -> ConceptBank:
     from .package.directions import check_methods, train_directions
 

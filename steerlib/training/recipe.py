@@ -23,9 +23,6 @@ from ..evaluation.probing import LEAST
 from ..evaluation.text import Scorer, Scoring, counting
 from .entries import ConceptRecipe, GraphRecipe, Pair, SiteEncoder, made_of
 
-# -- the three kinds -----------------------------------------------------------------------------------------
-
-
 R = TypeVar("R", bound="Recipe")
 
 
@@ -122,9 +119,7 @@ class Recipe(ABC):
         labels = [int(line.get("label", -1)) for line in lines]
         if set(labels) != {0, 1}:
             raise BadRecipe(f"{name}: expected labels 0 and 1, got {sorted(set(labels))}")
-        positive, negative = (
-            [line["text"] for line, label in zip(lines, labels, strict=True) if label == side] for side in (1, 0)
-        )
+        positive, negative = ([line["text"] for line in lines if int(line["label"]) == side] for side in (1, 0))
         return positive, negative
 
     @property
@@ -187,7 +182,6 @@ class DirectionRecipe(Recipe):
     ship: str = "all"
 
     def check(self, *, to_train: bool = True) -> None:  # noqa: ARG002
-        """Raise `BadRecipe` for what cannot work, before any model is loaded."""
         _check_names([concept.name for concept in self.concepts])
         if min(self.budget, *self._counts.values(), self.seeds, self.new_tokens) < 1:
             raise BadRecipe("expected a positive budget and positive numbers of prompts, seeds and new tokens")
@@ -268,7 +262,6 @@ class CorpusRecipe(Recipe, ABC):
     has_levels: ClassVar[bool]
 
     def check(self, *, to_train: bool = True) -> None:
-        """Raise `BadRecipe` for what cannot work, before any model is loaded."""
         _check_names([made.id for made in self.encoders])
         for made in self.encoders:
             made.check()
@@ -307,7 +300,6 @@ class TextEncoderRecipe(CorpusRecipe):
     has_levels: ClassVar[bool] = False
 
     def check(self, *, to_train: bool = True) -> None:
-        """Raise `BadRecipe` for what cannot work, before any model is loaded."""
         super().check(to_train=to_train)
         if self.graph is not None:
             self.graph.check()
@@ -337,8 +329,6 @@ class PipelineEncoderRecipe(CorpusRecipe):
         """Timesteps of the noise levels, the noisiest first."""
         return sorted({made.level for made in self.encoders if made.level is not None}, reverse=True)
 
-
-# -- reading -------------------------------------------------------------------------------------------------
 
 KINDS: tuple[type[Recipe], ...] = (DirectionRecipe, TextEncoderRecipe, PipelineEncoderRecipe)
 DIGESTED = (

@@ -61,12 +61,8 @@ def save(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, str] | N
 
 
 def recorded(path: Path | None, make: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """The tensors in a file, which are made and written first where there is no such file.
-
-    Args:
-        path: A safetensors file; None keeps nothing.
-        make: Called without arguments; gives tensors by name.
-    """
+    """The tensors, by name, in a safetensors file. Where there is none, `make()` gives them and they are written first; a path
+    of None keeps nothing."""
     if path is None:
         return {**make()}
     if not path.is_file():
@@ -75,13 +71,9 @@ def recorded(path: Path | None, make: Callable[[], Mapping[str, Tensor]]) -> dic
 
 
 def remembered(path: Path | None, make: Callable[[], Any]) -> Any:
-    """The JSON value in a file, which is made and written first where there is no such file.
+    """The value in a JSON file. Where there is none, `make()` gives it and it is written first; a path of None keeps nothing.
 
     What was just made is returned as JSON would give it back, so that a run that goes on computes with the same values.
-
-    Args:
-        path: A JSON file; None keeps nothing.
-        make: Called without arguments; gives a value of dicts, lists, strings, numbers, booleans and None.
     """
     if path is not None and path.is_file():
         return json.loads(path.read_text(encoding="utf-8"))

@@ -37,7 +37,9 @@ def measure(bank: ConceptBank, concept: ConceptRecipe, judge: Judge, studio: Stu
     prompts, seeds = recipe.read_prompts("evaluation"), range(recipe.seed, recipe.seed + recipe.seeds)
     scores = studio.scored(conditions, prompts, judge, seeds)
     found, rows = comparison.joint(scores, column), {c.name: i for i, c in enumerate(conditions)}
-    rows |= {name: rows["steered"] for name in same}
+    effects = _side_effects(studio, conditions)
+    for name in same:  # what was steered, under another name
+        rows[name], effects[name] = rows["steered"], effects["steered"]
     before, after = (scores.concepts[rows[name], ..., column].mean(0) for name in ("unsteered", "steered"))
     record: dict[str, Any] = {
         "concept": concept.name,
@@ -48,35 +50,21 @@ def measure(bank: ConceptBank, concept: ConceptRecipe, judge: Judge, studio: Stu
         "instruction": concept.asked[which],
         "answers": scores.nll[0].size,
         "moved": float((after > before).mean()),
-        "conditions": _table(scores, found, column, rows, same, _side_effects(studio, conditions)),
+        "conditions": {name: _line(scores, found, column, i) | effects.get(name, {}) for name, i in rows.items()},
         "joint": {name: found.total[i].mean(0).tolist() for name, i in rows.items()},
-        "response": _response(bank, fact, studio, concept)._asdict(),
+        "response": _response(bank, fact, studio, concept, prompts)._asdict(),
         "examples": _examples(prompts, scores),
         "tried": [[*trial] for trial in choice.trials] if choice else [],
     }
     return _rounded({**record, "passes": _passes(record), "also": _also(record)})
 
 
-def _response(bank: ConceptBank, fact: Concept, studio: Studio, concept: ConceptRecipe) -> Response:
+def _response(bank: ConceptBank, fact: Concept, studio: Studio, concept: ConceptRecipe, prompts: Sequence[str]) -> Response:
     """Dose and response, in words that tell the pairs' answers with the concept from those without it."""
     pairs = studio.recipe.read_pairs(concept)
     words = comparison.lexicon([pair.positive for pair in pairs], [pair.negative for pair in pairs])
     doses = [round(dose * (fact.useful or 1.0), 4) for dose in DOSES]
-    prompts = studio.recipe.read_prompts("evaluation")
     return comparison.dose_response(studio.model, studio.tokenizer, bank, concept.name, doses, prompts, words)
-
-
-def _table(
-    scores: Scores,
-    found: Joint,
-    column: int,
-    rows: Mapping[str, int],
-    same: Sequence[str],
-    side_effects: Mapping[str, Mapping[str, float]],
-) -> dict[str, dict[str, float]]:
-    """By condition, its mean scores and side effects; those in `same` are what was steered, under another name."""
-    effects = {**side_effects, **{name: side_effects["steered"] for name in same}}
-    return {name: {**_line(scores, found, column, i), **effects.get(name, {})} for name, i in rows.items()}
 
 
 def _steered_and_controls(

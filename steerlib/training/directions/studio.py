@@ -149,8 +149,6 @@ class Studio:
         """Free what only this concept needed."""
         self._tasks.pop(concept.name, None)
 
-    # -- detectors -------------------------------------------------------------------------------------------
-
     def detector(self, concept: ConceptRecipe) -> Detector | None:
         """Tells tokens of texts with the concept from tokens of texts without it; None without texts to test it on."""
         positive, negative, others = self.recipe.read_scoring(concept)

@@ -109,15 +109,10 @@ class Pair:
         found = []
         for p, some, first, last in zip(parents, places, *bounds, strict=True):
             own, children = units[first:last], self.children(p)
-            before, after, z = (
-                z[rows][:, columns].toarray()
-                for z, rows, columns in (
-                    (self.seen[self.dst], own, children),
-                    (run, slice(first, last), children),
-                    (self.seen[self.src], own, [p]),
-                )
-            )
-            found.append(Trials(before, after, z[:, 0], np.searchsorted(np.sort(some), self.owners[own])))
+            before = self.seen[self.dst][own][:, children].toarray()
+            after = run[first:last][:, children].toarray()
+            z = self.seen[self.src][own][:, [p]].toarray()[:, 0]
+            found.append(Trials(before, after, z, np.searchsorted(np.sort(some), self.owners[own])))
         return found
 
 
@@ -139,12 +134,8 @@ def confirmed(pair: Pair, folder: Folder, *, seed: int = 0, only: Collection[int
     return Confirmation(*(np.concatenate([np.empty(0, kind), *(part[name] for part in found)]) for name, kind in KINDS.items()))
 
 
-KINDS = {name: np.float64 for name in Confirmation._fields} | {
-    "parent": np.int64,
-    "child": np.int64,
-    "contexts": np.int64,
-    "matters": np.bool_,
-}
+KINDS: dict[str, Any] = dict.fromkeys(Confirmation._fields, np.float64) | {"matters": np.bool_}
+KINDS |= dict.fromkeys(("parent", "child", "contexts"), np.int64)
 
 
 def _group(pair: Pair, parents: Sequence[int], seed: int) -> Confirmation:
@@ -155,9 +146,7 @@ def _group(pair: Pair, parents: Sequence[int], seed: int) -> Confirmation:
     taken = pair.trials(parents, on, ablated)
     given = pair.trials(parents, off, lambda latents: fixed(latents, pair.high[0][latents]))
     parts = [_edges(pair, p, a, b) for p, a, b in zip(parents, taken, given, strict=True)]
-    return Confirmation(
-        *(np.concatenate(column).astype(kind) for column, kind in zip(zip(*parts, strict=True), KINDS.values(), strict=True))
-    )
+    return Confirmation(*map(np.concatenate, zip(*parts, strict=True)))
 
 
 def _edges(pair: Pair, parent: int, taken: Trials, given: Trials) -> Confirmation:

@@ -3,7 +3,7 @@
 B  effects [parents, children]     z  readings [units, latents]     pa(c)  parents of c, ch(c)  children
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -33,9 +33,10 @@ def without_echoes(effects: Codes, parents: Codes, children: Codes) -> Codes:
     shared = (abs(effects).T @ abs(effects)).tocoo()
     kept = effects.tolil(copy=True)
     for c, other in zip(shared.row.tolist(), shared.col.tolist(), strict=True):
-        if c == other or not _echoes(own, c, other, _busy(fires, np.union1d(_rows(b, c), _rows(b, other)))):
+        both = _rows(b, c), _rows(b, other)
+        if c == other or not _echoes(own, c, other, [_rows(fires, p) for p in np.union1d(*both).tolist()]):
             continue
-        for p in np.intersect1d(_rows(b, c), _rows(b, other)):
+        for p in np.intersect1d(*both):
             if abs(effects[p, c]) < abs(effects[p, other]):
                 kept[p, c] = 0
     found = csr(kept)
@@ -47,20 +48,12 @@ def _rows(z: Columns, column: int) -> NDArray[Any]:
     return z.indices[z.indptr[column] : z.indptr[column + 1]]
 
 
-def _busy(fires: Columns, latents: NDArray[Any]) -> NDArray[Any]:
-    """Units on which any of some latents fires."""
-    busy = np.zeros(fires.shape[0], bool)
-    for latent in latents.tolist():
-        busy[_rows(fires, latent)] = True
-    return busy
-
-
-def _echoes(z: Columns, c: int, other: int, busy: NDArray[Any]) -> bool:
+def _echoes(z: Columns, c: int, other: int, busy: list[NDArray[Any]]) -> bool:
     """Whether `c` fires on most units on which the other is the stronger, and on which nothing that moves either fires."""
     units, amounts = _rows(z, other), z.data[z.indptr[other] : z.indptr[other + 1]]
     mine = np.zeros(z.shape[0])
     mine[_rows(z, c)] = z.data[z.indptr[c] : z.indptr[c + 1]]
-    told = ~busy[units] & (amounts > mine[units])
+    told = ~np.isin(units, np.concatenate(busy)) & (amounts > mine[units])
     return bool(told.sum() >= ALONE) and bool((mine[units[told]] > 0).mean() > 0.5)
 
 
@@ -76,14 +69,18 @@ class Doubts(NamedTuple):
 
 def doubts(graph: CausalGraph, decoders: dict[str, Tensor]) -> Doubts:
     """Latents that the graph cannot distinguish; `decoders` has the rows of each level, `[latents, D]`."""
-    parents, children = _neighbours(graph)
-    names = sorted({*parents, *children})
+    parents: dict[str, set[str]] = {}
+    children: dict[str, set[str]] = {}
+    for edge in graph.edges:
+        if edge.relation == "compute":
+            parents.setdefault(edge.dst, set()).add(edge.src)
+            children.setdefault(edge.src, set()).add(edge.dst)
     alike: dict[tuple, list[str]] = {}
-    for name in names:
-        alike.setdefault((_level(name), parents.get(name, frozenset()), children.get(name, frozenset())), []).append(name)
+    for name in sorted({*parents, *children}):
+        neighbours = (frozenset(side.get(name, ())) for side in (parents, children))
+        alike.setdefault((_level(name), *neighbours), []).append(name)
     same = [group for some in alike.values() for group in _pointing_alike(some, decoders)]
-    within = [pair for level in {_level(name) for name in names} for pair in _subsets(level, parents)]
-    return Doubts(tuple(sorted(same)), tuple(sorted(within)))
+    return Doubts(tuple(sorted(same)), tuple(sorted(_subsets(parents))))
 
 
 def merged(bank: ConceptBank, same: Iterable[tuple[str, ...]]) -> ConceptBank:
@@ -128,17 +125,6 @@ def _level(name: str) -> str:
     return name.rpartition("/")[0]
 
 
-def _neighbours(graph: CausalGraph) -> tuple[dict[str, frozenset[str]], dict[str, frozenset[str]]]:
-    parents: dict[str, set[str]] = {}
-    children: dict[str, set[str]] = {}
-    for edge in graph.edges:
-        if edge.relation == "compute":
-            parents.setdefault(edge.dst, set()).add(edge.src)
-            children.setdefault(edge.src, set()).add(edge.dst)
-    above, below = ({name: frozenset(some) for name, some in side.items()} for side in (parents, children))
-    return above, below
-
-
 def _pointing_alike(names: list[str], decoders: dict[str, Tensor]) -> Iterator[tuple[str, ...]]:
     """Of latents with the same neighbours, those whose decoder rows point the same way."""
     left = list(names)
@@ -150,15 +136,10 @@ def _pointing_alike(names: list[str], decoders: dict[str, Tensor]) -> Iterator[t
         left = [name for name in left[1:] if name not in group]
 
 
-def _subsets(level: str, parents: dict[str, frozenset[str]]) -> Iterator[tuple[str, str]]:
-    """Pairs by their parents; looked for among those that share one."""
-    of: dict[str, list[str]] = {}
+def _subsets(parents: Mapping[str, set[str]]) -> set[tuple[str, str]]:
+    """Pairs of one level by their parents; looked for among those that share one."""
+    of: dict[tuple[str, str], list[str]] = {}
     for name, own in parents.items():
-        if _level(name) == level:
-            for parent in own:
-                of.setdefault(parent, []).append(name)
-    seen = set()
-    for some in of.values():
-        for a in some:
-            seen |= {(a, b) for b in some if a != b and parents[a] <= parents[b]}
-    yield from seen
+        for parent in own:
+            of.setdefault((_level(name), parent), []).append(name)
+    return {(a, b) for some in of.values() for a in some for b in some if a != b and parents[a] <= parents[b]}

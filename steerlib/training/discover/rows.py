@@ -89,11 +89,11 @@ def deep(name: str, arrays: Mapping[str, NDArray[Any]]) -> Codes:
 
 def observed(system: System, contexts: Contexts, folder: Folder) -> dict[str, Codes]:
     """Readings of every level."""
-    return _collected(contexts, system.batch, folder, "reading", list(system.levels), lambda some, _: _read(system, some))
 
+    def read(some: Contexts, _: int) -> dict[str, Codes]:
+        return {name: reading.flows for name, reading in system.run(some).items()}
 
-def _read(system: System, contexts: Contexts) -> dict[str, Codes]:
-    return {name: reading.flows for name, reading in system.run(contexts).items()}
+    return _collected(contexts, system.batch, folder, "reading", list(system.levels), read)
 
 
 def ablated_at_random(system: System, contexts: Contexts, folder: Folder, *, seed: int = 0) -> dict[str, Level]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.sparse import vstack
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -75,7 +76,5 @@ def largest(child: NDArray[Any], parent: NDArray[Any], score: NDArray[Any], shap
 
 def stacked(parts: Any, width: int) -> Codes:
     """Chunks of children, one below the other."""
-    from scipy.sparse import vstack
-
     found = list(parts)
     return csr(vstack(found)) if found else csr((0, width), dtype=bool)

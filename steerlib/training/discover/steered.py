@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -35,7 +35,8 @@ class SteeredText(System):
         self._encoders = {name: encoder for name, encoder in found.items() if isinstance(encoder, Sparse)}
         if len(self._encoders) < 2 or ids.ndim != 2 or ids.shape[1] < 2:
             raise BadRecipe(f"expected latents of two layers or more and ids [C, N >= 2], got {[*found]}, {tuple(ids.shape)}")
-        self._encoders = dict(sorted(self._encoders.items(), key=lambda item: _depth(bank.encoders[item[0]].site)))
+        depth = {name: int("".join(filter(str.isdigit, bank.encoders[name].site)) or -1) for name in self._encoders}
+        self._encoders = {name: self._encoders[name] for name in sorted(depth, key=depth.__getitem__)}
         self._sites = {bank.encoders[name].site: name for name in self._encoders}
         self.model, self.ids = model, ids
 
@@ -73,7 +74,7 @@ class SteeredText(System):
 
             def replace(x: Tensor, state: StepState) -> Tensor:  # noqa: ARG001
                 own = x[:, 1:]
-                natural = sparse(encoder.encode(own).flatten(0, 1))
+                natural = csr_matrix(encoder.encode(own).flatten(0, 1).cpu().numpy())
                 flows = change(natural) if change else natural
                 found[name] = Reading(natural, flows)
                 if len(found) == len(self._encoders):
@@ -88,12 +89,3 @@ class SteeredText(System):
         with replacing(self.model, {site: at(name) for site, name in self._sites.items()}), suppress(Enough):
             self.model.base_model(self.ids[contexts].to(self.model.device), use_cache=False)
         return {name: found[name] for name in self.levels}
-
-
-def sparse(z: Float[Tensor, "U n"]) -> Codes:
-    """Readings by row."""
-    return csr_matrix(z.cpu().numpy())
-
-
-def _depth(site: str) -> int:
-    return int("".join(filter(str.isdigit, site)) or -1)

@@ -70,9 +70,6 @@ class System(ABC):
         return None
 
 
-# -- what can be done ----------------------------------------------------------------------------------------
-
-
 def ablated(latents: NDArray[Any]) -> Do:
     """At each unit, one latent reads 0."""
     return lambda z: entries(z, np.where(z.indices == np.repeat(latents, np.diff(z.indptr)), 0, z.data))
@@ -135,9 +132,6 @@ class Around(System):
 
     def weights(self, src: str, dst: str) -> tuple[Any, Any] | None:
         return self.inner.weights(src, dst)
-
-
-# -- controls ------------------------------------------------------------------------------------------------
 
 
 class Shuffled(Around):

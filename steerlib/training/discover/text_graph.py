@@ -3,7 +3,7 @@
 p -> c  an edge     M  contexts     d  how much less a child reads where its parent is ablated alone, by context
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -91,9 +91,6 @@ def best_known(bank: ConceptBank, levels: Sequence[str], count: int) -> list[str
     return [concept.id for concept in some[:count]]
 
 
-# -- what the edges are --------------------------------------------------------------------------------------
-
-
 def carried(bank: ConceptBank, edge: Edge) -> bool:
     """Whether an edge is no more than the residual stream carrying its parent on: `tau` within 20 % of `<d_p, e_c>`."""
     src, dst = bank[edge.src], bank[edge.dst]
@@ -116,9 +113,6 @@ def account(bank: ConceptBank, found: Discovery) -> dict[str, Any]:
         counted["carried"] += is_carried
         counted["negative"] += (edge.tau or 0.0) < 0
     return {**counts, "levels": pairs}
-
-
-# -- what the graph foretells --------------------------------------------------------------------------------
 
 
 class Foretold(NamedTuple):
@@ -197,9 +191,6 @@ def _r2(said: NDArray[Any], happened: NDArray[Any]) -> float:
     return 1 - float(np.square(happened - said).sum()) / max(float(np.square(happened).sum()), 1e-12)
 
 
-# -- controls ------------------------------------------------------------------------------------------------
-
-
 def shuffled(
     model: Any, bank: ConceptBank, ids: Int[Tensor, "C N"], verify: Sequence[str], recipe: GraphRecipe, folder: Path
 ) -> dict[str, int]:
@@ -230,7 +221,10 @@ def _encoded(model: Any, bank: ConceptBank, ids: Int[Tensor, "C N"], recipe: Gra
     """Encoders as large and as sparse as the bank's, for another model."""
     found = {name: bank.encoder(name) for name in bank.encoders}
     sites = {name: bank.encoders[name].site for name, encoder in found.items() if isinstance(encoder, Sparse)}
-    x = _activations(model, list(sites.values()), ids)
+    with reading(model, list(sites.values())) as read:
+        passes = (read(some.to(model.device), None) for some in progress(list(ids.split(64)), "reading the untrained model"))
+        parts = [{site: x[:, 1:].flatten(0, 1).float().cpu() for site, x in found.items()} for found in passes]
+    x = {site: torch.cat([part[site] for part in parts]) for site in sites.values()}
     encoders, concepts = {}, []
     for name, site in sites.items():
         encoder = found[name]
@@ -248,12 +242,3 @@ def _encoded(model: Any, bank: ConceptBank, ids: Int[Tensor, "C N"], recipe: Gra
         ]
     made = {site: bank.sites[site] for site in sites.values()}
     return ConceptBank("untrained", concepts, encoders, base=BaseModel.of(model), sites=made)
-
-
-@torch.no_grad()
-def _activations(model: Any, sites: Sequence[str], ids: Int[Tensor, "C N"]) -> Mapping[str, Tensor]:
-    """Of all tokens but the first of every context."""
-    with reading(model, sites) as read:
-        passes = (read(some.to(model.device), None) for some in progress(list(ids.split(64)), "reading the untrained model"))
-        parts = [{site: x[:, 1:].flatten(0, 1).float().cpu() for site, x in found.items()} for found in passes]
-    return {site: torch.cat([part[site] for part in parts]) for site in sites}

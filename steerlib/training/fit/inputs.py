@@ -20,20 +20,18 @@ Batch = Float[Tensor, "tokens D"] | tuple[Float[Tensor, "tokens D"], Float[Tenso
 
 @runtime_checkable
 class Source(Protocol):
-    """Activations that can be read again from any batch on, always the same."""
+    """Activations that can be read again from any batch on, always the same.
+
+    `width` is the length of what is read, `len` the number of tokens; `batches(start, batch)` gives batches of `batch` tokens,
+    from the `start`-th on.
+    """
 
     @property
-    def width(self) -> int:
-        """Length of what is read."""
-        ...
+    def width(self) -> int: ...
 
-    def __len__(self) -> int:
-        """Tokens."""
-        ...
+    def __len__(self) -> int: ...
 
-    def batches(self, start: int, batch: int) -> Iterator[Batch]:
-        """Batches of `batch` tokens, from the `start`-th on."""
-        ...
+    def batches(self, start: int, batch: int) -> Iterator[Batch]: ...
 
 
 class Tokens:

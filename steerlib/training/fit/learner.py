@@ -89,8 +89,6 @@ class Learner:
         if step % REFRESH == REFRESH - 1:
             self.dead = (self.since >= self.recipe.dead_after).nonzero()[:, 0]
 
-    # -- what is kept ----------------------------------------------------------------------------------------
-
     @property
     def tensors(self) -> dict[str, Tensor]:
         """All of it, by name."""
@@ -116,8 +114,6 @@ class Learner:
             parameter.data.copy_(tensors[name])
             keys = [key.removeprefix(f"{name}.") for key in tensors if key.startswith(f"{name}.")]
             self.adam.state[parameter] = {key: tensors[f"{name}.{key}"].to(device) for key in keys}
-
-    # -- what is made ----------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def encoder(self) -> Sparse:

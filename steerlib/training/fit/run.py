@@ -8,7 +8,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
-from itertools import islice
+from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,10 @@ def fit(
     """
     batch = checked(recipes, steps, accelerator)
     device = accelerator.device if accelerator else torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    learners = beginners(recipes, source, steps, device, accelerator)
+    x, y = first_tokens(source, batch)
+    x, y = x.to(device), None if y is None else y.to(device)
+    gather = accelerator.gather if accelerator and accelerator.num_processes > 1 else None
+    learners = {name: Learner(recipe, x, y, steps, gather) for name, recipe in recipes.items()}
     about = json.dumps({"recipes": {n: asdict(r) for n, r in recipes.items()}, "steps": steps, "tokens": len(source)})
     path = None if folder is None else Path(folder) / CHECKPOINT
     step = restored(path, learners, about)
@@ -58,7 +61,7 @@ def fit(
             step += 1
             bar.update()
             if step % LOOK == 0 or step == steps:
-                show(figures(learners, seen), step, bar, accelerator)
+                show(learners, seen, step, bar, accelerator)
             if path is not None and first and (step % save_every == 0 or step == steps):
                 keep(path, learners, step, about)
     if step < steps:
@@ -82,36 +85,22 @@ def checked(recipes: Mapping[str, EncoderRecipe], steps: int, accelerator: Any) 
     return sizes[0]
 
 
-def beginners(
-    recipes: Mapping[str, EncoderRecipe], source: Source, steps: int, device: torch.device, accelerator: Any
-) -> dict[str, Learner]:
-    """Untrained learners, with the scale of the activations from a sample of them."""
-    x, y = first_tokens(source, next(iter(recipes.values())).batch)
-    sample = x.to(device), None if y is None else y.to(device)
-    gather = accelerator.gather if accelerator and accelerator.num_processes > 1 else None
-    return {name: Learner(recipe, *sample, steps, gather) for name, recipe in recipes.items()}
-
-
 def stepped(learner: Learner, x: Tensor, y: Tensor | None, step: int, accelerator: Any) -> Outcome:
-    """Learn from a batch; returns the outcome without gradients."""
-    outcome = together(accelerator, learner.outcome(x, y, step))
+    """Learn from a batch, whose outcomes in all processes are added up; returns the outcome without gradients."""
+    outcome = learner.outcome(x, y, step)
+    if accelerator is not None and accelerator.num_processes > 1:
+        outcome = accelerator.reduce(outcome, reduction="sum")
+        outcome = outcome._replace(least=outcome.least / accelerator.num_processes)  # the least potential is their mean
     learner.learn(outcome, step)
     return outcome._replace(gradients={})
 
 
-# -- batches and processes -----------------------------------------------------------------------------------
-
-
 def ahead(batches: Iterator[Batch], device: torch.device, accelerator: Any) -> Iterator[tuple[Tensor, Tensor | None]]:
     """This process's part of each batch, on its way to the device while the one before is worked on."""
-    waiting = None
-    for x, y in map(pair, batches):
-        moved = moving(x, device, accelerator), None if y is None else moving(y, device, accelerator)
-        if waiting is not None:
-            yield waiting
-        waiting = moved
-    if waiting is not None:
-        yield waiting
+    moved = (
+        (moving(x, device, accelerator), None if y is None else moving(y, device, accelerator)) for x, y in map(pair, batches)
+    )
+    return (one for one, _ in pairwise(chain(moved, [None])) if one is not None)
 
 
 def moving(batch: Tensor, device: torch.device, accelerator: Any) -> Tensor:
@@ -123,30 +112,15 @@ def moving(batch: Tensor, device: torch.device, accelerator: Any) -> Tensor:
     return part.pin_memory().to(device, non_blocking=True)
 
 
-def together(accelerator: Any, outcome: Outcome) -> Outcome:
-    """The outcomes of all processes added up; the least potential is their mean."""
-    if accelerator is None or accelerator.num_processes == 1:
-        return outcome
-    whole = accelerator.reduce(outcome, reduction="sum")
-    return whole._replace(least=whole.least / accelerator.num_processes)
-
-
-# -- what is shown and kept ----------------------------------------------------------------------------------
-
-
-def figures(learners: Mapping[str, Learner], seen: Mapping[str, Outcome]) -> dict[str, dict[str, float]]:
-    """Of the last batch: loss, explained variance, latents that fire on a token, share of latents that are dead."""
-    named = {}
+def show(learners: Mapping[str, Learner], seen: Mapping[str, Outcome], step: int, bar: Any, accelerator: Any) -> None:
+    """Of the last batch, on the progress bar and in accelerate's trackers: loss, explained variance, latents that fire on a
+    token, share of latents that are dead."""
+    figures: dict[str, dict[str, float]] = {}
     for name, learner in learners.items():
         recipe, outcome = learner.recipe, seen[name]
         dead = (learner.since >= recipe.dead_after).float().mean()
         values = torch.stack((outcome.loss, 1 - outcome.error, outcome.fired.sum() / recipe.batch, dead)).tolist()
-        named[name] = dict(zip(("loss", "explained", "l0", "dead"), values, strict=True))
-    return named
-
-
-def show(figures: Mapping[str, Mapping[str, float]], step: int, bar: Any, accelerator: Any) -> None:
-    """On the progress bar, and in accelerate's trackers."""
+        figures[name] = dict(zip(("loss", "explained", "l0", "dead"), values, strict=True))
     worst = {key: f"{max(f[key] for f in figures.values()):.3f}" for key in ("loss", "dead")}
     bar.set_postfix(worst | {"explained": f"{min(f['explained'] for f in figures.values()):.3f}"}, refresh=False)
     if accelerator:

@@ -38,11 +38,6 @@ class Firings(NamedTuple):
     latents: Int[Tensor, " M"]
     values: Float[Tensor, " M"]
 
-    def then(self, others: "Firings") -> "Firings":
-        """These rows, and below them others."""
-        offsets = torch.cat((self.offsets[:-1], self.offsets[-1:] + others.offsets))
-        return Firings(offsets, torch.cat((self.latents, others.latents)), torch.cat((self.values, others.values)))
-
 
 class Outcome(NamedTuple):
     """The result of a step; everything but `least` is a sum over the tokens of this process."""
@@ -77,7 +72,7 @@ def sparse_step(
     groups = len(recipe.sizes)
     if groups > 1:
         kept = grouped(kept, recipe.sizes)
-    firings = kept if spare is None else kept.then(spare)
+    firings = kept if spare is None else joined((kept, spare))
     parts = decoded(firings, weights["decoder"]).unflatten(0, (-1, len(x)))
     rest = parts[:groups].cumsum_(0).sub_(target)
     error, loss = rest[-1].square().sum() / unit, rest.square().sum() / (unit * groups)
@@ -220,11 +215,7 @@ def products(firings: Firings, rows: Float[Tensor, "rows D"], matrix: Float[Tens
 
 
 def pulled_back(
-    firings: Firings,
-    pull: Float[Tensor, "rows D2"],
-    x: Float[Tensor, "N D"],
-    weights: dict[str, Tensor],
-    groups: int,
+    firings: Firings, pull: Float[Tensor, "rows D2"], x: Float[Tensor, "N D"], weights: dict[str, Tensor], groups: int
 ) -> tuple[dict[str, Tensor], Float[Tensor, " n"]]:
     """Gradients by parameter from `pull`, that by each row's sum; and the tokens on which each latent fired.
 

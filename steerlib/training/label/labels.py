@@ -16,7 +16,7 @@ from torch import Tensor
 from ...encoders import Sparse
 from ...hosts import host_for
 from ...text import progress
-from ..record.shards import Shards
+from ..record.shards import LABELS, Shards
 
 CONTEXTS = 16
 """Highest activations that are kept of each latent."""
@@ -84,11 +84,8 @@ class Texts:
     """The recorded tokens, to show where something was seen."""
 
     def __init__(self, tokenizer: Any, shards: Shards):
-        found = list(shards.in_order(["ids", "documents", "positions"], 1 << 20))
-        self.tokenizer = tokenizer
-        self.ids, self.documents, self.positions = (
-            torch.cat([part[name] for part in found]) for name in ("ids", "documents", "positions")
-        )
+        self.tokenizer, found = tokenizer, list(shards.in_order(LABELS, 1 << 20))
+        self.documents, self.positions, self.ids = (torch.cat([part[name] for part in found]) for name in LABELS)
 
     def token(self, row: int) -> str:
         """The token of a row."""

@@ -136,21 +136,14 @@ def verify(
 
 def dose(bank: ConceptBank, concept: Concept) -> Add:
     """`DOSE`, or the most that additions are capped at."""
-    norm, row = bank.sites[bank.site_of(concept)].norm, row_of(bank, concept)
+    norm, row = bank.sites[bank.site_of(concept)].norm, bank.rows(concept).write[0]
     cap = SHARE * norm / (concept.unit * float(row.norm())) if norm else inf
     return Add(min(DOSE, 0.999 * cap))
 
 
-def row_of(bank: ConceptBank, concept: Concept) -> Float[Tensor, " D"]:
-    """What a latent writes."""
-    encoder = bank.encoder(concept.encoder)
-    assert isinstance(encoder, Sparse)
-    return encoder.decoder[concept.index].float()
-
-
 def astray(bank: ConceptBank, concept: Concept, g: torch.Generator) -> ConceptBank:
     """A bank of one random direction, where and as long as a latent's own."""
-    site, row = bank.site_of(concept), row_of(bank, concept)
+    site, row = bank.site_of(concept), bank.rows(concept).write[0]
     drawn = torch.randn(row.shape, generator=g)
     direction = Directions((drawn / drawn.norm() * row.norm())[None])
     named = Concept(name="astray", encoder=site, index=0, unit=concept.unit)

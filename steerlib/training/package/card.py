@@ -51,6 +51,8 @@ def card(bank: ConceptBank, recipe: DirectionRecipe, records: Sequence[MeasuredE
 def latents_card(bank: ConceptBank, recipe: TextEncoderRecipe) -> str:
     """The card of a bank of sparse encoders, from what was measured of each."""
     first = next(iter([*_best(bank), *bank.concepts.values()]))
+    sources = bank.provenance["corpus"]
+    corpus = [(row["source"], row["licence"], f"{row['documents']:,}", f"{row['share']:.1%}") for row in sources]
     parts = [
         front(recipe.name, recipe.base, recipe.license, [], {"tags": ["sae"]}).strip(),
         f"# {recipe.name}\n\n{recipe.description.strip()}",
@@ -63,7 +65,7 @@ def latents_card(bank: ConceptBank, recipe: TextEncoderRecipe) -> str:
         else "",
         f"## What moves what\n\n{GRAPH}\n\n{graph_table(bank.provenance['graph'])}" if "graph" in bank.provenance else "",
         f"## What it was trained on\n\n{bank.provenance['tokens']:,} tokens, recorded in random order of documents, of:\n\n"
-        + _sources(bank.provenance["corpus"]),
+        + markdown("source | licence | documents | share of the text", corpus),
         LABELS,
         f"Made by `steerlib train concept_banks/recipes/{recipe.name}/recipe.toml`.",
     ]
@@ -139,11 +141,6 @@ def verified(bank: ConceptBank, count: int) -> str:
     return markdown(f"latent | tokens that follow it | {gains} | seen in", rows)
 
 
-def _sources(corpus: Sequence[Mapping[str, Any]]) -> str:
-    rows = [(row["source"], row["licence"], f"{row['documents']:,}", f"{row['share']:.1%}") for row in corpus]
-    return markdown("source | licence | documents | share of the text", rows)
-
-
 LABELS = """Labels of verified latents are tokens that follow them in held-out text; of others, tokens of their highest
 activations, or those that the model's own head makes of them. No person has checked them."""
 
@@ -175,12 +172,8 @@ def _gates(bank: ConceptBank) -> str:
 
 def _example(record: MeasuredEffects) -> str:
     e = record["examples"][0]
-    lines = [f"> {name}: {_line(e[name])}" for name in ("unsteered", "prompted", "steered")]
+    lines = [f"> {name}: {' '.join(e[name].split())}" for name in ("unsteered", "prompted", "steered")]
     return f"**{record['concept']} {record['amount']:+.2f}** — {e['prompt']}\n\n" + "\n>\n".join(lines)
-
-
-def _line(text: str) -> str:
-    return " ".join(text.split())
 
 
 LIMITS = """## Limits

@@ -124,9 +124,6 @@ def with_effects(bank: ConceptBank, recipe: DirectionRecipe, records: Sequence[M
     return measured.with_concepts(concepts, card=card(measured, recipe, records, said))
 
 
-# -- the bank of what was chosen -----------------------------------------------------------------------------
-
-
 def assemble(studio: Studio, choices: Mapping[str, Choice]) -> ConceptBank:
     """The bank of what was chosen, with its gates: one encoder a site, units in standard deviations."""
     recipe, rows = studio.recipe, DirectionRows()

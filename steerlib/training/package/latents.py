@@ -18,7 +18,7 @@ from ...hosts import host_for
 from ..entries import GraphRecipe
 from ..label.attributes import read
 from ..label.labels import AMONG, SHOWN, Sightings, Texts, label, promoted, sightings
-from ..label.verify import Followers, Verification, followers, verify
+from ..label.verify import Verification, followers, verify
 from ..recipe import Recipe, TextEncoderRecipe
 from ..record.activations import tokens
 from ..record.documents import sources
@@ -50,18 +50,19 @@ def train_latents(model: Any, tokenizer: Any, recipe: TextEncoderRecipe, folder:
         id, site = spec.id, spec.reads or spec.site
         seen = sightings(runs[id], shards, site)
         readings = Readings(seen.quantile(0.5), seen.quantile(0.995), seen.frequency.float())
-        encoders[id] = finish(runs[id], readings, head(shards, site))
+        encoders[id] = finish(runs[id], readings, some_rows(shards, site, held_out=False))
         concepts += described(id, encoders[id], seen, texts, promoted(model, tokenizer, runs[id].decoder))
-        x, y = held_out(shards, site), held_out(shards, spec.site)
+        x, y = (some_rows(shards, name, held_out=True) for name in (site, spec.site))
         found[id] = quality(model, tokenizer, encoders[id], spec.site, x, unrelated, reads=spec.reads, y=y)
         found[id] |= probed(encoders[id], labelled[site]) | apart([runs[name] for name in spec.runs], x)
-        telling |= most_telling(followers(encoders[id], shards, site), id, spec.verify)
+        said = sorted(followers(encoders[id], shards, site).items(), key=lambda item: -item[1].weight)
+        telling |= {f"{id}/{i}": own for i, own in said[: spec.verify]}
     bank = ConceptBank(
         recipe.name,
         concepts,
         encoders,
         base=BaseModel.of(model, id=recipe.base),
-        sites={site: site_facts(head(shards, site)) for site in shards.sites},
+        sites={site: site_facts(some_rows(shards, site, held_out=False)) for site in shards.sites},
         reads={spec.id: spec.reads for spec in recipe.encoders},
         license=recipe.license,
         provenance=recipe.provenance | {"quality": found, "tokens": shards.training, "corpus": sources(recipe.corpus_files())},
@@ -98,15 +99,10 @@ def fitted(recipe: TextEncoderRecipe, shards: Shards, folder: Path) -> dict[str,
     return found
 
 
-def head(shards: Shards, site: str) -> Tensor:
-    """Some training activations, as recorded."""
-    return torch.cat(list(shards.in_order(site, 4096, 0, min(LOOKED_AT, shards.training)))).float()
-
-
-def held_out(shards: Shards, site: str) -> Tensor:
-    """Activations of documents that no encoder was trained on."""
-    stop = min(len(shards), shards.training + LOOKED_AT)
-    return torch.cat(list(shards.in_order(site, 4096, shards.training, stop))).float()
+def some_rows(shards: Shards, site: str, *, held_out: bool) -> Tensor:
+    """Activations as recorded: of documents that no encoder was trained on, or of others."""
+    start, stop = (shards.training, len(shards)) if held_out else (0, shards.training)
+    return torch.cat(list(shards.in_order(site, 4096, start, min(stop, start + LOOKED_AT)))).float()
 
 
 def described(id: str, encoder: Sparse, seen: Sightings, texts: Texts, promotes: Sequence[Sequence[str]]) -> list[Concept]:
@@ -129,12 +125,6 @@ def described(id: str, encoder: Sparse, seen: Sightings, texts: Texts, promotes:
         }
 
     return describe(id, encoder, about)
-
-
-def most_telling(found: Mapping[int, Followers], id: str, count: int) -> dict[str, Followers]:
-    """The latents whose following tokens are the most telling ones, by name."""
-    best = sorted(found, key=lambda i: -found[i].weight)[:count]
-    return {f"{id}/{i}": found[i] for i in best}
 
 
 def with_verified(

@@ -6,7 +6,6 @@ folder/encoders/          what `fit` keeps of every encoder
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -56,19 +55,12 @@ def train_pictures(pipe: Any, recipe: PipelineEncoderRecipe, folder: Path) -> Co
     encoders, figures = fitted(recipe.encoders, seen, folder / "encoders", epochs=recipe.epochs)
     named, concepts = words(prompts), []
     for id, encoder in encoders.items():
-        z = torch.stack([encoder.encode(picture.float()).mean(0) for picture in seen[_key(id)]])
+        z = torch.stack([encoder.encode(picture.float()).mean(0) for picture in seen[id.partition("#")[0]]])
         concepts += described(id, encoder, *best(z, named))
-    made = bank_of(pipe, recipe.name, recipe.base, concepts, encoders, seen, recipe.levels)
+    made = bank_of(pipe, recipe.name, recipe.base, concepts, encoders, seen)
     made.provenance = {**recipe.provenance, "quality": figures}
     made.license = recipe.license
     return made.with_concepts(concepts, card=pictures_card(made, recipe.description))
-
-
-def _key(id: str) -> str:
-    return id.partition("#")[0]
-
-
-# -- activations -------------------------------------------------------------------------------------------------
 
 
 def drawn(pipe: Any, prompts: Sequence[str], recipe: PipelineEncoderRecipe) -> Seen:
@@ -97,9 +89,6 @@ def halves(x: Float[Tensor, "B N D"]) -> tuple[Float[Tensor, "T D"], Float[Tenso
     return x[:cut].flatten(0, 1).float(), x[cut:].flatten(0, 1).float()
 
 
-# -- encoders ----------------------------------------------------------------------------------------------------
-
-
 def fitted(
     specs: Iterable[SiteEncoder], seen: Seen, folder: Path, *, epochs: int
 ) -> tuple[dict[str, Sparse], dict[str, dict[str, Any]]]:
@@ -107,7 +96,7 @@ def fitted(
     encoders: dict[str, Sparse] = {}
     figures: dict[str, dict[str, Any]] = {}
     for spec in tqdm(list(specs), desc="encoders", leave=False):
-        x, apart_x = halves(seen[_key(spec.id)])
+        x, apart_x = halves(seen[spec.id.partition("#")[0]])
         if len(x) < spec.recipe.batch:
             raise BadRecipe(f"{spec.id!r}: expected {spec.recipe.batch} tokens or more for one batch, got {len(x)}; draw more")
         place = folder / re.sub(r"[^\w.@-]", "_", spec.id)
@@ -117,9 +106,6 @@ def fitted(
         figures[spec.id] = kept(encoder, apart_x, apart_x, control_of(encoder, apart_x, apart_x))
         figures[spec.id] |= {"used": used(encoder.encode(apart_x))} | apart([runs[name] for name in spec.runs], apart_x)
     return encoders, figures
-
-
-# -- labels ------------------------------------------------------------------------------------------------------
 
 
 def words(prompts: Sequence[str]) -> dict[str, Bool[Tensor, " B"]]:
@@ -153,21 +139,12 @@ def described(id: str, encoder: Sparse, labels: Sequence[str], likeness: Float[T
 
 
 def bank_of(
-    pipe: Any,
-    name: str,
-    base: str,
-    concepts: Sequence[Concept],
-    encoders: Mapping[str, Any],
-    seen: Seen,
-    levels: Sequence[int],
-    *,
-    capped: bool = True,
+    pipe: Any, name: str, base: str, concepts: Sequence[Concept], encoders: Mapping[str, Any], seen: Seen
 ) -> ConceptBank:
-    """The bank, without a card. `capped`: whether sites get the median length that changes are capped by a share of."""
+    """The bank, without a card; its levels are those of the activations."""
     at: dict[str, list[Tensor]] = {}
     for key, x in seen.items():
         at.setdefault(key.partition("@")[0], []).append(x.flatten(0, 1)[:4096].float())
-    facts = {site: site_facts(torch.cat(parts)) for site, parts in at.items()}
-    sites = facts if capped else {site: replace(own, norm=None) for site, own in facts.items()}
-    identity = BaseModel.of(pipe, id=base)
-    return ConceptBank(name, concepts, encoders, base=identity, sites=sites, levels=spans(pipe, levels))
+    sites = {site: site_facts(torch.cat(parts)) for site, parts in at.items()}
+    levels = spans(pipe, sorted({int(key.partition("@")[2]) for key in seen}))
+    return ConceptBank(name, concepts, encoders, base=BaseModel.of(pipe, id=base), sites=sites, levels=levels)

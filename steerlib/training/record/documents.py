@@ -61,18 +61,13 @@ def documents(texts: Texts, seed: int | None = None) -> Iterator[Any]:
         texts = [Path(texts)]
     if isinstance(texts, Mapping):
         raise BadRecipe(f"expected documents, got a mapping of {', '.join(map(str, texts))}; choose one of these")
-    for found in _shuffled(_opened(texts), seed):
+    if isinstance(texts, Sequence) and texts and all(isinstance(text, os.PathLike) for text in texts):
+        texts = [document for path in texts for document in _read(Path(path))]
+    for found in _shuffled(texts, seed):
         document = _cell(found) if isinstance(found, Mapping) else found
         if not isinstance(document, str) and not _is_chat(document):
             raise BadRecipe(f"expected texts, chats as lists of messages with role and content, or rows, got {document!r:.80}")
         yield document
-
-
-def _opened(texts: Iterable[Any]) -> Iterable[Any]:
-    """The documents, those of files where paths are given."""
-    if isinstance(texts, Sequence) and texts and all(isinstance(text, os.PathLike) for text in texts):
-        return [document for path in texts for document in _read(Path(path))]
-    return texts
 
 
 def _read(path: Path) -> list[Any]:
@@ -125,9 +120,6 @@ def _cell(row: Mapping[str, Any]) -> Any:
     if not found:
         raise BadRecipe(f"expected rows with a column text or messages, got {', '.join(row)}; give the texts themselves")
     return row[found[0]]
-
-
-# -- tokens --------------------------------------------------------------------------------------------------
 
 
 def _is_chat(document: Any) -> bool:

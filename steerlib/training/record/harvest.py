@@ -4,7 +4,6 @@ import hashlib
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
@@ -12,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
 from ...errors import BadRecipe, SteeringWarning
@@ -56,7 +56,7 @@ def harvest(
     _check(model, sites, {"tokens": tokens, "context": context, "batch": batch})
     compute = compute or (dtype if is_fast(model.device, dtype) else None)
     with reading(model, sites, compute and PRECISIONS[compute]) as read:
-        recorder = Recorder.of(read, sites, model.device, PRECISIONS[dtype], batch)
+        recorder = Recorder(read, sites, model.device, PRECISIONS[dtype], batch)
         rows = recorder.rows_in(SHARD_BYTES, context)
         computed = str(PRECISIONS[compute] if compute else model.dtype)
         settings = {"sites": recorder.widths, "dtype": dtype, "compute": computed, "model": identity(model)}
@@ -108,9 +108,6 @@ def _fill(shelf: Shelf, groups: Iterable[list[Piece]], recorder: "Recorder", tok
         raise BadRecipe(f"expected something to record, got none of {tokens} tokens; give more texts")
 
 
-# -- one shard -----------------------------------------------------------------------------------------------
-
-
 def _groups(cut: Iterable[Piece], rows: int, tokens: int) -> Iterator[list[Piece]]:
     """Pieces of one shard each, with at most `rows` tokens to record, `tokens` in all."""
     group: list[Piece] = []
@@ -156,33 +153,21 @@ def _passes(group: Sequence[Piece], batch: int) -> Iterator[list[int]]:
     yield together
 
 
-@dataclass(frozen=True, eq=False)
 class Recorder:
-    """Reads pieces and keeps what is to be recorded of them."""
+    """Reads pieces and keeps what is to be recorded of them, as `dtype`, in passes of at most `batch` tokens."""
 
-    read: Read
-    widths: dict[str, int]
-    device: torch.device
-    dtype: torch.dtype
-    batch: int
-
-    @classmethod
-    def of(cls, read: Read, sites: Sequence[str], device: torch.device, dtype: torch.dtype, batch: int) -> "Recorder":
-        """Takes the widths of sites from a pass over two tokens."""
+    def __init__(self, read: Read, sites: Sequence[str], device: torch.device, dtype: torch.dtype, batch: int):
+        self.read, self.device, self.dtype, self.batch = read, device, dtype, batch
         found = read(torch.zeros(1, 2, dtype=torch.long, device=device), None)
-        return cls(read, {site: found[site].shape[-1] for site in sites}, device, dtype, batch)
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of one token in a shard."""
-        return self.dtype.itemsize * sum(self.widths.values()) + 4 * len(LABELS)
+        self.widths = {site: found[site].shape[-1] for site in sites}
 
     def rows_in(self, shard_bytes: int, context: int) -> int:
         """Tokens that a shard has room for."""
-        rows = (shard_bytes - HEADER) // self.row_bytes
+        each = self.dtype.itemsize * sum(self.widths.values()) + 4 * len(LABELS)
+        rows = (shard_bytes - HEADER) // each
         if rows < context:
             raise BadRecipe(
-                f"expected room for {context} tokens of {self.row_bytes} bytes and a head of {HEADER} in a shard, "
+                f"expected room for {context} tokens of {each} bytes and a head of {HEADER} in a shard, "
                 f"got {shard_bytes} bytes; give a shorter context, or fewer sites"
             )
         return rows
@@ -195,25 +180,18 @@ class Recorder:
             ids, mask, kept = self._padded([group[i] for i in together])
             places = torch.cat([torch.arange(ends[i] - sum(group[i].kept), ends[i]) for i in together])
             for site, x in self.read(ids, None if mask.all() else mask.long()).items():
-                out[site][places] = self._rows(site, x[kept])
+                rows = x[kept].to(self.dtype)
+                if not rows.isfinite().all():
+                    raise BadRecipe(
+                        f"expected finite activations at {site!r}, got others in {rows.dtype}; record and compute in bf16 "
+                        "or fp32"
+                    )
+                out[site][places] = rows.cpu()
             bar.update(len(places))
         return out
 
     def _padded(self, group: Sequence[Piece]) -> list[Tensor]:
         """Ids, which of them are real, and which to record, `[pieces, longest]` each."""
-        shape = len(group), len(group[-1].ids)
-        ids = torch.zeros(shape, dtype=torch.long)
-        mask, kept = torch.zeros(shape, dtype=torch.bool), torch.zeros(shape, dtype=torch.bool)
-        for row, piece in enumerate(group):
-            ids[row, : len(piece.ids)] = torch.tensor(piece.ids)
-            kept[row, : len(piece.ids)] = torch.tensor(piece.kept)
-            mask[row, : len(piece.ids)] = True
-        return [tensor.to(self.device) for tensor in (ids, mask, kept)]
-
-    def _rows(self, site: str, x: Tensor) -> Tensor:
-        x = x.to(self.dtype)
-        if not x.isfinite().all():
-            raise BadRecipe(
-                f"expected finite activations at {site!r}, got others in {x.dtype}; record and compute in bf16 or fp32"
-            )
-        return x.cpu()
+        ids, kept = [piece.ids for piece in group], [piece.kept for piece in group]
+        real = [[True] * len(own) for own in ids]
+        return [pad_sequence([*map(torch.tensor, rows)], batch_first=True).to(self.device) for rows in (ids, real, kept)]

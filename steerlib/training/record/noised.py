@@ -1,4 +1,4 @@
-"""Activations of a denoiser at noise levels: of pictures that it draws, or of given ones with noise added.
+"""Activations of a denoiser at noise levels.
 
 A level is named by its timestep; `site@level` names activations as it does encoders. `B` pictures, `N` tokens of a site.
 """
@@ -6,10 +6,8 @@ A level is named by its timestep; `site@level` names activations as it does enco
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
-from jaxtyping import Float, Int
-from numpy.typing import NDArray
+from jaxtyping import Float
 from torch import Tensor
 
 from ...errors import SiteNotReached
@@ -63,25 +61,6 @@ def conditional(x: Tensor, state: StepState) -> Tensor | None:
     return x.chunk(len(state.branches))[state.branches.index("cond")]
 
 
-@torch.no_grad()
-def noised(pipe: Any, pixels: NDArray[np.uint8], captions: Sequence[str], levels: Sequence[int], *, seed: int) -> None:
-    """Run a denoiser on pictures `[B, H, W, 3]` with the noise of each level added; hooks record what it computes."""
-    x = torch.from_numpy(pixels).to(pipe.unet.device, pipe.unet.dtype).permute(0, 3, 1, 2) / 127.5 - 1
-    latents = pipe.vae.encode(x).latent_dist.mean * pipe.vae.config.scaling_factor
-    text = pipe.text_encoder(tokens(pipe.tokenizer, list(captions)).to(latents.device))[0]
-    for level in levels:
-        g = torch.Generator().manual_seed(seed * 1009 + level)
-        noise = torch.randn(latents.shape, generator=g).to(latents)
-        t = torch.full((len(latents),), level, device=latents.device)
-        pipe.unet(pipe.scheduler.add_noise(latents, noise, t), t, encoder_hidden_states=text)
-
-
 def joined(parts: Sequence[Mapping[str, Tensor]]) -> Seen:
     """What several runs showed, in half precision."""
     return {key: torch.cat([part[key].half().cpu() for part in parts]) for key in parts[0]}
-
-
-def tokens(tokenizer: Any, captions: list[str]) -> Int[Tensor, "B N"]:
-    """As pipelines of diffusers give captions to a text encoder."""
-    length = tokenizer.model_max_length
-    return tokenizer(captions, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids

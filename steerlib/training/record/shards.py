@@ -29,9 +29,6 @@ HEADER = 4096
 """Bytes allowed for the head of a shard."""
 
 
-# -- writing -------------------------------------------------------------------------------------------------
-
-
 class Shelf:
     """A folder to which shards are added one by one, each whole or not at all. `settings` determine all of them."""
 
@@ -86,9 +83,6 @@ def _index(folder: Path) -> dict[str, Any]:
 def _is_whole(folder: Path, entry: Mapping[str, Any]) -> bool:
     path = folder / entry["file"]
     return path.is_file() and path.stat().st_size == entry["bytes"]
-
-
-# -- reading -------------------------------------------------------------------------------------------------
 
 
 class Shards:
@@ -148,14 +142,7 @@ class Shards:
             return {name: file.get_tensor(name) for name in names}
 
     def batches(
-        self,
-        names: str | Sequence[str],
-        start_step: int,
-        batch: int,
-        *,
-        seed: int = 0,
-        epochs: int | None = None,
-        mix: int = 8,
+        self, names: str | Sequence[str], start_step: int, batch: int, *, seed: int = 0, epochs: int | None = None, mix: int = 8
     ) -> Iterator[Any]:
         """Training batches from step `start_step` on, `[batch, D]` each, as they are stored; by name if several are asked for.
 
@@ -229,48 +216,36 @@ def _as_asked(names: str | Sequence[str], found: dict[str, Tensor]) -> Tensor | 
     return found[names] if isinstance(names, str) else found
 
 
-@dataclass(eq=False)
-class Pool:
-    """Shards that are in memory together, and the order their rows are given out in."""
-
-    start: int
-    """Place of its first row in the endless order."""
-    order: Tensor
-    tensors: dict[str, Tensor]
-
-
 class Mixed:
     """All training rows in an endless order, epoch after epoch, that can be entered anywhere."""
 
     def __init__(self, shards: Shards, names: Sequence[str], seed: int, mix: int):
         self.shards, self.names, self.seed, self.mix = shards, names, seed, mix
-        self.pool: Pool | None = None
+        self.start, self.order, self.tensors = 0, torch.empty(0, dtype=torch.long), dict[str, Tensor]()
 
     def rows(self, place: int, count: int) -> dict[str, Tensor]:
         """`count` rows from a place in the order."""
         parts = []
         while count:
-            pool = self._pool_at(place)
-            chosen = pool.order[place - pool.start : place - pool.start + count]
-            parts.append({name: x[chosen] for name, x in pool.tensors.items()})
+            if not self.start <= place < self.start + len(self.order):
+                self._load(place)
+            chosen = self.order[place - self.start : place - self.start + count]
+            parts.append({name: x[chosen] for name, x in self.tensors.items()})
             place, count = place + len(chosen), count - len(chosen)
         return {name: torch.cat([part[name] for part in parts]) for name in self.names}
 
-    def _pool_at(self, place: int) -> Pool:
-        pool = self.pool
-        if pool is None or not pool.start <= place < pool.start + len(pool.order):
-            self.pool = pool = None  # free the old one first
-            self.pool = pool = self._loaded(place)
-        return pool
-
-    def _loaded(self, place: int) -> Pool:
+    def _load(self, place: int) -> None:
+        """Bring the pool of shards that a place lies in to memory: its first place, its order and its rows."""
+        self.order, self.tensors = self.order[:0], {}  # free the old one first
         epoch, inside = divmod(place, self.shards.training)
         start = place - inside
         for number, members in enumerate(self._pools(epoch)):
             size = sum(rows for _, rows in members)
             if place < start + size:
                 order = np.random.default_rng([self.seed, epoch, number]).permutation(size)
-                return Pool(start, torch.from_numpy(order), self._gathered(members, size))
+                self.tensors = self._gathered(members, size)
+                self.start, self.order = start, torch.from_numpy(order)
+                return
             start += size
         raise AssertionError("a place lies in one of an epoch's pools")
 
