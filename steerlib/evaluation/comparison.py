@@ -257,9 +257,6 @@ def specificity(scores: Scores, concept: int, condition: int) -> float:
     return own / (own + others) if own > 0 else 0.0
 
 
-# -- side effects --------------------------------------------------------------------------------------------
-
-
 class SideEffects(NamedTuple):
     """What edits do to text that has nothing to do with them, teacher-forced, per token: KL(p_0 || p_s) and the rise of the
     cross-entropy in nats, and the share of positions at which the likeliest next token stays the same."""
@@ -297,9 +294,6 @@ class Unrelated:
     @torch.no_grad()
     def _scores(self, ids: Tensor, mask: Tensor) -> Float[Tensor, "rows length vocab"]:
         return self.model(input_ids=ids, attention_mask=mask).logits[:, :-1].float().log_softmax(-1)
-
-
-# -- dose and response ---------------------------------------------------------------------------------------
 
 
 class Response(NamedTuple):

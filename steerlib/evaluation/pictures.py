@@ -35,9 +35,7 @@ def grid(cells: Mapping[str, Mapping[str, Pictures]], *, title: str = "") -> byt
     )
     for row, (name, strip) in zip(axes, cells.items(), strict=True):
         for axis, column in zip(row, columns, strict=True):
-            line = np.full((len(strip[column][0]), 1, 3), 255, np.uint8)  # a light one between pictures
-            pixels = np.concatenate([part for picture in strip[column] for part in (picture, line)][:-1], 1)
-            axis.imshow(pixels, interpolation="nearest")
+            axis.imshow(strip_of(strip[column]), interpolation="nearest")
             axis.set(xticks=[], yticks=[])
         row[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize="small")
     for axis, column in zip(axes[0], columns, strict=True):
@@ -47,6 +45,12 @@ def grid(cells: Mapping[str, Mapping[str, Pictures]], *, title: str = "") -> byt
         figure.savefig(file, format="png", dpi=110)
         pyplot.close(figure)
         return file.getvalue()
+
+
+def strip_of(pictures: Sequence[NDArray[np.uint8]] | Pictures) -> NDArray[np.uint8]:
+    """Pictures side by side, a light line between them."""
+    line = np.full((len(pictures[0]), 1, 3), 255, np.uint8)
+    return np.concatenate([part for picture in pictures for part in (picture, line)][:-1], 1)
 
 
 def draw_as_told(
