@@ -95,9 +95,8 @@ class Intervention(ABC):
         """Whether natural readings cut what it forces a concept to."""
         return False
 
-    @property
-    def matches_norm(self) -> bool:
-        """Whether it grows and shrinks with each token's own length."""
+    def matches_norm(self, stored: bool) -> bool:  # noqa: ARG002
+        """Whether it grows and shrinks with each token's own length; `stored`: whether the bank says so of the concept."""
         return False
 
     @property
@@ -156,9 +155,8 @@ class Add(Intervention):
     def amounts(self) -> tuple[float, ...]:
         return each(self.amount) if self.unit == "concept" else ()
 
-    @property
-    def matches_norm(self) -> bool:
-        return self.match_norm
+    def matches_norm(self, stored: bool) -> bool:
+        return self.match_norm or stored
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from ..sites import Site
 from . import masks
 from .aims import AsTwin, Forecast
 from .edit import Edit
-from .interventions import Ablate, Add, Coordinate, Intervention
+from .interventions import Ablate, Coordinate, Intervention
 from .reading import Key, Note, NoteReader, Reader, reader
 from .shares import Gated, Half, Masked, OwnLength, Section, Share, When
 
@@ -61,7 +61,7 @@ class Lowering:
         branch: Any = intervention.branch or self.options.branch
         shares += [Half(branch, concept.name)] if branch != "both" else []
         shares += [self._gated(concept.name, place, self._bounded(gate)) for gate in gates]
-        if intervention.matches_norm or (concept.match_norm and isinstance(intervention, Add)):
+        if intervention.matches_norm(concept.match_norm):
             shares.append(OwnLength(self._norm(site)))
         shares += [Masked(masks.mask_of(intervention.mask), concept.name)] if intervention.mask is not None else []
         return self._made(concept, place, read, intervention.aim(at), shares, leaves)
