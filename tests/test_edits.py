@@ -174,12 +174,13 @@ import torch
 model = torch.nn.Sequential(torch.nn.Identity())
 bank = sl.ConceptBank.from_directions({"a": torch.ones(4)}, site="0", base=model)
 for wrong in ({"a": "much"}, {"a": None}, [("a", 1.0)]):
-    try:
-        sl.steer(model, bank, wrong)
-    except sl.errors.BadEdit as error:
-        assert "expected" in str(error)
-    else:
-        raise AssertionError(wrong)
+    for way in (lambda: sl.steer(model, bank, wrong), lambda: sl.attach(model, bank).set(wrong)):
+        try:
+            way()
+        except sl.errors.BadEdit as error:
+            assert "expected" in str(error)
+        else:
+            raise AssertionError(wrong)
 """
     subprocess.run([sys.executable, "-c", code], check=True)
 

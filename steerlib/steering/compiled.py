@@ -1,6 +1,7 @@
 """What a compiled model runs at a site: edits as tensors of fixed size that are changed in place, so nothing recompiles."""
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from math import inf
 
@@ -8,7 +9,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..bank import ConceptBank
 from ..errors import Unanswerable
+from ..hooks.attach import LOCK, attachment
+from ..hosts import Host
 from ..passes import StepState
 from ..schedules import gain
 from .edit import Edit, EditTensors, Given
@@ -106,6 +110,29 @@ class CompiledEdit:
     @staticmethod
     def _all(*parts: EditTensors | Openings) -> list[Tensor]:
         return [getattr(part, f.name) for part in parts for f in fields(part)]
+
+
+def stand(host: Host, bank: ConceptBank) -> Callable[[], None]:
+    """Put permanent sockets at every site of a bank, with tensors that compiled code reads; gives back what removes them."""
+    sites = tuple(host.site(name) for name in bank.sites)
+    room = Counter(bank.site_of(place) for concept in bank.concepts.values() for place in concept.places)
+    with LOCK, torch.inference_mode(False):  # their tensors are changed in place later, in whatever mode
+        attached = attachment(host)
+        attached.require(host, sites)
+        for site in sites:
+            if (socket := attached.sockets[site.name]).traced is None:
+                inside = host.model.get_submodule(site.module).parameters()
+                device = next(inside, next(host.model.parameters(), torch.zeros(()))).device
+                socket.traced = CompiledEdit(max(EDITS, room[site.name]), ROWS, bank.sites[site.name].width, device)
+
+    def remove() -> None:
+        with LOCK:
+            for site in sites:
+                if (socket := attached.sockets.get(site.name)) is not None and attached.uses(site) == 1:
+                    socket.traced = None
+            attached.release(host, sites)
+
+    return remove
 
 
 ROWED = [f.name for f in fields(EditTensors)].index("scale")

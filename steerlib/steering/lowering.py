@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import inf
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -184,15 +183,8 @@ class Lowering:
     def _norm(self, site: str) -> float:
         """The length that a token's own is compared with."""
         if (norm := self.bank.sites[site].norm) is None:
-            raise BadEdit(
-                f"match_norm needs to know how long activations are at {site!r}, which bank {self.bank.name!r} does not say"
-            )
+            raise BadEdit(f"match_norm needs the median length of activations at {site!r}, which bank {self.bank.name!r} lacks")
         return norm
-
-    def cap(self, site: str) -> float:
-        """The longest change at a site."""
-        norm = self.bank.sites[site].norm if site in self.bank.sites else None  # masks read sites of their own
-        return inf if self.options.allow_ood or norm is None else SHARE * norm
 
 
 SHARE = 0.35

@@ -72,7 +72,9 @@ def resolve(bank: ConceptBank, host: Host, edits: Edits, options: Options) -> Pl
         by_site.setdefault(bank.site_of(edit.place), []).append(edit)
     for site, note in (found for edit in made for found in lower.notes(edit)):
         notes.setdefault(site, []).append(note)
-    programs = {name: Program(by_site.get(name, ()), notes.get(name, ()), lower.cap(name)) for name in [*by_site, *notes]}
+    programs = {
+        name: Program(by_site.get(name, ()), notes.get(name, ()), _cap(bank, name, options)) for name in [*by_site, *notes]
+    }
     for edit in made:
         lower.check_order(edit)
     notices += [(text, OutOfRange) for name, program in programs.items() for text in _too_long(name, program)]
@@ -110,6 +112,12 @@ def _beyond(concept: Concept, intervention: Intervention, options: Options) -> I
     if min(amounts) < low or max(amounts) > high:
         seen, given = concept.beyond or "nothing was measured there", amounts[0] if len(amounts) == 1 else amounts
         yield f"{concept.name!r} was measured to be safe from {low:+.2f} to {high:+.2f}, got {given}; beyond: {seen}"
+
+
+def _cap(bank: ConceptBank, site: str, options: Options) -> float:
+    """The longest change at a site."""
+    norm = bank.sites[site].norm if site in bank.sites else None  # masks read sites of their own
+    return inf if options.allow_ood or norm is None else SHARE * norm
 
 
 def _too_long(site: str, program: Program) -> Iterator[str]:
@@ -159,7 +167,9 @@ KEPT_PLANS = 64
 
 
 def plan_for(bank: ConceptBank, host: Host, edits: Edits, options: Options) -> Plan:
-    """The plan for these edits, remembered for the next time they are asked for."""
+    """The plan for these edits, remembered for the next time they are wanted."""
+    if not isinstance(edits, Mapping):
+        raise BadEdit(f"expected edits as a mapping from concept names, got {type(edits).__name__}")
     if any(isinstance(i, Intervention) and not i.is_plain for i in edits.values()):
         return resolve(bank, host, edits, options)
     known = _PLANS.setdefault(host.model, OrderedDict())

@@ -3,21 +3,17 @@
 import threading
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from types import TracebackType
 from typing import Any, Literal
 
-import torch
-from torch import nn
-
 from ..bank import ConceptBank
-from ..errors import BadEdit, ConflictingEdits, ModelBusy, OutOfRange, SiteNotReached
+from ..errors import ConflictingEdits, ModelBusy, OutOfRange, SiteNotReached
 from ..hooks.attach import LOCK, Attachment, Socket, attachment, is_compiled
 from ..hosts import host_for
 from ..passes import Branch
-from ..sites import Site
-from .compiled import EDITS, ROWS, CompiledEdit
+from .compiled import CompiledEdit, stand
 from .dispatch import Owner, rewire
 from .plan import Do, Edits, Options, Plan, plan_for
 from .program import Run
@@ -33,36 +29,24 @@ class Steering:
     Attributes:
         bank: the bank whose concepts it edits.
         host: the model, as steerlib sees it.
+        plan: what is done; runs: how far it was done, by site; thread: in which one it acts.
     """
 
     def __init__(self, target: object, bank: ConceptBank, *, edits: Edits, options: Options):
         self.host, self.bank, self.options = host_for(target), bank, options
         self.plan: Plan = plan_for(bank, self.host, edits, options)
         self.runs: dict[str, Run] = {}
-        """By site."""
         self.thread = 0
-        """The one that it was entered in, and acts in."""
         self._place: Attachment | None = None
         self._owners: list[tuple[Socket, Owner]] = []
         self._passes: dict[str, Counter[int]] = {}
-        self._standing: tuple[Site, ...] = ()
+        self._remove: Callable[[], None] | None = None
         self._ran = self._entered = False
         self._undo = ExitStack()
 
-    # -- life --------------------------------------------------------------------------------------------------
-
     def attach(self) -> "Steering":
         """Put permanent sockets at every site of the bank, so that the model can be compiled afterwards."""
-        sites = tuple(self.host.site(name) for name in self.bank.sites)
-        with LOCK, torch.inference_mode(False):  # their tensors are changed in place later, in whatever mode
-            place = attachment(self.host)
-            place.require(self.host, sites)
-            self._place, self._standing = place, sites
-            room = Counter(self.bank.site_of(at) for concept in self.bank.concepts.values() for at in concept.places)
-            for site in sites:
-                if (socket := place.sockets[site.name]).traced is None:
-                    width, device = self.bank.sites[site.name].width, _device(self.host.model, site)
-                    socket.traced = CompiledEdit(max(EDITS, room[site.name]), ROWS, width, device)
+        self._remove = self._remove or stand(self.host, self.bank)
         return self
 
     def set(self, edits: Edits, **options: Any) -> "Steering":
@@ -98,13 +82,9 @@ class Steering:
     def detach(self) -> None:
         """Leave the model as it was: no hook, attribute or tensor of steerlib stays."""
         self._leave()
-        if (place := self._place) is not None and self._standing:
-            with LOCK:
-                for site in self._standing:
-                    if (socket := place.sockets.get(site.name)) is not None and place.uses(site) == 1:
-                        socket.traced = None
-                place.release(self.host, self._standing)
-            self._standing = ()
+        if self._remove is not None:
+            self._remove()
+            self._remove = None
 
     def __enter__(self) -> "Steering":
         if not self._entered:
@@ -126,7 +106,7 @@ class Steering:
         self.thread = threading.get_ident()
         with LOCK:
             place = attachment(self.host)
-            self._refuse(place.sessions)
+            _refuse(self, place.sessions)
             place.require(self.host, self.plan.sites)
             self._place, self._entered = place, True
             try:
@@ -159,17 +139,6 @@ class Steering:
             rewire(place)
             place.release(self.host, self.plan.sites)
 
-    def _refuse(self, others: Sequence["Steering"]) -> None:
-        """One concept may be given one value only, and a compiled model be steered by one thread."""
-        same = [session for session in others if session.thread == self.thread]
-        if len(same) < len(others) and self.plan.programs and is_compiled([self.host.model]):
-            raise ModelBusy("another thread steers this compiled model; take turns, or load a second copy")
-        fixed = {edit.key for session in same for edit in session.plan.edits if edit.is_target}
-        if twice := next((edit for edit in self.plan.edits if edit.is_target and edit.key in fixed), None):
-            raise ConflictingEdits(f"{twice.name!r} is set by an outer steer() already; set it once")
-
-    # -- what happened -----------------------------------------------------------------------------------------
-
     def _missed(self) -> list[str]:
         """Sites that were never reached although the model ran."""
         if self._place is None or not self._entered or not self._has_run():
@@ -201,9 +170,14 @@ class Steering:
         return self.report()._repr_html_()
 
 
-def _device(model: nn.Module, site: Site) -> torch.device:
-    inside = model.get_submodule(site.module).parameters()
-    return next(inside, next(model.parameters(), torch.zeros(()))).device
+def _refuse(new: Steering, others: Sequence[Steering]) -> None:
+    """One concept may be given one value only, and a compiled model be steered by one thread."""
+    same = [session for session in others if session.thread == new.thread]
+    if len(same) < len(others) and new.plan.programs and is_compiled([new.host.model]):
+        raise ModelBusy("another thread steers this compiled model; take turns, or load a second copy")
+    fixed = {edit.key for session in same for edit in session.plan.edits if edit.is_target}
+    if twice := next((edit for edit in new.plan.edits if edit.is_target and edit.key in fixed), None):
+        raise ConflictingEdits(f"{twice.name!r} is set by an outer steer() already; set it once")
 
 
 def notify(plan: Plan, stacklevel: int) -> None:
@@ -227,38 +201,27 @@ def steer(
     """Change concepts of a model inside a `with` block.
 
     Args:
-        target: a transformers model, a PEFT model, a diffusers pipeline, or any `torch.nn.Module`. Compiled models are
-            attached to first (`sl.attach`).
-        bank: whose concepts are edited. It must have been made for this architecture.
-        edits: concept names (or `encoder/index`) -> a number, which is an addition in units of the concept; a sequence, one
-            number for each prompt; or an intervention such as `Set`.
+        target: a transformers or PEFT model, a diffusers pipeline, or any `torch.nn.Module`. Compiled ones: `sl.attach` first.
+        bank: whose concepts are edited; it must have been made for this architecture.
+        edits: name, or `encoder/index`, -> an addition in units of the concept, one for each prompt, or an intervention.
         branch: the half of guidance that is edited: "both", "cond" (with the prompt) or "uncond".
-        do: what follows an edit. "model": the network itself carries it on. "hold": each pass also runs unsteered, and the
-            descendants of the edited concepts in the bank's graph are pinned to their values there; if a pinned concept has
-            a stored gate, edits that do not share it are skipped on tokens where it is open. "graph": the bank's graph also
-            moves descendants at later sites, as it forecasts.
-        hold: with `do="hold"`, other concepts to pin.
-        free: with `do="hold"`, descendants that are not pinned.
-        allow_ood: allow values outside the natural range of a concept and changes of any length ("out of distribution");
-            otherwise they are capped, with a warning.
-        exact: read latents that compete (TopK) beside all others; False: by the threshold that the bank stores, which
-            costs no more than a direction.
+        do: "model": the network carries an edit on. "hold": each pass runs unsteered too, and descendants in the bank's graph
+            are pinned to their values there; edits are skipped on tokens where a stored gate of a pinned concept is open
+            that they do not share. "graph": the graph's forecast is added at later sites.
+        hold, free: with `do="hold"`, other concepts to pin, and descendants that are not pinned.
+        allow_ood: allow changes of any length and values outside the natural range ("out of distribution"): no caps.
+        exact: read latents that compete (TopK) beside all others; False: by the bank's threshold, as cheap as a direction.
 
-    Returns a `Steering`; `with ... as session` gives it, `session.report()` says what happened.
-
-    Raises, before the model is touched: `UnknownConcept`, `UnknownSite`, `UnsupportedTarget`, `BadEdit` (`ConflictingEdits`,
-    `Unanswerable`), `WrongModel` and other `BadBank`, `CompiledModel`. From the run: `RowMismatch` where amounts are not one
-    for each prompt; at the end of the block `SiteNotReached` where the model never went through an edited site.
+    Returns a `Steering`; its `report()` says what happened. Raises before the model is touched: `UnknownConcept`,
+    `UnknownSite`, `UnsupportedTarget`, `BadEdit`, `BadBank`, `CompiledModel`. From the run: `RowMismatch` where amounts are
+    not one for each prompt; at the end of the block: `SiteNotReached` where the model never went through an edited site.
 
     >>> with sl.steer(model, bank, {"a": 2.0, "b": sl.Ablate()}) as session:
     ...     _ = model(torch.ones(1, 4, dtype=torch.long))
     >>> session.report().ran
     True
     """
-    if not isinstance(edits, Mapping):
-        raise BadEdit(f"expected edits as a mapping from concept names, got {type(edits).__name__}")
-    options = Options(branch, do, tuple(hold), tuple(free), allow_ood, exact)
-    session = Steering(target, bank, edits=edits, options=options)
+    session = Steering(target, bank, edits=edits, options=Options(branch, do, tuple(hold), tuple(free), allow_ood, exact))
     notify(session.plan, 3)
     return session
 
