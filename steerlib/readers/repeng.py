@@ -46,7 +46,8 @@ def _vectors(path: Path) -> tuple[dict[int, Tensor], str]:
     try:
         reader = _gguf().GGUFReader(path)
         architecture = reader.get_field("general.architecture").contents()
-        hint = reader.get_field(f"{architecture}.model_hint").contents()
+        field = reader.get_field(f"{architecture}.model_hint")  # an empty one is not written
+        hint = "" if field is None else str(field.contents())
         tensors = {tensor.name: torch.from_numpy(tensor.data.copy()) for tensor in reader.tensors}
     except MissingExtra:
         raise
@@ -55,7 +56,7 @@ def _vectors(path: Path) -> tuple[dict[int, Tensor], str]:
     if architecture not in ARCHITECTURES:
         raise CorruptBank(f"expected a file of architecture {' or '.join(ARCHITECTURES)}, got {architecture!r:.80}")
     layers = {name: re.fullmatch(r"direction\.(\d+)", name) for name in tensors}
-    return {int(found[1]): files.part(tensors, name, 1) for name, found in layers.items() if found}, str(hint)
+    return {int(found[1]): files.part(tensors, name, 1) for name, found in layers.items() if found}, hint
 
 
 def of_layers(vectors: dict[str, dict[int, Tensor]], model: str, hook: str) -> Foreign:

@@ -1,4 +1,4 @@
-"""With `[train]` (and `[eval]`, which is the same): all modules load, and the scorer learns to tell texts apart."""
+"""With `[eval]`, which is what `[train]` declares too: all modules but the command line load, and a scorer learns."""
 
 import importlib
 import pkgutil
@@ -6,8 +6,11 @@ import pkgutil
 import steerlib
 from steerlib.evaluation.text import Judge
 
+LEFT = ("steerlib.__main__", "steerlib.cli", "steerlib.terminal")  # these need the extra cli
+
 for module in pkgutil.walk_packages(steerlib.__path__, "steerlib."):
-    importlib.import_module(module.name)
+    if module.name not in LEFT and not module.name.startswith("steerlib.hooks.diffusers"):
+        importlib.import_module(module.name)
 texts = {"sea": ["The ship sails at dawn.", "Waves broke over the deck."], "tea": ["A cup of tea.", "Milk or sugar?"]}
 judge = Judge.fit(texts)
 assert judge(["The captain steered the boat through the waves."])[0].argmax() == judge.names.index("sea")
