@@ -8,7 +8,7 @@ import torch
 
 import steerlib as sl
 from steerlib.bank.concepts import Place
-from steerlib.errors import BadEdit, ConflictingEdits
+from steerlib.errors import BadEdit, ConflictingEdits, WrongWidth
 from steerlib.passes import TextPass
 from steerlib.schedules import gain
 from steerlib.steering.edit import Edit, EditTensors, Given
@@ -80,6 +80,12 @@ def test_targets_are_met_together_by_the_shortest_change(encoder, x):
     moved = x + 0.7 * encoder.decoder[2]
     miss = torch.stack((1 - encoder.encode(moved)[..., 0], -encoder.encode(moved)[..., 1]), -1)
     torch.testing.assert_close(y, moved + miss @ torch.linalg.pinv(encoder.encoder[:2]).T, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("intervention", [sl.Add(1.0), sl.Set(1.0)])
+def test_activations_of_another_width_are_refused(encoder, x, intervention):
+    with pytest.raises(WrongWidth, match=f"'c0' expects activations of width {D}, the site has {D - 4}"):
+        run(x[..., 4:], edit(0, encoder, intervention))
 
 
 def test_order_cannot_matter(encoder, x):

@@ -84,8 +84,10 @@ def test_a_session_beside_another_counts_its_own_edits_throughout(chain):
             assert torch.equal(chain(X), X + 2)
             chain(X)
         chain(X)
+        with sl.steer(chain, other, {"b": 1.0}):  # another one after it
+            chain(X)
     (line,), (beside,) = outer.report().lines, inner.report().lines
-    assert (line.passes, line.acted, line.tokens) == (4, 4, 12) and (beside.passes, beside.acted, beside.tokens) == (2, 2, 6)
+    assert (line.passes, line.acted, line.tokens) == (5, 5, 15) and (beside.passes, beside.acted, beside.tokens) == (2, 2, 6)
 
 
 def test_a_warning_points_at_the_line_of_the_user(tmp_path):
