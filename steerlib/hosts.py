@@ -35,6 +35,9 @@ class Host(ABC):
         model: the module that is hooked; every module path starts there. The same object for every host of a target.
         has_progress: whether a pass has a `progress`, so that `Window` can be answered.
         counts_compiled: whether `Steps` can be answered where the clock module is itself compiled.
+
+    >>> host_for(model).site("layers.0").module
+    'model.layers.0'
     """
 
     model: nn.Module

@@ -55,6 +55,11 @@ class StepState(ABC):
         section: whether the pass reads prompt, new tokens, or both.
         is_plain: whether all tokens are of one section and none is a pad.
         positions: `[rows, N]`; steps: `[rows, N]`, 0 in the prompt; real: `[B, N]`, False on pads, None without pads.
+
+    >>> with sl.record(model, bank, ["a"]) as tape:
+    ...     _ = model(torch.ones(1, 4, dtype=torch.long))
+    >>> tape["a"][0][0].positions.tolist()
+    [[0, 1, 2, 3]]
     """
 
     length: int

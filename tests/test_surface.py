@@ -1,6 +1,7 @@
 """What the package shows: public names, light import, namespace."""
 
 import ast
+import inspect
 import subprocess
 import sys
 import tomllib
@@ -8,6 +9,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 from test_house import modules
 
 import steerlib as sl
@@ -75,3 +77,19 @@ def test_core_and_hooks_come_from_the_same_checkout():
     homes = {Path(str(module.__file__)).resolve().parent.parent for module in (steerlib.hooks, steerlib.concept_banks)}
     assert homes == {ROOT.resolve()} and Path(str(sl.__file__)).resolve().parent.parent == ROOT.resolve()
     assert "hooks" not in sys.modules
+
+
+@pytest.mark.parametrize("name", sl.__all__)
+def test_help_of_every_public_name_shows_an_example(name):
+    shown = inspect.getdoc(getattr(sl, name)) or ""
+    assert ">>> " in shown  # which test_docstrings runs
+
+
+def test_a_report_is_a_table_in_notebooks_and_takes_nothing_as_markup(llama):
+    bank = sl.ConceptBank.from_directions({"<b>": torch.ones(llama.config.hidden_size)}, site="layers.0", base=llama)
+    with sl.steer(llama, bank, {"<b>": 1.0}) as session:
+        llama(torch.tensor([[1, 2, 3]]))
+    page = session._repr_html_()
+    assert page.count("<tr>") == 2 and "&lt;b&gt;" in page and "<b>" not in page
+    assert session._repr_html_() == session.report()._repr_html_()
+    assert sl.steer(llama, bank, {"<b>": 1.0})._repr_html_().startswith("<p>")

@@ -187,6 +187,10 @@ class Stored(Bank):
         """Write the bank to a folder, all of it or nothing, in place of an older bank there; returns the folder.
 
         With `key`, the path of an Ed25519 private key in PEM, it is signed. Raises `BadBank` if the folder holds other things.
+
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     list(sl.ConceptBank.from_pretrained(bank.save_pretrained(folder)))
+        ['a', 'b']
         """
         return layout.write(Path(folder), self.contents(), key)
 

@@ -64,7 +64,12 @@ def scale(x: Float[Tensor, "*batch D"], norm: Norm) -> Float[Tensor, "*batch 1"]
 
 
 class Encoder(ABC):
-    """Activation `x[B, N, D]` <-> coordinates `z[B, N, n]`. A kind is one final subclass in a file of its own."""
+    """Activation `x[B, N, D]` <-> coordinates `z[B, N, n]`. A kind is one final subclass in a file of its own.
+
+    >>> encoder = sl.Directions(torch.eye(4)[:2])  # the simplest kind: two directions of width 4
+    >>> encoder.encode(torch.tensor([1.0, 2.0, 3.0, 4.0])).tolist()
+    [1.0, 2.0]
+    """
 
     kind: ClassVar[str]
     """The name a bank stores."""

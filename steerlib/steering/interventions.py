@@ -36,7 +36,10 @@ class Coordinate(NamedTuple):
 
 @dataclass(frozen=True)
 class Intervention(ABC):
-    """What to do to one concept, and under which circumstances.
+    """What to do to one concept, and under which circumstances. Of your own: one frozen subclass with an `aim`.
+
+    >>> sl.Add(2.0) == sl.Add(2.0), isinstance(sl.Add(2.0), sl.Intervention)
+    (True, True)
 
     Args:
         when: a schedule (`Window`, `Steps`, `Ramp`, `PerStep`); None: always, or the window of the concept's noise level.
@@ -269,6 +272,10 @@ class Patch(Intervention):
         tape: what `sl.record` gives; it must hold this concept or its site.
 
     Raises `BadEdit` in `steer` where the tape holds neither.
+
+    >>> with sl.record(model, bank, ["a"]) as tape:
+    ...     _ = model(torch.ones(1, 4, dtype=torch.long))
+    >>> session = sl.steer(model, bank, {"a": sl.Patch(tape)})
     """
 
     tape: Any

@@ -30,6 +30,11 @@ class Steering:
         bank: the bank whose concepts it edits.
         host: the model, as steerlib sees it.
         plan: what is done; runs: how far it was done, by site; thread: in which one it acts.
+
+    >>> with sl.steer(model, bank, {"a": 2.0}) as session:
+    ...     _ = model(torch.ones(1, 4, dtype=torch.long))
+    >>> [(line.concept, line.site, line.tokens) for line in session.report().lines]
+    [('a', 'layers.0', 4)]
     """
 
     def __init__(self, target: object, bank: ConceptBank, *, edits: Edits, options: Options):
@@ -61,11 +66,10 @@ class Steering:
         >>> steering = sl.attach(model, bank)
         >>> steering.set({"a": 2.0}).clear().detach()
         """
-        chosen = {name: tuple(v) if name in ("hold", "free") else v for name, v in options.items()}
-        options_ = self.options._replace(**chosen)
-        before, plan = (self.plan, self.options), plan_for(self.bank, self.host, edits, options_)
+        chosen = self.options._replace(**{n: tuple(v) if n in ("hold", "free") else v for n, v in options.items()})
+        before, plan = (self.plan, self.options), plan_for(self.bank, self.host, edits, chosen)
         self._leave()
-        (self.plan, self.options), self._ran = (plan, options_), False
+        self.plan, self.options, self._ran = plan, chosen, False
         try:
             self._enter()
         except BaseException:
@@ -143,8 +147,7 @@ class Steering:
         """Sites that were never reached although the model ran."""
         if self._place is None or not self._entered or not self._has_run():
             return []
-        sockets = self._place.sockets
-        hit = {n for n, s in sockets.items() if isinstance(s.traced, CompiledEdit) and bool(s.traced.hits)}
+        hit = {n for n, s in self._place.sockets.items() if isinstance(s.traced, CompiledEdit) and bool(s.traced.hits)}
         return [site.name for site in self.plan.sites if not self.runs[site.name].tally.passes and site.name not in hit]
 
     def _has_run(self) -> bool:
