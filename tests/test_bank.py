@@ -14,7 +14,7 @@ from tiny_models import tiny
 
 import steerlib as sl
 from steerlib import errors
-from steerlib.bank import trust
+from steerlib.bank import hub, trust
 from steerlib.bank.concept_bank import SiteFacts
 
 WIDTH, MANY = 576, 3000
@@ -375,6 +375,15 @@ def test_a_name_resolves_as_folder_then_shipped_bank_then_hub_id(tmp_path, monke
         sl.ConceptBank.from_pretrained("no such bank")
     make().save_pretrained(tmp_path / "mine")
     assert sl.ConceptBank.from_pretrained("mine").name == "made"
+
+
+def test_a_bank_that_is_shipped_is_one_more_folder(tmp_path, monkeypatch):
+    """Put beside the others, it is listed, opened by its name and steered with; no list has to be changed."""
+    make().save_pretrained(tmp_path / "one-more")
+    monkeypatch.setattr(hub, "files", lambda _: tmp_path)
+    assert [found.name for found in sl.list_banks(local_files_only=True)] == ["one-more"]
+    bank = sl.ConceptBank.from_pretrained("one-more")
+    assert bank.name == "made" and len(bank) == 3
 
 
 def test_a_bank_in_the_hub_cache_opens_offline(tmp_path):
