@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import re
 import subprocess
 import sys
 import tomllib
@@ -93,3 +94,15 @@ def test_a_report_is_a_table_in_notebooks_and_takes_nothing_as_markup(llama):
     assert page.count("<tr>") == 2 and "&lt;b&gt;" in page and "<b>" not in page
     assert session._repr_html_() == session.report()._repr_html_()
     assert sl.steer(llama, bank, {"<b>": 1.0})._repr_html_().startswith("<p>")
+
+
+def test_figures_of_the_readme_stand_on_the_pages_that_it_links_to():
+    """Where they are written by a command: a page of a folder, or a card that this page links to."""
+    measured = (ROOT / "README.md").read_text().partition("## What was measured")[2].partition("## Limits")[0]
+    rows = [row.strip("|").split("|") for row in measured.splitlines() if row.startswith("| ")][1:]
+    for _, figures, links in rows:
+        pages = {ROOT / link for link in re.findall(r"\]\(([^)#]+)", links)}
+        pages |= {page.parent / card for page in pages for card in re.findall(r"\]\(([^)#]+/README\.md)", page.read_text())}
+        text = "".join(page.read_text() for page in pages if page.exists()).replace("−", "-")
+        numbers = re.findall(r"-?\d+(?:\.\d+)?", figures.replace("−", "-"))
+        assert numbers and [number for number in numbers if number not in text] == []
