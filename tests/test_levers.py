@@ -296,7 +296,7 @@ def test_a_gate_needs_a_threshold_a_known_concept_and_an_earlier_site(llama, ban
 
 def test_match_norm_needs_the_length_at_every_site(llama, bank):
     bank.sites["layers.2"] = SiteFacts(width=32)
-    with pytest.raises(errors.BadEdit, match="at 'layers.2', which bank 'levers' does not say"):
+    with pytest.raises(errors.BadEdit, match="at 'layers.2', which bank 'levers' lacks"):
         sl.steer(llama, bank, {"tone": sl.Add(1.0, match_norm=True)})
     with pytest.raises(errors.BadEdit, match="at 'layers.2'"):
         sl.steer(llama, known(bank, match_norm=True), {"tone": 1.0})
