@@ -305,6 +305,10 @@ class TracedPass(StepState):
         self.length, self.positions, self.steps, self.real = positions.shape[-1], positions, steps, real
         self.progress, self.copies = progress, copies
 
+    @property
+    def device(self) -> torch.device:
+        return self.positions.device
+
     def at(self, count: int) -> "TracedPass":
         """This pass at a site with `count` tokens: a denoiser's resolutions differ."""
         if self.progress is None:

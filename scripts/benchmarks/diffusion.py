@@ -55,7 +55,9 @@ def given(pipe: Any, batch: int) -> dict[str, Any]:
     common |= {"height": 64, "width": 64, "output_type": "latent", "generator": torch.Generator().manual_seed(0)}
     if hasattr(pipe, "unet"):
         return common
-    masks = {name: torch.ones(batch, 8) for name in ("prompt_attention_mask", "negative_prompt_attention_mask")}
+    masks = {
+        name: torch.ones(batch, 8, device=pipe.device) for name in ("prompt_attention_mask", "negative_prompt_attention_mask")
+    }
     return common | masks | {"use_resolution_binning": False, "negative_prompt": None}
 
 
