@@ -9,7 +9,7 @@ SteerlibError
 ├── BadRecipe (ValueError)
 ├── SiteNotReached, CompiledModel, ModelBusy, NoSession (RuntimeError)
 └── MissingExtra (ImportError)
-SteeringWarning (UserWarning)        OutOfRange, OtherWeights
+SteeringWarning (UserWarning)        OutOfRange, OtherWeights, Unmeasured
 """
 
 from collections.abc import Iterable
@@ -100,6 +100,9 @@ class OutOfRange(SteeringWarning):
 
 class OtherWeights(SteeringWarning):
     """Same architecture as the bank's base model, other weights."""
+
+class Unmeasured(SteeringWarning):
+    """Something is done, or left out, of which nothing was measured."""
 
 # fmt: on
 

@@ -324,8 +324,12 @@ def test_a_doubled_latent_is_said_to_be_one_and_parents_within_parents_are_point
 
 def test_latents_that_are_one_become_one_lever_that_does_what_they_did_together():
     edges = [
-        sl.Edge(src="a/0", dst="b/2", weight=1.0, tau=0.75, tau_lo=0.5, tau_hi=1.0, p_adj=0.25, n_verify=40),
-        sl.Edge(src="a/1", dst="b/2", weight=2.0, tau=0.5, tau_lo=0.25, tau_hi=0.75, p_adj=0.5, n_verify=20),
+        sl.Edge(
+            src="a/0", dst="b/2", weight=1.0, evidence="verified", tau=0.75, tau_lo=0.5, tau_hi=1.0, p_adj=0.25, n_verify=40
+        ),
+        sl.Edge(
+            src="a/1", dst="b/2", weight=2.0, evidence="verified", tau=0.5, tau_lo=0.25, tau_hi=0.75, p_adj=0.5, n_verify=20
+        ),
         sl.Edge(src="a/3", dst="b/2", weight=0.5),
     ]
     concepts = [sl.Concept(name=f"{level}/{i}", encoder=level, index=i) for level in "ab" for i in range(4)]

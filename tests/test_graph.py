@@ -58,8 +58,35 @@ def test_relations_are_kept_apart():
 
 NAMES = ["a", "b", "c"]
 MEASURED = sl.Edge(
-    src="a", dst="b", weight=0.5, tau=0.25, tau_lo=0.0, tau_hi=0.5, necessity=0.75, sufficiency=-0.5, p_adj=0.0, n_verify=64
+    src="a",
+    dst="b",
+    weight=0.5,
+    evidence="verified",
+    tau=0.25,
+    tau_lo=0.0,
+    tau_hi=0.5,
+    necessity=0.75,
+    sufficiency=-0.5,
+    p_adj=0.0,
+    n_verify=64,
 )
+
+
+def test_an_edge_is_verified_only_with_what_verified_it():
+    assert sl.Edge(src="a", dst="b", weight=9.0).evidence == "observed"
+    for lacking in ({}, {"tau": 1.0}, {"n_verify": 3}):
+        with pytest.raises(BadBank, match="'a' -> 'b': a verified edge needs tau and n_verify"):
+            sl.Edge(src="a", dst="b", weight=9.0, evidence="verified", **lacking)
+
+
+def test_a_forecast_says_what_it_multiplied_along_a_path():
+    edges = [("a", "b"), ("b", "c"), ("a", "c"), ("c", "d")]
+    graph = sl.CausalGraph(sl.Edge(src=s, dst=d, weight=2.0) for s, d in edges)
+    assert graph.forecast({"c": 1.0}).unmeasured == () and graph.forecast({"b": 1.0}).unmeasured == ("d",)
+    assert graph.forecast({"a": 1.0}).unmeasured == ("c", "d")
+    assert graph.forecast({"a": 1.0}, fixed={"b", "c"}).unmeasured == ()
+    assert graph.forecast({"a": 1.0, "b": 1.0}, fixed={"b"}).unmeasured == ("d",)
+    assert "which nothing measured: d" in repr(graph.forecast({"b": 1.0}))
 
 
 def test_every_figure_of_an_edge_comes_back_and_what_is_not_known_stays_so():

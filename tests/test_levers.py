@@ -524,3 +524,16 @@ def test_a_compiled_model_moves_every_place_and_refuses_gates_and_lengths(llama,
             with pytest.raises(errors.Unanswerable, match="'tone': gates, .*match_norm.*compiled"):
                 sl.steer(llama, stored, {"tone": 1.0}).__enter__()
     torch.compiler.reset()
+
+
+def test_a_forecast_over_two_edges_is_done_and_said(llama):
+    sites = [f"layers.{k}" for k in range(3)]
+    concepts = [sl.Concept(name=name, encoder=site, index=0) for name, site in zip("abc", sites, strict=True)]
+    encoders = {site: sl.Directions(torch.randn(1, 32)) for site in sites}
+    graph = sl.CausalGraph([sl.Edge(src="a", dst="b", weight=0.5), sl.Edge(src="b", dst="c", weight=0.5)])
+    bank = sl.ConceptBank(
+        "chain", concepts, encoders, base=sl.BaseModel(), sites={site: SiteFacts(width=32) for site in sites}, graph=graph
+    )
+    with pytest.warns(errors.Unmeasured, match="'c' over two edges or more"):
+        sl.steer(llama, bank, {"a": 1.0}, do="graph")
+    sl.steer(llama, bank, {"b": 1.0}, do="graph")

@@ -83,7 +83,7 @@ def test_an_edge_is_carried_on_where_its_effect_is_the_product_of_the_rows(bank)
 
 
 def test_scores_are_of_means_and_of_single_prompts():
-    edge = Edge(src="a/0", dst="b/0", weight=-2.0, tau=0.5)
+    edge = Edge(src="a/0", dst="b/0", weight=-2.0, tau=0.5, evidence="verified", n_verify=2)
     rows = [
         Foretold("a to b", edge, False, np.array([1.0, 1.0]), np.array([2.0, 0.0])),
         Foretold("a to b", edge, False, np.array([-1.0, -1.0]), np.array([1.0, 1.0])),

@@ -38,7 +38,7 @@ def bank():
     ]
     concepts[0] = replace(concepts[0], label=EVIL)
     edges = [
-        sl.Edge(src="layers.3 0", dst="layers.10 1", weight=1.5, **MEASURED),
+        sl.Edge(src="layers.3 0", dst="layers.10 1", weight=1.5, evidence="verified", **MEASURED),
         sl.Edge(src="layers.10 1", dst="layers.21 2", weight=-0.25, evidence="randomised"),
         sl.Edge(src="layers.21 0", dst="layers.3 1", weight=0.5, relation="selection", evidence="observed", necessity=0.875),
     ]

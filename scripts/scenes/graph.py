@@ -88,6 +88,7 @@ def _joined(found: Sequence[tuple[Cause, Sequence[Cause], NDArray[Any], Any]], n
                     src=cause.value,
                     dst=other.value,
                     weight=float(tau[i]),
+                    evidence="verified",
                     tau=float(tau[i]),
                     tau_lo=float(low[i]),
                     tau_hi=float(high[i]),

@@ -12,7 +12,7 @@ from torch import nn
 
 from ..bank import ConceptBank
 from ..bank.concepts import Concept
-from ..errors import BadEdit, ConflictingEdits, OtherWeights, OutOfRange
+from ..errors import BadEdit, ConflictingEdits, OtherWeights, OutOfRange, Unmeasured
 from ..hosts import Host
 from ..sites import Site
 from .edit import Edit, EditTensors
@@ -65,7 +65,9 @@ def resolve(bank: ConceptBank, host: Host, edits: Edits, options: Options) -> Pl
         notices += [(text, OutOfRange) for text in _beyond(concept, wanted[name], options)]
     pinned = _pinned(lower, chosen.values()) if options.do == "hold" else []
     made = [lower.beside(edit, pinned) for edit in made] + pinned
-    made += _forecasts(lower, made, scope) if options.do == "graph" else []
+    if options.do == "graph":
+        made += _forecasts(lower, made, scope)
+        notices += _compounded(bank, chosen)
     by_site: dict[str, list[Edit]] = {}
     notes: dict[str, list[Note]] = {}
     for edit in made:
@@ -160,6 +162,13 @@ def _forecasts(lower: Lowering, made: Sequence[Edit], scope: object) -> list[Edi
         if name not in fixed and parents:
             found += [lower.forecast(name, place, parents, scope) for place in bank[name].places]
     return found
+
+
+def _compounded(bank: ConceptBank, chosen: Iterable[str]) -> Iterator[tuple[str, type[Warning]]]:
+    """What to say of concepts that a forecast reaches over more than one edge."""
+    if far := bank.graph.forecast(dict.fromkeys((bank[name].name for name in chosen), 1.0)).unmeasured:
+        shown = ", ".join(map(repr, far[:3])) + (f" and {len(far) - 3} more" if len(far) > 3 else "")
+        yield f"do='graph' moves {shown} over two edges or more; that effects multiply along a path was not measured", Unmeasured
 
 
 _PLANS: WeakKeyDictionary[nn.Module, OrderedDict[Any, tuple[ref[ConceptBank], Plan]]] = WeakKeyDictionary()

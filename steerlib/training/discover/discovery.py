@@ -178,6 +178,7 @@ def _judged(
                     src=f"{src}/{parent}",
                     dst=f"{dst}/{child}",
                     weight=weight,
+                    evidence="verified",
                     tau=float(found.tau[i]),
                     tau_lo=float(found.low[i]),
                     tau_hi=float(found.high[i]),
