@@ -34,6 +34,8 @@ from steerlib.training.package.directions import layers_to_try
 from steerlib.training.recipe import KINDS, DirectionRecipe, PipelineEncoderRecipe, TextEncoderRecipe
 from steerlib.training.record.activations import answers
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*a budget of [23][0-9] answers:steerlib.errors.Unmeasured")
+
 
 def test_units_are_the_spread_of_the_reading_on_reference_text():
     x = torch.randn(20_000, 4, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 3.0, 1, 1]) + 5
@@ -104,7 +106,8 @@ def contents(folder):
 def uninterrupted(tmp_path_factory):
     folder = tmp_path_factory.mktemp("toy")
     recipe = DirectionRecipe.from_file(write_recipe(folder / "recipe"))
-    bank = sl.train(toy(), recipe, tokenizer=toy_tokenizer(), work=folder / "work")
+    with pytest.warns(errors.Unmeasured, match="asking, tea: a budget of 32 answers tries 2 of 2 methods at layers.1"):
+        bank = sl.train(toy(), recipe, tokenizer=toy_tokenizer(), work=folder / "work")
     return folder, bank, bank.save_pretrained(folder / "bank")
 
 
@@ -153,14 +156,33 @@ def test_a_concept_at_its_useful_amount_is_the_lever_at_the_strength_that_was_ch
 
 
 def test_the_search_stays_within_its_budget_and_chooses_a_finalist(uninterrupted):
-    """The budget of 32 is less than all settings would take, with 2 prompts each: 2 anchors twice, 2 settings by site, 4 by
-    method, of which 1 is left out, then 3 finalists, and 4 doses."""
+    """The budget of 32 is less than all settings would take, with 2 prompts each: 2 anchors twice, 2 methods at a site, the
+    better one at another, 4 strengths of which 2 are left out, then 3 finalists, and 4 doses."""
     for name in ("asking", "tea"):
         choice = chosen(uninterrupted[0], name)
         assert choice.answers == 32 and len(choice.trials) == 5
+        assert {trial.method for trial in choice.trials} == {"difference-of-means", "several-layers"}
+        assert choice.untried.endswith("and 2 of 4 other strengths there; budget = 36 tries all")
         assert calibrate.Choice.from_dict(choice.to_dict()) == choice
         best = sorted(choice.trials, key=lambda trial: -trial.joint)[: calibrate.FINALISTS]
         assert (choice.method, choice.site, choice.strength) in [trial[:3] for trial in best]
+
+
+def test_a_budget_is_spent_on_methods_first_and_on_sites_coarse_to_fine():
+    """By hand: 400 answers to 10 prompts are 40 settings, of which 4 anchors twice, 3 finalists and 4 doses take 15."""
+    concept = ConceptRecipe(name="a", label="a")
+    recipe = DirectionRecipe(name="r", base="b", source="s", concepts=(concept,), methods=tuple("abcdefghi"))
+    sites = [f"layers.{k}" for k in range(30)]
+    assert calibrate.room_for(recipe, concept) == 25
+    assert calibrate.Split.of(25, 9, 30) == (9, 8, 8) and calibrate.Split.of(25, 2, 3) == (2, 2, 4)
+    assert calibrate.Split.of(1, 9, 30) == (1, 0, 0) and calibrate.Split.of(1000, 9, 30) == (9, 29, 18)
+    assert calibrate.coarse_to_fine(sites)[:3] == ["layers.15", "layers.7", "layers.23"]
+    assert sorted(calibrate.coarse_to_fine(sites)) == sorted(sites)
+    said = calibrate.untried(recipe, concept, sites)
+    assert said.startswith("a budget of 400 answers tries 9 of 9 methods at layers.15, the best of them at 8 of 29 further")
+    assert said.endswith("budget = 710 tries all")
+    assert calibrate.untried(replace(recipe, budget=710), concept, sites) == ""
+    assert calibrate.untried(replace(recipe, budget=709), concept, sites) != ""
 
 
 def test_strengths_are_shares_of_the_strongest_that_leaves_ordinary_text_nearly_as_it_is(uninterrupted):

@@ -168,7 +168,7 @@ def _compounded(bank: ConceptBank, chosen: Iterable[str]) -> Iterator[tuple[str,
     """What to say of concepts that a forecast reaches over more than one edge."""
     if far := bank.graph.forecast(dict.fromkeys((bank[name].name for name in chosen), 1.0)).unmeasured:
         shown = ", ".join(map(repr, far[:3])) + (f" and {len(far) - 3} more" if len(far) > 3 else "")
-        yield f"do='graph' moves {shown} over two edges or more; that effects multiply along a path was not measured", Unmeasured
+        yield f"do='graph' moves {shown} over two edges or more; effects along a whole path were not measured", Unmeasured
 
 
 _PLANS: WeakKeyDictionary[nn.Module, OrderedDict[Any, tuple[ref[ConceptBank], Plan]]] = WeakKeyDictionary()

@@ -156,8 +156,10 @@ class DirectionRecipe(Recipe):
         held_out: A file of lines of `text` and `concept`, on which the scorer is tested.
         prompts: A file of lines of `prompt` and `split`: `train` (to learn from), `dev` (to choose with) or `evaluation`.
         layers: Layers to try. Default: six spread over the first two thirds of the model.
-        methods: Methods to try, of those in `steerlib/training/directions/methods`. Sites are compared by the first.
-        budget: Answers that the search may generate for each concept.
+        methods: Methods to try, of those in `steerlib/training/directions/methods`. All are compared at the
+            middle site, and further sites by the best of them.
+        budget: Answers that the search may generate for each concept. Where it does not reach everything, a warning says what
+            is left out, and what budget would be enough.
         train_prompts: The number of prompts to learn from.
         dev_prompts: The number of prompts to choose with.
         evaluation_prompts: The number of prompts to report on.

@@ -17,6 +17,7 @@ from ...evaluation.text import Judge
 from ...steering.lowering import SHARE
 from ..directions.studio import Studio
 from ..entries import ConceptRecipe
+from ..recipe import DirectionRecipe
 
 DOSES = (-1.5, -0.75, 1.5, 2.0)
 """Multiples of the chosen strength at which the text is looked at for its range."""
@@ -33,7 +34,7 @@ LOOKS = 4
 """Strengths at which it is seen, at most, to find the strongest."""
 QUICK = 0.85
 SHARES = (0.7, 1.0)
-"""Of the strongest: where sites are compared, and what is tried of every method."""
+"""Of the strongest: where methods and sites are compared, and what is then tried of every method."""
 
 
 class Statistics(NamedTuple):
@@ -53,6 +54,57 @@ def statistics(direction: Float[Tensor, " D"], x: Float[Tensor, "tokens D"]) -> 
     return Statistics(*torch.stack((z.mean(), z.std(), low, high)).float().tolist())
 
 
+def coarse_to_fine(sites: Sequence[str]) -> list[str]:
+    """The middle one first, then the middles of what lies before and after it, and so on."""
+    parts, found = [list(sites)], []
+    while parts:
+        part = parts.pop(0)
+        middle = len(part) // 2
+        found.append(part[middle])
+        parts += [half for half in (part[:middle], part[middle + 1 :]) if half]
+    return found
+
+
+class Split(NamedTuple):
+    """How many settings each step of the search tries."""
+
+    methods: int
+    """Methods at the middle site."""
+    sites: int
+    """Further sites of the best method."""
+    strengths: int
+    """Methods at the best site, at each of `SHARES`, the best methods first."""
+
+    @classmethod
+    def of(cls, room: int, methods: int, sites: int) -> "Split":
+        """Methods first; of what is then left, further sites get at most half where not all fits."""
+        first = min(methods, room)
+        left = room - first
+        last = min(len(SHARES) * methods, max(len(SHARES), left // 2))
+        further = min(sites - 1, max(0, left - last))
+        return cls(first, further, min(len(SHARES) * methods, left - further))
+
+
+def untried(recipe: DirectionRecipe, concept: ConceptRecipe, sites: Sequence[str]) -> str:
+    """What the budget leaves out for a concept, and the budget that would leave out nothing; empty if that is so already."""
+    methods, room = len(concept.methods or recipe.methods), room_for(recipe, concept)
+    split, whole = Split.of(room, methods, len(sites)), Split(methods, len(sites) - 1, len(SHARES) * methods)
+    if split == whole:
+        return ""
+    first, needed = coarse_to_fine(sites)[0], recipe.budget + (sum(whole) - room) * recipe.dev_prompts
+    return (
+        f"a budget of {recipe.budget} answers tries {split.methods} of {whole.methods} methods at {first}, the best of them at "
+        f"{split.sites} of {whole.sites} further sites, and {split.strengths} of {whole.strengths} other strengths there; "
+        f"budget = {needed} tries all"
+    )
+
+
+def room_for(recipe: DirectionRecipe, concept: ConceptRecipe) -> int:
+    """Settings that the search may try for a concept, finalists and the range apart; one at least."""
+    asked = (1 + len(concept.asked)) * len(DEV_SEEDS)
+    return max(1, recipe.budget // recipe.dev_prompts - asked - FINALISTS - len(DOSES))
+
+
 class Trial(NamedTuple):
     """A method, site and strength that was tried, and its joint score on the prompts used to choose."""
 
@@ -67,7 +119,7 @@ class Choice:
     """What the search chose, and all it tried.
 
     Text stays sound at strengths from `low` to `high`; `beyond` says what was seen beyond them. `prompt` is the index of the
-    instruction that asks best for the concept, `answers` how many were generated.
+    instruction that asks best for the concept, `answers` how many were generated, `untried` what the budget left out.
     """
 
     method: str
@@ -79,6 +131,7 @@ class Choice:
     prompt: int
     answers: int
     trials: tuple[Trial, ...]
+    untried: str = ""
 
     def best_of(self, method: str) -> Trial:
         """The best trial of one method."""
@@ -92,16 +145,17 @@ class Choice:
     def from_dict(cls, values: Mapping[str, Any]) -> "Choice":
         """From plain values; unknown ones, of other versions, are ignored."""
         trials = tuple(Trial(*(trial[name] for name in Trial._fields)) for trial in values["trials"])
-        return cls(**{f.name: values[f.name] for f in fields(cls) if f.name != "trials"}, trials=trials)
+        return cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values and f.name != "trials"}, trials=trials)
 
 
 class Search:
     """Choose a method, a site and a strength for one concept by what they do to answers to development prompts.
 
-    First the best prompt; then the site, by the first method; then every method there; then the best few once more on other
-    answers; then the range of the best. Best is the highest joint score. Strengths are shares of the strongest that leaves
-    ordinary text nearly as it is, so sites and methods are compared where they disturb it alike. Of the recipe's budget,
-    enough is kept for the last two; when the rest is used up, no more is tried.
+    First the best prompt; then every method at the middle site; then the best of them at further sites, coarse to fine; then
+    the methods at the best site, the best first, at other strengths; then the best few once more on other answers; then the
+    range of the best. Best is the highest joint score. Strengths are shares of the strongest that leaves ordinary text nearly
+    as it is, so sites and methods are compared where they disturb it alike. Of the recipe's budget, enough is kept for the
+    last two; `untried` says what the rest does not reach.
     """
 
     def __init__(self, studio: Studio, concept: ConceptRecipe, judge: Judge):
@@ -124,14 +178,21 @@ class Search:
 
     def run(self) -> Choice:
         """Go through all steps."""
-        methods = self.concept.methods or self.studio.recipe.methods
-        found = self._try([(methods[0], site, QUICK) for site in self.studio.sites])
-        site = max(found, key=lambda trial: trial.joint).site
-        self._try([(method, site, share) for method in methods for share in SHARES])
+        recipe, sites = self.studio.recipe, coarse_to_fine(self.studio.sites)
+        methods = self.concept.methods or recipe.methods
+        split = Split.of(room_for(recipe, self.concept), len(methods), len(sites))
+        first = self._try([(method, sites[0], QUICK) for method in methods[: split.methods]])
+        order = [trial.method for trial in sorted(first, key=lambda trial: -trial.joint)]
+        further = self._try([(order[0], site, QUICK) for site in sites[1 : 1 + split.sites]])
+        site = max([*first, *further], key=lambda trial: trial.joint).site
+        self._try([(method, site, share) for method in order for share in SHARES][: split.strengths])
         best = self._final()
         low, high, beyond = self._sound_range(best)
         facts = {"low": low, "high": high, "beyond": beyond, "prompt": self.prompt, "answers": self.answers}
-        return Choice(method=best.method, site=best.site, strength=best.strength, **facts, trials=tuple(self.trials.values()))
+        return Choice(
+            method=best.method, site=best.site, strength=best.strength, **facts, trials=tuple(self.trials.values()),
+            untried=untried(recipe, self.concept, sites),
+        )  # fmt: skip
 
     def bank(self, method: str, site: str) -> ConceptBank:
         """A lever to try, fitted to the best prompt, as a bank whose one concept is `lever`."""
@@ -145,10 +206,8 @@ class Search:
         return self.studio.scored(conditions, self.prompts, self.judge, seeds)
 
     def _try(self, shares: Sequence[tuple[str, str, float]]) -> list[Trial]:
-        """Trials of methods at sites, at shares of their strongest strength, as far as the budget goes."""
-        later = FINALISTS + len(DOSES)
-        room = max(0 if self.trials else 1, (self.studio.recipe.budget - self.answers) // len(self.prompts) - later)
-        tried = ((method, site, share * self._strongest(method, site)) for method, site, share in shares[:room])
+        """Trials of methods at sites, at shares of their strongest strength."""
+        tried = ((method, site, share * self._strongest(method, site)) for method, site, share in shares)
         settings = [(method, site, round(strength, 4)) for method, site, strength in tried]
         if not settings:
             return []

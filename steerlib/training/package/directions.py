@@ -5,6 +5,7 @@ folder/levers/, detectors/       what methods found
 folder/search/, effects/         what was chosen for each concept, and what it does
 """
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
@@ -17,12 +18,12 @@ from torch import Tensor
 from ...bank.concept_bank import BaseModel, ConceptBank, SiteFacts
 from ...bank.concepts import Concept, Gate, Part
 from ...bank.effects import MeasuredEffects
-from ...errors import BadRecipe
+from ...errors import BadRecipe, Unmeasured
 from ...evaluation.report import picture
 from ...evaluation.text import Judge, judge_for, trust
 from ...hosts import host_for
 from ...text import progress
-from ..calibrate.doses import Choice, Search, statistics
+from ..calibrate.doses import Choice, Search, statistics, untried
 from ..calibrate.measure import ANSWERING, measure
 from ..directions.levers import DirectionRows, Lever
 from ..directions.methods import METHODS
@@ -44,6 +45,8 @@ def check_methods(recipe: DirectionRecipe) -> None:
 def train_directions(model: Any, tokenizer: Any, recipe: DirectionRecipe, folder: Path) -> ConceptBank:
     """A concept for each entry of the recipe: its lever chosen by what it does to text, calibrated and measured."""
     sites = [f"layers.{layer}" for layer in layers_to_try(model, recipe)]
+    for left_out, names in _left_out(recipe, sites).items():
+        warnings.warn(f"{', '.join(names)}: {left_out}", Unmeasured, stacklevel=3)
     studio, judge = Studio(model, tokenizer, recipe, sites, folder), judge_for(recipe.scorers)
     choices = {concept.name: choose(studio, judge, concept) for concept in progress(recipe.concepts, "concepts")}
     bank = assemble(studio, choices)
@@ -52,6 +55,15 @@ def train_directions(model: Any, tokenizer: Any, recipe: DirectionRecipe, folder
         kept = [record["concept"] for record in records if all(record["passes"].values())]
         bank = assemble(studio, {name: choices[name] for name in kept})
     return with_effects(bank, recipe, records)
+
+
+def _left_out(recipe: DirectionRecipe, sites: Sequence[str]) -> dict[str, list[str]]:
+    """What the budget does not reach, and for which concepts."""
+    found: dict[str, list[str]] = {}
+    for concept in recipe.concepts:
+        if said := untried(recipe, concept, sites):
+            found.setdefault(said, []).append(concept.name)
+    return found
 
 
 def layers_to_try(model: Any, recipe: DirectionRecipe) -> tuple[int, ...]:
@@ -185,5 +197,6 @@ def calibrated(
         parts=tuple(parts),
         match_norm=lever.norm is not None,
         label=recipe.label,
-        source=f"{choice.method}, chosen among {len(choice.trials)} settings by {choice.answers} answers",
+        source=f"{choice.method}, chosen among {len(choice.trials)} settings by {choice.answers} answers"
+        + (f"; {choice.untried}" if choice.untried else ""),
     )
