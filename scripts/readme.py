@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from answering import table as answering
 from scenes import card as scene_card
 
 import steerlib as sl
@@ -76,7 +77,7 @@ def unseen(records: Sequence[Mapping[str, Any]]) -> str:
     """Concepts that no code was made with, and their mean."""
     names = ("steered", GATED, "random", "shuffled labels")
     lines = [
-        "| concept | made by | ratio to prompting | in answers only | best random | shuffled labels | KL, gated | specificity |"
+        "| concept | made by | ratio to prompting | in chats only | best random | shuffled labels | KL, gated | specificity |"
     ]
     lines, ratios = [*lines, "|---|---|---|---|---|---|---|---|"], []
     for record in records:
@@ -135,6 +136,8 @@ def main(
     record: Annotated[Path | None, typer.Option(help="figures of bench_record.py")] = None,
     sae: Annotated[Path | None, typer.Option(help="figures of bench_sae_train.py")] = None,
     whole: Annotated[Path | None, typer.Option(help="figures of bench_text_to_encoder.py")] = None,
+    gpu: Annotated[Path | None, typer.Option(help="figures of check_gpu.py")] = None,
+    answers: Annotated[Path | None, typer.Option(help="figures of answering.py")] = None,
     graph: Annotated[Path | None, typer.Option(help="figures of bench_graph.py")] = None,
     scale: Annotated[Path | None, typer.Option(help="figures of bench_graph.py --scale; both or none")] = None,
     coverage: Annotated[Path | None, typer.Option(help="output of coverage_table.py text")] = None,
@@ -146,8 +149,9 @@ def main(
     if banks:
         from_banks()
     costs = {"cost": steering, "latents": latents, "diffusion": diffusion, "rebuilt": rebuilt, "record": record, "whole": whole}
+    costs["gpu"] = gpu
     tables: dict[str, tuple[Callable[..., str], Path | None]] = {name: (cost, path) for name, path in costs.items()}
-    for section, (table, path) in (tables | {"sae": (training, sae)}).items():
+    for section, (table, path) in (tables | {"sae": (training, sae), "answering": (answering, answers)}).items():
         if path is not None:
             put(section, table(json.loads(path.read_text(encoding="utf-8"))))
     if graph is not None and scale is not None:

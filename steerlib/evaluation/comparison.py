@@ -21,7 +21,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -49,7 +49,7 @@ DRAWS = 2000
 class Condition:
     """One way to answer requests: edits of a bank, words, both or neither.
 
-    Edits are additions, in units, where the gate is open; an amount of 0 is no edit.
+    Edits are additions, in units, to some tokens and where the gate is open; an amount of 0 is no edit.
     """
 
     name: str
@@ -57,6 +57,7 @@ class Condition:
     edits: Mapping[str, float] = field(default_factory=dict)
     instruction: str = ""
     gate: Gate | None = None
+    tokens: Literal["all", "generated"] = "all"
 
 
 class Scores(NamedTuple):
@@ -138,7 +139,8 @@ def together(model: Any, conditions: Sequence[Condition], each: int) -> Iterator
         for k, condition in enumerate(conditions):
             if condition.bank is not None and condition.edits:
                 own = [row // each == k for row in range(len(conditions) * each)]
-                edits = {n: Add([amount * mine for mine in own], gate=condition.gate) for n, amount in condition.edits.items()}
+                where: Any = {"gate": condition.gate, "tokens": condition.tokens}
+                edits = {n: Add([amount * mine for mine in own], **where) for n, amount in condition.edits.items()}
                 stack.enter_context(steer(model, condition.bank, edits))
         yield
 

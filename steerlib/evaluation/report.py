@@ -12,7 +12,7 @@ from .comparison import ratios
 
 Record = Mapping[str, Any]
 UNSTEERED, PROMPTED, BASELINE, RANDOM = "unsteered", "prompted", "difference-of-means", "random direction"
-SHOWN = {"steered": "chosen per concept", "steered, gated": "chosen, acting in answers only"}
+SHOWN = {"steered": "chosen per concept", "steered, gated": "chosen, acting in chats only"}
 CONTROLS = ("no-op", "shuffled labels", "wrong concept", RANDOM)
 
 

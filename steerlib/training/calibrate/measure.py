@@ -17,7 +17,7 @@ from .doses import Choice, Search
 
 ANSWERING = "answering"
 GATED = "steered, gated"
-"""The condition of the chosen lever with a gate that lets it act only in answers."""
+"""The condition of the chosen lever with a gate that lets it act only in chats."""
 EXAMPLES = 3
 DOSES = (-1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5)
 """Multiples of the useful amount in the dose–response."""

@@ -160,7 +160,7 @@ class Studio:
         return self._tested(concept.name, gate, lambda: [self._said(texts[:TESTED], site) for texts in (positive, negative)])
 
     def answering(self) -> Detector:
-        """Tells tokens of answers in a chat from ordinary text."""
+        """Tells tokens of chats from ordinary text. Made from answers, it reads as high in the turns of users and systems."""
         site, names = self.sites[0], [concept.name for concept in self.recipe.concepts]
         means = torch.cat([self._means(side, name)[site] for name in names for side in ("positive", "negative")])
         gate = discriminant(site, means.mean(0), self.reference[site].mean(0), self.reference[site])

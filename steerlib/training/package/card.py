@@ -164,7 +164,7 @@ def _gates(bank: ConceptBank) -> str:
     ]
     return (
         "## Gates\n\nReadings that say where something is present, by token: "
-        '`Add(2.0, gate=sl.Gate("answering"))` acts only there. '
+        '`Add(2.0, gate=sl.Gate("answering"))` acts in chats, on every turn; `tokens="generated"` acts on new tokens alone. '
         "Precision and recall are those of single tokens, on texts that nothing was made from.\n\n"
         + markdown("gate | opens on | precision | recall | tokens", rows)
     )

@@ -158,7 +158,7 @@ def assemble(studio: Studio, choices: Mapping[str, Choice]) -> ConceptBank:
             label = f"tokens of texts with: {known[name].label}"
             gates.append(detecting(f"{name}.present", found.gate, label, source=source, effects=found.effects))
     answering = studio.answering()
-    label = "tokens of an answer in a chat"
+    label = "tokens of a chat, whoever speaks, and not of prose"
     gates.append(detecting(ANSWERING, answering.gate, label, source=source, effects=answering.effects))
     encoders = dict(sorted(rows.encoders().items(), key=lambda item: int(item[0].partition(".")[2])))
     return ConceptBank(
