@@ -104,6 +104,17 @@ class Host(ABC):
         torch does."""
         return None
 
+    def module(self, path: str) -> nn.Module | None:
+        """What a path leads to now; None where it leads nowhere any more."""
+        try:
+            return self.model.get_submodule(path)
+        except AttributeError:
+            return None
+
+    def is_call(self, owner: Any) -> bool:
+        """Whether a method of this object, while it runs, is a call of the model, such as `generate()`."""
+        return owner is self.model
+
     def passes(self) -> tuple[str, ...]:
         """Paths of the modules whose call is one pass of the model: what an unsteered twin repeats."""
         return ("",)
