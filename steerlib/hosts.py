@@ -4,6 +4,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from importlib import import_module
+from types import FrameType
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -111,9 +112,9 @@ class Host(ABC):
         except AttributeError:
             return None
 
-    def is_call(self, owner: Any) -> bool:
-        """Whether a method of this object, while it runs, is a call of the model, such as `generate()`."""
-        return owner is self.model
+    def is_call(self, frame: FrameType) -> bool:
+        """Whether this is a call of the model that is running. Its local `entered`, if any, is what was entered around it."""
+        return frame.f_locals.get("self") is self.model
 
     def passes(self) -> tuple[str, ...]:
         """Paths of the modules whose call is one pass of the model: what an unsteered twin repeats."""

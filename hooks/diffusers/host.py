@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
+from types import FrameType
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -101,9 +102,10 @@ class PipelineHost(Host):
         is_here = getattr(self.pipe, component, None) is self.model._modules.get(component)
         return super().module(path) if is_here else getattr(self.pipe, component, None)
 
-    def is_call(self, owner: Any) -> bool:
-        parts = {name: part for name, part in self.model.named_children() if name in self.denoisers}
-        return hasattr(owner, "components") and any(getattr(owner, name, None) is part for name, part in parts.items())
+    def is_call(self, frame: FrameType) -> bool:
+        owner, parts = frame.f_locals.get("self"), {name: self.model.get_submodule(name) for name in self.denoisers}
+        is_turning = "t" in frame.f_locals and hasattr(owner, "components")
+        return is_turning and any(getattr(owner, name, None) is part for name, part in parts.items())
 
     def passes(self) -> tuple[str, ...]:
         return tuple(self.denoisers)

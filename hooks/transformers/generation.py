@@ -10,6 +10,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from steerlib.contexts import ENTERED
 from steerlib.errors import BadEdit
 from steerlib.passes import Branch, TextPass
 
@@ -99,6 +100,7 @@ class Watched(StandIn):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not self.is_open:  # someone kept it
             return self.plain(*args, **kwargs)
+        entered = ENTERED.get()  # noqa: F841 - read off this frame where the call outlives its session
         outer, RUNNING.call = RUNNING.call, _generation(self.model, args, kwargs)
         _write_prompt_positions(self.model, RUNNING.call)
         try:

@@ -184,12 +184,18 @@ def _fill(socket: Socket, compiled: CompiledEdit) -> None:
         is_compiled([socket.model.get_submodule(clock.path)]) for clock in socket.clocks
     )
     edits = [edit for program in programs for edit in program.edits]
+    compiled.tell()
+    ends = [sum(len(program.edits) for program in programs[: k + 1]) for k in range(len(programs))]
+    compiled.runs = [(run, slice(end - len(run.program.edits), end)) for run, end in zip(runs, ends, strict=True)]
+    for run in runs:
+        run.tell = compiled.tell
     try:
         if reason := next((why for edit in edits if (why := why_not(edit, blind=blind))), ""):
             raise Unanswerable(reason)
         compiled.fill(edits, cap_of(programs))
     except Unanswerable:
         compiled.fill([], inf)
+        compiled.runs = []
         if is_compiled(modules_on(socket.model, socket.site.module)):
             raise
 

@@ -29,7 +29,7 @@ def said_of(stay: Stay) -> Iterator[Exception]:
             f"the model ran, but never through {', '.join(map(repr, missed))}; "
             f"nothing was edited there. Sites of this model: {', '.join(list(stay.host.sites())[:6])}, …"
         )
-    elsewhere = sum(count for entered, count in new_passes(stay).items() if not entered)
+    elsewhere = sum(count for entered, count in new_passes(stay).items() if entered == ())
     if not ran and elsewhere and stay.runs and not is_shared(stay.place):
         yield SteeringWarning(
             f"the model made {elsewhere} passes meanwhile, none of them in this session: it acts in the context that it was "
@@ -62,14 +62,15 @@ def _is_served(stay: Stay, entered: Any) -> bool:
 
 
 def is_running(stay: Stay) -> bool:
-    """Whether a call of the model that this session acts in goes on in another thread."""
-    frames, new = sys._current_frames(), new_passes(stay)
-    threads = {ident: entered for clock in stay.place.clocks.values() for ident, entered in clock.threads.items()}
-    return any(
-        any(stay.host.is_call(frame.f_locals.get("self")) for frame in outward(frames[ident]))
-        for ident, entered in threads.items()
-        if ident != threading.get_ident() and ident in frames and new.get(entered) and _is_served(stay, entered)
-    )
+    """Whether a call of the model that began in this session goes on in another thread."""
+    last = {ident: entered for clock in stay.place.clocks.values() for ident, entered in clock.threads.items()}
+    for ident, frame in sys._current_frames().items():
+        calls = [one.f_locals for one in outward(frame) if stay.host.is_call(one)] if ident != threading.get_ident() else []
+        if calls and ("entered" in calls[-1] or ident in last):  # what was entered where it began, or where it ran last
+            entered = calls[-1].get("entered", last.get(ident))
+            if _is_served(stay, entered):
+                return True
+    return False
 
 
 def replaced(stay: Stay) -> str:

@@ -1,7 +1,7 @@
 """The edits of one site at work. A `Program` is fixed; what differs from run to run (counts, readings) lives in a `Run`."""
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import inf
 
 import torch
@@ -125,6 +125,8 @@ class Run:
         self.tensors, self.delta, self.place = program.tensors, torch.zeros(0), (None, None)
         self.joined: list[tuple[Run, slice]] = []
         """Runs that act in place of this one where several sessions edit a site, and which edits there are its own."""
+        self.tell: Callable[[], None] = lambda: None
+        """Where compiled code counts for it, asks for its counts."""
 
     def __call__(self, x: Tensor, now: StepState) -> Tensor:
         """The steered x."""
@@ -144,6 +146,7 @@ class Run:
     @property
     def counts(self) -> Tally:
         """What it did in all, beside other sessions and alone."""
+        self.tell()
         counts = self.tally
         for run, mine in self.joined:
             counts = counts.plus(run.tally, mine)
