@@ -10,13 +10,16 @@ import threading
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
+from copy import deepcopy
 from threading import get_ident
+from types import MethodType
 from typing import Any
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
+from steerlib.contexts import ENTERED
 from steerlib.errors import CompiledModel, WrongWidth
 from steerlib.hosts import Host
 from steerlib.passes import DenoisingPass, StepState, TextPass
@@ -53,12 +56,10 @@ class Clock:
         self.outer: set[str] = set()
         """Paths of the clocks around this one. If one of them ticked last, its answer stands."""
         self.traced: Any = None
-        self._passes: dict[int, int] = defaultdict(int)  # which counts faster than a Counter
-
-    @property
-    def passes(self) -> Counter[int]:
-        """Passes so far, by thread."""
-        return Counter(self._passes)
+        self.passes: dict[Any, int] = defaultdict(int)  # which counts faster than a Counter
+        """Passes so far, by what was entered in their context."""
+        self.threads: dict[int, Any] = {}
+        """What was entered in the context of each thread's last pass."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Clock:  # noqa: ARG002
         """Deep copies carry no sessions."""
@@ -69,7 +70,8 @@ class Clock:
         if is_compiling():
             self.traced = self.host.traced_state(self.path, args, kwargs)
             return
-        self._passes[get_ident()] += 1
+        self.threads[get_ident()] = entered = ENTERED.get()
+        self.passes[entered] += 1
         state = None
         for moment in self.moments:
             if not self.outer or moment.clock not in self.outer:
@@ -83,16 +85,16 @@ class Socket:
     """A hook at one site whose contents can be swapped while it stays.
 
     Attributes:
-        owners: who acts here, in the order of coming.
+        module: what it is hooked to; owners: who acts here, in the order of coming.
         edit: what all of them do; None: nothing.
         traced: what compiled code runs: its contents are tensors changed in place.
     """
 
     def __init__(self, model: nn.Module, site: Site, clocks: tuple[Clock, ...], moment: Moment):
         self.model, self.site, self.clocks, self.moment = model, site, clocks, moment
-        self.is_plain = site.is_plain
+        self.is_plain, self.module = site.is_plain, modules_on(model, site.module)[-1]
         self.owners: list[Any] = []
-        self.edit: Act | None = None
+        self.edit: Any = None
         self.traced: Act | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Socket:  # noqa: ARG002
@@ -174,7 +176,10 @@ class Attachment:
         self.model = host.model
         self.sockets: dict[str, Socket] = {}
         self.clocks: dict[str, Clock] = {}
-        self.sessions: list[Any] = []
+        self.present: list[Any] = []
+        """Who was entered here."""
+        self.kin: list[Attachment] = [self]
+        """Attachments of models and pipelines that share modules, this among them."""
         self._uses: Counter[str] = Counter()
         self._moments: dict[tuple[str, ...], Moment] = {}
         self._undo: dict[str, Callable[[], None]] = {}
@@ -192,7 +197,8 @@ class Attachment:
     def release(self, host: Host, sites: Iterable[Site]) -> None:
         """Remove the sockets and clocks that no session needs any more, and after the last one everything else."""
         for site in sites:
-            self._uses[site.name] -= 1
+            if site.name in self._uses:  # else all was cleared meanwhile
+                self._uses[site.name] -= 1
             if not self._uses[site.name]:
                 del self._uses[site.name]
                 if self.sockets.pop(site.name, None) is not None:
@@ -204,8 +210,21 @@ class Attachment:
             self._moments = {paths: moment for paths, moment in self._moments.items() if path not in paths}
         if not self.sockets:
             self._undo.pop("watch", lambda: None)()
-            if _ATTACHED.get(self.model) is self:
-                del _ATTACHED[self.model]
+            if not self.present:
+                self._forget()
+
+    def clear(self) -> None:
+        """Remove whatever is here, whoever needs it."""
+        for undo in reversed(self._undo.values()):
+            undo()
+        for table in (self._undo, self.sockets, self.clocks, self._uses, self._moments, self.present):
+            table.clear()
+        self._forget()
+
+    def _forget(self) -> None:
+        if _ATTACHED.get(self.model) is self:
+            del _ATTACHED[self.model]
+            self.kin.remove(self)
 
     def uses(self, site: Site) -> int:
         """How many sessions need the socket at a site."""
@@ -219,14 +238,15 @@ class Attachment:
                 f"{site.name!r}. Load it anew (or call torch.compiler.reset()), then sl.attach(model, bank), then compile"
             )
         if "watch" not in self._undo:
-            self._undo["watch"] = host.watch()
+            self._undo["watch"] = _both(host.watch(), hide(self.model))
         paths = host.clocks(site)
         for path in paths:
             if path not in self.clocks:
                 clock = self.clocks[path] = Clock(host, path)
                 # last among the pre-hooks, after all that change the inputs
-                handle = self.model.get_submodule(path).register_forward_pre_hook(clock.on_call, with_kwargs=True)
-                self._undo[f"clock {path}"] = handle.remove
+                module = self.model.get_submodule(path)
+                handle = module.register_forward_pre_hook(clock.on_call, with_kwargs=True)
+                self._undo[f"clock {path}"] = _both(handle.remove, hide(module))
             self.clocks[path].outer |= {outer for outer in paths if path.startswith(f"{outer}.") or (path and not outer)}
         clocks = tuple(self.clocks[path] for path in paths)
         if (moment := self._moments.get(paths)) is None:
@@ -244,18 +264,105 @@ class Attachment:
 
 def _hook(host: Host, module: nn.Module, socket: Socket) -> Callable[[], None]:
     """Register a socket, first among the hooks, so that every observer sees what flows on. Returns what removes it."""
-    if (undo := host.plug(module, socket)) is not None:
-        return undo
-    if socket.site.side == "input":
-        return module.register_forward_pre_hook(socket.on_input, with_kwargs=True).remove
-    if socket.site.side == "update":
-        return module.register_forward_hook(socket.on_update, prepend=True, with_kwargs=True).remove
-    return module.register_forward_hook(socket.on_output, prepend=True).remove
+    show = hide(module)
+    if (undo := host.plug(module, socket)) is None:
+        if socket.site.side == "input":
+            undo = module.register_forward_pre_hook(socket.on_input, with_kwargs=True).remove
+        elif socket.site.side == "update":
+            undo = module.register_forward_hook(socket.on_update, prepend=True, with_kwargs=True).remove
+        else:
+            undo = module.register_forward_hook(socket.on_output, prepend=True).remove
+    return _both(undo, show)
+
+
+def _both(first: Callable[[], None], second: Callable[[], None]) -> Callable[[], None]:
+    def undo() -> None:
+        first()
+        second()
+
+    return undo
+
+
+class Before:
+    """A pre-hook that does something before every pass of a module."""
+
+    def __init__(self, action: Callable[[tuple, dict[str, Any]], None]):
+        self.action = action
+
+    def on_call(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:  # noqa: ARG002 - torch's signature
+        self.action(args, kwargs)
 
 
 def before_forward(model: nn.Module, action: Callable[[tuple, dict[str, Any]], None]) -> Callable[[], None]:
     """Do something before every pass of the whole model. Returns what undoes it."""
-    return model.register_forward_pre_hook(lambda _, args, kwargs: action(args, kwargs), with_kwargs=True, prepend=True).remove
+    handle = model.register_forward_pre_hook(Before(action).on_call, with_kwargs=True, prepend=True)
+    return _both(handle.remove, hide(model))
+
+
+# -- copies ------------------------------------------------------------------------------------------------------
+
+
+class StandIn:
+    """What takes the place of a method of one module; `plain` is that method, and what a copy gets."""
+
+    plain: Any
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return deepcopy(self.plain, memo)
+
+
+class Hidden:
+    """The `__reduce_ex__` of a hooked module: its copies and pickles are what they would be without steerlib."""
+
+    def __init__(self, module: nn.Module):
+        self.module, self.users, self.forward = module, 0, MethodType(type(module).forward, module)
+        # torch compiles anew what it compiled before: it looks whether a module has a forward of its own, not at hooks
+        vars(module).setdefault("forward", self.forward)
+
+    def __call__(self, protocol: Any) -> Any:
+        """What `copy` and `pickle` make the module anew from."""
+        made = type(self.module).__reduce_ex__(self.module, protocol)
+        if not isinstance(made, tuple) or len(made) < 3 or not isinstance(made[2], dict):
+            return made
+        state = {name: _plain(value) for name, value in made[2].items() if value is not self}
+        state = {name: value for name, value in state.items() if not self._is_given(name, value)}
+        for name in ("_forward_hooks", "_forward_pre_hooks"):
+            ours = [k for k, hook in state.get(name, {}).items() if isinstance(getattr(hook, "__self__", None), OURS)]
+            for table in (name, f"{name}_with_kwargs", f"{name}_always_called") if ours else ():
+                if (hooks := state.get(table)) is not None:
+                    state[table] = type(hooks)((k, hook) for k, hook in hooks.items() if k not in ours)
+        return (*made[:2], state, *made[3:])
+
+    def _is_given(self, name: str, value: Any) -> bool:
+        """Whether an attribute is the method that its class gives the module anyway."""
+        mine, given = self.module, getattr(type(self.module), name, None)
+        return isinstance(value, MethodType) and value.__self__ is mine and value.__func__ is given
+
+    def leave(self) -> None:
+        """One who hooked the module is gone."""
+        self.users -= 1
+        if not self.users:
+            own = vars(self.module)
+            own.pop("__reduce_ex__", None)
+            if own.get("forward") is self.forward:
+                del own["forward"]
+
+
+OURS = (Clock, Socket, Before)
+
+
+def hide(module: nn.Module) -> Callable[[], None]:
+    """Keep what is hooked to a module out of its copies and pickles. Returns what undoes it."""
+    if (hidden := vars(module).get("__reduce_ex__")) is None:
+        hidden = vars(module)["__reduce_ex__"] = Hidden(module)
+    hidden.users += 1
+    return hidden.leave
+
+
+def _plain(value: Any) -> Any:
+    while isinstance(value, StandIn):
+        value = value.plain
+    return value
 
 
 _ATTACHED: WeakKeyDictionary[nn.Module, Attachment] = WeakKeyDictionary()
@@ -265,7 +372,23 @@ LOCK = threading.RLock()
 
 def attachment(host: Host) -> Attachment:
     """The one attachment of a model. Call it, and `require` what is needed, under `LOCK`."""
-    return _ATTACHED.setdefault(host.model, Attachment(host))
+    if (known := _ATTACHED.get(host.model)) is None:
+        known = Attachment(host)
+        for other in related(host.model):
+            if other not in known.kin:
+                other.kin += known.kin
+                for one in other.kin:
+                    one.kin = other.kin
+        _ATTACHED[host.model] = known
+    return known
+
+
+def related(model: nn.Module) -> list[Attachment]:
+    """Attachments of this model and of those that share modules with it."""
+    if not _ATTACHED:
+        return []
+    mine = {*model.modules()}
+    return [place for place in list(_ATTACHED.values()) if not mine.isdisjoint(place.model.modules())]
 
 
 def modules_on(model: nn.Module, path: str) -> list[nn.Module]:

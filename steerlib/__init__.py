@@ -13,6 +13,8 @@ what training needs. `HOMES` says in which module each public name lives.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from . import contexts as contexts  # now, so that every task and thread that is started later carries its own sessions
+
 if TYPE_CHECKING:  # what HOMES says, for type checkers and editors
     from .bank.concept_bank import ConceptBank
     from .bank.concepts import Concept, Gate, Part
@@ -28,7 +30,7 @@ if TYPE_CHECKING:  # what HOMES says, for type checkers and editors
     from .steering.interventions import Ablate, Add, Clamp, Intervention, Patch, Scale, Set
     from .steering.masks import Word
     from .steering.recording import record
-    from .steering.session import Steering, attach, steer
+    from .steering.session import Steering, attach, detach, share, steer
     from .training.pipeline import train
     from .training.recipe import Recipe
 
@@ -37,7 +39,8 @@ if TYPE_CHECKING:  # what HOMES says, for type checkers and editors
 __all__ = [
     "Ablate", "Add", "BaseModel", "CausalGraph", "Clamp", "Concept", "ConceptBank", "Directions", "Edge", "Encoder",
     "Gate", "Host", "Intervention", "Part", "Patch", "PerStep", "Ramp", "Recipe", "Scale", "Schedule", "Set", "Site",
-    "Steering", "StepState", "Steps", "Window", "Word", "attach", "list_banks", "load", "read_bank", "record", "steer", "train",
+    "Steering", "StepState", "Steps", "Window", "Word", "attach", "detach", "list_banks", "load", "read_bank", "record",
+    "share", "steer", "train",
 ]  # fmt: skip
 
 HOMES = {
@@ -55,7 +58,7 @@ HOMES = {
     "steering.interventions": ("Ablate", "Add", "Clamp", "Intervention", "Patch", "Scale", "Set"),
     "steering.masks": ("Word",),
     "steering.recording": ("record",),
-    "steering.session": ("Steering", "attach", "steer"),
+    "steering.session": ("Steering", "attach", "detach", "share", "steer"),
     "training.pipeline": ("train",),
     "training.recipe": ("Recipe",),
 }

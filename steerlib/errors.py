@@ -9,7 +9,7 @@ SteerlibError
 ├── BadRecipe (ValueError)
 ├── SiteNotReached, CompiledModel, ModelBusy, NoSession (RuntimeError)
 └── MissingExtra (ImportError)
-SteeringWarning (UserWarning)        OutOfRange, OtherWeights, Unmeasured
+SteeringWarning (UserWarning)        OutOfRange, OtherWeights, Outlived, Unmeasured
 """
 
 from collections.abc import Iterable
@@ -84,10 +84,10 @@ class CompiledModel(SteerlibError, RuntimeError):
     """torch would silently ignore a hook added now."""
 
 class ModelBusy(SteerlibError, RuntimeError):
-    """Another thread steers this compiled model."""
+    """Another session steers this compiled model."""
 
 class NoSession(SteerlibError, RuntimeError):
-    """Several threads steer this model, and this one has no session."""
+    """Several sessions steer this model, and this thread or task has none."""
 
 class MissingExtra(SteerlibError, ImportError):
     """An optional dependency is not installed."""
@@ -103,6 +103,9 @@ class OtherWeights(SteeringWarning):
 
 class Unmeasured(SteeringWarning):
     """Something is done, or left out, of which nothing was measured."""
+
+class Outlived(SteeringWarning):
+    """A generation goes on after its block, or a session was never left."""
 
 # fmt: on
 

@@ -4,6 +4,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from importlib import import_module
+from types import FrameType
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -103,6 +104,17 @@ class Host(ABC):
         """Hook a socket to its module in the library's own way. Returns the function that undoes it; None: hook it as
         torch does."""
         return None
+
+    def module(self, path: str) -> nn.Module | None:
+        """What a path leads to now; None where it leads nowhere any more."""
+        try:
+            return self.model.get_submodule(path)
+        except AttributeError:
+            return None
+
+    def is_call(self, frame: FrameType) -> bool:
+        """Whether this is a call of the model that is running. Its local `entered`, if any, is what was entered around it."""
+        return frame.f_locals.get("self") is self.model
 
     def passes(self) -> tuple[str, ...]:
         """Paths of the modules whose call is one pass of the model: what an unsteered twin repeats."""

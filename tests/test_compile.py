@@ -156,6 +156,29 @@ def test_a_compiled_wrapper_is_refused_with_the_way_out():
         sl.steer(wrapped, two_directions(model), {"a": 1.0})
 
 
+def test_a_report_tells_what_compiled_code_did(attached):
+    model, _, steering = attached
+    model.compile(backend=BACKEND)
+    logits(model)
+    steering.set({"a": 1.0, "b": sl.Add(1.0, tokens=slice(0, 2))})
+    logits(model)
+    logits(model)
+    line = steering.report().lines[0]
+    assert steering.report().ran and (line.passes, line.acted, line.seen, line.tokens) == (2, 2, 12, 12)
+
+
+def test_a_function_compiled_around_the_model_before_is_steered():
+    model = tiny("llama")
+    bank = two_directions(model)
+    around = torch.compile(lambda ids: model(ids, use_cache=False).logits, backend=BACKEND)
+    with torch.no_grad():
+        plain = around(IDS)
+        with sl.steer(model, bank, {"a": 2.0}):
+            torch.testing.assert_close(around(IDS), logits(model), atol=1e-5, rtol=0)
+            assert not torch.equal(around(IDS), plain)
+        assert torch.equal(around(IDS), plain)
+
+
 def test_what_needs_python_at_every_pass_is_refused_when_compiled(attached):
     model, _, steering = attached
     model.compile(backend=BACKEND)

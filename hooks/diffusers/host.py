@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
+from types import FrameType
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -96,6 +97,16 @@ class PipelineHost(Host):
     def counts_tokens(self, site: Site) -> bool:
         return reads_text(self.model, site.module)  # diffusers' own modules name no main input
 
+    def module(self, path: str) -> nn.Module | None:
+        component, _, _ = path.partition(".")
+        is_here = getattr(self.pipe, component, None) is self.model._modules.get(component)
+        return super().module(path) if is_here else getattr(self.pipe, component, None)
+
+    def is_call(self, frame: FrameType) -> bool:
+        owner, parts = frame.f_locals.get("self"), {name: self.model.get_submodule(name) for name in self.denoisers}
+        is_turning = "t" in frame.f_locals and hasattr(owner, "components")
+        return is_turning and any(getattr(owner, name, None) is part for name, part in parts.items())
+
     def passes(self) -> tuple[str, ...]:
         return tuple(self.denoisers)
 
@@ -163,11 +174,11 @@ class PipelineHost(Host):
 
 
 def _holder(pipe: Any) -> nn.Module:
-    """The pipeline's modules as the children of one, the same for every session."""
-    holder = _HOLDERS.get(pipe)
-    if holder is None:
-        holder = _HOLDERS[pipe] = nn.Module()
+    """The pipeline's modules as the children of one, the same for every session and for siblings that share all of them."""
     parts: dict[str, nn.Module | None] = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
-    if parts != holder._modules:
-        holder.__dict__["_modules"] = parts  # in one step: another thread may be running through it
+    holder = _HOLDERS.get(pipe)
+    if holder is None or parts != holder._modules:
+        holder = next((other for other in [*_HOLDERS.values()] if other._modules == parts), None) or nn.Module()
+        holder.__dict__["_modules"] = parts
+        _HOLDERS[pipe] = holder
     return holder

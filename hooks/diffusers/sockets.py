@@ -10,17 +10,17 @@ from typing import Any
 
 from torch import nn
 
-from ..attach import Socket
+from ..attach import Socket, StandIn
 
 
-class Plugged:
+class Plugged(StandIn):
     """A module's forward with a socket on one side of it, put where the module or its innermost hook keeps the forward."""
 
     def __init__(self, module: nn.Module, socket: Socket):
         self.module, self.socket = module, socket
         holder, name = _places(module)[-1]
-        self.below = getattr(holder, name)
-        update_wrapper(self, self.below, updated=())  # diffusers inspects the signature
+        self.plain = getattr(holder, name)
+        update_wrapper(self, self.plain, updated=())  # diffusers inspects the signature
         setattr(holder, name, self)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -28,8 +28,8 @@ class Plugged:
         if socket.site.side == "input":
             changed = socket.on_input(module, args, kwargs)
             args, kwargs = (args, kwargs) if changed is None else changed
-            return self.below(*args, **kwargs)
-        output = self.below(*args, **kwargs)
+            return self.plain(*args, **kwargs)
+        output = self.plain(*args, **kwargs)
         is_update = socket.site.side == "update"
         changed = socket.on_update(module, args, kwargs, output) if is_update else socket.on_output(module, args, output)
         return output if changed is None else changed
@@ -38,7 +38,7 @@ class Plugged:
         """Leave the module, and whatever hooks came meanwhile, as they would be without this one."""
         for holder, name in _places(self.module):
             if getattr(holder, name) is self:
-                setattr(holder, name, self.below)
+                setattr(holder, name, self.plain)
         forward = vars(self.module).get("forward")
         if isinstance(forward, MethodType) and forward.__func__ is type(self.module).forward:
             del self.module.__dict__["forward"]
@@ -51,5 +51,5 @@ def _places(module: nn.Module) -> list[tuple[Any, str]]:
     found += [(ref, "forward" if ref.original_forward is None else "original_forward") for ref in reversed(refs)]
     for holder, name in found:  # which grows meanwhile
         if isinstance(inner := getattr(holder, name), Plugged):
-            found.append((inner, "below"))
+            found.append((inner, "plain"))
     return found

@@ -3,17 +3,18 @@
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import wraps
+from functools import update_wrapper
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
+from steerlib.contexts import ENTERED
 from steerlib.errors import BadEdit
 from steerlib.passes import Branch, TextPass
 
-from ..attach import ASIDE, is_compiled
+from ..attach import ASIDE, StandIn, is_compiled
 from ..modules import frames
 
 ROWS = 64
@@ -89,28 +90,43 @@ class _Running(threading.local):
 RUNNING = _Running()
 
 
+class Watched(StandIn):
+    """`generate()` of one model, whose calls are followed; it takes the place of the attribute."""
+
+    def __init__(self, model: Any):
+        self.model, self.plain, self.is_open = model, model.generate, True
+        update_wrapper(self, self.plain)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.is_open:  # someone kept it
+            return self.plain(*args, **kwargs)
+        entered = ENTERED.get()  # noqa: F841 - read off this frame where the call outlives its session
+        outer, RUNNING.call = RUNNING.call, _generation(self.model, args, kwargs)
+        _write_prompt_positions(self.model, RUNNING.call)
+        try:
+            return self.plain(*args, **kwargs)
+        finally:
+            RUNNING.call = outer
+            _write_prompt_positions(self.model, outer)
+
+    def __reduce__(self) -> Any:
+        return getattr, (self.model, "generate")
+
+
 def watch(model: Any) -> Callable[[], None]:
     """Follow `generate()` of this one object, by an attribute of it. Returns the function that undoes it."""
     if not hasattr(type(model), "generate"):
         return lambda: None
-    before, plain = vars(model).get("generate"), model.generate
-
-    @wraps(plain)
-    def generate(*args: Any, **kwargs: Any) -> Any:
-        outer, RUNNING.call = RUNNING.call, _generation(model, args, kwargs)
-        _write_prompt_positions(model, RUNNING.call)
-        try:
-            return plain(*args, **kwargs)
-        finally:
-            RUNNING.call = outer
-            _write_prompt_positions(model, outer)
+    own, before, watched = vars(model), vars(model).get("generate"), Watched(model)
+    own["generate"] = watched
 
     def undo() -> None:
-        vars(model).pop("generate", None)
-        if before is not None:
-            vars(model)["generate"] = before
+        watched.is_open = False
+        if own.get("generate") is watched:  # else the user has put another one there meanwhile
+            del own["generate"]
+            if before is not None:
+                own["generate"] = before
 
-    vars(model)["generate"] = generate
     return undo
 
 

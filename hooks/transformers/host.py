@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from copy import deepcopy
 from functools import cached_property
 from importlib.util import find_spec
+from types import FrameType
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -17,7 +18,7 @@ from steerlib.sites import Site
 
 from ..attach import modules_on
 from ..modules import arguments, module_site, named
-from .generation import ROWS, RUNNING, cached, prompt_positions, watch
+from .generation import ROWS, RUNNING, Watched, cached, prompt_positions, watch
 from .sites import Stack, named_sites, order, reads_text, stacks, stream_width
 
 _LAYOUTS: WeakKeyDictionary[nn.Module, tuple[dict[str, Site], tuple[Stack, ...]]] = WeakKeyDictionary()
@@ -130,6 +131,10 @@ class TransformersHost(Host):
         if real is None and length > 1:  # left pads share position 0 with the first real token; only the last is real
             real = torch.cat((positions[:, 1:] > positions[:, :-1], torch.ones_like(positions[:, :1]).bool()), dim=1)
         return TracedPass(positions, steps, real)
+
+    def is_call(self, frame: FrameType) -> bool:
+        owner = frame.f_locals.get("self")
+        return owner is self.model or (isinstance(owner, Watched) and owner.model is self.model)
 
     def watch(self) -> Callable[[], None]:
         return watch(self.model)

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from math import inf
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -81,13 +82,21 @@ class CompiledEdit:
         """`R` of the contents, which may be less than there is room for."""
         self.hits = torch.zeros((), dtype=torch.long, device=device)
         """Passes through the site."""
+        self.seen, self.acts, self.tokens = self.hits.clone(), new((edits,), 0), new((edits,), 0)
+        """Positions that went by; passes, and positions per row, at which each edit acted."""
+        self.runs: list[tuple[Any, slice]] = []
+        """Whose edits these are, and which."""
         self._empty = [tensor.clone() for tensor in self._all(self.tensors, self.openings)]
 
     def __call__(self, x: Tensor, now: StepState) -> Tensor:
         """The steered x."""
+        gains = self.openings.gains(x.float(), now)
         self.hits.add_(1)
+        self.seen.add_(x.shape[1])
+        self.acts.add_((gains > 0).flatten(0, 1).any(0))
+        self.tokens.add_((gains > 0).sum((0, 1)) / len(x))
         row = now.row(self.prompts.long(), len(x)).to(x.device)
-        change = self.tensors.change(x, Given(gains=self.openings.gains(x.float(), now), row=row))
+        change = self.tensors.change(x, Given(gains=gains, row=row))
         return x + change.delta.to(x.dtype)
 
     def fill(self, edits: Sequence[Edit], cap: float) -> None:
@@ -105,7 +114,17 @@ class CompiledEdit:
         for tensor, values in zip(mine, contents, strict=False):
             tensor[tuple(slice(size) for size in values.shape)] = values.to(tensor.device)
         self.prompts.fill_(rows)
-        self.hits.zero_()
+
+    def tell(self) -> None:
+        """Tell the runs what was counted since the last time; the device is waited for."""
+        hits, seen, acts, tokens = int(self.hits), int(self.seen), self.acts.tolist(), self.tokens.tolist()
+        for counter in (self.hits, self.seen, self.acts, self.tokens) if hits else ():
+            counter.zero_()
+        for run, mine in self.runs if hits else ():
+            tally = run.tally
+            tally.passes, tally.seen = tally.passes + hits, tally.seen + seen
+            tally.acted += int(max(acts[mine], default=0))
+            tally.tokens += max(tokens[mine], default=0.0)
 
     @staticmethod
     def _all(*parts: EditTensors | Openings) -> list[Tensor]:

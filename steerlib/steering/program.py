@@ -1,7 +1,7 @@
 """The edits of one site at work. A `Program` is fixed; what differs from run to run (counts, readings) lives in a `Run`."""
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import inf
 
 import torch
@@ -123,8 +123,10 @@ class Run:
     def __init__(self, program: Program):
         self.program, self.tally, self.twin = program, Tally(), Twin()
         self.tensors, self.delta, self.place = program.tensors, torch.zeros(0), (None, None)
-        self.joined: tuple[Run, slice] | None = None
-        """The run that acts in place of this one where several sessions edit a site, and which edits there are its own."""
+        self.joined: list[tuple[Run, slice]] = []
+        """Runs that act in place of this one where several sessions edit a site, and which edits there are its own."""
+        self.tell: Callable[[], None] = lambda: None
+        """Where compiled code counts for it, asks for its counts."""
 
     def __call__(self, x: Tensor, now: StepState) -> Tensor:
         """The steered x."""
@@ -144,11 +146,15 @@ class Run:
     @property
     def counts(self) -> Tally:
         """What it did in all, beside other sessions and alone."""
-        return self.tally if self.joined is None else self.tally.plus(self.joined[0].tally, self.joined[1])
+        self.tell()
+        counts = self.tally
+        for run, mine in self.joined:
+            counts = counts.plus(run.tally, mine)
+        return counts
 
     def leave_joined(self) -> None:
         """Act alone again, and keep what was counted."""
-        self.tally, self.joined = self.counts, None
+        self.tally, self.joined = self.counts, []
 
     def listen(self, x: Tensor, now: StepState) -> None:
         """Keep what pinned concepts read here, in a pass without edits."""

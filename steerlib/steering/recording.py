@@ -1,7 +1,7 @@
 """`record`: what passes read, by concept or by site; and activations replaced by hand."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
@@ -9,7 +9,7 @@ from torch import Tensor
 from ..bank import ConceptBank
 from ..hosts import host_for
 from ..passes import StepState
-from .dispatch import Owner, acting
+from .dispatch import beside
 from .reading import reader
 
 Observe = Callable[[Tensor, StepState], Any]
@@ -43,10 +43,11 @@ def record(target: object, bank_or_sites: ConceptBank | Sequence[str], concepts:
         return
     bank, host = bank_or_sites, host_for(target)
     bank.check(host)
-    with ExitStack() as stack:
-        for concept in [bank[name] for name in (concepts if concepts is not None else bank.concepts)]:
-            keep = _keeper(tape.setdefault(concept.name, []), reader(bank, concept, concept.name))
-            stack.enter_context(acting(host, host.site(bank.read_at(concept)), Owner("observe", keep)))
+    acts = []
+    for concept in [bank[name] for name in (concepts if concepts is not None else bank.concepts)]:
+        keep = _keeper(tape.setdefault(concept.name, []), reader(bank, concept, concept.name))
+        acts.append((host.site(bank.read_at(concept)), "observe", keep))
+    with beside(host, acts):
         yield tape
 
 
@@ -74,10 +75,7 @@ def replacing(target: object, edits: Mapping[str, Replace]) -> Iterator[None]:
 @contextmanager
 def _acting(target: object, role: Any, acts: Mapping[str, Callable[[Tensor, StepState], Any]]) -> Iterator[None]:
     host = host_for(target)
-    sites = {name: host.site(name) for name in acts}
-    with ExitStack() as stack:
-        for name, act in acts.items():
-            stack.enter_context(acting(host, sites[name], Owner(role, act)))
+    with beside(host, [(host.site(name), role, act) for name, act in acts.items()]):
         yield
 
 

@@ -1,35 +1,34 @@
-"""`steer` and `attach`: the live session between a bank and a model."""
+"""`steer`, `attach`, `share` and `detach`: the live session between a bank and a model."""
 
-import threading
 import warnings
-from collections import Counter
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Literal
 
 from ..bank import ConceptBank
-from ..errors import ConflictingEdits, ModelBusy, OutOfRange, SiteNotReached
-from ..hooks.attach import LOCK, Attachment, Socket, attachment, is_compiled
+from ..hooks.attach import LOCK, related
 from ..hosts import host_for
 from ..passes import Branch
-from .compiled import CompiledEdit, stand
-from .dispatch import Owner, rewire
+from .compiled import stand
+from .dispatch import SHARED, rewire
+from .ending import has_run, said_of
 from .plan import Do, Edits, Options, Plan, plan_for
 from .program import Run
 from .report import Report, line
-from .twin import follow
+from .stay import Stay
 
 
 class Steering:
     """A live session: what is attached, what is edited, what happened. `sl.steer` and `sl.attach` make one.
 
-    A context manager: edits act inside its `with` block. Printing it shows the report.
+    A context manager: edits act inside its `with` block, in the context (`contextvars`) that it was entered in: in this task,
+    in threads that are given the context, and, if no other session is alive, in threads that are started there. Entered in a
+    generator, it acts in what the generator runs. Printing it shows the report.
 
     Attributes:
         bank: the bank whose concepts it edits.
         host: the model, as steerlib sees it.
-        plan: what is done; runs: how far it was done, by site; thread: in which one it acts.
+        plan: what is done.
 
     >>> with sl.steer(model, bank, {"a": 2.0}) as session:
     ...     _ = model(torch.ones(1, 4, dtype=torch.long))
@@ -40,18 +39,15 @@ class Steering:
     def __init__(self, target: object, bank: ConceptBank, *, edits: Edits, options: Options):
         self.host, self.bank, self.options = host_for(target), bank, options
         self.plan: Plan = plan_for(bank, self.host, edits, options)
-        self.runs: dict[str, Run] = {}
-        self.thread = 0
-        self._place: Attachment | None = None
-        self._owners: list[tuple[Socket, Owner]] = []
-        self._passes: dict[str, Counter[int]] = {}
-        self._remove: Callable[[], None] | None = None
-        self._ran = self._entered = False
-        self._undo = ExitStack()
+        self.held: list[Callable[[], None]] = []
+        """What takes away that it is attached."""
+        self._stay: Stay | None = None
+        self._ran = False
 
     def attach(self) -> "Steering":
         """Put permanent sockets at every site of the bank, so that the model can be compiled afterwards."""
-        self._remove = self._remove or stand(self.host, self.bank)
+        if not self.held:
+            self.held.append(stand(self.host, self.bank))
         return self
 
     def set(self, edits: Edits, **options: Any) -> "Steering":
@@ -67,15 +63,12 @@ class Steering:
         >>> steering.set({"a": 2.0}).clear().detach()
         """
         chosen = self.options._replace(**{n: tuple(v) if n in ("hold", "free") else v for n, v in options.items()})
-        before, plan = (self.plan, self.options), plan_for(self.bank, self.host, edits, chosen)
-        self._leave()
-        self.plan, self.options, self._ran = plan, chosen, False
-        try:
-            self._enter()
-        except BaseException:
-            self.plan, self.options = before
-            self._enter()
-            raise
+        plan = plan_for(self.bank, self.host, edits, chosen)
+        if self._stay is not None and self._stay.is_here:
+            self._stay.put(plan)
+        else:
+            self._stay, self._ran = Stay(self, plan, standing=True), False
+        self.plan, self.options = plan, chosen
         notify(plan, 3)
         return self
 
@@ -85,78 +78,31 @@ class Steering:
 
     def detach(self) -> None:
         """Leave the model as it was: no hook, attribute or tensor of steerlib stays."""
-        self._leave()
-        if self._remove is not None:
-            self._remove()
-            self._remove = None
+        if self._stay is not None:
+            self._ran = has_run(self._stay)
+            self._stay.leave()
+        while self.held:
+            self.held.pop()()
 
     def __enter__(self) -> "Steering":
-        if not self._entered:
-            self._enter()
+        if self._stay is None or not self._stay.is_here:
+            self._stay, self._ran = Stay(self, self.plan, standing=False), False
+        self._stay.one.entry.standing = False
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        missed, capped = ([], False) if kind else (self._missed(), any(int(r.counts.capped) for r in self.runs.values()))
+        stay = self._stay
+        said = [*said_of(stay)] if stay is not None and stay.is_here and kind is None else ()
         self.detach()
-        if missed:
-            raise SiteNotReached(
-                f"the model ran, but never through {', '.join(map(repr, missed))}; "
-                f"nothing was edited there. Sites of this model: {', '.join(list(self.host.sites())[:6])}, …"
-            )
-        if capped:
-            warnings.warn("edits were capped in length at run time; see report()", OutOfRange, stacklevel=2)
+        for what in said:
+            if not isinstance(what, Warning):
+                raise what
+            warnings.warn(what, stacklevel=2)
 
-    def _enter(self) -> None:
-        self.thread = threading.get_ident()
-        with LOCK:
-            place = attachment(self.host)
-            _refuse(self, place.sessions)
-            place.require(self.host, self.plan.sites)
-            self._place, self._entered = place, True
-            try:
-                self._passes = {path: clock.passes.copy() for path, clock in place.clocks.items()}
-                self.runs = {name: Run(program) for name, program in self.plan.programs.items()}
-                if self.plan.programs:
-                    place.sessions.append(self)
-                    self._owners = [(place.sockets[name], Owner("edit", run, self.thread)) for name, run in self.runs.items()]
-                    for socket, owner in self._owners:
-                        socket.owners.append(owner)
-                    if self.plan.pins:
-                        self._undo.callback(follow(self, place))
-                rewire(place)
-            except BaseException:
-                self._leave()
-                raise
-
-    def _leave(self) -> None:
-        place = self._place
-        if place is None or not self._entered:
-            return
-        self._ran, self._entered = self._ran or self._has_run(), False
-        with LOCK:
-            self._undo.close()
-            if self in place.sessions:
-                place.sessions.remove(self)
-            for socket, owner in self._owners:
-                socket.owners.remove(owner)
-            self._owners = []
-            rewire(place)
-            place.release(self.host, self.plan.sites)
-
-    def _missed(self) -> list[str]:
-        """Sites that were never reached although the model ran."""
-        if self._place is None or not self._entered or not self._has_run():
-            return []
-        hit = {n for n, s in self._place.sockets.items() if isinstance(s.traced, CompiledEdit) and bool(s.traced.hits)}
-        return [site.name for site in self.plan.sites if not self.runs[site.name].tally.passes and site.name not in hit]
-
-    def _has_run(self) -> bool:
-        """Whether the model made a pass inside this session."""
-        if (place := self._place) is None:
-            return False
-        alone = all(session.thread == self.thread for session in place.sessions)
-        new = [clock.passes - self._passes.get(path, Counter()) for path, clock in place.clocks.items()]
-        return any(passes[self.thread] or (alone and passes) for passes in new)
+    @property
+    def runs(self) -> Mapping[str, Run]:
+        """How far the plan was carried out, by site."""
+        return self._stay.runs if self._stay is not None else {}
 
     def report(self) -> Report:
         """What was edited where, how much, and how far off the natural range; and why nothing happened, if so."""
@@ -164,23 +110,13 @@ class Steering:
         for name, run in self.runs.items():
             counts, norm = run.counts, self.bank.sites[name].norm if run.program.edits else None
             lines += [line(edit, k, name, norm, counts) for k, edit in enumerate(run.program.edits)]
-        return Report(tuple(lines), self._ran or self._has_run())
+        return Report(tuple(lines), self._stay is not None and (self._ran or has_run(self._stay)))
 
     def __repr__(self) -> str:
         return str(self.report())
 
     def _repr_html_(self) -> str:
         return self.report()._repr_html_()
-
-
-def _refuse(new: Steering, others: Sequence[Steering]) -> None:
-    """One concept may be given one value only, and a compiled model be steered by one thread."""
-    same = [session for session in others if session.thread == new.thread]
-    if len(same) < len(others) and new.plan.programs and is_compiled([new.host.model]):
-        raise ModelBusy("another thread steers this compiled model; take turns, or load a second copy")
-    fixed = {edit.key for session in same for edit in session.plan.edits if edit.is_target}
-    if twice := next((edit for edit in new.plan.edits if edit.is_target and edit.key in fixed), None):
-        raise ConflictingEdits(f"{twice.name!r} is set by an outer steer() already; set it once")
 
 
 def notify(plan: Plan, stacklevel: int) -> None:
@@ -244,3 +180,39 @@ def attach(target: object, bank: ConceptBank, *, allow_ood: bool = False, exact:
     session = Steering(target, bank, edits={}, options=Options(allow_ood=allow_ood, exact=exact))
     notify(session.plan, 3)
     return session.attach()
+
+
+def share(target: object) -> None:
+    """Declare that a model serves several requests at once: from now on a pass without a session is plain.
+
+    Without it, a thread that carries no context is served by the session that is alive, as transformers' streamers need, and
+    refused with `NoSession` while there are several.
+
+    Args:
+        target: what `sl.steer` takes.
+
+    >>> sl.share(model)
+    """
+    host = host_for(target)
+    with LOCK:
+        SHARED.update({host.model, *host.model.children()})
+        for place in related(host.model):
+            rewire(place)
+
+
+def detach(target: object) -> None:
+    """Remove every session, hook and attribute of steerlib from a model, whoever lost them. Harmless where there are none.
+
+    Args:
+        target: what `sl.steer` takes, or the wrapper of `torch.compile` around it.
+
+    >>> steering = sl.attach(model, bank).set({"a": 2.0})
+    >>> sl.detach(model)
+    """
+    with LOCK:
+        for place in related(host_for(getattr(target, "_orig_mod", target)).model):
+            for one in [*place.present]:
+                one.entry.close()
+            place.clear()
+            for kin in [*place.kin]:
+                rewire(kin)

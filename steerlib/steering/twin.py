@@ -1,6 +1,5 @@
 """The unsteered twin of a pass, which tells what pinned concepts would have read (`do="hold"`)."""
 
-import threading
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
@@ -8,27 +7,29 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from ..errors import Unanswerable
-from ..hooks.attach import ASIDE, Attachment, before_forward
+from ..hooks.attach import ASIDE, before_forward
+from ..hosts import Host
 
 
-def follow(session: Any, place: Attachment) -> Callable[[], None]:
-    """Run every pass of a session's model without edits first; gives back what undoes it."""
+def follow(host: Host, is_acting: Callable[[], bool]) -> Callable[[], None]:
+    """Run every pass that a session acts in without edits first; gives back what undoes it."""
     caches: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()  # the twin's own, by the cache of the steered pass
     with ExitStack() as stack:
-        for path in session.host.passes():
-            module = session.host.model.get_submodule(path)
-            stack.callback(before_forward(module, partial(_run, session, place, caches, path)))
+        for path in host.passes():
+            module = host.model.get_submodule(path)
+            stack.callback(before_forward(module, partial(_run, host, is_acting, caches, path)))
         return stack.pop_all().close
 
 
-def _run(session: Any, place: Attachment, caches: WeakKeyDictionary[Any, Any], path: str, args: tuple, kwargs: Any) -> None:
-    elsewhere = threading.get_ident() != session.thread
-    if ASIDE.running or (elsewhere and {other.thread for other in place.sessions} != {session.thread}):
+def _run(
+    host: Host, is_acting: Callable[[], bool], caches: WeakKeyDictionary[Any, Any], path: str, args: tuple, kwargs: Any
+) -> None:
+    if ASIDE.running or not is_acting():
         return
-    if reason := session.host.refuse_twin():
+    if reason := host.refuse_twin():
         raise Unanswerable(reason)
     ASIDE.running = True
     try:
-        session.host.run_twin(path, args, kwargs, caches)
+        host.run_twin(path, args, kwargs, caches)
     finally:
         ASIDE.running = False

@@ -1,0 +1,83 @@
+"""What happened while a session was in a model, and what is to be said of it when its block ends."""
+
+import sys
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+from ..contexts import outward
+from ..errors import Outlived, OutOfRange, SiteNotReached, SteeringWarning
+from .dispatch import is_shared
+from .stay import Stay
+
+
+def said_of(stay: Stay) -> Iterator[Exception]:
+    """Warnings, and, last, an error."""
+    if any(int(run.counts.capped) for run in stay.runs.values()):
+        yield OutOfRange("edits were capped in length at run time; see report()")
+    if is_running(stay):
+        yield Outlived(
+            "a generation that began in this block goes on after it, in another thread; the rest of it is not steered. End the "
+            "block when the generation has ended: join its thread, or read its stream, inside the block"
+        )
+        return
+    if names := replaced(stay):
+        yield SiteNotReached(f"the module at {names} was replaced inside this block; what came after was not edited there")
+    ran = has_run(stay)
+    if missed := [name for name, run in stay.runs.items() if not run.counts.passes] if ran else []:
+        yield SiteNotReached(
+            f"the model ran, but never through {', '.join(map(repr, missed))}; "
+            f"nothing was edited there. Sites of this model: {', '.join(list(stay.host.sites())[:6])}, …"
+        )
+    elsewhere = sum(count for entered, count in new_passes(stay).items() if entered == ())
+    if not ran and elsewhere and stay.runs and not is_shared(stay.place):
+        yield SteeringWarning(
+            f"the model made {elsewhere} passes meanwhile, none of them in this session: it acts in the context that it was "
+            "entered in, and not in other tasks and threads"
+        )
+
+
+def new_passes(stay: Stay) -> dict[Any, int]:
+    """Passes since this began, by what was entered in their context."""
+    new: dict[Any, int] = {}
+    for path, clock in stay.place.clocks.items():
+        for entered, count in [*clock.passes.items()]:
+            new[entered] = max(new.get(entered, 0), count - stay.before.get(path, {}).get(entered, 0))
+    return {entered: count for entered, count in new.items() if count}
+
+
+def has_run(stay: Stay) -> bool:
+    """Whether the model made a pass that this session acts in."""
+    if any(run.counts.passes for run in stay.runs.values()):
+        return True
+    return stay.is_here and stay.one.entry.home is None and any(_is_served(stay, entered) for entered in new_passes(stay))
+
+
+def _is_served(stay: Stay, entered: Any) -> bool:
+    """Whether it acts in passes with this entered in their context; a plain thread's are those of the only session."""
+    entry = stay.one.entry
+    others = [one.entry for kin in stay.place.kin for one in kin.present if one is not stay.one and not one.is_idle]
+    is_alone = all(other.origin == entry.origin for other in others) and not is_shared(stay.place)
+    return entry in entered if entered else is_alone and (entered is None or entry.standing)
+
+
+def is_running(stay: Stay) -> bool:
+    """Whether a call of the model that began in this session goes on in another thread."""
+    last = {ident: entered for clock in stay.place.clocks.values() for ident, entered in clock.threads.items()}
+    for ident, frame in sys._current_frames().items():
+        calls = [one.f_locals for one in outward(frame) if stay.host.is_call(one)] if ident != threading.get_ident() else []
+        if calls and ("entered" in calls[-1] or ident in last):  # what was entered where it began, or where it ran last
+            entered = calls[-1].get("entered", last.get(ident))
+            if _is_served(stay, entered):
+                return True
+    return False
+
+
+def replaced(stay: Stay) -> str:
+    """Names of sites whose module is another one now, and not one that wraps it."""
+    found = []
+    for socket, _ in stay.one.owners:
+        module = stay.host.module(socket.site.module)
+        if module is not socket.module and (module is None or socket.module not in [*module.modules()]):
+            found.append(repr(socket.site.name))
+    return ", ".join(found)
