@@ -15,7 +15,7 @@ from ..bank.concepts import Concept, Part
 from ..encoders import Directions
 from ..errors import BadBank, CorruptBank, MissingExtra
 from . import files
-from .foreign import Foreign, Found
+from .foreign import Foreign, Found, refuse
 
 FILES = (".gguf",)
 ARCHITECTURES = ("controlvector", "steeringvector")
@@ -56,6 +56,8 @@ def _vectors(path: Path) -> tuple[dict[int, Tensor], str]:
     if architecture not in ARCHITECTURES:
         raise CorruptBank(f"expected a file of architecture {' or '.join(ARCHITECTURES)}, got {architecture!r:.80}")
     layers = {name: re.fullmatch(r"direction\.(\d+)", name) for name in tensors}
+    if others := [name for name, found in layers.items() if found is None]:
+        refuse(path, f"a control vector with {', '.join(others)!s:.80}", "a direction for each layer is read")
     return {int(found[1]): files.part(tensors, name, 1) for name, found in layers.items() if found}, hint
 
 
