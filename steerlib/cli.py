@@ -56,7 +56,7 @@ def recipe_of(bank: "sl.ConceptBank", recipe: Path | None) -> Any:
 
 def source_of(bank: "sl.ConceptBank") -> str:
     """Where a bank's model is: a pipeline in its folder, the source in its shipped recipe, or the Hub id of its base model."""
-    if bank.folder is not None and (pipeline := bank.folder / "pipeline").is_dir():
+    if (pipeline := bank.file("pipeline")) is not None:
         return str(pipeline)
     return recipe_of(bank, None).source if shipped_recipe(bank).is_file() else bank.base.id
 

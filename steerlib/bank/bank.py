@@ -138,6 +138,7 @@ class Stored(Bank):
     license: str
     provenance: dict[str, Any]
     pictures: dict[str, bytes]
+    files: dict[str, str | PathLike[str]]
     extra: dict[str, Any]
 
     @property
@@ -145,9 +146,21 @@ class Stored(Bank):
         """The folder of its files on this machine; None for a bank that was not opened from files."""
         return None if self._shelf.home is None else self._shelf.home.path
 
+    def file(self, name: str) -> Path | None:
+        """Where a file or folder that comes with the bank lies, such as `pipeline`, fetched and checked; None if it has none.
+
+        >>> sl.ConceptBank.from_pretrained("scenes-32").file("pipeline").name
+        'pipeline'
+        """
+        own = {key: path for key, path in sorted(self.files.items()) if key == name or key.startswith(f"{name}/")}
+        if (home := self._shelf.home) is not None:
+            home.fetch({key: self._shelf.records[key] for key in own if key in self._shelf.records})
+        places = [(Path(path), key.removeprefix(name).count("/")) for key, path in own.items()]
+        return next((path.parents[depth - 1] if depth else path for path, depth in places), None)
+
     def contents(self) -> dict[str, Any]:
         """The arguments of `ConceptBank` that make this bank; `encoders` are read when needed."""
-        own = {key: getattr(self, key) for key in (*SAID, "graph", "card", "pictures")}
+        own = {key: getattr(self, key) for key in (*SAID, "graph", "card", "pictures", "files")}
         return {**own, "concepts": list(self.concepts.values()), "encoders": self._shelf}
 
     def check(self, host: Host) -> str:
@@ -171,6 +184,8 @@ class Stored(Bank):
 
     def verify(self, key: str | PathLike[str] | None = None) -> None:
         """Check every file, hash, value and reference; files that are still on the Hub are fetched.
+
+        Files in the folder that the bank does not list are no part of it; a `SteeringWarning` names them.
 
         With `key`, the path of an Ed25519 public key in PEM, the signature is checked first. Raises `CorruptBank` at the first
         thing that is wrong, `WrongSignature` if that is the signature.
@@ -229,7 +244,8 @@ class Stored(Bank):
             api.create_repo(repo_id, private=private, exist_ok=True)
             if revision is not None:
                 api.create_branch(repo_id, branch=revision, exist_ok=True)
-            options: Any = {"commit_message": commit_message or f"Upload the bank {self.name}", "delete_patterns": hub.STALE}
+            stale = [*hub.STALE, *hub.listed(repo_id, revision, token)]
+            options: Any = {"commit_message": commit_message or f"Upload the bank {self.name}", "delete_patterns": stale}
             try:
                 return api.upload_folder(repo_id=repo_id, folder_path=folder, revision=revision, **options).oid
             except RuntimeError as error:  # of one large file, whatever the cause

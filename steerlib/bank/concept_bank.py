@@ -38,6 +38,7 @@ class ConceptBank(Stored):
         license: SPDX name of its license.
         provenance: JSON values on how it was made.
         pictures: PNG files that the card shows, by file name.
+        files: what else its folder holds, paths of files or folders by their name there, such as `{"pipeline": folder}`.
         extra: fields of `bank.json` that this version does not know, kept for others.
 
     Raises:
@@ -67,11 +68,13 @@ class ConceptBank(Stored):
         license: str = "",
         provenance: Mapping[str, Any] | None = None,
         pictures: Mapping[str, bytes] | None = None,
+        files: Mapping[str, str | PathLike[str]] | None = None,
         extra: Mapping[str, Any] | None = None,
     ):
         self.name, self.base, self.sites, self.levels = name, base, dict(sites), dict(levels or {})
         self.graph, self.card, self.license = graph or CausalGraph(), card, license
         self.provenance, self.pictures, self.extra = dict(provenance or {}), dict(pictures or {}), dict(extra or {})
+        self.files = dict(files or {})
         self._shelf = encoders if isinstance(encoders, Shelf) else Shelf.of(encoders, where, reads)
         self.concepts = by_name(concepts, self._shelf.facts)
         self._by_id = {concept.id: concept for concept in concepts}
