@@ -90,9 +90,7 @@ def test_files_that_nothing_lists_are_said(saved, tmp_path):
     for name in (".gitattributes", "notes.txt", "pipeline/model.json"):
         (saved / name).parent.mkdir(exist_ok=True)
         (saved / name).write_text("{}")
-    with pytest.warns(
-        errors.SteeringWarning, match="2 files that bank.json does not .*: notes.txt, pipeline/model.json; to"
-    ):
+    with pytest.warns(errors.SteeringWarning, match="2 files that bank.json does not .*: notes.txt, pipeline/model.json; to"):
         bank.verify()
 
 

@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ..encoders import KINDS, Encoder, Rows
+from ..encoders import KINDS, Encoder, Rows, Transcoder
 from ..encoders.sparse import STATISTICS
-from ..errors import CorruptBank, SteeringWarning, UnknownConcept, WrongWidth
+from ..errors import BadBank, CorruptBank, SteeringWarning, UnknownConcept, WrongWidth
 from . import trust
 from .concepts import Concept, Place
 from .hub import SIGNATURE, Home
@@ -35,6 +35,12 @@ class Shelf:
     def of(cls, encoders: Mapping[str, Encoder], where: Mapping[str, str] | None, reads: Mapping[str, str] | None) -> "Shelf":
         """Encoders in memory; `where` and `reads` are the arguments of `ConceptBank`."""
         site_of = where or {id: id.partition("@")[0].partition("#")[0] for id in encoders}
+        for id, encoder in encoders.items():
+            if isinstance(encoder, Transcoder) and not (reads or {}).get(id):
+                raise BadBank(
+                    f"{id!r} is a transcoder, which reads at an earlier site than it writes at; say where, with reads= (the "
+                    "same site, if it does read where it writes)"
+                )
         return cls(
             {
                 id: EncoderFacts(
