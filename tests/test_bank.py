@@ -417,7 +417,7 @@ def test_a_part_beyond_the_end_of_its_encoder_is_found_when_read_and_by_verify(l
     whole = spread(tiny("llama"))
     beyond = [sl.Concept(name="tone", encoder="layers.0", index=1, parts=(sl.Part(encoder="layers.1", index=2, unit=1.0),))]
     with pytest.raises(errors.CorruptBank, match="'layers.1' does not fit its concepts"):
-        whole.with_concepts(beyond).verify()
+        whole.with_concepts([whole["topic"], *beyond]).verify()
 
 
 def test_a_bank_that_gates_by_a_concept_it_lost_is_not_made():

@@ -12,6 +12,7 @@ from ..schedules import Window
 from . import hub, layout
 from .bank import Stored, by_name
 from .concepts import Concept
+from .consistency import check_copy
 from .manifest import BaseModel, SiteFacts
 from .shelf import Shelf
 from .vectors import Vectors, Where, gathered, site_name
@@ -39,8 +40,7 @@ class ConceptBank(Stored):
         files: what else its folder holds, paths of files or folders by their name there, such as `{"pipeline": folder}`.
         extra: fields of `bank.json` that this version does not know, kept for others.
 
-    Raises:
-        CorruptBank: a concept names an encoder or a gate that is not there, or a name stands twice.
+    Raises `CorruptBank` where a concept names an encoder or a gate that is not there, or a name stands twice.
 
     >>> bank
     ConceptBank 'directions': 2 concepts for a model, 0 edges
@@ -70,9 +70,8 @@ class ConceptBank(Stored):
         extra: Mapping[str, Any] | None = None,
     ):
         self.name, self.base, self.sites, self.levels = name, base, dict(sites), dict(levels or {})
-        self.graph, self.card, self.license = graph or CausalGraph(), card, license
+        self.graph, self.card, self.license, self.files = graph or CausalGraph(), card, license, dict(files or {})
         self.provenance, self.pictures, self.extra = dict(provenance or {}), dict(pictures or {}), dict(extra or {})
-        self.files = dict(files or {})
         self._shelf = encoders if isinstance(encoders, Shelf) else Shelf.of(encoders, where, reads)
         self.concepts = by_name(concepts, self._shelf.facts)
         self._by_id = {concept.id: concept for concept in concepts}
@@ -80,13 +79,16 @@ class ConceptBank(Stored):
     def with_concepts(self, concepts: Sequence[Concept] | None = None, **changes: Any) -> "ConceptBank":
         """A copy with other concepts, its encoders in memory; `changes` are arguments of `ConceptBank` in place of its own.
 
-        `encoders` may be some of them, in place of those of the same id.
+        `encoders` may be some of them, in place of those of the same id. Raises `BadBank` where card, graph or effects would go
+        on to name or describe what the copy does not have, and warns of concepts that it drops.
 
-        >>> bank.with_concepts([bank["a"]], card="# Mine").keys()
-        dict_keys(['a'])
+        >>> bank.with_concepts([*bank.concepts.values()], card="# Mine").keys()
+        dict_keys(['a', 'b'])
         """
         own = self.contents() | ({} if concepts is None else {"concepts": concepts})
-        return ConceptBank(**{**own, **changes, "encoders": self._shelf.whole(changes.get("encoders", {}))})
+        made = ConceptBank(**{**own, **changes, "encoders": self._shelf.whole(changes.get("encoders", {}))})
+        check_copy(self, made, changes)
+        return made
 
     @classmethod
     def from_directions(
@@ -159,8 +161,7 @@ class ConceptBank(Stored):
             cache_dir: where files of the Hub are kept (default: the cache of huggingface_hub).
             local_files_only: use only what is in the cache.
 
-        Raises:
-            BadBank: it does not open; the message says why and what to do.
+        Raises `BadBank` where it does not open; the message says why and what to do.
 
         >>> len(sl.ConceptBank.from_pretrained("smollm2-135m-latents"))
         6910

@@ -289,10 +289,12 @@ def list_banks(
     bases = {name: strict_json((path / "bank.json").read_bytes(), name)["base_model"]["id"] for name, path in shipped().items()}
     found = [Listed(name=name, base_model=base, is_shipped=True) for name, base in bases.items()]
     if not local_files_only:
-        from huggingface_hub import HfApi
+        from huggingface_hub import HfApi, constants
+        from huggingface_hub.utils import get_session
 
         tags = ["steerlib", *([f"base_model:{base_model}"] if base_model else [])]
         with asking("the list of banks", "local_files_only=True lists those shipped with steerlib"):
+            get_session().head(constants.ENDPOINT, timeout=TIMEOUT)  # once: listing would try again and again without a network
             models = list(HfApi(token=token, library_name="steerlib").list_models(filter=tags))
         for model in sorted(models, key=lambda model: model.id):
             bases = [tag.partition(":")[2] for tag in model.tags or () if re.fullmatch(r"base_model:[^:]+", tag)]

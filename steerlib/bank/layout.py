@@ -29,6 +29,7 @@ from ..errors import BadBank, CorruptBank
 from ..graph.causal_graph import CausalGraph
 from . import hub, signature, trust
 from .concepts import Concept
+from .consistency import check_said
 from .manifest import SAID, Manifest
 from .shelf import Shelf
 
@@ -87,6 +88,7 @@ def write(target: Path, bank: Mapping[str, Any], key: str | PathLike[str] | None
     """Write a bank to a folder, all of it or nothing, in place of an older bank there; signed where there is a `key`."""
     if target.exists() and any(target.iterdir()) and not (target / "bank.json").is_file():
         raise BadBank(f"{target.name!r} holds other things than a bank; give a new or empty folder")
+    check_said({concept.name: concept for concept in bank["concepts"]}, bank["graph"], bank["card"])
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as scratch:
         fresh = Path(scratch) / target.name
