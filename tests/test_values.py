@@ -155,7 +155,8 @@ def test_a_gate_names_one_concept(given):
 def test_bounds_of_a_gate_are_numbers(bounds):
     with pytest.raises(errors.BadEdit, match="of a gate as a number"):
         sl.Gate("a", **bounds)
-    assert sl.Gate("a", above=np.float32(0.5), full=torch.tensor(1.5)) == sl.Gate("a", above=0.5, full=1.5)
+    given: Any = {"above": np.float32(0.5), "full": torch.tensor(1.5)}
+    assert sl.Gate("a", **given) == sl.Gate("a", above=0.5, full=1.5)
 
 
 @pytest.mark.parametrize("gate", [("a", "b"), (sl.Gate("a"), sl.Gate("b")), "a"])

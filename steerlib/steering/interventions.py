@@ -125,18 +125,17 @@ def _amount(value: Any) -> Amount:
         raise BadEdit(
             "an amount that requires gradients would get none, because edits keep its value alone; give amount.detach()"
         )
-    if hasattr(value, "tolist"):  # a tensor or an array
-        value = value.tolist()
-    several = list(value) if isinstance(value, Sequence) and not isinstance(value, str | bytes) else None
+    given = value.tolist() if hasattr(value, "tolist") else value  # of a tensor or an array
+    several: list[Any] = list(given) if isinstance(given, Sequence) and not isinstance(given, str | bytes) else [given]
     try:
-        if any(isinstance(one, str | bytes) for one in ([value] if several is None else several)):
+        if any(isinstance(one, str | bytes) for one in several):
             raise TypeError("text is no amount")
-        amounts = float(value) if several is None else tuple(map(float, several))
+        amounts = tuple(map(float, several))
     except (TypeError, ValueError, OverflowError) as error:
         raise BadEdit(f"expected a number, or one per row, got {value!r:.80}: {error}") from None
-    if not all(map(isfinite, each(amounts))) or amounts == ():
+    if not all(map(isfinite, amounts)) or amounts == ():
         raise BadEdit(f"expected a finite amount, or one per row, got {value!r:.80}")
-    return amounts[0] if isinstance(amounts, tuple) and len(amounts) == 1 else amounts
+    return amounts[0] if len(amounts) == 1 else amounts
 
 
 def _times(amount: Any, unit: float) -> Amount:
