@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import steerlib as sl
 
-from .errors import BadEdit, BadRecipe, MissingExtra
+from .errors import BadBank, BadEdit, BadRecipe, MissingExtra
 
 try:
     import typer
@@ -56,7 +56,7 @@ def recipe_of(bank: "sl.ConceptBank", recipe: Path | None) -> Any:
 
 def source_of(bank: "sl.ConceptBank") -> str:
     """Where a bank's model is: a pipeline in its folder, the source in its shipped recipe, or the Hub id of its base model."""
-    if bank.folder is not None and (pipeline := bank.folder / "pipeline").is_dir():
+    if (pipeline := bank.file("pipeline")) is not None:
         return str(pipeline)
     return recipe_of(bank, None).source if shipped_recipe(bank).is_file() else bank.base.id
 
@@ -237,6 +237,8 @@ def migrate(bank: BankName, folder: Annotated[Path, typer.Argument(help="where t
     """Write a bank of an older format in the newest one; the old bank stays as it is."""
     opened = sl.ConceptBank.from_pretrained(bank)
     opened.verify()
+    if opened.folder is not None and folder.resolve() == opened.folder.resolve():
+        raise BadBank(f"expected another folder than that of the bank, which stays as it is, got {str(folder)!r}")
     typer.echo(str(opened.save_pretrained(folder)))
 
 
@@ -314,12 +316,15 @@ def eval_(
 def _eval_concepts(
     bank: "sl.ConceptBank", recipe: Path | None, names: list[str], quick: bool, save: str, source: str, threads: int
 ) -> Any:
+    from .hosts import host_for
     from .training.package.directions import evaluate, with_effects
 
     read = recipe_of(bank, recipe)
     if quick:
         read = replace(read, evaluation_prompts=4, dev_prompts=4, seeds=1, new_tokens=24)
     model, tokenizer = loaded(source or read.source, threads)
+    if save and (notice := bank.check(host_for(model))):
+        raise BadEdit(f"--save would keep the hash of other weights beside these figures: {notice}; leave out --save")
     records = evaluate(model, tokenizer, bank, read, concepts=names)
     if save:
         with_effects(bank, read, records).save_pretrained(save)

@@ -24,6 +24,8 @@ HOSTS = {
 }
 """`package.Class` of a target, or of a class that it inherits from -> `module:Host`. For an object the nearest class wins;
 `load` tries the last entry first. A further library is one more entry."""
+WRAPPED = {"transformers.Pipeline": "model"}
+"""Objects that hold what is steered, and in which attribute."""
 
 
 class Host(ABC):
@@ -143,6 +145,8 @@ def host_for(target: object) -> Host:
                 "torch.compile(model) gives a wrapper; sl.attach(model, bank) to the model itself before compiling it, "
                 "and steering.set(...) acts on the wrapper too"
             )
+        if name in WRAPPED:
+            return host_for(getattr(target, WRAPPED[name]))
         if name in HOSTS:
             return _class(HOSTS[name])(target)
     raise UnsupportedTarget(

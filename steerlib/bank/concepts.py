@@ -52,6 +52,17 @@ class Gate:
     full: float | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.concept, str):
+            raise BadEdit(
+                f"expected the name of one concept for a gate, got {self.concept!r:.80}; an edit takes one gate, beside the "
+                "one that the bank stores with its concept"
+            )
+        for name in ("above", "below", "full"):
+            value = getattr(self, name)
+            if hasattr(value, "item"):
+                object.__setattr__(self, name, value := value.item())
+            if isinstance(value, bool) or not isinstance(value, float | int | None) or value != value:
+                raise BadEdit(f"expected {name} of a gate as a number, got {value!r:.80}")
         if not self.above < self.below:
             raise BadEdit(f"expected a gate with above < below, got {self}")
         if self.full is not None and not (isfinite(self.above) and self.above < self.full < inf and self.below == inf):

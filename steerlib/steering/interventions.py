@@ -5,7 +5,7 @@ Each lowers itself to an aim in raw coordinates.
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from math import inf, isfinite
 from typing import Any, Literal, NamedTuple
 
@@ -50,7 +50,8 @@ class Intervention(ABC):
         gate: a `Gate` on what another concept reads, beside the one stored with the concept; "open" lifts the stored one.
         mask: where. Text: the share of the edit at each position, `[L]` or `[rows, L]`; positions beyond `L` get none.
             Images: a box `(left, top, right, bottom)` in parts of the image, shares `[height, width]` or
-            `[rows, height, width]` of any size (for videos with frames before the height), or a `Word` of the prompt.
+            `[rows, height, width]` of any size (for videos with frames before the height), or a `Word` of the prompt. Shares
+            are 0 to 1 or truth values; bytes 0 to 255 and pictures count white as 1. Tensors, arrays and PIL images serve.
 
     Every amount may be a sequence, one number for each prompt. Raises `BadEdit` for values that make no sense.
     """
@@ -107,6 +108,12 @@ class Intervention(ABC):
         """Whether equal interventions do equal things, so that a plan of one serves the other; tensors are not compared."""
         return self.mask is None
 
+    @property
+    def rows(self) -> set[int]:
+        """For how many prompts its amounts are; empty where they are for all."""
+        given = [getattr(self, f.name) for f in fields(self) if f.name != "mask"]
+        return {len(amounts) for amounts in given if isinstance(amounts, tuple)}
+
     def _raw(self, unit: float) -> float:
         """What amounts are multiplied by."""
         return unit if self.unit == "concept" else 1.0
@@ -114,12 +121,21 @@ class Intervention(ABC):
 
 def _amount(value: Any) -> Amount:
     """One finite float, or a tuple of them."""
-    if hasattr(value, "tolist"):  # a tensor or an array
-        value = value.tolist()
-    amounts = tuple(map(float, value)) if isinstance(value, Sequence) and not isinstance(value, str) else float(value)
-    if not all(map(isfinite, each(amounts))) or amounts == ():
-        raise BadEdit(f"expected a finite amount, or one per row, got {value!r}")
-    return amounts[0] if isinstance(amounts, tuple) and len(amounts) == 1 else amounts
+    if getattr(value, "requires_grad", False):
+        raise BadEdit(
+            "an amount that requires gradients would get none, because edits keep its value alone; give amount.detach()"
+        )
+    given = value.tolist() if hasattr(value, "tolist") else value  # of a tensor or an array
+    several: list[Any] = list(given) if isinstance(given, Sequence) and not isinstance(given, str | bytes) else [given]
+    try:
+        if any(isinstance(one, str | bytes) for one in several):
+            raise TypeError("text is no amount")
+        amounts = tuple(map(float, several))
+    except (TypeError, ValueError, OverflowError) as error:
+        raise BadEdit(f"expected a number, or one per row, got {value!r:.80}: {error}") from None
+    if not all(map(isfinite, amounts)) or amounts == ():
+        raise BadEdit(f"expected a finite amount, or one per row, got {value!r:.80}")
+    return amounts[0] if len(amounts) == 1 else amounts
 
 
 def _times(amount: Any, unit: float) -> Amount:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -43,15 +44,50 @@ def mask_of(given: Any) -> Mask:
     """The mask that a tensor, a box or a mask means; raises `BadEdit` for anything else."""
     if isinstance(given, Mask):
         return given
-    if isinstance(given, Tensor):
-        return Weights(given)
+    if isinstance(given, Tensor) or hasattr(given, "convert") or hasattr(given, "__array__") and np.shape(given) != (4,):
+        return Weights(shares(given))
     try:
         left, top, right, bottom = (float(end) for end in given)
     except (TypeError, ValueError):
-        raise BadEdit(f"expected a mask as a tensor, a Word or a box (left, top, right, bottom), got {given!r:.60}") from None
+        raise BadEdit(
+            f"expected a mask as a tensor, an array, a PIL image, a Word or a box (left, top, right, bottom), got {given!r:.60}"
+        ) from None
     if not (0 <= left < right <= 1 and 0 <= top < bottom <= 1):
         raise BadEdit(f"expected a box of shares of the image, 0 <= left < right <= 1 and 0 <= top < bottom <= 1, got {given}")
     return Box(left, top, right, bottom)
+
+
+def shares(given: Any) -> Tensor:
+    """Shares of an edit, 0 to 1, from a tensor, an array or a PIL image; raises `BadEdit` for other values."""
+    if hasattr(given, "convert"):
+        if (mode := getattr(given, "mode", "")) not in ("1", "L", "RGB"):
+            raise BadEdit(
+                f"expected a mask in black and white, grey or RGB, got a picture of mode {mode!r}; give one.convert('L')"
+            )
+        given = np.asarray(given.convert("L"))
+    if not isinstance(given, Tensor):
+        given = np.asarray(given)
+        if given.dtype.kind not in "bufi" or given.ndim == 3 and min(given.shape[:2]) > 4 >= given.shape[2]:
+            raise BadEdit(
+                f"expected a mask of numbers as [height, width] or [rows, height, width], got {given.dtype} {given.shape}; "
+                "of an array with channels last give one channel, mask[..., 0]"
+            )
+        given = torch.from_numpy(np.array(given, given.dtype.newbyteorder("=")))
+    if given.is_complex() or not given.numel():
+        raise BadEdit(f"expected a mask of shares, got {given.dtype} {tuple(given.shape)}")
+    low, high = (float(end) for end in given.detach().float().aminmax())
+    if given.dtype == torch.uint8 and high > 1:
+        return given.float() / 255
+    if not -SLACK <= low <= high <= 1 + SLACK:
+        raise BadEdit(
+            f"expected shares from 0 to 1 in a mask, got {low:.4g} to {high:.4g} of {given.dtype}; divide by what means all of "
+            "the edit, as mask / 255 (bytes, torch.uint8, count from 0 to 255 by themselves)"
+        )
+    return given.float().clamp(0, 1)
+
+
+SLACK = 1e-3
+"""By how much shares may be beyond 0 and 1, as those of a resized picture are; they are cut."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +118,9 @@ class Weights(Mask):
             return self._by_position(state, x, name)
         front, grid = layout(state, x, name)
         axes = 3 + (grid.frames > 1)
-        layers = self.weights.to(x.device, torch.float32)[(None,) * (axes - self.weights.ndim)]
+        layers = self.weights.to(x.device, torch.float32)
+        layers = layers[:, 0] if axes == 3 and layers.ndim == 4 and layers.shape[1] == 1 else layers  # one channel
+        layers = layers[(None,) * (axes - layers.ndim)]
         if layers.ndim != axes:
             raise BadEdit(
                 f"expected the mask of {name!r} as [height, width] or [rows, height, width], got {list(layers.shape)}"
@@ -92,6 +130,8 @@ class Weights(Mask):
 
     def _by_position(self, state: StepState, x: Tensor, name: str) -> Tensor:
         """Positions beyond the mask get none."""
+        if self.weights.ndim not in (1, 2):
+            raise BadEdit(f"expected the mask of {name!r} as [L] or [rows, L] of a text, got {list(self.weights.shape)}")
         table = self.weights.to(x.device, torch.float32)
         table = table if table.ndim == 2 else table[None]
         table = table[_rows(len(table), len(x), state, name).to(x.device)]

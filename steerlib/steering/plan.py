@@ -12,7 +12,7 @@ from torch import nn
 
 from ..bank import ConceptBank
 from ..bank.concepts import Concept
-from ..errors import BadEdit, ConflictingEdits, OtherWeights, OutOfRange, Unmeasured
+from ..errors import BadBank, BadEdit, ConflictingEdits, OtherWeights, OutOfRange, RowMismatch, Unmeasured
 from ..hosts import Host
 from ..sites import Site
 from .edit import Edit, EditTensors
@@ -53,6 +53,7 @@ def resolve(bank: ConceptBank, host: Host, edits: Edits, options: Options) -> Pl
     _check_options(bank, options)
     notices: list[tuple[str, type[Warning]]] = [(notice, OtherWeights)] if (notice := bank.check(host)) else []
     wanted = {name: _intervention(name, value) for name, value in edits.items()}
+    _check_rows(wanted)
     chosen = {name: bank[name] for name in wanted}
     if len({concept.id for concept in chosen.values()}) < len(chosen):
         raise ConflictingEdits(f"one concept is named twice among {', '.join(map(repr, chosen))}")
@@ -101,6 +102,14 @@ def _intervention(name: str, value: Any) -> Intervention:
         return Add(value)
     except (TypeError, ValueError) as error:
         raise BadEdit(f"expected a number, one per row, or an intervention for {name!r}, got {value!r}: {error}") from None
+
+
+def _check_rows(wanted: Mapping[str, Intervention]) -> None:
+    """Raise where edits of one call count different numbers of rows: the same prompts cannot have both."""
+    counts = {count: name for name, intervention in wanted.items() for count in intervention.rows}
+    if len(counts) > 1:
+        listing = " and ".join(f"{count} of {name!r}" for count, name in sorted(counts.items()))
+        raise RowMismatch(f"expected as many amounts as prompts in every edit, got {listing}")
 
 
 def _beyond(concept: Concept, intervention: Intervention, options: Options) -> Iterator[str]:
@@ -177,6 +186,9 @@ KEPT_PLANS = 64
 
 def plan_for(bank: ConceptBank, host: Host, edits: Edits, options: Options) -> Plan:
     """The plan for these edits, remembered for the next time they are wanted."""
+    if not isinstance(bank, ConceptBank):
+        opened = f"; open it first: sl.ConceptBank.from_pretrained({bank!r:.200})" if isinstance(bank, str) else ""
+        raise BadBank(f"expected a ConceptBank, got {bank!r:.200}{opened}")
     if not isinstance(edits, Mapping):
         raise BadEdit(f"expected edits as a mapping from concept names, got {type(edits).__name__}")
     if any(isinstance(i, Intervention) and not i.is_plain for i in edits.values()):
