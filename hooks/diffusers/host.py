@@ -96,6 +96,8 @@ class PipelineHost(Host):
     def counts_tokens(self, site: Site) -> bool:
         return reads_text(self.model, site.module)  # diffusers' own modules name no main input
 
+    begins_text = counts_tokens
+
     def passes(self) -> tuple[str, ...]:
         return tuple(self.denoisers)
 

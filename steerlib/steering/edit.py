@@ -6,11 +6,15 @@
     x1 = x + sum_k g_k ((scale_k - 1) z_k + shift_k) w_k  the additions
     x2 = x1 + argmin |d|  with  r_k (x1 + d) + b_k = z_k(x1) + g_k (clamp(z_k(x1), low_k, high_k) - z_k(x1))
 
-for every target k that acts there (g_k > 0). The change x2 - x is capped in length and cast once.
+for every target k that acts there (g_k > 0). The change is cast once.
 
 Latents of sparse codes read `z = p` where their potential `p = x r^T + b` is above a threshold, else 0. They are changed in the
 code: x moves by `(z' - z) w`, where z', after all additions to the latent together, is not below 0; what the code does not
 describe stays. Their targets are met before those of directions, which see what they did.
+
+The change is a sum of what is added and what is taken away. A *removal* is a scaling by 0 to 1, or what a target does where it
+brings a reading nearer to 0 without passing it. Only what is added is capped: it is as long as the cap at most, together, and
+readings that it forces are met as far as it goes.
 """
 
 from collections.abc import Sequence
@@ -47,6 +51,7 @@ class Edit:
         shares: what it is multiplied by.
         leaves: the note of how far it moved the concept, for later sites; None: none is needed.
         natural: raw readings between which 99 % of reference data lie; None where that was not measured.
+        cut: whether its amount was cut to natural readings before the first pass.
     """
 
     key: Key
@@ -58,6 +63,7 @@ class Edit:
     shares: tuple[Share, ...] = ()
     leaves: Key | None = None
     natural: tuple[float, float] | None = None
+    cut: bool = False
 
     @property
     def is_target(self) -> bool:
@@ -117,12 +123,12 @@ class Change(NamedTuple):
     """What the edits of a site do in a pass."""
 
     delta: Float[Tensor, "B N D"]
+    before: Float[Tensor, "B N K"]
+    """What each coordinate read."""
     moved: Float[Tensor, "B N K"]
     """The change of each coordinate."""
-    length: Float[Tensor, "B N"]
-    """Of the change, before the cap."""
-    acting: Bool[Tensor, "B N"] | None
-    """Where an edit acts; None: everywhere."""
+    cut: Bool[Tensor, "B N K"] | None
+    """Which edits added something that was cut to the cap; None: there is no cap."""
 
 
 @dataclass(eq=False)
@@ -163,10 +169,11 @@ class EditTensors:
         """The same contents elsewhere."""
         return EditTensors(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
 
-    def constant(self, cap: float) -> Float[Tensor, "R D"]:
-        """The change of every token where all edits are constant, cut to a length."""
+    def constant(self, cap: float) -> tuple[Float[Tensor, "R D"], Float[Tensor, "R 1"]]:
+        """The change of every token where all edits are constant, cut to a length, and the share of it that is left."""
         delta = self.shift @ self.write
-        return delta * (cap / delta.norm(dim=-1, keepdim=True).clamp(min=1e-30)).clamp(max=1)
+        kept = (cap / delta.norm(dim=-1, keepdim=True).clamp(min=1e-30)).clamp(max=1)
+        return delta * kept, kept
 
     def readings(self, x: Float[Tensor, "B N D"], given: Given) -> Float[Tensor, "B N K"]:
         """z of float32 activations."""
@@ -175,7 +182,7 @@ class EditTensors:
         return z if given.known is None else torch.where(given.known.isnan(), z, given.known)
 
     def change(
-        self, x: Float[Tensor, "B N D"], given: Given, *, has_targets: bool = True, has_latents: bool = True
+        self, x: Float[Tensor, "B N D"], given: Given, has_targets: bool = True, has_latents: bool = True, has_cap: bool = True
     ) -> Change:  # fmt: skip
         """What the edits do to activations, by the formulas above."""
         x = x.float()
@@ -186,19 +193,36 @@ class EditTensors:
         written = self.write if given.lengths is None else given.lengths[..., None] * self.write
         if has_latents:
             moved = self._floored(moved, z)
-        delta = _sum(moved, written)
+        taken = _nearer(z, moved, (scale >= 0) & (scale < 1)) if has_cap else None
+        delta, share = _sum(moved, written), None
         if has_targets:
             share = self.target if g is None else self.target * (g > 0)
             gains = 1.0 if g is None else g
             if has_latents:
-                sparse = self.threshold > -inf
-                miss = _miss(z + moved @ self.same, low.clamp(min=0), high, given.wanted, share * sparse * gains)
+                sparse, code = self.threshold > -inf, z + moved @ self.same
+                miss = _miss(code, low.clamp(min=0), high.clamp(min=0), given.wanted, share * sparse * gains)
+                taken = None if taken is None else taken + _nearer(z, code + miss - z, share * sparse > 0)
                 delta, moved, share = delta + _sum(miss, written), moved + miss, share * ~sparse
-            miss = _miss(z + delta @ self.read.T, low, high, given.wanted, share * gains)
+            come = delta @ self.read.T
+            miss = _miss(z + come, low, high, given.wanted, share * gains)
+            taken = None if taken is None else taken + _nearer(z, come + miss, share > 0)
             delta, moved = delta + self._least_change(miss, share.expand_as(z)), moved + miss
-        length = delta.detach().norm(dim=-1)  # the cap is a measure, not a part of the edit that is learned through
-        kept = (self.cap / length.clamp(min=1e-30)).clamp(max=1)[..., None]
-        return Change(delta * kept, moved * kept, length, None if g is None else (g > 0).any(-1))
+        change = Change(delta, z, moved, None)
+        return change if taken is None else self._capped(change, taken, share, written)
+
+    def _capped(self, change: Change, taken: Float[Tensor, "B N K"], share: Tensor | None, written: Tensor) -> Change:
+        """A change of which `taken` is removed from readings, and the rest, what is added, is cut to the cap."""
+        coded = taken if share is None else taken * (share == 0)
+        less = _sum(coded, written)
+        if share is not None:  # targets among directions: their own removals, and no other's
+            own = share * (taken - less @ self.read.T)
+            less, coded = less + self._least_change(own, share.expand_as(own)), coded + own
+        more, added = change.delta - less, change.moved - coded
+        length = more.detach().norm(dim=-1, keepdim=True)  # a measure, not a part of the edit that is learned through
+        kept = (self.cap / length.clamp(min=1e-30)).clamp(max=1)
+        delta = torch.where(kept < 1, more * kept + less, change.delta)
+        moved = torch.where(kept < 1, added * kept + coded, change.moved)
+        return Change(delta, change.before, moved, (length > self.cap * 1.0001) & (added != 0) & (taken == 0))
 
     def _for(self, amounts: Float[Tensor, "R K"], row: Tensor | None) -> Tensor:
         """Amounts of each row of the batch, `[B, 1, K]`, or one for all."""
@@ -216,7 +240,7 @@ class EditTensors:
             return miss / gram.clamp(min=1e-30) @ self.read
         both = active[..., :, None] * active[..., None, :]
         system = gram * both + torch.diag_embed(1 - active)
-        return torch.linalg.solve(system, miss[..., None])[..., 0] @ self.read
+        return torch.linalg.solve_ex(system, miss[..., None])[0][..., 0] @ self.read  # whose error is not waited for
 
 
 def _miss(z: Tensor, low: Tensor, high: Tensor, wanted: Tensor | None, share: Tensor) -> Float[Tensor, "B N K"]:
@@ -225,6 +249,11 @@ def _miss(z: Tensor, low: Tensor, high: Tensor, wanted: Tensor | None, share: Te
     if wanted is not None:
         aim = torch.where(wanted.isnan(), aim, wanted)
     return share * (aim - z)
+
+
+def _nearer(z: Float[Tensor, "B N K"], change: Tensor, where: Tensor) -> Float[Tensor, "B N K"]:
+    """A change of readings where it brings them nearer to 0 and not past it; 0 elsewhere."""
+    return torch.where(where & (change * z <= 0) & (change.abs() <= z.abs() * 1.0001), change, 0)
 
 
 def _sum(moved: Float[Tensor, "B N K"], written: Any) -> Float[Tensor, "B N D"]:

@@ -96,7 +96,7 @@ class Steering:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        missed, capped = ([], False) if kind else (self._missed(), any(int(r.counts.capped) for r in self.runs.values()))
+        missed, capped = ([], False) if kind else (self._missed(), any(r.counts.capped for r in self.runs.values()))
         self.detach()
         if missed:
             raise SiteNotReached(
@@ -164,7 +164,7 @@ class Steering:
         for name, run in self.runs.items():
             counts, norm = run.counts, self.bank.sites[name].norm if run.program.edits else None
             lines += [line(edit, k, name, norm, counts) for k, edit in enumerate(run.program.edits)]
-        return Report(tuple(lines), self._ran or self._has_run())
+        return Report(tuple(lines), self._ran or self._has_run(), self.plan.cautions)
 
     def __repr__(self) -> str:
         return str(self.report())
@@ -214,6 +214,7 @@ def steer(
         hold, free: with `do="hold"`, other concepts to pin, and descendants that are not pinned.
         allow_ood: allow changes of any length and values outside the natural range ("out of distribution"): no caps.
         exact: read latents that compete (TopK) beside all others; False: by the bank's threshold, as cheap as a direction.
+            `Ablate(exact=True)` is about what is read afterwards.
 
     Returns a `Steering`; its `report()` says what happened. Raises before the model is touched: `UnknownConcept`,
     `UnknownSite`, `UnsupportedTarget`, `BadEdit`, `BadBank`, `CompiledModel`. From the run: `RowMismatch` where amounts are
