@@ -1,5 +1,6 @@
 """What edits do to x, against closed forms."""
 
+import random
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ from steerlib.bank.concepts import Place
 from steerlib.errors import BadEdit, ConflictingEdits, WrongWidth
 from steerlib.passes import TextPass
 from steerlib.schedules import gain
+from steerlib.steering.compiled import CompiledEdit
 from steerlib.steering.edit import Edit, EditTensors, Given
 from steerlib.steering.interventions import Coordinate
 from steerlib.steering.program import Program, Run
@@ -152,6 +154,18 @@ def test_the_constant_path_equals_the_general_formula(encoder, x):
     assert program.is_constant
     change = EditTensors.of(edits, 3.0).change(x, Given(row=torch.arange(2)))
     torch.testing.assert_close(Run(program)(x, TextPass(5)), x + change.delta)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_what_compiled_code_runs_equals_the_general_formula(encoder, x, seed):
+    """Also capped, and beside removals."""
+    draw = random.Random(seed)
+    kinds = [sl.Ablate(), sl.Set(9.0), sl.Add(7.0), sl.Scale(0.2), sl.Clamp(-0.1, 0.1), sl.Add([3.0, -2.0])]
+    edits = [edit(k, encoder, draw.choice(kinds)) for k in range(3)]
+    compiled = CompiledEdit(5, 4, D, torch.device("cpu"))
+    for cap in (2.0, float("inf")):
+        compiled.fill(edits, cap)
+        torch.testing.assert_close(compiled(x, TextPass(5)), run(x, *edits, cap=cap), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 2e-2), (torch.float16, 2e-3)])

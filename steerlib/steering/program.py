@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Sequence
 from math import inf
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -242,11 +243,11 @@ class Run:
         for k, edit in enumerate(program.edits):
             if edit.leaves is not None:
                 now.notes[edit.leaves] = now.notes.get(edit.leaves, 0) + change.moved[..., k]
-        y, on = self._replaced(self._kept(x, x + change.delta.to(x.dtype), change), now, weights, given.gains)
+        y, on, swaps = self._replaced(self._kept(x, x + change.delta.to(x.dtype), change), now, weights, given.gains)
         tally.count(now, on, change.cut)
         state = now.section, [isinstance(weight, Tensor) or weight > 0 for weight in weights]
         if tally.is_due(now, tally.turns) or tally.state != state:
-            self._look(x, y, now, on, change)
+            self._look(x, y, now, on, change, swaps)
         tally.state = state
         return y
 
@@ -259,19 +260,23 @@ class Run:
 
     def _replaced(
         self, y: Tensor, now: StepState, weights: "Sequence[float | Tensor]", gains: Tensor | None
-    ) -> tuple[Tensor, Bool[Tensor, "B N K"] | None]:
-        """Whole activations of another run, as far as they are let in; and where each edit acts, None: everywhere."""
-        on = None if gains is None else gains > 0
+    ) -> tuple[Tensor, Bool[Tensor, "B N K"] | None, dict[int, Tensor]]:
+        """Whole activations of another run, as far as they are let in; where each edit acts, None: everywhere; and the length
+        of the change of those that replace."""
+        on, swaps = None if gains is None else gains > 0, {}
         for k, (edit, weight) in enumerate(zip(self.program.edits, weights, strict=True)):
             if (other := edit.aim.whole(y, now)) is not None:
                 share = torch.zeros_like(y[..., 0], dtype=torch.float32) + weight
                 share = torch.where(other.isnan().any(-1), 0.0, share if now.real is None else share * now.real)
-                y = torch.where(share[..., None] > 0, y.lerp(other.nan_to_num().to(y.dtype), share[..., None].to(y.dtype)), y)
+                z = torch.where(share[..., None] > 0, y.lerp(other.nan_to_num().to(y.dtype), share[..., None].to(y.dtype)), y)
+                y, swaps[k] = z, (z - y).float().norm(dim=-1)
                 on = torch.ones((*share.shape, len(weights)), dtype=torch.bool, device=y.device) if on is None else on
                 on[..., k] = share > 0
-        return y, on
+        return y, on, swaps
 
-    def _look(self, x: Tensor, y: Tensor, now: StepState, on: Tensor | None = None, change: Change | None = None) -> None:
+    def _look(
+        self, x: Tensor, y: Tensor, now: StepState, on: Any = None, change: Change | None = None, swaps: Any = None
+    ) -> None:  # fmt: skip
         """Measure what became of the concepts where they were edited; without a `change` it was the constant one."""
         program = self.program
         assert program.tensors is not None
@@ -287,9 +292,11 @@ class Run:
                 before, moved = change.before, change.moved
                 after = program.read(tensors, y, before + moved)
             lengths = program.lengths(y)
-            length = moved.abs() * tensors.write.norm(dim=-1) * (1.0 if lengths is None else lengths)
+            length = moved.abs() * tensors.write.norm(dim=-1) * (torch.ones_like(after) if lengths is None else lengths)
+            for k, own in (swaps or {}).items():
+                length[..., k] = own
             code = torch.where(tensors.threshold > -inf, before + moved, after)
-            self.tally.look(now, program.edits, (before, after, code), length.expand(after.shape), on)
+            self.tally.look(now, program.edits, (before, after, code), length, on)
 
 
 def _gains(x: Tensor, now: StepState, weights: "Sequence[float | Tensor]") -> Float[Tensor, "B N K"] | None:

@@ -43,7 +43,6 @@ class SteeredText(System):
         depth = {name: int("".join(filter(str.isdigit, bank.encoders[name].site)) or -1) for name in self._encoders}
         self._encoders = {name: self._encoders[name] for name in sorted(depth, key=depth.__getitem__)}
         self._sites = {bank.encoders[name].site: name for name in self._encoders}
-        self._rows = {name: encoder.rows(range(len(encoder.encoder))) for name, encoder in self._encoders.items()}
         self.model, self.ids, self.first = model, ids, first
 
     @property
@@ -81,7 +80,7 @@ class SteeredText(System):
         found: dict[str, Reading] = {}
 
         def at(name: str) -> Replace:
-            encoder, rows, change = self._encoders[name], self._rows[name], (do or {}).get(name)
+            encoder, change = self._encoders[name], (do or {}).get(name)
 
             def replace(x: Tensor, state: StepState) -> Tensor:  # noqa: ARG001
                 own = x[:, self.first :]
@@ -92,8 +91,11 @@ class SteeredText(System):
                     raise Enough
                 if change is None:
                     return x
-                moved = torch.from_numpy(csr(flows - natural) @ rows.write.numpy()).view(own.shape).to(x.device)
-                return torch.cat([x[:, : self.first], own + (moved * rows.lengths(own)).to(x.dtype)], 1)
+                moved = csr(flows - natural)
+                some = np.unique(moved.indices)
+                rows = encoder.rows(some.tolist())
+                written = torch.from_numpy(moved[:, some] @ rows.write.cpu().numpy()).view(own.shape).to(x.device)
+                return torch.cat([x[:, : self.first], own + (written * rows.lengths(own)).to(x.dtype)], 1)
 
             return replace
 
