@@ -330,7 +330,7 @@ def test_the_report_says_what_is_left_of_a_reading(model):
     line, scaled = session.report().lines
     assert line.left == pytest.approx(float(after / z[:, 1:, i].sum()), abs=1e-5) and line.tokens == 5 and line.seen == 6
     assert scaled.left is None or scaled.left > 0
-    assert f"{line.left:.0%}" in str(session) and "left: of a reading" in str(session)
+    assert f"{line.left:.0%}" in str(session) and "left: of a reading that is taken away" in session.report().legend()
     with sl.steer(model, bank, {f"layers.0/{i}": sl.Set(1.0)}, allow_ood=True) as session:
         at(model)
     assert session.report().lines[0].left is None and "left" not in str(session)

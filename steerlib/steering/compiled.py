@@ -73,6 +73,7 @@ class CompiledEdit:
             low=new((rows, edits), -inf),
             high=new((rows, edits), inf),
             target=new((edits,), 0),
+            takes=new((edits,), 0),
             cap=new((), inf),
         )
         always, anywhere = (torch.tensor(values, device=device).repeat(edits, 1) for values in (ALWAYS, (0.0, inf)))

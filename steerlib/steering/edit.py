@@ -12,9 +12,9 @@ Latents of sparse codes read `z = p` where their potential `p = x r^T + b` is ab
 code: x moves by `(z' - z) w`, where z', after all additions to the latent together, is not below 0; what the code does not
 describe stays. Their targets are met before those of directions, which see what they did.
 
-The change is a sum of what is added and what is taken away. A *removal* is a scaling by 0 to 1, or what a target does where it
-brings a reading nearer to 0 without passing it. Only what is added is capped: it is as long as the cap at most, together, and
-readings that it forces are met as far as it goes.
+The change is a sum of what is added and what is taken away: where a scaling or a target brings a reading nearer to 0, and not
+beyond, that is a *removal*. Only what is added is capped. Together it is as long as the cap at most, and readings that it
+forces are met as far as it goes.
 """
 
 from collections.abc import Sequence
@@ -131,6 +131,20 @@ class Change(NamedTuple):
     """Which edits added something that was cut to the cap; None: there is no cap."""
 
 
+class Has(NamedTuple):
+    """What there is among the edits of a site; the rest need not be computed."""
+
+    latents: bool = True
+    targets: bool = True
+    directions: bool = True
+    """Among the targets."""
+    cap: bool = True
+    """And something that it may cut."""
+
+
+EVERYTHING = Has()
+
+
 @dataclass(eq=False)
 class EditTensors:
     """`K` edits as tensors."""
@@ -146,8 +160,10 @@ class EditTensors:
     low: Float[Tensor, "R K"]
     high: Float[Tensor, "R K"]
     target: Float[Tensor, " K"]
+    takes: Float[Tensor, " K"]
+    """1 where an edit may take away: 0 for those that only add."""
     cap: Float[Tensor, ""]
-    """Longest change of a token."""
+    """Longest addition to a token."""
 
     @classmethod
     def of(cls, edits: Sequence[Edit], cap: float = inf) -> "EditTensors":
@@ -163,7 +179,8 @@ class EditTensors:
         )
         same = torch.tensor([[float(one.key == other.key) for other in edits] for one in edits])
         target = torch.tensor([float(edit.is_target) for edit in edits])
-        return cls(read, bias, write, threshold, same, scale, shift, low, high, target, torch.tensor(cap))
+        takes = torch.maximum(target, (scale != 1).any(0).float())
+        return cls(read, bias, write, threshold, same, scale, shift, low, high, target, takes, torch.tensor(cap))
 
     def to(self, device: torch.device) -> "EditTensors":
         """The same contents elsewhere."""
@@ -181,9 +198,7 @@ class EditTensors:
         z = fired(z + self.bias, self.threshold)
         return z if given.known is None else torch.where(given.known.isnan(), z, given.known)
 
-    def change(
-        self, x: Float[Tensor, "B N D"], given: Given, has_targets: bool = True, has_latents: bool = True, has_cap: bool = True
-    ) -> Change:  # fmt: skip
+    def change(self, x: Float[Tensor, "B N D"], given: Given, has: Has = EVERYTHING) -> Change:
         """What the edits do to activations, by the formulas above."""
         x = x.float()
         z, g = self.readings(x, given), given.gains
@@ -191,38 +206,43 @@ class EditTensors:
         moved = (scale - 1) * z + (shift if given.forecast is None else shift + given.forecast)
         moved = moved if g is None else g * moved
         written = self.write if given.lengths is None else given.lengths[..., None] * self.write
-        if has_latents:
+        if has.latents:
             moved = self._floored(moved, z)
-        taken = _nearer(z, moved, (scale >= 0) & (scale < 1)) if has_cap else None
-        delta, share = _sum(moved, written), None
-        if has_targets:
+        delta, total, share = _sum(moved, written), moved, None
+        if has.targets:
             share = self.target if g is None else self.target * (g > 0)
             gains = 1.0 if g is None else g
-            if has_latents:
-                sparse, code = self.threshold > -inf, z + moved @ self.same
-                miss = _miss(code, low.clamp(min=0), high.clamp(min=0), given.wanted, share * sparse * gains)
-                taken = None if taken is None else taken + _nearer(z, code + miss - z, share * sparse > 0)
-                delta, moved, share = delta + _sum(miss, written), moved + miss, share * ~sparse
-            come = delta @ self.read.T
-            miss = _miss(z + come, low, high, given.wanted, share * gains)
-            taken = None if taken is None else taken + _nearer(z, come + miss, share > 0)
-            delta, moved = delta + self._least_change(miss, share.expand_as(z)), moved + miss
+            if has.latents:
+                coded, others = share * (self.threshold > -inf), moved @ self.same
+                miss = _miss(z + others, low.clamp(min=0), high.clamp(min=0), given.wanted, coded * gains)
+                delta, moved, total = delta + _sum(miss, written), moved + miss, total + coded * others + miss
+                share = share - coded
+            if has.directions:
+                others = delta @ self.read.T
+                miss = _miss(z + others, low, high, given.wanted, share * gains)
+                total = total + share * others + miss
+                delta, moved = delta + self._least_change(miss, share.expand_as(z)), moved + miss
         change = Change(delta, z, moved, None)
-        return change if taken is None else self._capped(change, taken, share, written)
+        return self._capped(change, total, share if has.directions else None, written) if has.cap else change
 
-    def _capped(self, change: Change, taken: Float[Tensor, "B N K"], share: Tensor | None, written: Tensor) -> Change:
-        """A change of which `taken` is removed from readings, and the rest, what is added, is cut to the cap."""
-        coded = taken if share is None else taken * (share == 0)
+    def _capped(self, change: Change, total: Float[Tensor, "B N K"], share: Tensor | None, written: Tensor) -> Change:
+        """A change whose additions are cut to the cap; `total` is how far the edits move readings, `share` 1 where a direction
+        is given a value."""
+        z = change.before
+        taken = total.clamp(z.clamp(min=0).neg(), z.clamp(max=0).neg())  # no farther than to 0
+        takes = ((total - taken).abs() <= 1e-5 * z.abs()) & (self.takes > 0)
+        taken = torch.where(takes, taken, 0)
+        coded = taken if share is None else taken * (1 - share)
         less = _sum(coded, written)
-        if share is not None:  # targets among directions: their own removals, and no other's
+        if share is not None:  # what takes from these directions, and from no other target
             own = share * (taken - less @ self.read.T)
             less, coded = less + self._least_change(own, share.expand_as(own)), coded + own
-        more, added = change.delta - less, change.moved - coded
+        more = change.delta - less
         length = more.detach().norm(dim=-1, keepdim=True)  # a measure, not a part of the edit that is learned through
         kept = (self.cap / length.clamp(min=1e-30)).clamp(max=1)
-        delta = torch.where(kept < 1, more * kept + less, change.delta)
-        moved = torch.where(kept < 1, added * kept + coded, change.moved)
-        return Change(delta, change.before, moved, (length > self.cap * 1.0001) & (added != 0) & (taken == 0))
+        delta = torch.where(kept < 1, less + more * kept, change.delta)
+        moved = torch.where(kept < 1, coded + (change.moved - coded) * kept, change.moved)
+        return Change(delta, z, moved, (kept < 1 / 1.0001) & ~takes & (total != 0))
 
     def _for(self, amounts: Float[Tensor, "R K"], row: Tensor | None) -> Tensor:
         """Amounts of each row of the batch, `[B, 1, K]`, or one for all."""
@@ -249,11 +269,6 @@ def _miss(z: Tensor, low: Tensor, high: Tensor, wanted: Tensor | None, share: Te
     if wanted is not None:
         aim = torch.where(wanted.isnan(), aim, wanted)
     return share * (aim - z)
-
-
-def _nearer(z: Float[Tensor, "B N K"], change: Tensor, where: Tensor) -> Float[Tensor, "B N K"]:
-    """A change of readings where it brings them nearer to 0 and not past it; 0 elsewhere."""
-    return torch.where(where & (change * z <= 0) & (change.abs() <= z.abs() * 1.0001), change, 0)
 
 
 def _sum(moved: Float[Tensor, "B N K"], written: Any) -> Float[Tensor, "B N D"]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..encoders.base import Encoder
 from ..errors import ConflictingEdits, RowMismatch, WrongWidth
 from ..passes import StepState
-from .edit import Change, Edit, EditTensors, Given
+from .edit import Change, Edit, EditTensors, Given, Has
 from .exact import emptied
 from .reading import Key, Note, NoteReader
 from .report import STEPS_EVERY, Tally
@@ -29,7 +29,12 @@ class Program:
         self.tensors = EditTensors.of(edits, cap) if edits else None
         self.rows = 1 if self.tensors is None else len(self.tensors.scale)
         self.has_targets = any(edit.is_target for edit in edits)
-        self.has_latents = any(edit.rows.is_sparse for edit in edits)
+        self.has = Has(
+            latents=any(edit.rows.is_sparse for edit in edits),
+            targets=self.has_targets,
+            directions=any(edit.is_target and not edit.rows.is_sparse for edit in edits),
+            cap=cap < inf and not all(edit.aim.is_removal for edit in edits),
+        )
         self.is_constant = bool(edits) and not notes and all(edit.is_constant for edit in edits)
         self.is_unconditional = not any(edit.shares for edit in edits)
         self.is_scheduled = not notes and all(any(share.clock for share in edit.shares) for edit in edits)
@@ -100,8 +105,7 @@ class Program:
 
     def change(self, tensors: EditTensors, x: Float[Tensor, "B N D"], given: Given) -> Change:
         """What the edits do to activations; `tensors` are theirs, on the device of x."""
-        has_targets, has_latents = self.has_targets, self.has_latents
-        change = tensors.change(x, given, has_targets=has_targets, has_latents=has_latents, has_cap=self.cap < inf)
+        change = tensors.change(x, given, self.has)
         if not self.is_exact:
             return change
         share = [(float(e.aim.is_exact), float(e.is_target and not e.rows.is_sparse)) for e in self.edits]

@@ -98,7 +98,9 @@ class Tally:
             self.acted, self.tokens = self.acted + 1, self.tokens + now.length
         else:
             self.acted, self.tokens = self.acted + on.any(0).any(0), self.tokens + on.sum((0, 1)) / len(on)
-        if cut is not None:
+        if cut is not None and on is None and now.section == "generated":  # no first token is among these
+            self.later, self.cut = self.later + now.length, self.cut + cut.sum((0, 1)) / len(cut)
+        elif cut is not None:
             later = (now.positions > 0)[..., None].expand(cut.shape)
             self.later = self.later + (later if on is None else on & later).sum((0, 1)) / len(cut)
             self.cut = self.cut + (cut & later).sum((0, 1)) / len(cut)
