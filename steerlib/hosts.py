@@ -82,6 +82,11 @@ class Host(ABC):
         """Whether positions at a site are those of text tokens, so that `tokens=` can be answered."""
         return True
 
+    def begins_text(self, site: Site) -> bool:  # noqa: ARG002
+        """Whether the first position at a site is the first token of a text, on which attention rests whatever it is. Unless a
+        host knows: no."""
+        return False
+
     @abstractmethod
     def order(self, site: Site) -> tuple[int, ...]:
         """A key that sorts sites as a pass reaches them."""

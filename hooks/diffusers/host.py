@@ -107,6 +107,8 @@ class PipelineHost(Host):
         is_turning = "t" in frame.f_locals and hasattr(owner, "components")
         return is_turning and any(getattr(owner, name, None) is part for name, part in parts.items())
 
+    begins_text = counts_tokens
+
     def passes(self) -> tuple[str, ...]:
         return tuple(self.denoisers)
 

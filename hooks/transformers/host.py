@@ -95,6 +95,8 @@ class TransformersHost(Host):
     def counts_tokens(self, site: Site) -> bool:
         return reads_text(self.model, site.module)
 
+    begins_text = counts_tokens
+
     def width(self, site: Site) -> int | None:
         if site.columns is None and ".layers." in f".{site.name}" and site.name in self.sites():
             return stream_width(self.model, site, self._layout[1])

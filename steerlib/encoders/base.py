@@ -39,12 +39,14 @@ class Rows(NamedTuple):
         """z of activations, float32."""
         return fired(self.potential(x), self.threshold.to(x.device))
 
+    def lengths(self, x: Float[Tensor, "*batch D"]) -> "Tensor | float":
+        """What tokens are divided by before they are read, and what is written to them is multiplied by."""
+        return scale(x, self.norm) if self.norm else 1.0
+
     def potential(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch K"]:
         """p of activations, float32."""
         p = x.float() @ self.read.T.to(x.device)
-        if self.norm:
-            p = p / scale(x, self.norm)
-        return p + self.bias.to(x.device)
+        return (p / self.lengths(x) if self.norm else p) + self.bias.to(x.device)
 
 
 def fired(p: Float[Tensor, "*batch K"], threshold: Float[Tensor, "*#batch #K"]) -> Float[Tensor, "*batch K"]:

@@ -13,7 +13,7 @@ from .stay import Stay
 
 def said_of(stay: Stay) -> Iterator[Exception]:
     """Warnings, and, last, an error."""
-    if any(int(run.counts.capped) for run in stay.runs.values()):
+    if any(run.counts.capped for run in stay.runs.values()):
         yield OutOfRange("edits were capped in length at run time; see report()")
     if is_running(stay):
         yield Outlived(

@@ -32,6 +32,8 @@ class Coordinate(NamedTuple):
     """Raw readings that a concept is forced to at most; None: any."""
     count: int = 1
     """Coordinates that move with the concept, this one included."""
+    is_latent: bool = False
+    """Whether it is a latent of a sparse code."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class Intervention(ABC):
     """
 
     when: Schedule | None = field(default=None, kw_only=True)
-    tokens: Literal["all", "prompt", "generated"] | slice = field(default="all", kw_only=True)
+    tokens: Literal["all", "prompt", "generated"] | slice | None = field(default="all", kw_only=True)
     unit: Literal["concept", "raw"] = field(default="concept", kw_only=True)
     branch: Literal["both"] | Branch | None = field(default=None, kw_only=True)
     gate: Gate | Literal["open"] | None = field(default=None, kw_only=True)
@@ -73,7 +75,7 @@ class Intervention(ABC):
             ends = (self.tokens.start or 0, self.tokens.stop if self.tokens.stop is not None else inf)
             if self.tokens.step not in (None, 1) or not 0 <= ends[0] < ends[1]:
                 raise BadEdit(f"expected a slice of positions with 0 <= start < stop and no step, got {self.tokens}")
-        elif self.tokens not in ("all", "prompt", "generated"):
+        elif self.tokens not in ("all", "prompt", "generated") and not (self.tokens is None and isinstance(self, Ablate)):
             raise BadEdit(f"expected tokens 'all', 'prompt', 'generated' or a slice, got {self.tokens!r}")
         if self.unit not in ("concept", "raw"):
             raise BadEdit(f"expected unit 'concept' or 'raw', got {self.unit!r}")
@@ -206,6 +208,9 @@ class Set(Intervention):
     Args:
         value: what it has to read, in units of the concept from its mean on reference data; a number, or one for each prompt.
 
+    A latent is given the value in the code: `x + (value - z) W_dec`, where z is what it reads. Its own row may read another
+    value of that, or 0 for a value below its threshold; what the decoder writes is that of the value.
+
     It is kept within the natural values that the bank stores, unless `allow_ood=True`.
 
     >>> sl.Set(1.5, when=sl.Window(0.0, 0.4)).value
@@ -230,19 +235,32 @@ class Set(Intervention):
 
 @dataclass(frozen=True)
 class Ablate(Intervention):
-    """Make the concept read 0: for a direction, its mean on reference data.
+    """Take the concept away. A direction reads 0 afterwards, its mean on reference data.
 
-    >>> sl.Ablate(tokens="prompt").tokens
-    'prompt'
+    Of a latent, what it writes is taken away, as the graph of a bank does it: `x - z W_dec`, where z is what it reads. Read
+    again, it may be left with some of z, since its encoder's row is not its decoder's; `report()` says with how much. It is
+    never capped. A latent leaves the first token of a text alone, on which attention rests whatever it is, unless `tokens=` is
+    given: "all" includes it.
+
+    Args:
+        exact: of a latent, make the shortest further change after which it reads 0, in one solution with the other latents
+            ablated so, and the directions that are set, at its site. No difference to a direction. Of latents that compete
+            (TopK) the potential is brought to 0, so that they read 0 whatever the others do.
+
+    >>> sl.Ablate(tokens="prompt").tokens, sl.Ablate(exact=True).exact
+    ('prompt', True)
     """
 
-    def aim(self, at: Coordinate) -> Aim:  # noqa: ARG002 - zero has no unit
-        return Numbers(Rule(low=0.0, high=0.0))
+    tokens: Literal["all", "prompt", "generated"] | slice | None = field(default=None, kw_only=True)
+    exact: bool = field(default=False, kw_only=True)
+
+    def aim(self, at: Coordinate) -> Aim:
+        return Numbers(Rule(low=0.0, high=0.0), is_exact=self.exact and at.is_latent)
 
 
 @dataclass(frozen=True)
 class Clamp(Intervention):
-    """Keep the concept's reading between two values.
+    """Keep the concept's reading between two values; of a latent its value in the code, as `Set` does.
 
     Args:
         low: least value, in units of the concept; None: any.

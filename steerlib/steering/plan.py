@@ -17,7 +17,7 @@ from ..hosts import Host
 from ..sites import Site
 from .edit import Edit, EditTensors
 from .interventions import Add, Intervention
-from .lowering import SHARE, Lowering, Options
+from .lowering import SHARE, Lowering, Options, reach
 from .lowering import Do as Do
 from .program import Program
 from .reading import Note
@@ -40,6 +40,11 @@ class Plan:
     programs: Mapping[str, Program]
     pins: bool
     notices: tuple[tuple[str, type[Warning]], ...]
+
+    @property
+    def cautions(self) -> tuple[str, ...]:
+        """What is cut, or is beyond measured ranges."""
+        return tuple(text for text, kind in self.notices if kind is OutOfRange)
 
     @property
     def edits(self) -> list[Edit]:
@@ -114,8 +119,9 @@ def _check_rows(wanted: Mapping[str, Intervention]) -> None:
 
 def _beyond(concept: Concept, intervention: Intervention, options: Options) -> Iterator[str]:
     """What to say of an amount outside the measured range, and of a value outside the natural ones."""
-    if concept.natural is not None and not options.allow_ood and intervention.is_capped(concept.unit, concept.natural):
-        low, high = (end / concept.unit for end in concept.natural)
+    natural = None if options.allow_ood else reach(concept.natural)
+    if natural is not None and intervention.is_capped(concept.unit, natural):
+        low, high = (end / concept.unit for end in natural)
         yield f"{concept.name!r} is capped at its natural values, {low:+.2f} to {high:+.2f} units; allow_ood=True goes beyond"
     if concept.range is None or not (amounts := intervention.amounts):
         return

@@ -65,6 +65,8 @@ class Section(Share):
     def weight(self, x: Tensor, now: StepState) -> "float | Tensor":  # noqa: ARG002
         if isinstance(self.tokens, slice):
             start, stop = self.numbers()[0]
+            if start <= 1 and stop == inf and now.section == "generated":
+                return 1.0  # new tokens come after a first one
             return ((now.positions >= start) & (now.positions < stop)).float()
         if now.section == "mixed":
             return ((now.steps > 0) == (self.tokens == "generated")).float()
