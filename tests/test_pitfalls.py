@@ -30,7 +30,7 @@ class Loop(d.DiffusionPipeline):
         self.register_modules(unet=unet, scheduler=scheduler)
 
     @torch.no_grad()
-    def __call__(self, copies=0):
+    def __call__(self, copies=0, backwards=False):
         latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
         self.scheduler.set_timesteps(3)
         for _i, t in enumerate(self.scheduler.timesteps):
@@ -38,8 +38,10 @@ class Loop(d.DiffusionPipeline):
             if copies:
                 e = self.unet(latents.repeat(copies, 1, 1, 1), t, encoder_hidden_states=texts).sample[-1:]
             else:
-                c, u = (self.unet(latents, t, encoder_hidden_states=texts * k).sample for k in (1, 0))
-                e = u + 3 * (c - u)
+                cond, negative = texts, texts * 0
+                order = ((cond, negative), (negative, cond))[backwards]
+                e, e2 = (self.unet(latents, t, encoder_hidden_states=text).sample for text in order)
+                e = e + 3 * (e2 - e)
             latents[:] = self.scheduler.step(e, t, latents).prev_sample
         return latents
 
@@ -51,9 +53,10 @@ def loop():
 
 
 def test_halves_called_apart_are_told_apart_where_latents_change_in_place(loop):
-    with sl.record(loop, [MID]) as tape:
-        loop()
-    assert [state.branches for state, _ in tape[MID]] == [("cond",), ("uncond",)] * 3
+    for backwards in (False, True):
+        with sl.record(loop, [MID]) as tape:
+            loop(backwards=backwards)
+        assert [state.branches for state, _ in tape[MID]] == [("cond",), ("uncond",)][:: -1 if backwards else 1] * 3
 
 
 def test_an_unknown_layout_of_guidance_is_refused_rather_than_guessed(loop):
@@ -79,7 +82,7 @@ def test_a_loop_around_a_bare_denoiser_knows_the_noise_but_not_the_half():
             pipe.transformer(**given)
     assert [s.progress for s, _ in bare[block]] == pytest.approx([s.progress for s, _ in tape[block]], abs=1e-6)
     assert [s.step for s, _ in bare[block]] == [0, 1, 2] and bare[block][0][0].branches is None
-    unknown = pytest.raises(errors.Unanswerable, match="only a pipeline's own call tells")
+    unknown = pytest.raises(errors.Unanswerable, match="the source of the pipeline")
     with unknown, torch.no_grad(), sl.steer(pipe, bank, {"a": 1.0}, branch="uncond"):
         pipe.transformer(**kept[0])
 

@@ -114,7 +114,7 @@ class PipelineHost(Host):
         component, _, rest = clock.partition(".")
         if rest:  # inside an autoencoder: the finished image, or one tile of it
             autoencoder = self.model.get_submodule(component)
-            call, tiled = running(self.pipe, component, autoencoder), getattr(autoencoder, "use_tiling", False)
+            (call, _), tiled = running(self.pipe, component, autoencoder), getattr(autoencoder, "use_tiling", False)
             known: dict[str, Any] = {"prompts": call.prompts, "images": call.images} if call else {}
             return DenoisingPass(1.0, **known, grid=None if tiled else grid_of(first, Denoiser()), like=first)
         mask = given.get("attention_mask")
@@ -123,13 +123,13 @@ class PipelineHost(Host):
         return TextPass(length, mask=mask, branches=asking(self.pipe), like=first)
 
     def _denoising(self, clock: str, module: nn.Module, given: dict[str, Any]) -> DenoisingPass:
-        call = running(self.pipe, clock, module)
+        call, chain = running(self.pipe, clock, module)
         asked = DenoiserCall((call or self).pipe, module, self.denoisers[clock], given, call.names if call else {})
         time, progress, step = asked.moment
         known: dict[str, Any] = {"branches": None}
         if call is not None and (images := call.images) is not None and len(asked.sample) % images == 0:
             turn = turn_of(call, time)
-            known = {"branches": branches(call, turn, clock, len(asked.sample) // images), "visit": turn.visit}
+            known = {"branches": branches(call, chain, turn, clock, given, len(asked.sample) // images), "visit": turn.visit}
             known |= {"prompts": call.prompts, "images": images}
         words = Words(call, self.model) if call else None
         return DenoisingPass(progress, step=step, **known, grid=asked.grid, texts=asked.texts, words=words, like=asked.first)

@@ -114,8 +114,9 @@ class Half(Share):
     def weight(self, x: Tensor, now: StepState) -> "float | Tensor":
         if now.branches is None:
             raise Unanswerable(
-                f"{self.name!r}: branch={self.branch!r} needs to know which half of guidance this pass computes, which only a "
-                "pipeline's own call tells; call the pipeline, or pass each half alone with branch='both'"
+                f"{self.name!r}: branch={self.branch!r} needs to know which half of guidance this pass computes, and neither the "
+                "source of the pipeline that runs nor what it passes on shows it; call a pipeline of diffusers, enter the order "
+                "of your own in steerlib.hooks.diffusers.families.GUIDANCE, or pass each half alone with branch='both'"
             )
         halves = [float(half == self.branch) for half in now.branches or ("cond",)]
         if len({*halves}) == 1:
