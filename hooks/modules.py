@@ -80,8 +80,8 @@ def part_of(module: nn.Module, path: str, which: str) -> dict[str, Any]:
     found = streams and (streams.text if which == "text" else streams.image)
     if which and (which not in ("image", "text") or found is None):
         raise UnknownSite(
-            f"{path!r} gives one stream as far as its source shows, not {which!r} apart; leave out ':{which}', or name the place "
-            f"in its tuple, as in '{path}:0'"
+            f"{path!r} gives one stream as far as its source shows, not {which!r} apart; leave out ':{which}', or name the "
+            f"place in its tuple, as in '{path}:0'"
         )
     return {"element": found, "apart": bool(which)}
 

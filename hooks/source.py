@@ -5,23 +5,30 @@ import inspect
 from collections.abc import Iterator
 from functools import lru_cache
 from itertools import islice
+from linecache import getlines
 from types import CodeType
 from typing import Any, NamedTuple
 
 from torch import nn
 
 
-@lru_cache(1024)
-def function_of(code: CodeType) -> ast.FunctionDef | None:
-    """The function that holds this code, with the line numbers of its file; None where there is no source."""
+@lru_cache(64)
+def _functions(file: str) -> list[tuple[int, ast.FunctionDef]]:
+    """All functions of a file, with the line of their first decorator."""
     try:
-        lines, first = inspect.getsourcelines(code)
-        is_method = lines[0][:1].isspace()
-        tree = ast.parse("".join(["if 1:\n", *lines] if is_method else lines))
-    except (OSError, TypeError, SyntaxError):
-        return None
-    ast.increment_lineno(tree, max(first, 1) - 1 - is_method)
-    return next((node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)), None)
+        tree = ast.parse("".join(getlines(file)))
+    except SyntaxError:
+        return []
+    found = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    return [(min([node.lineno, *(d.lineno for d in node.decorator_list)]), node) for node in found]
+
+
+@lru_cache(4096)
+def function_of(code: CodeType) -> ast.FunctionDef | None:
+    """The innermost function that holds this code; None where there is no source."""
+    line = code.co_firstlineno
+    around = [(first, node) for first, node in _functions(code.co_filename) if first <= line <= (node.end_lineno or first)]
+    return max(around, key=lambda found: found[0])[1] if around else None
 
 
 @lru_cache(4096)
@@ -84,7 +91,9 @@ def streams_of(module: Any) -> Streams | None:
     """
     found = set(_streams(module, 3))
     tuples = [streams for streams in found if streams is not None]
-    return tuples[0]._replace(always=None not in found) if len(tuples) == 1 and any(p is not None for p in tuples[0][:2]) else None
+    return (
+        tuples[0]._replace(always=None not in found) if len(tuples) == 1 and any(p is not None for p in tuples[0][:2]) else None
+    )
 
 
 def _streams(module: Any, depth: int) -> Iterator[Streams | None]:
@@ -96,7 +105,7 @@ def _streams(module: Any, depth: int) -> Iterator[Streams | None]:
         tuples = [t for branch in _branches(value) for t in _elements(branch, nodes)]
         for elements in tuples:
             firsts = ["" if isinstance(element, ast.Tuple) else next(names_in(element), "") for element in elements]
-            yield Streams(*(_place(firsts, known) for known in (IMAGE, TEXT))) if len(elements) > 1 else None
+            yield Streams(_place(firsts, IMAGE), _place(firsts, TEXT)) if len(elements) > 1 else None
         if (inner := _handed_to(module, value)) is not None and depth:
             yield from _streams(inner, depth - 1)
         elif not tuples:

@@ -180,7 +180,10 @@ def test_a_denoiser_is_one_entry_and_an_order_of_guidance_another(monkeypatch):
     )
     monkeypatch.setitem(DENOISERS, "Tower", facts)
     guided = {"a": sl.Add(1.0, branch="cond")}
-    with pytest.raises(errors.Unanswerable, match="GUIDANCE"), sl.steer(pipe, bank_for(pipe, "tower.floors.1:image", 8), guided):
+    with (
+        pytest.raises(errors.Unanswerable, match="GUIDANCE"),
+        sl.steer(pipe, bank_for(pipe, "tower.floors.1:image", 8), guided),
+    ):
         pipe()
     monkeypatch.setitem(GUIDANCE, "TowerPipeline.__call__", {2: ("cond", "uncond")})
     host, site = host_for(pipe), "tower.floors.1:image"

@@ -6,6 +6,7 @@ from collections import ChainMap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import islice
 from types import FrameType
 from typing import Any
 from weakref import WeakKeyDictionary, ref
@@ -41,6 +42,13 @@ class Call:
     def images(self) -> int | None:
         """How many images are made at once."""
         return None if self.latents is None else len(self.latents)
+
+    def film(self, latent: int) -> int | None:
+        """Frames of the video that is made, where the autoencoder packs them into `latent` frames, the first by itself."""
+        count, packs = self.names.get("num_frames"), [v for name, v in vars(self.pipe).items() if "temporal" in name]
+        if not isinstance(count, int) or latent < 2:
+            return None
+        return count if count == latent or any(count - 1 == (latent - 1) * n for n in packs if isinstance(n, int)) else None
 
     @property
     def prompts(self) -> int | None:
@@ -94,7 +102,7 @@ def branches(
 
 
 def running(pipe: Any, component: str, module: nn.Module) -> tuple[Call | None, list[FrameType]]:
-    """The call that runs this component, of the pipeline itself or of another that shares the module, and the frames between."""
+    """The call that runs this component, of the pipeline or of another that shares the module, and the frames between."""
     chain: list[FrameType] = []
     for frame in frames():
         code = frame.f_code
@@ -112,13 +120,25 @@ def running(pipe: Any, component: str, module: nn.Module) -> tuple[Call | None, 
     return None, []
 
 
+def first_of(images: int | None, rows: int) -> int | None:
+    """Which of so many images is the first of these rows, where an autoencoder works on slices, views of the batch."""
+    if images is None or rows >= images:
+        return None
+    tensors = [v for frame in islice(frames(), 40) for v in frame.f_locals.values() if isinstance(v, Tensor) and v.ndim > 1]
+    for whole in (x for x in tensors if len(x) == images):
+        for part in (x for x in tensors if len(x) == rows and x.shape[1:] == whole.shape[1:]):
+            if part.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr():
+                return (part.storage_offset() - whole.storage_offset()) // whole.stride(0)
+    return None
+
+
 def stepped(chain: Sequence[FrameType]) -> str:
     """What the loop calls its latents: the sample that it gives to the scheduler next."""
     for frame in chain:
         function, line = function_of(frame.f_code), frame.f_lineno
         calls = [node for node in ast.walk(function) if isinstance(node, ast.Call)] if function else []
         for call in sorted((c for c in calls if c.lineno >= line), key=lambda c: c.lineno):
-            if getattr(call.func, "attr", "") == "step" and "scheduler" in {*names_in(call.func)}:
+            if getattr(call.func, "attr", "") == "step" and any(n.endswith("scheduler") for n in names_in(call.func)):
                 given = [k.value for k in call.keywords if k.arg == "sample"] or call.args[2:3]
                 return next((name for value in given for name in names_in(value)), "")
     return ""
@@ -127,7 +147,9 @@ def stepped(chain: Sequence[FrameType]) -> str:
 def asking(pipe: Any) -> tuple[Branch, ...] | None:
     """Which prompt a text encoder reads: the one that is wanted, or the negative one; None where nothing shows it."""
     above = list(frames())
-    inside = [k for k, frame in enumerate(above) if frame.f_code.co_varnames[:1] == ("self",) and frame.f_locals.get("self") is pipe]
+    inside = [
+        k for k, frame in enumerate(above) if frame.f_code.co_varnames[:1] == ("self",) and frame.f_locals.get("self") is pipe
+    ]
     half = asked(above[inside[0] : inside[-1] + 1], PROMPT, deep=True) if inside else None
     return (half,) if half else None
 

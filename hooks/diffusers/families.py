@@ -16,6 +16,7 @@ class Denoiser:
         noise: the noise level, 1 for pure noise and 0 for none, of a time as the denoiser is given it; the second argument
             is the scheduler's `num_train_timesteps`.
         video: axes of frames, height and width, where it is given a video.
+        text_first: whether blocks that join image and text in one tensor put the text first; nothing is laid over others.
         drops_pads: whether it puts each prompt's own tokens, without pads, in front of the image's.
         time: what its forward may call the time; a component whose forward has none of these is no denoiser.
         sample: what its forward may call the noisy image.
@@ -28,6 +29,7 @@ class Denoiser:
     )
     noise: Callable[[Any, int], Any] = lambda t, n: t / n
     video: tuple[int, int, int] = (2, 3, 4)
+    text_first: bool = True
     drops_pads: bool = False
     time: tuple[str, ...] = ("timestep", "timesteps", "t")
     sample: tuple[str, ...] = ("sample", "hidden_states", "x")
@@ -48,13 +50,17 @@ DENOISERS = {
     "CogVideoXTransformer3DModel": Denoiser(video=(1, 3, 4)),
     "Flux2Transformer2DModel": GIVEN_NOISE,
     "FluxTransformer2DModel": GIVEN_NOISE,
-    "HunyuanImageTransformer2DModel": GIVEN_NOISE,
+    "HunyuanImageTransformer2DModel": replace(GIVEN_NOISE, text_first=False),
+    "HunyuanVideo15Transformer3DModel": Denoiser(text_first=False),
+    "HunyuanVideoFramepackTransformer3DModel": Denoiser(text_first=False),
+    "HunyuanVideoTransformer3DModel": Denoiser(text_first=False),
     "Kandinsky5Transformer3DModel": Denoiser(video=(1, 2, 3)),
     "Krea2Transformer2DModel": GIVEN_NOISE,
     "LongCatImageTransformer2DModel": GIVEN_NOISE,
     "Lumina2Transformer2DModel": replace(GIVEN_IMAGE, drops_pads=True),
     "LuminaNextDiT2DModel": GIVEN_IMAGE,
     "MochiTransformer3DModel": Denoiser(noise=lambda t, n: 1 - t / n),
+    "MotifVideoTransformer3DModel": Denoiser(text_first=False),
     "OvisImageTransformer2DModel": GIVEN_NOISE,
     "QwenImageTransformer2DModel": GIVEN_NOISE,
     "UNetSpatioTemporalConditionModel": Denoiser(video=(1, 3, 4)),

@@ -1,10 +1,10 @@
 """Which half of guidance a pass computes: read from the source of the loop that makes it, and from what it passes on.
 
-A half is known by what it reads. `UNWANTED` and `WANTED` are the words by which loops call the two. Evidence that contradicts
-itself is none.
+A half is known by what it reads, and that by the words which loops use for the two. Evidence that contradicts itself is none.
 """
 
 import ast
+import inspect
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
@@ -18,19 +18,30 @@ from steerlib.passes import Branch
 from ..source import call_at, function_of, names_in, parameters
 from .families import GUIDANCE, PERTURBED, Halves
 
-UNWANTED = re.compile(r"(?<![a-z])(neg|negative|uncond|unconditional|unconditioned|null)(?![a-z])", re.IGNORECASE)
-WANTED = re.compile(r"(?<![a-z])(prompt|prompts|text|cond|conditional|pos|positive|(encoder_)?hidden_states)(?![a-z])", re.IGNORECASE)
-PROMPT = re.compile(r"(?<![a-z])(prompt|prompts|cond|pos|positive)(?![a-z])", re.IGNORECASE)
-"""What the prompt's own half is called where a text encoder is asked, whose inputs are all text."""
-Kinds = frozenset[Branch]
+
+def _words(*words: str) -> re.Pattern[str]:
+    return re.compile(rf"(?<![a-z])({'|'.join(words)})(?![a-z])", re.IGNORECASE)
+
+
+UNWANTED = _words("neg", "negative", "uncond", "unconditional", "unconditioned", "null")
+PROMPT = _words("prompt", "prompts", "cond", "conditional", "pos", "positive")
+PASSED = _words(PROMPT.pattern, "hidden_states", "encoder_hidden_states")
+"""What loops call what the prompt's own half is given."""
+WANTED = _words(PASSED.pattern, "text")
+"""The same beside its counterpart."""
+BOTH = _words("cond_uncond", "uncond_cond", "pos_neg", "neg_pos")
 GUIDED = "__guidance_identifier__"
 """What guiders of diffusers write on each batch of inputs: `pred_cond`, `pred_cond_skip`, `pred_uncond`."""
+Kinds = frozenset[Branch]
 LOOPS = (ast.For, ast.AsyncFor, ast.comprehension)
 
 
 def kinds(names: Iterable[str], wanted: re.Pattern[str] = WANTED) -> Kinds:
     """The halves that some names speak of."""
-    return frozenset("uncond" if UNWANTED.search(name) else "cond" for name in names if UNWANTED.search(name) or wanted.search(name))
+    said = [name for name in names if not BOTH.search(name)]
+    return frozenset(
+        "uncond" if UNWANTED.search(name) else "cond" for name in said if UNWANTED.search(name) or wanted.search(name)
+    )
 
 
 def only(found: Kinds) -> Branch | None:
@@ -42,16 +53,20 @@ def only(found: Kinds) -> Branch | None:
 
 
 @lru_cache(256)
-def stacked(code: CodeType) -> Halves:
+def stacked(code: CodeType, cls: type = object) -> Halves:
     """The order in which a function stacks the halves in a batch, by how many it stacks.
 
-    Read where it joins what they read, `torch.cat([negative_prompt_embeds, prompt_embeds])`, and where it takes apart what
-    comes back, `uncond, text = noise_pred.chunk(2)`.
+    Read where it, or a method of `cls` that it calls, joins what they read, `torch.cat([negative_prompt_embeds,
+    prompt_embeds])`, and where it takes apart what comes back, `uncond, text = noise_pred.chunk(2)`.
     """
-    function, found = function_of(code), {}
-    for order in (o for node in (ast.walk(function) if function else ()) if (o := _joined(node) or _parted(node))):
-        found.setdefault(len(order), []).append(order)
-    return {n: merged for n, orders in found.items() if (merged := _merged(orders))}
+    nodes = [*ast.walk(function)] if (function := function_of(code)) else []
+    orders = [order for node in nodes if (order := _joined(node) or _parted(node))]
+    called = {n.func.attr for n in nodes if isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute)}
+    methods = [inspect.unwrap(method) for name in sorted(called) if inspect.isfunction(method := getattr(cls, name, None))]
+    inside = [inner for method in methods if (inner := function_of(method.__code__))]
+    orders += [order for inner in inside for node in ast.walk(inner) if (order := _joined(node))]
+    by_length = {n: _merged([order for order in orders if len(order) == n]) for n in {*map(len, orders)}}
+    return {n: merged for n, merged in by_length.items() if merged}
 
 
 def _merged(orders: list[tuple[Branch | None, ...]]) -> tuple[Branch, ...] | None:
@@ -67,12 +82,14 @@ def _joined(node: ast.AST) -> tuple[Branch | None, ...] | None:
     """The halves of the parts of a concatenation along rows, or of the sum of two lists."""
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
         sides = [getattr(side, "id", "") for side in (node.left, node.right)]
-        if sides[0] in _contrasts(sides[1]) or sides[1] in _contrasts(sides[0]):
+        if "embeds" in sides[0] and (sides[0] in _contrasts(sides[1]) or sides[1] in _contrasts(sides[0])):
             return tuple(only(kinds([side])) for side in sides)
-    if not _calls(node, "cat", "concat", "concatenate") or not isinstance(parts := node.args[0], (ast.List, ast.Tuple)):
+    if not isinstance(node, ast.Call) or not _calls(node, "cat", "concat", "concatenate"):
+        return None
+    if not isinstance(parts := node.args[0], (ast.List, ast.Tuple)):
         return None
     found = [only(kinds(names_in(part))) for part in parts.elts]
-    return tuple(found) if "uncond" in found and len({*found}) > 1 else None
+    return tuple(found) if "uncond" in found and len({*found}) > 1 else None  # type: ignore[return-value]
 
 
 def _contrasts(name: str) -> tuple[str, ...]:
@@ -87,12 +104,20 @@ def _parted(node: ast.AST) -> tuple[Branch | None, ...] | None:
     if not _calls(node.value, "chunk", "split", "tensor_split"):
         return None
     found = [only(kinds(names_in(name))) for name in names.elts]
-    return tuple(found) if {*found} != {None} else None
+    if len(found) > 2:  # a picture may be read with or without the prompt
+        found = [
+            None if re.search("image|img", ast.unparse(name)) else half for name, half in zip(names.elts, found, strict=True)
+        ]
+    return tuple(found) if {*found} != {None} else None  # type: ignore[return-value]
 
 
 def _calls(node: ast.AST, *functions: str) -> bool:
     """Whether a node calls one of these functions of torch, or methods, along the axis of rows."""
-    if not isinstance(node, ast.Call) or not node.args or getattr(node.func, "attr", getattr(node.func, "id", "")) not in functions:
+    if (
+        not isinstance(node, ast.Call)
+        or not node.args
+        or getattr(node.func, "attr", getattr(node.func, "id", "")) not in functions
+    ):
         return False
     is_method = isinstance(node.func, ast.Attribute) and getattr(node.func.value, "id", "") != "torch"
     place = 1 if is_method or functions[0] == "cat" else 2
@@ -111,11 +136,11 @@ def passed(chain: Sequence[FrameType], given: Mapping[str, Any]) -> Branch | Non
             name for frame in chain for name, kept in frame.f_locals.items()
             if kept is value and name not in _passing(frame.f_code, frame is chain[-1])
         ]  # fmt: skip
-        found.add(only(kinds(names)))
+        found.add(only(kinds(names, PASSED)))
     return "uncond" if "uncond" in found else "cond" if "cond" in found else None
 
 
-def asked(chain: Sequence[FrameType], wanted: re.Pattern[str] = WANTED, *, deep: bool = False) -> Branch | None:
+def asked(chain: Sequence[FrameType], wanted: re.Pattern[str] = PASSED, *, deep: bool = False) -> Branch | None:
     """The half that a chain of calls asks for, the innermost frame first and a method of the pipeline last.
 
     With `deep` a variable that says nothing is followed to what it was made of.
@@ -131,7 +156,7 @@ def asked(chain: Sequence[FrameType], wanted: re.Pattern[str] = WANTED, *, deep:
         if frame is chain[0] and not deep and "uncond" in map(only, given):  # beside sizes or places that both halves share
             return "uncond"
         if halves:
-            return only(frozenset(halves))
+            return only(frozenset(halves))  # type: ignore[arg-type]
     return None
 
 
@@ -185,14 +210,20 @@ def _repeated(function: ast.FunctionDef) -> frozenset[ast.AST]:
 def speaks_of_none(code: CodeType) -> bool:
     """Whether a function names nothing that is unwanted: it has no guidance."""
     function = function_of(code)
-    names = [getattr(node, "id", getattr(node, "attr", getattr(node, "arg", None))) for node in ast.walk(function)] if function else ["neg"]
+    names = (
+        [getattr(node, "id", getattr(node, "attr", getattr(node, "arg", None))) for node in ast.walk(function)]
+        if function
+        else ["neg"]
+    )
     return "uncond" not in kinds(name for name in names if isinstance(name, str))
 
 
 # -- either --------------------------------------------------------------------------------------------------------
 
 
-def halves_of(chain: Sequence[FrameType], pipe: Any, given: Mapping[str, Any], copies: int, *, is_first: bool) -> tuple[Branch, ...] | None:
+def halves_of(
+    chain: Sequence[FrameType], pipe: Any, given: Mapping[str, Any], copies: int, *, is_first: bool
+) -> tuple[Branch, ...] | None:
     """The halves of guidance in a pass, one for each copy of the rows; None where nothing shows them.
 
     Args:
@@ -208,10 +239,10 @@ def halves_of(chain: Sequence[FrameType], pipe: Any, given: Mapping[str, Any], c
     if copies == 1:
         half = passed(chain, given) or asked(chain)
         codes = [frame.f_code for frame in chain]
-        if half is None and is_first and (any(map(stacked, codes)) or all(map(speaks_of_none, codes))):
+        if half is None and is_first and (any(stacked(code, type(pipe)) for code in codes) or all(map(speaks_of_none, codes))):
             half = "cond"  # guidance is off, or there is none
         return (half,) if half else None
     if getattr(pipe, "do_perturbed_attention_guidance", False):
         return PERTURBED.get(copies)
-    orders = {GUIDANCE.get(frame.f_code.co_qualname, stacked(frame.f_code)).get(copies) for frame in chain} - {None}
+    orders = {GUIDANCE.get(frame.f_code.co_qualname, stacked(frame.f_code, type(pipe))).get(copies) for frame in chain} - {None}
     return orders.pop() if len(orders) == 1 else None

@@ -17,7 +17,7 @@ from steerlib.sites import Site
 
 from ..modules import arguments, entry_of, named
 from ..transformers.sites import reads_text
-from .calls import Words, asking, branches, running, turn_of
+from .calls import Words, asking, branches, first_of, running, turn_of
 from .families import DENOISERS, Denoiser
 from .moments import DenoiserCall, grid_of
 from .sites import PipelineSites
@@ -116,6 +116,7 @@ class PipelineHost(Host):
             autoencoder = self.model.get_submodule(component)
             (call, _), tiled = running(self.pipe, component, autoencoder), getattr(autoencoder, "use_tiling", False)
             known: dict[str, Any] = {"prompts": call.prompts, "images": call.images} if call else {}
+            known["first"] = first_of(known.get("images"), 0 if first is None else len(first))
             return DenoisingPass(1.0, **known, grid=None if tiled else grid_of(first, Denoiser()), like=first)
         mask = given.get("attention_mask")
         mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
@@ -131,8 +132,9 @@ class PipelineHost(Host):
             turn = turn_of(call, time)
             known = {"branches": branches(call, chain, turn, clock, given, len(asked.sample) // images), "visit": turn.visit}
             known |= {"prompts": call.prompts, "images": images}
-        words = Words(call, self.model) if call else None
-        return DenoisingPass(progress, step=step, **known, grid=asked.grid, texts=asked.texts, words=words, like=asked.first)
+        words, grid = Words(call, self.model) if call else None, asked.grid
+        known["film"] = call.film(grid.frames) if call and grid else None
+        return DenoisingPass(progress, step=step, **known, grid=grid, texts=asked.texts, words=words, like=asked.first)
 
     def traced_state(self, clock: str, args: tuple, kwargs: dict[str, Any]) -> TracedPass:
         module = self.model.get_submodule(clock)

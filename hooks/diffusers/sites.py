@@ -83,7 +83,8 @@ class PipelineSites:
             side={"in": "input"}.get(side, side),  # type: ignore[arg-type]
             layout="BD...",
             argument=_argument(module, stream),
-            reads_text=TEXTUAL.search(path) is not None or (streams is not None and part["element"] == streams.text is not None),
+            reads_text=TEXTUAL.search(path) is not None
+            or (streams is not None and part["element"] == streams.text is not None),
             **part,
         )
 
