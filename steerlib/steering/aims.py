@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..errors import Unanswerable
 from ..passes import StepState
-from .reading import Key, Reader
+from .reading import Key, Reader, laid
 from .replay import Replay
 
 Amount = float | Sequence[float]
@@ -101,7 +101,8 @@ class Forecast(Aim):
 
     def shift(self, x: Tensor, now: StepState) -> Float[Tensor, "B N"]:
         none = x.new_zeros(x.shape[:2], dtype=torch.float32)
-        return sum((w * now.notes.get(key, none) for key, w in self.weights.items()), none)
+        moved = {key: now.notes.get(key, none) for key in self.weights}
+        return sum((w * laid(moved[key], x, "a concept of do='graph'", "its effect") for key, w in self.weights.items()), none)
 
 
 @dataclass(frozen=True)

@@ -117,14 +117,19 @@ class Weights(Mask):
         if state.progress is None:
             return self._by_position(state, x, name)
         front, grid = layout(state, x, name)
-        axes = 3 + (grid.frames > 1)
-        layers = self.weights.to(x.device, torch.float32)
-        layers = layers[:, 0] if axes == 3 and layers.ndim == 4 and layers.shape[1] == 1 else layers  # one channel
-        layers = layers[(None,) * (axes - layers.ndim)]
-        if layers.ndim != axes:
+        weights, axes = self.weights.to(x.device, torch.float32), 3 + (grid.frames > 1)
+        if weights.ndim == 1 and axes == 4:
+            weights = weights[:, None, None]
+        if axes == 3 and weights.ndim == 4 and weights.shape[1] == 1:  # one channel
+            weights = weights[:, 0]
+        if not 2 <= weights.ndim <= axes:
             raise BadEdit(
-                f"expected the mask of {name!r} as [height, width] or [rows, height, width], got {list(layers.shape)}"
+                f"expected the mask of {name!r} as [height, width], [rows, height, width], or, of a video, [frames] or "
+                f"[(rows,) frames, height, width], got {list(weights.shape)}"
             )
+        layers = weights[(None,) * (axes - weights.ndim)]
+        if axes == 4:
+            layers = _packed(layers, state, grid, name)
         sized = F.pad(_laid(layers[:, None], grid), (front, 0))
         return sized[_rows(len(sized), len(x), state, name).to(x.device)]
 
@@ -220,6 +225,29 @@ def _grid(state: StepState, rows: int, count: int) -> Grid | None:
 def _laid(layers: Float[Tensor, "rows 1 ..."], grid: Grid) -> Float[Tensor, "rows N"]:
     """Shares of any size as shares of tokens."""
     return F.interpolate(layers, size=tuple(grid) if grid.frames > 1 else grid[1:], mode="area").flatten(1)
+
+
+def _packed(
+    layers: Float[Tensor, "rows frames h w"], state: StepState, grid: Grid, name: str
+) -> Float[Tensor, "rows tokens h w"]:
+    """Shares of frames as shares of the tokens along time: a token's is the mean of the frames that it stands for.
+
+    An autoencoder packs the first frame by itself and the others by equal numbers, `state.film` frames in all.
+    """
+    latent = 1 if state.grid is None else state.grid.frames
+    if (frames := layers.shape[1]) not in (1, latent, state.film):
+        wanted = (
+            f"1 or {latent} frames" if state.film in (None, latent) else f"1, {latent} (of the latent) or {state.film} frames"
+        )
+        raise BadEdit(f"expected the mask of {name!r} to have {wanted}, got {frames}")
+    if frames not in (1, latent):
+        layers = _means(layers, [1] + [(frames - 1) // (latent - 1)] * (latent - 1))
+    along = -(-latent // grid.frames)  # latent frames that a patch takes together
+    return layers if frames == 1 else _means(layers, [min(along, latent - k) for k in range(0, latent, along)])
+
+
+def _means(layers: Float[Tensor, "rows frames h w"], sizes: list[int]) -> Float[Tensor, "rows tokens h w"]:
+    return torch.stack([part.mean(1) for part in layers.split(sizes, dim=1)], dim=1)
 
 
 def _rows(count: int, rows: int, state: StepState, name: str) -> Tensor:

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ..encoders.base import Encoder
-from ..errors import ConflictingEdits, RowMismatch, WrongWidth
+from ..errors import ConflictingEdits, RowMismatch, Unanswerable, WrongWidth
 from ..passes import StepState
 from .edit import Change, Edit, EditTensors, Given, Has
 from .exact import emptied
@@ -85,7 +85,12 @@ class Program:
         """Raise `RowMismatch` where amounts are not one for each prompt."""
         rows, amounts = rows // now.copies, self.rows
         expected = now.prompts or rows
-        if amounts not in (1, expected, now.images) or rows % amounts:
+        if amounts > 1 and now.branches is None and (now.images or rows) != rows:
+            raise Unanswerable(
+                f"{amounts} amounts for {now.images} images: nothing shows in which order this pipeline stacks the halves of "
+                "guidance; give one number, or enter the order in steerlib.hooks.diffusers.families.GUIDANCE"
+            )
+        if amounts not in (1, expected, now.images) or (rows % amounts and now.first is None):
             raise RowMismatch(f"expected one amount for each of {expected} rows, got {amounts}; give one number or {expected}")
 
     def given(self, x: Tensor, now: StepState, weights: "Sequence[float | Tensor]", twin: dict[Key, Tensor]) -> Given:
