@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from ..devices import placed
 from ..errors import BadEdit, RowMismatch, Unanswerable
 from ..passes import Grid, StepState
 from ..sites import Site
@@ -82,7 +83,7 @@ class Weights(Mask):
             return self._by_position(state, x, name)
         front, grid = layout(state, x, name)
         axes = 3 + (grid.frames > 1)
-        layers = self.weights.to(x.device, torch.float32)[(None,) * (axes - self.weights.ndim)]
+        layers = placed(self.weights, x.device).float()[(None,) * (axes - self.weights.ndim)]
         if layers.ndim != axes:
             raise BadEdit(
                 f"expected the mask of {name!r} as [height, width] or [rows, height, width], got {list(layers.shape)}"
@@ -92,7 +93,7 @@ class Weights(Mask):
 
     def _by_position(self, state: StepState, x: Tensor, name: str) -> Tensor:
         """Positions beyond the mask get none."""
-        table = self.weights.to(x.device, torch.float32)
+        table = placed(self.weights, x.device).float()
         table = table if table.ndim == 2 else table[None]
         table = table[_rows(len(table), len(x), state, name).to(x.device)]
         position = state.positions.expand(len(x), -1).clamp(min=0)
@@ -146,7 +147,8 @@ class Word(Mask):
         halves, found = state.branches or ("cond",), torch.zeros(weights.shape[:2], device=weights.device)
         each = len(weights) // len(halves)
         for row in (row for row in range(len(weights)) if halves[row // each] == "cond"):
-            attention = weights[row, :, state.words.columns(self.text, row % each, each)].sum(-1)
+            columns = state.words.columns(self.text, row % each, each)
+            attention = torch.stack([weights[row, :, k] for k in columns], dim=-1).sum(-1)  # a list would be copied
             found[row] = (attention >= self.above * attention.max()).float()
         return found.unflatten(1, tuple(grid) if grid.frames > 1 else (grid.height, grid.width))
 

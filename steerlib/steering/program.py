@@ -8,12 +8,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..devices import placed
 from ..encoders.base import Encoder, scale
 from ..errors import ConflictingEdits, RowMismatch, WrongWidth
 from ..passes import StepState
 from .edit import Change, Edit, EditTensors, Given
 from .reading import Key, Note
-from .report import STEPS_EVERY, Tally
+from .report import STEPS_EVERY, Tally, gauge
 
 
 class Program:
@@ -33,7 +34,7 @@ class Program:
         self.is_scheduled = not notes and all(any(share.clock for share in edit.shares) for edit in edits)
         self.is_normed = any(edit.rows.norm for edit in edits)
         self.keeps = [k for k, edit in enumerate(edits) if edit.aim.keeps_norm]
-        self.codes = self._by_encoder()
+        self.codes, self.gauge = self._by_encoder(), gauge(edits)
         self._refuse_dependent()
 
     def _by_encoder(self) -> dict[Encoder, list[int]]:
@@ -101,13 +102,14 @@ class Program:
         edits = self.edits
         if all(edit.read.is_own for edit in edits):
             return None
-        known = x.new_full((*x.shape[:2], len(edits)), torch.nan, dtype=torch.float32)
+        known: list[float | Tensor] = [
+            torch.nan if edit.read.is_own or edit.read.code is not None else edit.read(x, now) for edit in edits
+        ]
         for encoder, members in self.codes.items():
-            known[..., members] = encoder.readings(x, [edits[k].place.index for k in members])
-        for k, edit in enumerate(edits):
-            if not edit.read.is_own and edit.read.code is None:
-                known[..., k] = edit.read(x, now)
-        return known
+            code = encoder.readings(x, [edits[k].place.index for k in members])
+            for k, z in zip(members, code.unbind(-1), strict=True):
+                known[k] = z
+        return _stacked(known, x, x.shape[:2])
 
 
 class Twin(threading.local):
@@ -220,7 +222,7 @@ class Run:
         """y, where tokens that some edits moved have their old length again."""
         if not self.program.keeps:
             return y
-        moved = (change.moved[..., self.program.keeps] != 0).any(-1, keepdim=True)
+        moved = torch.stack([change.moved[..., k] != 0 for k in self.program.keeps], dim=-1).any(-1, keepdim=True)
         return torch.where(moved, y * (x.norm(dim=-1, keepdim=True) / y.norm(dim=-1, keepdim=True).clamp(min=1e-30)), y)
 
     def _replaced(
@@ -242,7 +244,7 @@ class Run:
             self.tensors = self.program.tensors.to(y.device)
         with torch.no_grad():
             z = self.tensors.readings(y.float(), Given())
-            self.tally.look(now, self.program.edits, z, length.clamp(max=self.program.cap))
+            self.tally.look(now, placed(self.program.gauge, y.device), z, length.clamp(max=self.program.cap))
 
 
 def _gains(x: Tensor, now: StepState, weights: "Sequence[float | Tensor]") -> Float[Tensor, "B N K"] | None:

@@ -6,6 +6,7 @@ from html import escape
 from math import inf
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from ..passes import StepState
@@ -78,20 +79,24 @@ class Tally:
         if cap < inf:
             self.capped = self.capped + ((length > cap * 1.0001) & (now.positions > 0)).sum()
 
-    def look(self, now: StepState, edits: Sequence[Edit], z: Tensor, length: Tensor) -> None:
+    def look(self, now: StepState, gauge: Tensor, z: Tensor, length: Tensor) -> None:
         """Note how large the change is, `[B, N]`, and how far readings `z[B, N, K]` are off (first tokens excluded)."""
         seen = (now.positions > 0).expand(z.shape[:2])
         if now.real is not None:
             seen = seen & now.real
-        ends = [(edit.natural if edit.read.is_own and not edit.rows.norm else None) or (-inf, inf) for edit in edits]
-        low, high = (torch.tensor(side, device=z.device) for side in zip(*ends, strict=True))
-        units = torch.tensor([edit.place.unit for edit in edits], device=z.device)
+        low, high, units = gauge
         off = (((z < low) | (z > high)) & seen[..., None]).sum((0, 1))
         largest = (z.abs() / units * seen[..., None]).amax((0, 1))
         self.looked = self.looked + seen.sum()
         self.changed = self.changed + (length * seen).sum()
         self.off = off if self.off is None else self.off + off
         self.largest = largest if self.largest is None else self.largest.maximum(largest)
+
+
+def gauge(edits: Sequence[Edit]) -> Float[Tensor, "3 K"]:
+    """Ends of the natural range of each edit's concept, and its unit."""
+    ends = [(edit.natural if edit.read.is_own and not edit.rows.norm else None) or (-inf, inf) for edit in edits]
+    return torch.tensor([(*pair, edit.place.unit) for pair, edit in zip(ends, edits, strict=True)]).reshape(-1, 3).T
 
 
 def _both(own: Tensor | None, other: Tensor | None, mine: slice, join: Callable[[Tensor, Tensor], Tensor]) -> Tensor | None:
