@@ -1,4 +1,4 @@
-"""Numbers of the host where a model is. They are copied once: the host waits for the device at every copy."""
+"""Where things lie. What the host has is copied to a device once, since the host waits for the device at every copy."""
 
 from functools import lru_cache
 
@@ -23,6 +23,11 @@ def placed(tensor: Tensor, device: torch.device) -> Tensor:
         with torch.inference_mode(False):  # it outlives this pass, whatever mode it runs in
             copies[device] = tensor.to(device)
     return copies[device]
+
+
+def best_device() -> torch.device:
+    """An accelerator where there is one."""
+    return (torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None) or torch.device("cpu")
 
 
 @lru_cache(maxsize=256)

@@ -88,7 +88,7 @@ class Forecast(Aim):
 
     def shift(self, x: Tensor, now: StepState) -> Float[Tensor, "B N"]:
         none = x.new_zeros(x.shape[:2], dtype=torch.float32)
-        return sum((w * now.notes.get(key, none) for key, w in self.weights.items()), none)
+        return sum((w * now.notes.get(key, none).to(x.device) for key, w in self.weights.items()), none)
 
 
 @dataclass(frozen=True)

@@ -187,6 +187,7 @@ class Run:
     def _edited(self, x: Tensor, now: StepState) -> Tensor:
         program, tally = self.program, self.tally
         self.program.check_width(x)
+        now = now.on(x.device)
         for note in program.notes:
             now.notes[note.key] = note.of(x, now)
         weights = [edit.weight(x, now) for edit in program.edits]
@@ -200,7 +201,8 @@ class Run:
         change = self.tensors.change(x, given, has_targets=program.has_targets, has_latents=program.has_latents)
         for k, edit in enumerate(program.edits):
             if edit.leaves is not None:
-                now.notes[edit.leaves] = now.notes.get(edit.leaves, 0) + change.moved[..., k]
+                before = now.notes.get(edit.leaves)
+                now.notes[edit.leaves] = change.moved[..., k] + (0 if before is None else before.to(x.device))
         y, acting = self._replaced(self._kept(x, x + change.delta.to(x.dtype), change), now, weights, change.acting)
         tally.count(now, x, acting, change.length, self.program.cap)
         self._glance(y, now, change.length)
@@ -244,7 +246,7 @@ class Run:
             self.tensors = self.program.tensors.to(y.device)
         with torch.no_grad():
             z = self.tensors.readings(y.float(), Given())
-            self.tally.look(now, placed(self.program.gauge, y.device), z, length.clamp(max=self.program.cap))
+            self.tally.look(now.on(y.device), placed(self.program.gauge, y.device), z, length.clamp(max=self.program.cap))
 
 
 def _gains(x: Tensor, now: StepState, weights: "Sequence[float | Tensor]") -> Float[Tensor, "B N K"] | None:
