@@ -63,7 +63,7 @@ class SteeredText(System):
         return csr(csr((np.ones(len(later), z.dtype), (later, later - 1)), shape=(len(units), len(units))) @ z)
 
     def weights(self, src: str, dst: str) -> tuple[Tensor, Tensor]:
-        return self._encoders[src].decoder, self._encoders[dst].encoder
+        return self._encoders[src].decoder.cpu(), self._encoders[dst].encoder.cpu()
 
     @torch.no_grad()
     def run(self, contexts: Contexts, do: Mapping[str, Do] | None = None) -> Mapping[str, Reading]:
@@ -81,7 +81,7 @@ class SteeredText(System):
                     raise Enough
                 if change is None:
                     return x
-                moved = csr(flows - natural) @ encoder.decoder.float().numpy()
+                moved = csr(flows - natural) @ encoder.decoder.float().cpu().numpy()
                 return torch.cat([x[:, :1], own + torch.from_numpy(moved).view(own.shape).to(x)], 1)
 
             return replace
