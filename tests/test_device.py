@@ -48,12 +48,11 @@ LAWS: dict[str, str] = {
         test_a_batch_of_different_amounts_equals_single_runs[{family}]
         test_a_box_moves_the_tokens_it_covers_on_images_that_are_not_square[{family}]
         """
-        for family in ("sd1", "flux", "wan")
+        for family in ("sd1", "flux")
     ),
     "test_shards.py": "test_one_pass_reads_all_sites_and_ends_at_the_deepest",
     "test_methods.py": """test_activations_are_those_of_the_answers_own_tokens
         test_a_method_gives_the_same_finite_lever_each_time_and_leaves_the_model_alone[difference-of-means]
-        test_a_method_gives_the_same_finite_lever_each_time_and_leaves_the_model_alone[orthogonal]
         test_learning_lowers_the_loss_it_is_for[rank-one]
         test_learning_lowers_the_loss_it_is_for[distilled]
         test_a_gate_opens_between_a_quarter_and_three_quarters_of_the_way_to_answers""",

@@ -43,6 +43,7 @@ TEXT: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "beams": ({"a": [1.0, 2.0]}, {"num_beams": 2}),
     "static cache": ({"a": sl.Set(1.0, when=sl.Steps(1))}, {"cache_implementation": "static"}),
 }
+PADDED = ("add", "set, several", "slice", "gate", "mask", "static cache")
 LATENT = {"set": sl.Set(2.0), "add": 1.0, "add below 0": -1.0, "ablate": sl.Ablate()}
 
 
@@ -83,8 +84,7 @@ def per_unit(make, capsys, what):
     return more
 
 
-@pytest.mark.parametrize("pads", [0, 3])
-@pytest.mark.parametrize("case", TEXT)
+@pytest.mark.parametrize(("case", "pads"), [*((case, 0) for case in TEXT), *((case, 3) for case in PADDED)])
 def test_no_token_waits_for_an_edit(llama, capsys, case, pads):
     edits, settings = TEXT[case]
     bank = two_directions(llama)
