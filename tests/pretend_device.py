@@ -66,7 +66,7 @@ class Pretend(torch.Tensor):
     """A tensor on the pretend device; its numbers are in `raw`."""
 
     raw: torch.Tensor
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__: Any = torch._C._disabled_torch_function_impl
 
     @staticmethod
     def __new__(cls, raw: torch.Tensor, device: torch.device) -> Any:

@@ -45,7 +45,7 @@ def bank_over(model: Any) -> Any:
     g = torch.Generator().manual_seed(3)
     names, sites = ("low", "mid", "high"), [f"layers.{i}" for i in range(3)]
     encoders: dict[str, Any] = {site: sl.Directions(torch.randn(1, 32, generator=g).cpu()) for site in sites}
-    drawn = {name: torch.randn(12, 32, generator=g).cpu() / 4 for name in ("encoder", "decoder")}
+    drawn: dict[str, Any] = {name: torch.randn(12, 32, generator=g).cpu() / 4 for name in ("encoder", "decoder")}
     encoders["layers.1#topk"] = TopK(**drawn, bias=torch.full((12,), 0.1).cpu(), k=3)
     facts = [sl.Concept(name=name, encoder=site, index=0, natural=(-9.0, 9.0)) for name, site in zip(names, sites, strict=True)]
     return sl.ConceptBank(
