@@ -1,6 +1,7 @@
 """Where things lie. What the host has is copied to a device once, since the host waits for the device at every copy."""
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,9 +17,10 @@ def placed(tensor: Tensor, device: torch.device) -> Tensor:
         return tensor
     if tensor.requires_grad or tensor.is_inference():  # a copy has a graph of its own; a change would not be seen
         return tensor.to(device)
-    version, copies = _COPIES.get(tensor, (None, {}))
-    if version != tensor._version:
-        version, copies = _COPIES[tensor] = tensor._version, {}
+    known: Any = _COPIES.get(tensor)
+    if known is None or known[0] != tensor._version:
+        known = _COPIES[tensor] = tensor._version, {}
+    copies = known[1]
     if device not in copies:
         with torch.inference_mode(False):  # it outlives this pass, whatever mode it runs in
             copies[device] = tensor.to(device)
