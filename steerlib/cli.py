@@ -262,7 +262,7 @@ def train(
     threads: Threads = 0,
 ) -> None:
     """Train a bank from a recipe. Run it again to go on where it stopped."""
-    from .training.pipeline import best_device
+    from .devices import best_device
 
     read = sl.Recipe.from_file(recipe)
     model, tokenizer = loaded(read.source, threads)
@@ -360,7 +360,7 @@ def examples(
         typer.echo(text if name and out is None else f"{(out or Path()) / path.name}  {first}")
 
 
-def _version(is_wanted: bool) -> None:
+def _tell(is_wanted: bool) -> None:
     if is_wanted:
         typer.echo(f"steerlib {sl.__version__}")
         raise typer.Exit
@@ -369,7 +369,7 @@ def _version(is_wanted: bool) -> None:
 @app.callback()
 def options(
     traceback: Annotated[bool, typer.Option("--traceback", help="show where in the code an error was raised")] = False,
-    version: Annotated[bool, typer.Option("--version", help="print the version", callback=_version, is_eager=True)] = False,  # noqa: ARG001
+    version: Annotated[bool, typer.Option("--version", help="print the version", callback=_tell, is_eager=True)] = False,  # noqa: ARG001
 ) -> None:
     """Change what a generation model is thinking of, while it runs."""
     state.update(traceback=traceback)

@@ -105,6 +105,18 @@ class StepState(ABC):
     def at(self, count: int) -> "StepState":
         """This pass at a site with `count` tokens."""
 
+    def on(self, device: torch.device) -> "StepState":
+        """This pass at a site on a device, where a model is split over several: its tensors are there, its notes are shared."""
+        if self.like is None or self.like.device == device:
+            return self
+        there: Any = copy(self)
+        there.like, there.notes = self.like.new_empty(0, device=device), self.notes
+        if isinstance(mask := getattr(self, "mask", None), Tensor):
+            there.mask = mask.to(device)
+        for made in ("real", "columns", "positions", "steps"):
+            there.__dict__.pop(made, None)
+        return there
+
     @cached_property
     def notes(self) -> dict[Hashable, Any]:
         """What earlier sites of this pass leave for later ones."""

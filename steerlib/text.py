@@ -36,7 +36,8 @@ def complete(
     how: dict[str, Any] = {"do_sample": False}
     if temperature > 0:
         how = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-    with torch.random.fork_rng(enabled=temperature > 0):
+    used = {parameter.device for parameter in model.parameters() if parameter.device.type not in ("cpu", "meta")}
+    with torch.random.fork_rng(used, enabled=temperature > 0):  # without naming devices it warns where there are several
         torch.manual_seed(seed) if temperature > 0 else None
         out = model.generate(**batch, max_new_tokens=new_tokens, pad_token_id=tokenizer.pad_token_id, **how)
     start = batch["input_ids"].shape[1]

@@ -14,7 +14,7 @@ import steerlib as sl
 
 ROOT = Path(__file__).parent.parent
 ORDER = (
-    ("errors",),
+    ("errors", "devices"),
     ("contexts", "sites", "passes", "schedules", "text", "threads"),
     ("hosts",),
     ("encoders", "graph", "bank"),

@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..encoders import KINDS, Encoder, Rows, Transcoder
@@ -84,9 +85,9 @@ class Shelf:
         return Concept(name=f"{id}/{int(row)}", encoder=id, index=int(row), unit=unit, natural=natural)
 
     def rows(self, at: Concept | Place, sites: Mapping[str, SiteFacts]) -> Rows:
-        """What steering needs of one coordinate, read when first asked for, and checked; `sites` are those of the bank."""
+        """What steering needs of one coordinate, on the CPU, read when first asked for, and checked; `sites` are the bank's."""
         if (found := self._rows.get(at.id)) is None:
-            found, facts = self._read(at), self.facts[at.encoder]
+            found, facts = self._read(at).to(torch.device("cpu")), self.facts[at.encoder]
             for site, tensor in ((facts.reads or facts.site, found.read), (facts.site, found.write)):
                 if (width := sites[site].width) != tensor.shape[-1]:
                     raise WrongWidth(f"concept {at.id!r} has width {tensor.shape[-1]}, its site {site!r} has width {width}")

@@ -101,7 +101,7 @@ class Forecast(Aim):
 
     def shift(self, x: Tensor, now: StepState) -> Float[Tensor, "B N"]:
         none = x.new_zeros(x.shape[:2], dtype=torch.float32)
-        moved = {key: now.notes.get(key, none) for key in self.weights}
+        moved = {key: now.notes.get(key, none).to(x.device) for key in self.weights}
         return sum((w * laid(moved[key], x, "a concept of do='graph'", "its effect") for key, w in self.weights.items()), none)
 
 

@@ -27,6 +27,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ..bank.concepts import Gate, Place
+from ..devices import placed
 from ..encoders import Rows
 from ..encoders.base import fired
 from ..errors import RowMismatch
@@ -183,8 +184,8 @@ class EditTensors:
         return cls(read, bias, write, threshold, same, scale, shift, low, high, target, takes, torch.tensor(cap))
 
     def to(self, device: torch.device) -> "EditTensors":
-        """The same contents elsewhere."""
-        return EditTensors(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
+        """The same contents elsewhere, copied once for all sessions."""
+        return EditTensors(**{f.name: placed(getattr(self, f.name), device) for f in fields(self)})
 
     def constant(self, cap: float) -> tuple[Float[Tensor, "R D"], Float[Tensor, "R 1"]]:
         """The change of every token where all edits are constant, cut to a length, and the share of it that is left."""
@@ -260,7 +261,7 @@ class EditTensors:
             return miss / gram.clamp(min=1e-30) @ self.read
         both = active[..., :, None] * active[..., None, :]
         system = gram * both + torch.diag_embed(1 - active)
-        return torch.linalg.solve_ex(system, miss[..., None])[0][..., 0] @ self.read  # whose error is not waited for
+        return torch.linalg.solve_ex(system, miss[..., None])[0][..., 0] @ self.read  # unchecked: the host would wait
 
 
 def _miss(z: Tensor, low: Tensor, high: Tensor, wanted: Tensor | None, share: Tensor) -> Float[Tensor, "B N K"]:

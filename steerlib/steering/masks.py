@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from ..devices import placed
 from ..errors import BadEdit, RowMismatch, Unanswerable
 from ..passes import Grid, StepState
 from ..sites import Site
@@ -117,7 +118,7 @@ class Weights(Mask):
         if state.progress is None:
             return self._by_position(state, x, name)
         front, grid = layout(state, x, name)
-        weights, axes = self.weights.to(x.device, torch.float32), 3 + (grid.frames > 1)
+        weights, axes = placed(self.weights, x.device).float(), 3 + (grid.frames > 1)
         if weights.ndim == 1 and axes == 4:
             weights = weights[:, None, None]
         if axes == 3 and weights.ndim == 4 and weights.shape[1] == 1:  # one channel
@@ -137,7 +138,7 @@ class Weights(Mask):
         """Positions beyond the mask get none."""
         if self.weights.ndim not in (1, 2):
             raise BadEdit(f"expected the mask of {name!r} as [L] or [rows, L] of a text, got {list(self.weights.shape)}")
-        table = self.weights.to(x.device, torch.float32)
+        table = placed(self.weights, x.device).float()
         table = table if table.ndim == 2 else table[None]
         table = table[_rows(len(table), len(x), state, name).to(x.device)]
         position = state.positions.expand(len(x), -1).clamp(min=0)
@@ -191,7 +192,8 @@ class Word(Mask):
         halves, found = state.branches or ("cond",), torch.zeros(weights.shape[:2], device=weights.device)
         each = len(weights) // len(halves)
         for row in (row for row in range(len(weights)) if halves[row // each] == "cond"):
-            attention = weights[row, :, state.words.columns(self.text, row % each, each)].sum(-1)
+            columns = state.words.columns(self.text, row % each, each)
+            attention = torch.stack([weights[row, :, k] for k in columns], dim=-1).sum(-1)  # a list would be copied
             found[row] = (attention >= self.above * attention.max()).float()
         return found.unflatten(1, tuple(grid) if grid.frames > 1 else (grid.height, grid.width))
 

@@ -9,13 +9,14 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from ..devices import placed
 from ..encoders.base import Encoder
 from ..errors import ConflictingEdits, RowMismatch, Unanswerable, WrongWidth
 from ..passes import StepState
 from .edit import Change, Edit, EditTensors, Given, Has
 from .exact import emptied
 from .reading import Key, Note, NoteReader
-from .report import STEPS_EVERY, Tally
+from .report import STEPS_EVERY, Tally, gauge
 
 
 class Program:
@@ -41,8 +42,7 @@ class Program:
         self.is_normed = any(edit.rows.norm for edit in edits)
         self.is_exact = any(edit.aim.is_exact for edit in edits)
         self.keeps = [k for k, edit in enumerate(edits) if edit.aim.keeps_norm]
-        self.codes = self._by_encoder()
-        self.cut = self._cut()
+        self.codes, self.gauge, self.cut = self._by_encoder(), gauge(edits), self._cut()
         self._refuse_dependent()
 
     def _by_encoder(self) -> dict[Encoder, list[int]]:
@@ -130,9 +130,7 @@ class Program:
         latents that are read beside others, are NaN: a constant change is not worth reading them."""
         known = None
         if self.codes and coded is not None:
-            known = y.new_full((*y.shape[:2], len(self.edits)), torch.nan, dtype=torch.float32)
-            for encoder, members in self.codes.items():
-                known[..., members] = encoder.readings(y, [self.edits[k].place.index for k in members])
+            known = _stacked(self._coded(y, [torch.nan] * len(self.edits)), y, y.shape[:2])
         z = tensors.readings(y.float(), Given(known=known, lengths=self.lengths(y)))
         for k, edit in enumerate(self.edits):
             if not edit.read.is_own and (coded is None or isinstance(edit.read, NoteReader)):
@@ -153,12 +151,15 @@ class Program:
         edits = self.edits
         if all(edit.read.is_own for edit in edits):
             return None
-        known = x.new_full((*x.shape[:2], len(edits)), torch.nan, dtype=torch.float32)
+        own = [torch.nan if edit.read.is_own or edit.read.code is not None else edit.read(x, now) for edit in edits]
+        return _stacked(self._coded(x, own), x, x.shape[:2])
+
+    def _coded(self, x: Tensor, known: "list[float | Tensor]") -> "list[float | Tensor]":
+        """The readings of latents that compete in place of what is known, each code made once."""
         for encoder, members in self.codes.items():
-            known[..., members] = encoder.readings(x, [edits[k].place.index for k in members])
-        for k, edit in enumerate(edits):
-            if not edit.read.is_own and edit.read.code is None:
-                known[..., k] = edit.read(x, now)
+            code = encoder.readings(x, [self.edits[k].place.index for k in members])
+            for k, z in zip(members, code.unbind(-1), strict=True):
+                known[k] = z
         return known
 
 
@@ -243,6 +244,7 @@ class Run:
     def _edited(self, x: Tensor, now: StepState) -> Tensor:
         program, tally = self.program, self.tally
         self.program.check_width(x)
+        now = now.on(x.device)
         for note in program.notes:
             now.notes[note.key] = note.of(x, now)
         weights = [edit.weight(x, now) for edit in program.edits]
@@ -256,7 +258,8 @@ class Run:
         change = program.change(self.tensors, x, given)
         for k, edit in enumerate(program.edits):
             if edit.leaves is not None:
-                now.notes[edit.leaves] = now.notes.get(edit.leaves, 0) + change.moved[..., k]
+                before = now.notes.get(edit.leaves)
+                now.notes[edit.leaves] = change.moved[..., k] + (0 if before is None else before.to(x.device))
         y, on, swaps = self._replaced(self._kept(x, x + change.delta.to(x.dtype), change), now, weights, given.gains)
         tally.count(now, on, change.cut)
         state = now.section, [isinstance(weight, Tensor) or weight > 0 for weight in weights]
@@ -269,7 +272,7 @@ class Run:
         """y, where tokens that some edits moved have their old length again."""
         if not self.program.keeps:
             return y
-        moved = (change.moved[..., self.program.keeps] != 0).any(-1, keepdim=True)
+        moved = torch.stack([change.moved[..., k] != 0 for k in self.program.keeps], dim=-1).any(-1, keepdim=True)
         return torch.where(moved, y * (x.norm(dim=-1, keepdim=True) / y.norm(dim=-1, keepdim=True).clamp(min=1e-30)), y)
 
     def _replaced(
@@ -310,7 +313,7 @@ class Run:
             for k, own in (swaps or {}).items():
                 length[..., k] = own
             code = torch.where(tensors.threshold > -inf, before + moved, after)
-            self.tally.look(now, program.edits, (before, after, code), length, on)
+            self.tally.look(now.on(y.device), placed(program.gauge, y.device), (before, after, code), length, on)
 
 
 def _gains(x: Tensor, now: StepState, weights: "Sequence[float | Tensor]") -> Float[Tensor, "B N K"] | None:

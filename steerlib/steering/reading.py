@@ -73,7 +73,7 @@ class NoteReader(Reader):
     def __call__(self, x: Float[Tensor, "B N D"], now: StepState) -> Float[Tensor, "B N"]:
         if self.key not in now.notes:
             raise Unanswerable(f"{self.name!r} is read at an earlier site, which this pass did not go through")
-        return laid(now.notes[self.key], x, repr(self.name), "its edit")
+        return laid(now.notes[self.key].to(x.device), x, repr(self.name), "its edit")
 
 
 class Note(NamedTuple):

@@ -8,6 +8,7 @@ from textwrap import wrap
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from ..passes import StepState
@@ -106,16 +107,14 @@ class Tally:
             self.cut = self.cut + (cut & later).sum((0, 1)) / len(cut)
 
     def look(
-        self, now: StepState, edits: Sequence[Edit], read: tuple[Tensor, Tensor, Tensor], length: Tensor, on: Tensor | None
+        self, now: StepState, gauge: Tensor, read: tuple[Tensor, Tensor, Tensor], length: Tensor, on: Tensor | None
     ) -> None:  # fmt: skip
         """Note readings `[B, N, K]` before and after, and of latents what became of the code, NaN where unknown; and the length
         of each change, where edits acted and first tokens excluded."""
         before, after, code = read
         seen = (now.positions > 0) if now.real is None else (now.positions > 0) & now.real
         seen = (seen[..., None] if on is None else seen[..., None] & on).expand(after.shape)
-        ends = [edit.natural or (-inf, inf) for edit in edits]
-        low, high = (torch.tensor(side, device=after.device) for side in zip(*ends, strict=True))
-        units = torch.tensor([edit.place.unit for edit in edits], device=after.device)
+        low, high, units = gauge
         columns = (torch.ones_like(after), length, (code < low) | (code > high), before.abs(), after.abs())
         sums = torch.stack([(column * seen).nan_to_num().sum((0, 1)) for column in columns])
         largest = torch.where(seen & ~code.isnan(), code.abs() / units, -inf).amax((0, 1))
@@ -129,6 +128,12 @@ COUNTS = ("acted", "tokens", "later", "cut", "planned")
 def _of(count: "float | Tensor", mine: "slice | int") -> Any:
     """A count for some of the edits."""
     return count[mine] if isinstance(count, Tensor) and count.ndim else count
+
+
+def gauge(edits: Sequence[Edit]) -> Float[Tensor, "3 K"]:
+    """Ends of the natural range of each edit's concept, and its unit."""
+    ends = [edit.natural or (-inf, inf) for edit in edits]
+    return torch.tensor([(*pair, edit.place.unit) for pair, edit in zip(ends, edits, strict=True)]).reshape(-1, 3).T
 
 
 def _both(own: Tensor | None, other: Tensor | None, mine: slice, join: Callable[[Tensor, Tensor], Tensor]) -> Tensor | None:

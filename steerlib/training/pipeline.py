@@ -6,9 +6,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
-
 from ..bank.concept_bank import ConceptBank
+from ..devices import best_device
 from ..hosts import load
 from .recipe import DirectionRecipe, PipelineEncoderRecipe, Recipe, TextEncoderRecipe
 
@@ -41,11 +40,6 @@ def train(target: Any, recipe: Recipe, *, tokenizer: Any = None, work: str | os.
         return WAYS[type(recipe)](target, tokenizer, recipe, Path(work) / recipe.digest[:16])  # apart from other recipes
     with TemporaryDirectory() as place:
         return WAYS[type(recipe)](target, tokenizer, recipe, Path(place))
-
-
-def best_device() -> torch.device:
-    """An accelerator where there is one."""
-    return (torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None) or torch.device("cpu")
 
 
 def _directions(target: Any, tokenizer: Any, recipe: DirectionRecipe, folder: Path) -> ConceptBank:

@@ -73,7 +73,7 @@ class SteeredText(System):
         return csr(csr((np.ones(len(later), z.dtype), (later, later - 1)), shape=(len(units), len(units))) @ z)
 
     def weights(self, src: str, dst: str) -> tuple[Tensor, Tensor]:
-        return self._encoders[src].decoder, self._encoders[dst].encoder
+        return self._encoders[src].decoder.cpu(), self._encoders[dst].encoder.cpu()
 
     @torch.no_grad()
     def run(self, contexts: Contexts, do: Mapping[str, Do] | None = None) -> Mapping[str, Reading]:
