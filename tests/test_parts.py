@@ -12,6 +12,7 @@ from tiny_pipelines import WITH_TEXT, autoencoder, quantizer, run
 import steerlib as sl
 from steerlib import errors
 from steerlib.bank import SiteFacts
+from steerlib.passes import TracedPass
 from steerlib.steering import masks
 
 
@@ -413,3 +414,10 @@ def test_a_modular_pipelines_guider_tells_which_half_it_asks_for():
     with sl.steer(pipe, bank, {"a": sl.Add(1.0, when=sl.Window(0.9, 1.0), mask=(0.0, 0.0, 0.5, 1.0))}):
         make()
     assert traces(pipe) == before and torch.equal(make(), plain)
+
+
+def test_a_traced_pass_counts_rows_on_its_own_device():
+    """So that compiled code on an accelerator mixes no devices; "meta" is one that every machine has."""
+    where = torch.device("meta")
+    now = TracedPass(torch.zeros(1, 4, dtype=torch.long, device=where), torch.zeros(1, 4, dtype=torch.long, device=where), None)
+    assert now.row(torch.tensor(2, device=where), 8).device == where
