@@ -16,7 +16,7 @@ from ..schedules import Window
 from . import card, hub, layout, signature
 from .concepts import Concept, Place, printable
 from .manifest import SAID, BaseModel, EncoderFacts, SiteFacts
-from .search import ranked
+from .search import LABELS, ranked
 from .shelf import Shelf
 
 SHOWN = 20
@@ -35,6 +35,7 @@ class Bank(ABC):
     levels: dict[str, Window]
     graph: CausalGraph
     concepts: dict[str, Concept]
+    files: Mapping[str, bytes]
     _by_id: dict[str, Concept]
     _shelf: Shelf
 
@@ -74,7 +75,7 @@ class Bank(ABC):
         >>> bank.find("a")[0].name
         'a'
         """
-        return ranked(words, list(self.concepts.values()))[:limit]
+        return ranked(words, list(self.concepts.values()), self.files.get(LABELS, b""))[:limit]
 
     @property
     def encoder_facts(self) -> dict[str, EncoderFacts]:
@@ -147,7 +148,7 @@ class Stored(Bank):
 
     def contents(self) -> dict[str, Any]:
         """The arguments of `ConceptBank` that make this bank; `encoders` are read when needed."""
-        own = {key: getattr(self, key) for key in (*SAID, "graph", "card", "pictures")}
+        own = {key: getattr(self, key) for key in (*SAID, "graph", "card", "pictures", "files")}
         return {**own, "concepts": list(self.concepts.values()), "encoders": self._shelf}
 
     def check(self, host: Host) -> str:

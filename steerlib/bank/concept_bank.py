@@ -38,6 +38,7 @@ class ConceptBank(Stored):
         license: SPDX name of its license.
         provenance: JSON values on how it was made.
         pictures: PNG files that the card shows, by file name.
+        files: other files that belong to it, by name (`steerlib.bank.trust.SUFFIXES` says of which kinds).
         extra: fields of `bank.json` that this version does not know, kept for others.
 
     Raises:
@@ -67,11 +68,13 @@ class ConceptBank(Stored):
         license: str = "",
         provenance: Mapping[str, Any] | None = None,
         pictures: Mapping[str, bytes] | None = None,
+        files: Mapping[str, bytes] | None = None,
         extra: Mapping[str, Any] | None = None,
     ):
         self.name, self.base, self.sites, self.levels = name, base, dict(sites), dict(levels or {})
         self.graph, self.card, self.license = graph or CausalGraph(), card, license
         self.provenance, self.pictures, self.extra = dict(provenance or {}), dict(pictures or {}), dict(extra or {})
+        self.files: Mapping[str, bytes] = {} if files is None else files
         self._shelf = encoders if isinstance(encoders, Shelf) else Shelf.of(encoders, where, reads)
         self.concepts = by_name(concepts, self._shelf.facts)
         self._by_id = {concept.id: concept for concept in concepts}

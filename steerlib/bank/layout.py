@@ -7,6 +7,7 @@ concepts.jsonl               one line a concept
 graph.safetensors            edges by line of concepts.jsonl, one entry an edge: see `CausalGraph`
 sites/<encoder>.safetensors  one row per concept in each tensor
 hashes.safetensors           block hashes, so that single rows can be trusted
+anything else                such as what `labels.safetensors` and `recipe.jsonl` keep: listed, hashed and written again
 
 Whatever is in a folder comes and goes as the arguments of `ConceptBank`, the encoders as a `Shelf`.
 """
@@ -14,7 +15,7 @@ Whatever is in a folder comes and goes as the arguments of `ConceptBank`, the en
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,26 @@ def read(home: hub.Home) -> dict[str, Any]:
         "graph": graph,
         "card": card,
         "pictures": {name: _bytes(home, files, name) for name in pictures},
+        "files": Others(home, files, {CARD, CONCEPTS, GRAPH, trust.HASHES, *pictures, *(own.file for own in encoders.values())}),
     }
+
+
+class Others(Mapping[str, bytes]):
+    """Files of a bank that nothing here reads, by name. Each is fetched and checked when it is asked for."""
+
+    def __init__(self, home: hub.Home, files: Files, known: set[str]):
+        self._home, self._records = home, {name: record for name, record in files.items() if name not in known}
+
+    def __getitem__(self, name: str) -> bytes:
+        record = self._records[name]
+        self._home.fetch({name: record})
+        return self._home.check(name, record).read_bytes()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._records)
+
+    def __len__(self) -> int:
+        return len(self._records)
 
 
 def _bytes(home: hub.Home, files: Files, name: str) -> bytes:
@@ -117,9 +137,9 @@ def _write(folder: Path, bank: Mapping[str, Any]) -> None:
         save_file(bank["graph"].to_tensors([concept.name for concept in concepts]), folder / GRAPH)
     if bank["card"]:
         (folder / CARD).write_text(bank["card"], encoding="utf-8", newline="\n")
-    for name, picture in bank["pictures"].items():
-        (folder / trust.checked_name(name)).parent.mkdir(exist_ok=True)
-        (folder / name).write_bytes(picture)
+    for name, content in [*bank["pictures"].items(), *bank["files"].items()]:
+        (folder / trust.checked_name(name)).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
     written = sorted(path for path in folder.rglob("*") if path.is_file())
     for path in written:
         path.chmod(0o644)  # safetensors writes for its owner alone

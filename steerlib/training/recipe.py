@@ -11,8 +11,9 @@ import hashlib
 import json
 import tomllib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from difflib import get_close_matches
 from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
@@ -21,9 +22,12 @@ from typing import Any, ClassVar, TypeVar
 from ..errors import BadRecipe
 from ..evaluation.probing import LEAST
 from ..evaluation.text import Scorer, Scoring, counting
-from .entries import ConceptRecipe, GraphRecipe, Pair, SiteEncoder, made_of
+from .entries import ConceptRecipe, GraphRecipe, Pair, SiteEncoder
+from .fields import check_types, made_of
 
 R = TypeVar("R", bound="Recipe")
+COMMON = Path(str(files("steerlib.concept_banks"))) / "recipes" / "common"
+"""Files that come with steerlib, for recipes that have none of the name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +41,7 @@ class Recipe(ABC):
         base: Id of the model, as the bank will record it.
         source: Where the weights are: a folder, a Hub id, or `package:<name>/<file>.gguf`.
         folder: The folder that paths are relative to.
+        texts: Of a recipe that a bank carries, the contents of the files that it names, in place of a folder.
         description: For the card.
         license: Of the bank, as a Hub licence id.
         reference: A file of ordinary text, lines of `text`, from which units are measured.
@@ -54,6 +59,7 @@ class Recipe(ABC):
     base: str
     source: str
     folder: Path = field(default=Path(), repr=False)
+    texts: Mapping[str, str] | None = field(default=None, repr=False)
     description: str = ""
     license: str = ""
     reference: str = "reference.jsonl"
@@ -73,41 +79,68 @@ class Recipe(ABC):
         """
         path = Path(path)
         if not path.is_file():
-            raise BadRecipe(f"expected a recipe file, found none at {path.name!r}")
+            raise BadRecipe(f"expected a recipe file, found none at {str(path)!r}; steerlib train --template writes one")
         try:
             values = tomllib.loads(path.read_text(encoding="utf-8"))
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise BadRecipe(f"{path.name} is not valid TOML: {error}") from None
-        kind = _kind_of(values)
+        kind = kind_of(values, path.name)
         if not issubclass(kind, cls):
             raise BadRecipe(f"{path.name}: expected a {cls.__name__}, got a {kind.__name__}")
-        read = {key: PARTS[key](value, f"{path.name}, {key}") if key in PARTS else value for key, value in values.items()}
-        recipe = made_of(kind, {**read, "folder": path.parent}, path.name)
+        recipe = replace(made_of(kind, values, path.name), folder=path.parent)
         recipe.check(to_train=to_train)
         return recipe
 
     @abstractmethod
-    def check(self, *, to_train: bool = True) -> None:
+    def check(self, *, to_train: bool = True) -> None:  # noqa: ARG002
         """Raise `BadRecipe` for what cannot work, before any model is loaded."""
+        check_types(self, f"recipe {self.name!r}")
+        _check_file_name(self.name, "recipe's name")
+        if missing := [name for name in ("base", "source") if not getattr(self, name).strip()]:
+            raise BadRecipe(f"recipe {self.name!r}: expected {' and '.join(missing)}, got an empty text")
+
+    @property
+    def weights(self) -> str:
+        """What is loaded: `source`, or the folder of that name beside the recipe."""
+        beside = self.folder / self.source
+        return str(beside) if beside.is_dir() and not Path(self.source).is_dir() else self.source
 
     def path(self, name: str) -> Path:
         """A file beside the recipe, or else the one of that name that comes with steerlib."""
-        own, common = self.folder / name, Path(str(files("steerlib.concept_banks"))) / "recipes" / "common" / name
+        own, common = self.folder / name, COMMON / name
         return common if common.is_file() and not own.is_file() else own
+
+    def bytes_of(self, name: str) -> bytes | None:
+        """What is in a file that the recipe names, or in the one of that name that comes with steerlib; None: there is none."""
+        if self.texts is not None:
+            if name in self.texts or Path(name).name != name:
+                return self.texts[name].encode() if name in self.texts else None
+            return replace(self, texts=None, folder=COMMON).bytes_of(name)
+        path = self.path(name)
+        return path.read_bytes() if path.is_file() else None
+
+    def text_of(self, name: str) -> str | None:
+        """The same as text; raises `BadRecipe` for a file that is none."""
+        try:
+            return None if (found := self.bytes_of(name)) is None else found.decode()
+        except UnicodeDecodeError as error:
+            raise BadRecipe(f"{name} is not UTF-8: {error}") from None
 
     def read_lines(self, name: str, *keys: str) -> list[dict[str, Any]]:
         """The lines of a JSON lines file, each with a text under every one of `keys`."""
-        path = self.path(name)
-        if not path.is_file():
+        if (text := self.text_of(name)) is None:
             raise BadRecipe(f"expected {name} beside the recipe, found none")
+        found = []
         try:
-            lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            for number, line in enumerate(text.split("\n"), 1):
+                if line.strip():
+                    found.append((number, json.loads(line)))
         except ValueError as error:
             raise BadRecipe(f"{name} is not JSON lines: {error}") from None
-        for line in lines:
-            if not isinstance(line, dict) or not all(isinstance(line.get(key), str) for key in keys):
-                raise BadRecipe(f"{name}: expected lines with {', '.join(keys)}, got {line!r:.80}")
-        return lines
+        for number, line in found:
+            if not isinstance(line, dict) or not all(isinstance(line.get(key), str) and line[key].strip() for key in keys):
+                raise BadRecipe(f"{name}: expected lines with {', '.join(keys)}, got {line!r:.80} in line {number}")
+        return [line for _, line in found]
 
     def read_texts(self, name: str) -> list[str]:
         """The texts of a file, such as `recipe.reference`."""
@@ -116,16 +149,17 @@ class Recipe(ABC):
     def read_labelled(self, name: str) -> tuple[list[str], list[str]]:
         """The texts of a file with label 1, and those with label 0."""
         lines = self.read_lines(name, "text")
-        labels = [int(line.get("label", -1)) for line in lines]
-        if set(labels) != {0, 1}:
-            raise BadRecipe(f"{name}: expected labels 0 and 1, got {sorted(set(labels))}")
-        positive, negative = ([line["text"] for line in lines if int(line["label"]) == side] for side in (1, 0))
+        if strange := [line for line in lines if type(line.get("label")) is not int or line["label"] not in (0, 1)]:
+            raise BadRecipe(f"{name}: expected labels 0 and 1, got {strange[0].get('label')!r} of {strange[0]['text']!r:.60}")
+        positive, negative = ([line["text"] for line in lines if line["label"] == side] for side in (1, 0))
+        if not (positive and negative):
+            raise BadRecipe(f"{name}: expected labels 0 and 1, got {sorted({line['label'] for line in lines})}")
         return positive, negative
 
     @property
     def provenance(self) -> dict[str, Any]:
         """What a bank says of the recipe it was made from."""
-        return {"recipe": self.name, "recipe_sha256": self.digest, "seed": self.seed}
+        return {"recipe": self.name, "recipe_sha256": self.digest, "seed": self.seed, "source": self.weights}
 
     @cached_property
     def digest(self) -> str:
@@ -139,8 +173,7 @@ class Recipe(ABC):
         names = [every["reference"], every["prompts"], every["unrelated"], *every["corpus"], *every["attributes"]]
         names += [f"{every[folder]}/{c.name}.jsonl" for folder in ("pairs", "scoring") for c in every["concepts"]]
         for name in names:
-            path = self.path(name)
-            sha.update(name.encode() + (path.read_bytes() if path.is_file() else b""))
+            sha.update(name.encode() + (self.bytes_of(name) or b""))
         return sha.hexdigest()
 
 
@@ -181,24 +214,37 @@ class DirectionRecipe(Recipe):
     new_tokens: int = 32
     ship: str = "all"
 
-    def check(self, *, to_train: bool = True) -> None:  # noqa: ARG002
+    def check(self, *, to_train: bool = True) -> None:
+        super().check(to_train=to_train)
         _check_names([concept.name for concept in self.concepts])
         if min(self.budget, *self._counts.values(), self.seeds, self.new_tokens) < 1:
             raise BadRecipe("expected a positive budget and positive numbers of prompts, seeds and new tokens")
         if self.ship not in ("all", "clearing"):
             raise BadRecipe(f"expected ship to be 'all' or 'clearing', got {self.ship!r}")
+        if self.layers and (min(self.layers) < 0 or len({*self.layers}) < len(self.layers)):
+            raise BadRecipe(f"expected layers from 0 up, each once, got {list(self.layers)}")
         for concept in self.concepts:
-            if not (concept.methods or self.methods):
-                raise BadRecipe(f"{concept.name!r}: expected a method or more to try, got none")
-            if len(self.read_pairs(concept)) < 2:
-                raise BadRecipe(f"{concept.name!r}: expected two contrast pairs or more")
-            if concept.scorer is not None:
-                counting(concept.scorer)
+            self._check_concept(concept)
         for name in (self.reference, self.unrelated):
             self.read_texts(name)
         for split, count in self._counts.items():
             if len(self.read_prompts(split)) < count:
                 raise BadRecipe(f"{self.prompts} has {len(self.read_prompts(split))} {split} prompts, expected {count}")
+
+    def _check_concept(self, concept: ConceptRecipe) -> None:
+        _check_file_name(concept.name, "concept's name")
+        if concept.name in RESERVED:
+            raise BadRecipe(f"{concept.name!r} is the name of a gate that every bank gets; take another one")
+        if blank := [field for field in ("label", "instructions", "positive", "negative") if _is_blank(getattr(concept, field))]:
+            raise BadRecipe(f"{concept.name!r}: expected {' and '.join(blank)} without empty texts")
+        if not (concept.methods or self.methods):
+            raise BadRecipe(f"{concept.name!r}: expected a method or more to try, got none")
+        if len(self.read_pairs(concept)) < 2:
+            raise BadRecipe(f"{concept.name!r}: expected two contrast pairs or more")
+        if concept.scorer is not None:
+            counting(concept.scorer)
+        else:
+            self.read_scoring(concept)
 
     @property
     def _counts(self) -> dict[str, int]:
@@ -221,7 +267,7 @@ class DirectionRecipe(Recipe):
     def read_scoring(self, concept: ConceptRecipe) -> Scoring:
         """Texts with a concept and texts without it, for its scorer: those of its file, or else its examples."""
         name = f"{self.scoring}/{concept.name}.jsonl"
-        if self.path(name).is_file():
+        if self.text_of(name) is not None:
             return Scoring(*self.read_labelled(name), others=True)
         pairs = self.read_pairs(concept)
         return Scoring([pair.positive for pair in pairs], [pair.negative for pair in pairs], others=False)
@@ -233,7 +279,7 @@ class DirectionRecipe(Recipe):
 
     def read_held_out(self) -> tuple[list[str], list[str]]:
         """Texts that the scorer never sees and the concept of each; none where the recipe has no such file."""
-        if not self.path(self.held_out).is_file():
+        if self.text_of(self.held_out) is None:
             return [], []
         lines = self.read_lines(self.held_out, "text", "concept")
         return [line["text"] for line in lines], [line["concept"] for line in lines]
@@ -262,9 +308,12 @@ class CorpusRecipe(Recipe, ABC):
     has_levels: ClassVar[bool]
 
     def check(self, *, to_train: bool = True) -> None:
+        super().check(to_train=to_train)
         _check_names([made.id for made in self.encoders])
         for made in self.encoders:
             made.check()
+            if made.name:
+                _check_file_name(made.name, "encoder's name")
         if min(self.tokens, self.epochs) < 1 or not self.corpus:
             raise BadRecipe("expected a corpus for encoders, and positive numbers of tokens and epochs")
         if any((made.level is not None) is not self.has_levels for made in self.encoders):
@@ -282,6 +331,8 @@ class CorpusRecipe(Recipe, ABC):
         paths = [self.path(name) for name in self.corpus]
         if missing := [path.name for path in paths if not path.is_file()]:
             raise BadRecipe(f"expected {', '.join(missing)} beside the recipe, found none")
+        if other := [path.name for path in paths if path.suffix not in (".txt", ".jsonl")]:
+            raise BadRecipe(f"expected a corpus of .txt or .jsonl files, got {', '.join(other)}")
         return paths
 
 
@@ -339,14 +390,16 @@ DIGESTED = (
 """Fields that the digest is of, in this order. The others change what is measured or shown, not what is made."""
 
 
-def _kind_of(values: Mapping[str, Any]) -> type[Recipe]:
+def kind_of(values: Mapping[str, Any], where: str) -> type[Recipe]:
     """The kind that a file describes: of concepts, or of encoders, of which those of a diffusion model have levels."""
     concepts, encoders = values.get("concepts"), values.get("encoders")
     if bool(concepts) == bool(encoders):
-        raise BadRecipe(NAMES)
-    if not encoders:
-        return DirectionRecipe
-    return PipelineEncoderRecipe if any("level" in entry for entry in encoders) else TextEncoderRecipe
+        near = [key for key in values if get_close_matches(key, ("concepts", "encoders"), n=1)] if not concepts else []
+        meant = f"; {near[0]!r} is none of these names" if near and near[0] not in ("concepts", "encoders") else ""
+        raise BadRecipe(f"{where}: {NAMES}, as [[concepts]] or [[encoders]]{meant}")
+    entries = encoders if isinstance(encoders, list) else [encoders]
+    has_levels = any(isinstance(entry, Mapping) and "level" in entry for entry in entries)
+    return DirectionRecipe if concepts else PipelineEncoderRecipe if has_levels else TextEncoderRecipe
 
 
 NAMES = "expected at least one concept, or instead at least one encoder, each name once"
@@ -357,9 +410,15 @@ def _check_names(names: Sequence[str]) -> None:
         raise BadRecipe(NAMES)
 
 
-PARTS: dict[str, Callable[[Any, str], Any]] = {
-    "concepts": lambda entries, where: tuple(made_of(ConceptRecipe, entry, where) for entry in entries),
-    "encoders": lambda entries, where: tuple(SiteEncoder.from_dict(entry, where) for entry in entries),
-    "graph": lambda entry, where: made_of(GraphRecipe, entry, where),
-}
-"""Fields that are objects of their own, and how each is made of what TOML has."""
+RESERVED = ("answering",)
+"""Names of gates that a bank of directions has beside its concepts."""
+
+
+def _is_blank(texts: str | Sequence[str]) -> bool:
+    return any(not text.strip() for text in ([texts] if isinstance(texts, str) else texts))
+
+
+def _check_file_name(name: str, what: str) -> None:
+    """Names become those of files."""
+    if not name.strip() or not name.isprintable() or len(name) > 100 or name.startswith(".") or {*name} & {*"/\\"}:
+        raise BadRecipe(f"expected a {what} of 1 to 100 printable letters, without slashes or a dot in front, got {name!r:.120}")

@@ -73,7 +73,10 @@ def documents(texts: Texts, seed: int | None = None) -> Iterator[Any]:
 def _read(path: Path) -> list[Any]:
     if path.suffix not in (".txt", ".jsonl") or not path.is_file():
         raise BadRecipe(f"expected a .txt or .jsonl file, found none at {path.name!r}; a single text is given as [text]")
-    text = path.read_text(encoding="utf-8")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise BadRecipe(f"{path.name} is not UTF-8: {error}") from None
     if path.suffix == ".txt":
         return [paragraph.strip() for paragraph in re.split(r"\n\s*\n", text) if paragraph.strip()]
     try:
