@@ -8,13 +8,14 @@ import warnings
 from collections import Counter
 from contextlib import suppress
 from dataclasses import asdict, replace
+from enum import StrEnum
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any
 
 import steerlib as sl
 
-from .errors import BadEdit, BadRecipe, MissingExtra
+from .errors import BadBank, BadEdit, BadRecipe, MissingExtra, SteerlibError, UnsupportedTarget
 
 try:
     import typer
@@ -34,7 +35,16 @@ Revision = Annotated[str | None, typer.Option(help="branch, tag or commit of a H
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON, for machines")]
 Key = Annotated[Path | None, typer.Option(help="Ed25519 key in PEM: public to verify, private to sign")]
 Model = Annotated[str, typer.Option(help="folder, Hub id or package:<name>/<file>.gguf (default: the bank's own)")]
+Tokens = Annotated[int, typer.Option(help="new tokens of each answer", min=1)]
+EDITS = "concept=amount in its units, or concept=useful, set:1.5, scale:0.5, clamp:-1:1, ablate; may be repeated"
 Threads = Annotated[int, typer.Option(help="processor threads (0: as many as a trial of 0.2 s finds fastest)", min=0)]
+
+
+class Half(StrEnum):
+    """What `demo` can show alone."""
+
+    text = "text"
+    images = "images"
 
 
 def recipes() -> Path:
@@ -48,17 +58,26 @@ def shipped_recipe(bank: "sl.ConceptBank") -> Path:
 
 
 def recipe_of(bank: "sl.ConceptBank", recipe: Path | None) -> Any:
-    """The recipe given, or the shipped one that the bank was made from."""
+    """The recipe given, the one that the bank carries, or the shipped one that it was made from."""
+    from .training.carry import recipe_in
+
+    if recipe is None and (own := recipe_in(bank)) is not None:
+        return own
     if recipe is None and not shipped_recipe(bank).is_file():
-        raise BadRecipe(f"bank {bank.name!r} comes without its recipe; name one with --recipe")
+        raise BadRecipe(f"bank {bank.name!r} comes without its recipe; name one with --recipe, or see --stored")
     return sl.Recipe.from_file(recipe or shipped_recipe(bank), to_train=False)
 
 
 def source_of(bank: "sl.ConceptBank") -> str:
-    """Where a bank's model is: a pipeline in its folder, the source in its shipped recipe, or the Hub id of its base model."""
+    """Where a bank's model is: a pipeline in its folder, what it was trained on, its shipped recipe's, or its base model's id."""
     if bank.folder is not None and (pipeline := bank.folder / "pipeline").is_dir():
         return str(pipeline)
-    return recipe_of(bank, None).source if shipped_recipe(bank).is_file() else bank.base.id
+    if isinstance(source := bank.provenance.get("source"), str):
+        return source
+    found = recipe_of(bank, None).source if shipped_recipe(bank).is_file() else bank.base.id
+    if not found:
+        raise BadBank(f"bank {bank.name!r} does not say for which model it is; name one with --model")
+    return found
 
 
 def loaded(source: str, threads: int) -> Any:
@@ -69,30 +88,35 @@ def loaded(source: str, threads: int) -> Any:
         from transformers.utils import logging
 
         logging.set_verbosity_error()
-    console.print(f"loading {source} (processor threads: {use_threads(threads)})", style="dim", highlight=False)
+    console.print(f"loading {source} (processor threads: {use_threads(threads)})", style="dim", highlight=False, soft_wrap=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return sl.load(source)
+        try:
+            return sl.load(source)
+        except SteerlibError:
+            raise
+        except Exception as error:  # whatever a library says of a folder or an id that it cannot load
+            said = str(error).strip().partition("\n")[0] or type(error).__name__
+            raise UnsupportedTarget(f"no model could be loaded from {source!r}: {said}") from error
 
 
 @app.command()
 def demo(
-    tokens: Annotated[int, typer.Option(help="new tokens of each answer")] = 40,
+    tokens: Tokens = 40,
     threads: Threads = 0,
-    only: Annotated[str, typer.Option(help="text or images (default: both)")] = "",
+    only: Annotated[Half | None, typer.Option(help="one half of it (default: both)")] = None,
     out: Annotated[Path, typer.Option(help="PNG file that the pictures are drawn to")] = Path("demo.png"),
 ) -> None:
     """Steer real models: three concepts of SmolLM2-135M-Instruct at several strengths, and six of a model of scenes."""
     from . import terminal
     from .evaluation.text import judge_for
 
-    if only not in ("", "text", "images"):
-        raise BadEdit(f"expected --only text or --only images, got {only!r}")
-    if only != "images":
+    check_picture(out)
+    if only != Half.images:
         bank = sl.ConceptBank.from_pretrained(terminal.TEXT_BANK)
         model, tokenizer = loaded(source_of(bank), threads)
         terminal.demo_text(model, tokenizer, bank, judge_for(recipe_of(bank, None).scorers), tokens)
-    if only != "text":
+    if only != Half.text:
         bank = sl.ConceptBank.from_pretrained(terminal.SCENES_BANK)
         terminal.demo_images(loaded(source_of(bank), threads)[0], bank, out)
 
@@ -100,10 +124,16 @@ def demo(
 @app.command()
 def steer(
     bank: BankName,
-    prompt: Annotated[str, typer.Argument(help="what to ask, or what to draw")],
-    edit: Annotated[list[str], typer.Option("--edit", "-e", help="concept=amount in its units; may be repeated")] = [],  # noqa: B006
+    prompt: Annotated[str, typer.Argument(help="what to ask, to continue or to draw")],
+    edit: Annotated[list[str], typer.Option("--edit", "-e", help=EDITS)] = [],  # noqa: B006
     model: Model = "",
-    tokens: Annotated[int, typer.Option(help="new tokens of each answer")] = 60,
+    tokens: Tokens = 60,
+    temperature: Annotated[float, typer.Option(help="of sampled answers (0: the likeliest token every time)", min=0)] = 0.0,
+    samples: Annotated[int, typer.Option(help="how many answers or pictures", min=1, max=64)] = 1,
+    seed: Annotated[int, typer.Option(help="of the first answer or picture; the next ones follow", min=0)] = 0,
+    chat: Annotated[bool | None, typer.Option(help="ask in a chat, or continue the prompt (default: as the bank says)")] = None,
+    steps: Annotated[int, typer.Option(help="scheduler steps of a picture", min=1)] = 20,
+    guidance: Annotated[float, typer.Option(help="guidance of a picture towards its prompt", min=0)] = 2.0,
     threads: Threads = 0,
     out: Annotated[Path, typer.Option(help="PNG file, if it draws: unsteered left, steered right")] = Path("steered.png"),
 ) -> None:
@@ -111,22 +141,24 @@ def steer(
     from . import terminal
 
     opened = sl.ConceptBank.from_pretrained(bank)
-    edits = dict(_edit(text) for text in edit)
-    for name in edits:
-        opened[name]
+    edits = terminal.read_edits(opened, edit)
+    check_picture(out)
     target, tokenizer = loaded(model or source_of(opened), threads)
     if tokenizer is None:
-        terminal.draw_both(target, opened, prompt, edits, out)
+        terminal.draw_both(target, opened, prompt, edits, out, samples=samples, seed=seed, steps=steps, guidance=guidance)
+    elif samples > 1 and not temperature:
+        raise BadEdit(f"expected --temperature above 0 beside --samples {samples}: greedy answers are all the same")
     else:
-        terminal.answer_twice(target, tokenizer, opened, prompt, edits, tokens)
+        how = {"new_tokens": tokens, "temperature": temperature}
+        asked = terminal.asked(tokenizer, prompt, opened.provenance.get("chat") if chat is None else chat)
+        terminal.answer_twice(target, tokenizer, opened, asked, edits, range(seed, seed + samples), **how)
 
 
-def _edit(text: str) -> tuple[str, float]:
-    name, _, amount = text.rpartition("=")
-    try:
-        return name.strip(), float(amount)
-    except ValueError:
-        raise BadEdit(f"expected --edit concept=amount, got {text!r}") from None
+def check_picture(path: Path) -> None:
+    """Raise `BadEdit` for a file that cannot become a picture, before anything is drawn."""
+    if path.suffix.lower() != ".png" or path.is_dir():
+        raise BadEdit(f"expected --out to name a .png file, got {str(path)!r}")
+    path.parent.mkdir(parents=True, exist_ok=True)
 
 
 def said(values: Any, text: str, as_json: bool) -> None:
@@ -154,7 +186,8 @@ def concepts(
     table = Table("concept", "meaning", "site", "useful", "safe range")
     for concept in found:
         safe = signed(*concept.range or ())
-        useful = signed(concept.useful) if concept.present is None else "a gate"
+        useful = f"{concept.useful_as} {signed(concept.useful)}" if concept.useful is not None else ""
+        useful = useful if concept.present is None else "a gate"
         table.add_row(
             *(escape(printable(text)) for text in (concept.name, concept.label, opened.site_of(concept), useful, safe))
         )

@@ -21,9 +21,17 @@ class Completions(NamedTuple):
 
 
 def chat(tokenizer: Any, prompt: str, instruction: str = "") -> str:
-    """A user's message as the model was trained to read it."""
-    message = [{"role": "user", "content": f"{prompt} {instruction}".strip()}]
-    return tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+    """A user's message as the model was trained to read it; for a model without a chat template, a line of plain text."""
+    said = f"{prompt} {instruction}".strip()
+    if getattr(tokenizer, "chat_template", None) is None:
+        return begun(tokenizer, f"{said}\n")
+    return tokenizer.apply_chat_template([{"role": "user", "content": said}], tokenize=False, add_generation_prompt=True)
+
+
+def begun(tokenizer: Any, text: str) -> str:
+    """A text to be continued, behind the token that the tokenizer begins texts with, if it does."""
+    begins = tokenizer.bos_token_id is not None and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
+    return f"{tokenizer.bos_token}{text}" if begins else text
 
 
 @torch.no_grad()
