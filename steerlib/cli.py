@@ -4,6 +4,8 @@ Nothing here imports torch before a command needs it: `sl` loads each name when 
 """
 
 import json
+import shlex
+import shutil
 import warnings
 from collections import Counter
 from contextlib import suppress
@@ -36,6 +38,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="print JSON, for machines")
 Key = Annotated[Path | None, typer.Option(help="Ed25519 key in PEM: public to verify, private to sign")]
 Model = Annotated[str, typer.Option(help="folder, Hub id or package:<name>/<file>.gguf (default: the bank's own)")]
 Tokens = Annotated[int, typer.Option(help="new tokens of each answer", min=1)]
+TEMPLATE = "write a recipe to start from: steerlib train --template [text|latents|graph|pictures] [--out recipe.toml]"
 EDITS = "concept=amount in its units, or concept=useful, set:1.5, scale:0.5, clamp:-1:1, ablate; may be repeated"
 Threads = Annotated[int, typer.Option(help="processor threads (0: as many as a trial of 0.2 s finds fastest)", min=0)]
 
@@ -57,6 +60,13 @@ def shipped_recipe(bank: "sl.ConceptBank") -> Path:
     return recipes() / str(bank.provenance.get("recipe", bank.name)) / "recipe.toml"
 
 
+def has_recipe(bank: "sl.ConceptBank") -> bool:
+    """Whether a bank carries its recipe, or its recipe comes with steerlib."""
+    from .training.carry import RECIPE
+
+    return RECIPE in bank.files or shipped_recipe(bank).is_file()
+
+
 def recipe_of(bank: "sl.ConceptBank", recipe: Path | None) -> Any:
     """The recipe given, the one that the bank carries, or the shipped one that it was made from."""
     from .training.carry import recipe_in
@@ -69,7 +79,7 @@ def recipe_of(bank: "sl.ConceptBank", recipe: Path | None) -> Any:
 
 
 def source_of(bank: "sl.ConceptBank") -> str:
-    """Where a bank's model is: a pipeline in its folder, what it was trained on, its shipped recipe's, or its base model's id."""
+    """Where a bank's model is: in its folder, or where its maker, its shipped recipe or else the id of its base model says."""
     if bank.folder is not None and (pipeline := bank.folder / "pipeline").is_dir():
         return str(pipeline)
     if isinstance(source := bank.provenance.get("source"), str):
@@ -219,10 +229,12 @@ def graph(
     from .graph.exports import circuit_tracer, graphml
     from .graph.page import page
 
-    opened, path = sl.ConceptBank.from_pretrained(bank), out or Path(f"{Path(bank).name}-graph.html")
+    opened = sl.ConceptBank.from_pretrained(bank)
+    path = out or Path(f"{opened.name}-graph.html")
     ways = {".html": page, ".json": circuit_tracer, ".graphml": graphml}
     if path.suffix not in ways:
         raise BadEdit(f"expected a file that ends in {', '.join(ways)}, got {path.name!r}")
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(ways[path.suffix](opened), encoding="utf-8")
     kinds = Counter(f"{edge.relation}, {edge.evidence}" for edge in opened.graph.edges)
     console.print(f"{len(opened.graph)} edges ({'; '.join(f'{n} {kind}' for kind, n in sorted(kinds.items()))})", markup=False)
@@ -269,6 +281,8 @@ def verify(bank: BankName, revision: Revision = None, key: Key = None, as_json: 
 def migrate(bank: BankName, folder: Annotated[Path, typer.Argument(help="where the new bank goes")]) -> None:
     """Write a bank of an older format in the newest one; the old bank stays as it is."""
     opened = sl.ConceptBank.from_pretrained(bank)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise BadBank(f"{str(folder)!r} is there already and stays as it is; give a new or empty folder")
     opened.verify()
     typer.echo(str(opened.save_pretrained(folder)))
 
@@ -287,20 +301,67 @@ def list_(
 
 @app.command()
 def train(
-    recipe: Annotated[Path, typer.Argument(help="recipe.toml")],
-    out: Annotated[Path | None, typer.Option(help="folder of the bank (default: out/<name>)")] = None,
+    recipe: Annotated[Path | None, typer.Argument(help="recipe.toml; with --template, the kind of recipe to write")] = None,
+    out: Annotated[Path | None, typer.Option(help="folder of the bank (default: out/<name>), or file of the template")] = None,
     work: Annotated[Path, typer.Option(help="folder of what each stage made, so that a run can go on")] = Path("out/work"),
+    quick: Annotated[bool, typer.Option("--quick", help="a rough bank in about two minutes, to see whether it works")] = False,
+    template: Annotated[bool, typer.Option("--template", help=TEMPLATE)] = False,
+    clean: Annotated[bool, typer.Option("--clean", help="remove what the stages made once the bank is written")] = False,
     threads: Threads = 0,
 ) -> None:
     """Train a bank from a recipe. Run it again to go on where it stopped."""
-    from .training.pipeline import best_device
+    from .training import pipeline
 
+    if template:
+        write_template(recipe, out or Path("recipe.toml"))
+        return
+    if recipe is None:
+        raise BadRecipe("expected a recipe: steerlib train recipe.toml; steerlib train --template writes one to start from")
     read = sl.Recipe.from_file(recipe)
-    model, tokenizer = loaded(read.source, threads)
-    bank = sl.train(model.to(best_device()), read, tokenizer=tokenizer, work=work)
-    folder = bank.save_pretrained(out or Path("out") / read.name)
-    console.print(repr(bank), markup=False)
-    console.print(f"written to {folder}; what was measured is in its README.md")
+    read = read.quick() if quick else read
+    pipeline.check(read)
+    folder, places = out or Path("out") / read.name, pipeline.work_of(read, work)
+    pipeline.check_writable(folder)
+    console.print(f"work folder: {work}, from which a run that stops goes on", markup=False, soft_wrap=True, style="dim")
+    model, tokenizer = loaded(read.weights, threads)
+    bank = sl.train(model.to(pipeline.best_device()), read, tokenizer=tokenizer, work=work)
+    bank.save_pretrained(folder)
+    console.print(repr(bank), markup=False, soft_wrap=True)
+    finish(bank, folder, places, clean)
+
+
+def write_template(kind: Path | None, out: Path) -> None:
+    """Write a recipe to start from; a file that is there stays as it is."""
+    from .training.templates import TEMPLATES
+
+    name = str(kind or "text")
+    if name not in TEMPLATES:
+        raise BadRecipe(f"expected --template with one of {', '.join(TEMPLATES)}, got {name!r}; --out names the file")
+    if out.exists():
+        raise BadRecipe(f"{str(out)!r} is there already and stays as it is; give another file by --out")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(TEMPLATES[name], encoding="utf-8")
+    console.print(f"written to {out}; edit it, then: steerlib train {out} --quick", markup=False, soft_wrap=True)
+
+
+def finish(bank: "sl.ConceptBank", folder: Path, places: list[Path], clean: bool) -> None:
+    """Say where the bank is, what is left of the work, and how to go on."""
+    from .terminal import example_of
+
+    size = sum(path.stat().st_size for place in places for path in place.rglob("*") if path.is_file()) / 1e6
+    for place in places if clean else ():
+        shutil.rmtree(place, ignore_errors=True)
+    left = "removed" if clean else "kept, so that a changed recipe finds what it does not change; --clean removes it"
+    prompt = "Tell me about the place where you live."
+    if bank.provenance.get("chat") is None:
+        prompt = next(iter(recipe_of(bank, None).read_corpus()), prompt)
+    lines = [
+        f"written to {folder}; what was measured is in its README.md",
+        f"work folder {' and '.join(str(place) for place in places)}: {size:.0f} MB, {left}",
+        f"try it:  steerlib steer {shlex.quote(str(folder))} {shlex.quote(prompt)} {example_of(bank)}",
+    ]
+    for line in lines:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command("eval")
@@ -327,6 +388,10 @@ def eval_(
     are_latents = any(issubclass(KINDS[facts.kind], Sparse) for facts in opened.encoders.values())
     if are_latents and (save or concept or quick):
         raise BadEdit("a bank of latents is measured encoder by encoder; leave out --concept, --quick and --save")
+    for name in concept:
+        opened[name]
+    if save and not Path(bank).is_dir():
+        raise BadBank(f"--save writes into a folder, {bank!r} is none; copy the bank first: steerlib migrate {bank} FOLDER")
     if save and (concept or quick or stored):
         raise BadEdit("--save writes a card of all concepts, as measured whole; leave out --concept, --quick and --stored")
     if are_latents:
@@ -339,6 +404,7 @@ def eval_(
         raise BadRecipe(f"bank {opened.name!r} stores no measurements; leave out --stored to make them")
     typer.echo(latents_table(found) if are_latents else f"{table(found)}\n\n{summary_table(found)}\n\n{missed(found)}")
     if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n", encoding="utf-8")
         if not are_latents:
             out.with_suffix(".png").write_bytes(picture(found))
@@ -352,7 +418,7 @@ def _eval_concepts(
     read = recipe_of(bank, recipe)
     if quick:
         read = replace(read, evaluation_prompts=4, dev_prompts=4, seeds=1, new_tokens=24)
-    model, tokenizer = loaded(source or read.source, threads)
+    model, tokenizer = loaded(source or (source_of(bank) if recipe is None else read.weights), threads)
     records = evaluate(model, tokenizer, bank, read, concepts=names)
     if save:
         with_effects(bank, read, records).save_pretrained(save)
@@ -361,12 +427,15 @@ def _eval_concepts(
 
 def _eval_latents(bank: "sl.ConceptBank", recipe: Path | None, source: str, against: str, threads: int) -> Any:
     from .training.package.latents import evaluate_encoders
+    from .training.package.pictures import evaluate_pictures
     from .training.recipe import TextEncoderRecipe
 
-    own = TextEncoderRecipe(name=bank.name, base=bank.base.id, source=bank.base.id)
-    read = recipe_of(bank, recipe) if recipe or shipped_recipe(bank).is_file() else own
+    own = TextEncoderRecipe(name=bank.name, base=bank.base.id or "model", source=source or bank.base.id or "model")
+    read = recipe_of(bank, recipe) if recipe or has_recipe(bank) else own
     twin = sl.ConceptBank.from_pretrained(against) if against else None
-    model, tokenizer = loaded(source or read.source, threads)
+    model, tokenizer = loaded(source or (source_of(bank) if recipe is None else read.weights), threads)
+    if tokenizer is None:
+        return evaluate_pictures(model, bank, read, against=twin)
     return evaluate_encoders(model, tokenizer, bank, read, against=twin)
 
 

@@ -231,7 +231,10 @@ class Concept:
         numbers += [number for number in (self.useful, self.present) if number is not None]
         return (
             all(isinstance(name, str) and 0 < len(name) <= MAX_NAME and name.isprintable() for name in names)
-            and all(isinstance(t, str) and len(t) <= MAX_TEXT for t in (self.beyond, self.label, self.source, self.factor, *self.examples))
+            and all(
+                isinstance(t, str) and len(t) <= MAX_TEXT
+                for t in (self.beyond, self.label, self.source, self.factor, *self.examples)
+            )
             and self.useful_as in ("Add", "Set")
             and isinstance(self.effects, dict)
             and all(type(place.index) is int and place.index >= 0 and place.unit > 0 for place in places)

@@ -65,7 +65,9 @@ def read(home: hub.Home) -> dict[str, Any]:
         "graph": graph,
         "card": card,
         "pictures": {name: _bytes(home, files, name) for name in pictures},
-        "files": Others(home, files, {CARD, CONCEPTS, GRAPH, trust.HASHES, *pictures, *(own.file for own in encoders.values())}),
+        "files": Others(
+            home, files, {CARD, CONCEPTS, GRAPH, trust.HASHES, *pictures, *(own.file for own in encoders.values())}
+        ),
     }
 
 

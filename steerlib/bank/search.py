@@ -47,7 +47,8 @@ def ranked(words: str, concepts: Sequence[Concept], stored: bytes = b"") -> list
 
 
 def shared(words: str, concept: Concept) -> float:
-    """Share of the words that name or label have, half of it where only examples do; 1 more where the name has them all.
+    """Share of the words that name or label have, or half of the share that examples have on average; 1 more where the name has
+    them all.
 
     A word of four letters or more is also found as the beginning of another.
     """
@@ -59,7 +60,8 @@ def shared(words: str, concept: Concept) -> float:
         return len(wanted & there | begun) / max(1, len(wanted))
 
     name = words.lower() in concept.name.lower()
-    return name + max(found((concept.name, concept.label)), found(concept.examples) / 2)
+    often = sum(found((example,)) for example in concept.examples) / max(1, len(concept.examples))
+    return name + max(found((concept.name, concept.label)), often / 2)
 
 
 def text_of(concept: Concept) -> str:

@@ -1,6 +1,6 @@
 """Sentences as vectors: all-MiniLM-L6-v2, where the extra `eval` is installed.
 
-The model is a small BERT. Its forward pass stands here, in torch alone: to import that of transformers takes longer than a search.
+The model is a small BERT. Its forward pass stands here, in torch alone: importing that of transformers takes seconds.
 """
 
 from collections.abc import Mapping, Sequence

@@ -98,7 +98,7 @@ def contained(folder: Path, name: str) -> Path:
     """A file of a bank that is there, is a file, and lies in its folder or where the Hub's cache keeps what it links to."""
     path = folder / name
     if not path.is_file():
-        raise CorruptBank(f"{name} is missing from {folder.name}; download the bank again")
+        raise CorruptBank(f"{name} is missing from {folder.name}; download the bank again, or write it with save_pretrained")
     homes = [os.path.realpath(folder)]
     if folder.parent.name == "snapshots":
         homes += [os.path.realpath(cache / "blobs") for cache in folder.absolute().parents[1:3]]  # its own, and the shared one
@@ -112,7 +112,10 @@ def check_whole(folder: Path, name: str, record: Mapping[str, Any]) -> None:
     """Raise unless a file is there, whole and unaltered."""
     path = contained(folder, checked_name(name))
     if path.stat().st_size != record["size"] or describe(path)["sha256"] != record["sha256"]:
-        raise CorruptBank(f"{name} is not the file that bank.json describes (truncated or altered); download the bank again")
+        raise CorruptBank(
+            f"{name} is not the file that bank.json describes: it is truncated, or was altered after the bank was written; "
+            "download the bank again, or make changes through ConceptBank and save_pretrained, which write bank.json anew"
+        )
 
 
 def block_hashes(path: Path) -> bytes:

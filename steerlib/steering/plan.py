@@ -50,17 +50,18 @@ class Plan:
 @torch.inference_mode(False)  # plans are kept, and may be used with gradients later
 def resolve(bank: ConceptBank, host: Host, edits: Edits, options: Options) -> Plan:
     """Everything that can be known, and refused, before the first pass."""
-    _check_options(bank, options)
+    _check_options(options)
     notices: list[tuple[str, type[Warning]]] = [(notice, OtherWeights)] if (notice := bank.check(host)) else []
     wanted = {name: _intervention(name, value) for name, value in edits.items()}
     chosen = {name: bank[name] for name in wanted}
     if len({concept.id for concept in chosen.values()}) < len(chosen):
         raise ConflictingEdits(f"one concept is named twice among {', '.join(map(repr, chosen))}")
-    if gates := [name for name, concept in chosen.items() if concept.present is not None and not options.allow_ood]:
-        raise BadEdit(
-            f"{gates[0]!r} is a gate: it reads where something is present and was not measured as a lever; give it to "
-            f"gate=sl.Gate({gates[0]!r}) of another edit, or move it all the same with allow_ood=True"
-        )
+    for name, concept in chosen.items():
+        if concept.present is not None and concept.range is None and not options.allow_ood:
+            raise BadEdit(
+                f"{name!r} is a gate: it reads where something is present and was never measured as a lever; give it to "
+                f"another edit as gate=sl.Gate({name!r}), or move it all the same with allow_ood=True"
+            )
     lower, scope = Lowering(bank, host, options), object()
     made = []
     for name, concept in chosen.items():
@@ -86,7 +87,7 @@ def resolve(bank: ConceptBank, host: Host, edits: Edits, options: Options) -> Pl
     return Plan(tuple(host.site(name) for name in programs), programs, options.do == "hold", tuple(notices))
 
 
-def _check_options(bank: ConceptBank, options: Options) -> None:
+def _check_options(options: Options) -> None:
     if options.branch not in ("both", "cond", "uncond"):
         raise BadEdit(f"expected branch 'both', 'cond' or 'uncond', got {options.branch!r}")
     if options.do not in ("model", "hold", "graph"):
@@ -154,14 +155,16 @@ def _pinned(lower: Lowering, chosen: Iterable[Concept]) -> list[Edit]:
 
 
 def _named(bank: ConceptBank, option: str, given: Iterable[str], changes: Callable[[str], bool]) -> list[str]:
-    """Concepts by name, or by the factor that they are values of. Each entry has to name one for which the option `changes` what
-    happens."""
+    """Concepts by name, or by the factor that they are values of. Each entry has to name one for which the option `changes`
+    what happens."""
     found: list[str] = []
     for name in given:
         levels = [concept.name for concept in bank.concepts.values() if concept.factor == name] or [bank[name].name]
         if not any(map(changes, levels)):
             why = {"hold": "it is edited itself", "free": "it does not follow what is edited, so nothing holds it"}[option]
-            raise BadEdit(f"{option}= {name!r} changes nothing: {why}; leave it out (bank.graph.descendants lists what follows)")
+            raise BadEdit(
+                f"{option}= {name!r} changes nothing: {why}; leave it out (bank.graph.descendants lists what follows)"
+            )
         found += levels
     return found
 

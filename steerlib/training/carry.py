@@ -1,7 +1,7 @@
 """The recipe that a bank carries, so that it can be measured again, or made again, where the recipe's folder is not at hand.
 
-`recipe.jsonl` has the fields of the recipe in its first line. Every further line is a file that the recipe names, with `file` and
-`text`. Left out are files that come with steerlib, and the corpus of encoders of a language model, which may be of any size.
+The first line of `recipe.jsonl` has the fields of the recipe. Every further line is a file that it names, with `file` and `text`.
+Left out are files that come with steerlib, and the corpus of encoders of a language model, which may be of any size.
 """
 
 import json
@@ -46,7 +46,10 @@ def _named(recipe: Recipe) -> Iterator[str]:
         yield from (f"{folder}/{c.name}.jsonl" for folder in (recipe.pairs, recipe.scoring) for c in recipe.concepts)
     if isinstance(recipe, TextEncoderRecipe):
         yield from recipe.attributes
-    if isinstance(recipe, PipelineEncoderRecipe) and sum(len(recipe.bytes_of(name) or b"") for name in recipe.corpus) <= LARGEST:
+    if (
+        isinstance(recipe, PipelineEncoderRecipe)
+        and sum(len(recipe.bytes_of(name) or b"") for name in recipe.corpus) <= LARGEST
+    ):
         yield from recipe.corpus
 
 

@@ -93,6 +93,11 @@ class SiteEncoder:
         if self.recipe.skip and not self.reads:
             raise BadRecipe(f"{self.id!r}: expected a site that it reads beside skip; name it by reads, or leave skip out")
 
+    def quick(self) -> "SiteEncoder":
+        """A rough version of it: fewer latents, one seed, small batches."""
+        small = replace(self.recipe, latents=min(self.recipe.latents, 512), k=min(self.recipe.k, 32), groups=())
+        return replace(self, recipe=replace(small, batch=min(self.recipe.batch, 512)), seeds=1, verify=min(self.verify, 10))
+
     @property
     def runs(self) -> dict[str, EncoderRecipe]:
         """What is trained: the encoder itself, and its twins of other seeds as `id seed 1`, …"""
@@ -147,4 +152,3 @@ class GraphRecipe:
         """Raise `BadRecipe` for what cannot work."""
         if self.contexts < 120 or self.length < 2 or min(self.parents, self.controls) < 1:
             raise BadRecipe("expected a graph of 120 contexts of two tokens or more, and positive numbers of parents, controls")
-

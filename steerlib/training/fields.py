@@ -1,4 +1,4 @@
-"""What a file gives as the fields of a dataclass: unknown, missing and mistyped ones are refused, with place and expectation."""
+"""What a file gives, as the fields of a dataclass: unknown, missing and mistyped ones are refused by name."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, fields, is_dataclass

@@ -2,6 +2,8 @@
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -11,9 +13,10 @@ import torch
 from ..bank import sentences
 from ..bank.concept_bank import ConceptBank
 from ..bank.search import LABELS, stored, text_of
+from ..errors import BadBank
 from ..hosts import load
 from .carry import RECIPE, carried
-from .recipe import DirectionRecipe, PipelineEncoderRecipe, Recipe, TextEncoderRecipe
+from .recipe import CorpusRecipe, DirectionRecipe, PipelineEncoderRecipe, Recipe, TextEncoderRecipe
 
 FEW = 100
 """Labels up to this number are read when they are searched; of more, what they mean is stored."""
@@ -44,9 +47,30 @@ def train(target: Any, recipe: Recipe, *, tokenizer: Any = None, work: str | os.
     """
     check(recipe)
     if work is not None:
-        return _made(target, tokenizer, recipe, Path(work) / recipe.digest[:16])  # apart from other recipes
+        return _made(target, tokenizer, recipe, Path(work) / key_of(recipe))
     with TemporaryDirectory() as place:
-        return _made(target, tokenizer, recipe, Path(place))
+        return _made(target, tokenizer, recipe, Path(place) / key_of(recipe))
+
+
+def key_of(recipe: Recipe) -> str:
+    """The folder in `work` of what a recipe's stages make, apart from that of other recipes. What only the card shows does not
+    count: with another licence or description a run finds everything made."""
+    if isinstance(recipe, CorpusRecipe):
+        graph = getattr(recipe, "graph", None)
+        return sha256(f"{recipe.recorded_key} {recipe.fitted_key(recipe.encoders)} {graph!r}".encode()).hexdigest()[:16]
+    return replace(recipe, description="", license="", name="", base="").digest[:16]
+
+
+def work_of(recipe: Recipe, work: Path) -> list[Path]:
+    """The folders in `work` that a recipe's stages fill."""
+    recorded = [work / recipe.recorded_key] if isinstance(recipe, CorpusRecipe) else []
+    return [work / key_of(recipe), *recorded]
+
+
+def check_writable(folder: Path) -> None:
+    """Raise `BadBank` for a folder that a bank could not be written to, before it is trained."""
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / "bank.json").is_file()):
+        raise BadBank(f"{str(folder)!r} holds other things than a bank; give a new or empty folder by --out")
 
 
 def check(recipe: Recipe) -> None:
@@ -59,8 +83,8 @@ def check(recipe: Recipe) -> None:
 
 
 def _made(target: Any, tokenizer: Any, recipe: Recipe, folder: Path) -> ConceptBank:
-    """The bank, with what it needs to be used and measured again: its recipe, whether its model is asked in a chat, and what its
-    labels mean."""
+    """The bank, with what it needs to be used and measured again: its recipe, whether its model is asked in a chat, and what
+    its labels mean."""
     if isinstance(recipe, PipelineEncoderRecipe):
         target = load(recipe.weights)[0].to(best_device()) if target is None else target
     elif target is None or tokenizer is None:
@@ -103,4 +127,3 @@ WAYS: dict[type[Recipe], Callable[[Any, Any, Any, Path], ConceptBank]] = {
     TextEncoderRecipe: _text_encoders,
     PipelineEncoderRecipe: _pipeline_encoders,
 }
-

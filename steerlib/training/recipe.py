@@ -24,8 +24,11 @@ from ..evaluation.probing import LEAST
 from ..evaluation.text import Scorer, Scoring, counting
 from .entries import ConceptRecipe, GraphRecipe, Pair, SiteEncoder
 from .fields import check_types, made_of
+from .record.documents import parsed
 
-R = TypeVar("R", bound="Recipe")
+R, C = TypeVar("R", bound="Recipe"), TypeVar("C", bound="CorpusRecipe")
+QUICK = 20_000
+"""Tokens that a rough version records."""
 COMMON = Path(str(files("steerlib.concept_banks"))) / "recipes" / "common"
 """Files that come with steerlib, for recipes that have none of the name."""
 
@@ -47,6 +50,7 @@ class Recipe(ABC):
         reference: A file of ordinary text, lines of `text`, from which units are measured.
         unrelated: A file of other ordinary text, on which side effects are measured.
         seed: Seed of all random choices.
+        is_quick: Whether the recipe is a rough version of itself, made by `quick`.
 
     Example:
         >>> import steerlib as sl
@@ -65,6 +69,7 @@ class Recipe(ABC):
     reference: str = "reference.jsonl"
     unrelated: str = "unrelated.jsonl"
     seed: int = 0
+    is_quick: bool = False
 
     @classmethod
     def from_file(cls: type[R], path: str | Path, *, to_train: bool = True) -> R:
@@ -99,6 +104,10 @@ class Recipe(ABC):
         if missing := [name for name in ("base", "source") if not getattr(self, name).strip()]:
             raise BadRecipe(f"recipe {self.name!r}: expected {' and '.join(missing)}, got an empty text")
 
+    @abstractmethod
+    def quick(self: R) -> R:
+        """A rough version of it, for about two minutes: fewer texts, sites and steps. The card says that it is rough."""
+
     @property
     def weights(self) -> str:
         """What is loaded: `source`, or the folder of that name beside the recipe."""
@@ -111,7 +120,7 @@ class Recipe(ABC):
         return common if common.is_file() and not own.is_file() else own
 
     def bytes_of(self, name: str) -> bytes | None:
-        """What is in a file that the recipe names, or in the one of that name that comes with steerlib; None: there is none."""
+        """What is in a file that the recipe names, or in the one of that name that comes with steerlib, or None."""
         if self.texts is not None:
             if name in self.texts or Path(name).name != name:
                 return self.texts[name].encode() if name in self.texts else None
@@ -159,7 +168,8 @@ class Recipe(ABC):
     @property
     def provenance(self) -> dict[str, Any]:
         """What a bank says of the recipe it was made from."""
-        return {"recipe": self.name, "recipe_sha256": self.digest, "seed": self.seed, "source": self.weights}
+        rough = {"quick": True} if self.is_quick else {}
+        return {"recipe": self.name, "recipe_sha256": self.digest, "seed": self.seed, "source": self.weights, **rough}
 
     @cached_property
     def digest(self) -> str:
@@ -231,11 +241,19 @@ class DirectionRecipe(Recipe):
             if len(self.read_prompts(split)) < count:
                 raise BadRecipe(f"{self.prompts} has {len(self.read_prompts(split))} {split} prompts, expected {count}")
 
+    def quick(self) -> "DirectionRecipe":
+        few = {"train_prompts": 8, "dev_prompts": 4, "evaluation_prompts": 4, "new_tokens": 16, "budget": 60, "seeds": 1}
+        smaller = {name: min(count, getattr(self, name)) for name, count in few.items()}
+        concepts = tuple(replace(concept, methods=concept.methods[:1]) for concept in self.concepts)
+        return replace(self, **smaller, concepts=concepts, methods=self.methods[:1], layers=self.layers[:2], is_quick=True)
+
     def _check_concept(self, concept: ConceptRecipe) -> None:
         _check_file_name(concept.name, "concept's name")
         if concept.name in RESERVED:
             raise BadRecipe(f"{concept.name!r} is the name of a gate that every bank gets; take another one")
-        if blank := [field for field in ("label", "instructions", "positive", "negative") if _is_blank(getattr(concept, field))]:
+        if blank := [
+            field for field in ("label", "instructions", "positive", "negative") if _is_blank(getattr(concept, field))
+        ]:
             raise BadRecipe(f"{concept.name!r}: expected {' and '.join(blank)} without empty texts")
         if not (concept.methods or self.methods):
             raise BadRecipe(f"{concept.name!r}: expected a method or more to try, got none")
@@ -321,10 +339,32 @@ class CorpusRecipe(Recipe, ABC):
         if to_train:
             self.corpus_files()
 
+    def quick(self: C) -> C:
+        encoders = tuple(made.quick() for made in self.encoders)
+        return replace(self, encoders=encoders, tokens=min(self.tokens, QUICK), epochs=1, is_quick=True)
+
+    @property
+    def recorded_key(self) -> str:
+        """Of what a recording reads: with another encoder of the same sites, nothing is recorded again."""
+        read = (self.source, self.tokens, self.seed, self.encoder_sites, [made.level for made in self.encoders])
+        sha = hashlib.sha256(repr(read).encode())
+        for name in self.corpus:
+            sha.update(self.bytes_of(name) or b"")
+        return sha.hexdigest()[:16]
+
+    def fitted_key(self, specs: Sequence[SiteEncoder]) -> str:
+        """Of what the fit of some encoders reads beside the recording."""
+        return hashlib.sha256(repr((self.epochs, self.seed, tuple(specs))).encode()).hexdigest()[:16]
+
     @property
     def encoder_sites(self) -> list[str]:
         """Every site that an encoder reads or writes, once."""
         return list(dict.fromkeys(site for made in self.encoders for site in (made.reads, made.site) if site))
+
+    def read_corpus(self) -> list[Any]:
+        """The documents of the corpus; none of a corpus that a bank does not carry."""
+        there = {name: self.text_of(name) for name in self.corpus}
+        return [document for name, text in there.items() if text is not None for document in parsed(text, name)]
 
     def corpus_files(self) -> list[Path]:
         """Where the text for encoders is."""
@@ -363,6 +403,9 @@ class TextEncoderRecipe(CorpusRecipe):
                 )
         for name in (self.reference, self.unrelated):
             self.read_texts(name)
+
+    def quick(self) -> "TextEncoderRecipe":
+        return replace(super().quick(), graph=None)
 
     def read_attributes(self) -> dict[str, tuple[list[str], list[str]]]:
         """By attribute, texts that have it and texts that do not."""
@@ -421,4 +464,6 @@ def _is_blank(texts: str | Sequence[str]) -> bool:
 def _check_file_name(name: str, what: str) -> None:
     """Names become those of files."""
     if not name.strip() or not name.isprintable() or len(name) > 100 or name.startswith(".") or {*name} & {*"/\\"}:
-        raise BadRecipe(f"expected a {what} of 1 to 100 printable letters, without slashes or a dot in front, got {name!r:.120}")
+        raise BadRecipe(
+            f"expected a {what} of 1 to 100 printable letters, without slashes or a dot in front, got {name!r:.120}"
+        )
