@@ -6,11 +6,13 @@ Nothing here imports torch before a command needs it: `sl` loads each name when 
 import json
 import shlex
 import shutil
+import sys
 import warnings
 from collections import Counter
 from contextlib import suppress
 from dataclasses import asdict, replace
 from enum import StrEnum
+from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,7 +25,7 @@ try:
     import typer
     from rich.console import Console
     from rich.markup import escape
-    from rich.table import Table
+    from rich.table import Column, Table
 except ImportError:
     raise MissingExtra("the command line needs typer and rich: pip install 'steerlib[cli]'") from None
 
@@ -94,10 +96,12 @@ def loaded(source: str, threads: int) -> Any:
     """A model and its tokenizer, or a pipeline and None, with the loader's progress bars but not its remarks."""
     from .threads import use_threads
 
-    with suppress(ImportError):
-        from transformers.utils import logging
-
-        logging.set_verbosity_error()
+    for library in ("transformers", "diffusers"):
+        with suppress(ImportError):
+            logging = import_module(f"{library}.utils.logging")
+            logging.set_verbosity_error()
+            if not sys.stderr.isatty():  # their bars would write escape codes
+                logging.disable_progress_bar()
     console.print(f"loading {source} (processor threads: {use_threads(threads)})", style="dim", highlight=False, soft_wrap=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -193,7 +197,7 @@ def concepts(
     if as_json:
         said([{**concept.to_dict(), "site": opened.site_of(concept)} for concept in found], "", True)
         return
-    table = Table("concept", "meaning", "site", "useful", "safe range")
+    table = Table(Column("concept", overflow="fold"), "meaning", "site", "useful", "safe range")
     for concept in found:
         safe = signed(*concept.range or ())
         useful = f"{concept.useful_as} {signed(concept.useful)}" if concept.useful is not None else ""
@@ -470,3 +474,4 @@ def options(
 ) -> None:
     """Change what a generation model is thinking of, while it runs."""
     state.update(traceback=traceback)
+    warnings.showwarning = lambda message, category, *_: typer.echo(f"{category.__name__}: {message}", err=True)

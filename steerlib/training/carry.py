@@ -1,6 +1,6 @@
 """The recipe that a bank carries, so that it can be measured again, or made again, where the recipe's folder is not at hand.
 
-The first line of `recipe.jsonl` has the fields of the recipe. Every further line is a file that it names, with `file` and `text`.
+The first line of `recipe.jsonl` has the fields of the recipe. Every further line is a file that it names, as `file` and `text`.
 Left out are files that come with steerlib, and the corpus of encoders of a language model, which may be of any size.
 """
 
