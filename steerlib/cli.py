@@ -434,6 +434,8 @@ def _eval_latents(bank: "sl.ConceptBank", recipe: Path | None, source: str, agai
     from .training.package.pictures import evaluate_pictures
     from .training.recipe import TextEncoderRecipe
 
+    if not (recipe or has_recipe(bank)) and bank.levels:
+        recipe_of(bank, None)
     own = TextEncoderRecipe(name=bank.name, base=bank.base.id or "model", source=source or bank.base.id or "model")
     read = recipe_of(bank, recipe) if recipe or has_recipe(bank) else own
     twin = sl.ConceptBank.from_pretrained(against) if against else None

@@ -62,6 +62,10 @@ def read_edits(bank: ConceptBank, texts: Sequence[str]) -> dict[str, Interventio
         if not name or not amount:
             raise BadEdit(f"expected --edit concept=amount, got {text!r}; for example {example_of(bank)}")
         concept = bank[name]
+        if concept.present is not None and concept.range is None:
+            raise BadEdit(
+                f"{name!r} is a gate, which reads where something is present, and no lever; {example_of(bank)} is one"
+            )
         if name in found:
             raise ConflictingEdits(f"{name!r} is edited twice; give it one --edit")
         found[name] = useful_edit(concept) if amount == USEFUL else _intervention(text, amount)
@@ -88,7 +92,8 @@ def _intervention(text: str, amount: str) -> Intervention:
 def useful_edit(concept: Concept) -> Intervention:
     """The edit that the bank's maker found useful; raises `BadEdit` where there is none."""
     if concept.useful is None:
-        raise BadEdit(f"of {concept.name!r} no useful amount was measured; give a number, such as --edit {concept.name}=1")
+        why = f": {concept.beyond}" if concept.beyond else ""
+        raise BadEdit(f"of {concept.name!r} no useful amount is known{why}; give a number, such as --edit {concept.name}=1")
     return edit_of(concept.useful_as, concept.useful)
 
 

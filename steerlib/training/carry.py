@@ -26,9 +26,8 @@ def carried(recipe: Recipe) -> bytes:
         entry |= entry.pop("recipe")
     lines = [_without_none(values)]
     for name in dict.fromkeys(_named(recipe)):
-        text = recipe.text_of(name)
-        if text is not None and (recipe.texts is not None or (recipe.folder / name).is_file()):
-            lines.append({"file": name, "text": text})
+        if name in recipe.texts if recipe.texts is not None else (recipe.folder / name).is_file():
+            lines.append({"file": name, "text": recipe.text_of(name)})
     return "".join(json.dumps(line, ensure_ascii=False, sort_keys=True) + "\n" for line in lines).encode()
 
 

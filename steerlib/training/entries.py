@@ -105,7 +105,7 @@ class SiteEncoder:
         return {self.id: self.recipe, **twins}
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any], where: str) -> "SiteEncoder":
+    def from_dict(cls, values: Any, where: str) -> "SiteEncoder":
         """From an entry of a recipe file; `where` names it in errors."""
         own, others = ({f.name for f in fields(kind)} - {"recipe"} for kind in (cls, EncoderRecipe))
         if isinstance(values, Mapping):

@@ -30,7 +30,7 @@ def card(bank: ConceptBank, recipe: DirectionRecipe, records: Sequence[MeasuredE
         front(recipe.name, recipe.base, recipe.license, list(bank.concepts.values())).strip(),
         f"# {recipe.name}\n\n{described(recipe)}",
         example(recipe.name, recipe.source, f'{{"{levers[0].name}": {levers[0].useful:+.2f}}}') if levers else "",
-        f"## {'The concept' if len(levers) == 1 else f'The {len(levers)} concepts'}\n\n{UNITS}\n\n{_concepts(levers)}",
+        f"## The {f'{len(levers)} concepts' if len(levers) != 1 else 'concept'}\n\n{UNITS}\n\n{_concepts(levers)}",
         f"## What was measured\n\nOn {recipe.evaluation_prompts} requests used for nothing else, {recipe.seeds} answers to "
         f"each, {recipe.new_tokens} new tokens, each concept at its useful amount. {CONTROLS}\n\n{table(kept)}",
         f"Over all concepts:\n\n{summary_table(kept)}" if kept else "",
@@ -48,8 +48,8 @@ def card(bank: ConceptBank, recipe: DirectionRecipe, records: Sequence[MeasuredE
 
 
 UNITS = "Amounts are in units of the concept: one standard deviation of its reading on reference text."
-ROUGH = """**A rough bank**, made with `--quick`: few texts, sites and steps, to see whether the recipe works. Its figures are of
-few samples; train it without `--quick` before you use it."""
+ROUGH = """**A rough bank**, made with `--quick`: few texts, sites and steps, to see whether the recipe works. Its figures are
+of few samples; train it without `--quick` before you use it."""
 
 
 def described(recipe: Recipe) -> str:

@@ -79,8 +79,8 @@ def prompts_of(recipe: PipelineEncoderRecipe) -> list[str]:
 def evaluate_pictures(
     pipe: Any, bank: ConceptBank, recipe: PipelineEncoderRecipe, *, against: ConceptBank | None = None
 ) -> dict[str, dict[str, Any]]:
-    """What the encoders of a bank keep of the recipe's last prompts, which none was trained on, by id: as a training run measures
-    it. With `against`, a bank of the same encoders trained from another seed, also how much of each that one found."""
+    """What the encoders of a bank keep of the recipe's last prompts, which none was trained on, by id: as a training run
+    measures it. With `against`, a bank of the same encoders trained from another seed, also how much of each that one found."""
     bank.check(host_for(pipe))
     if not isinstance(recipe, PipelineEncoderRecipe):
         raise BadRecipe(f"recipe {recipe.name!r} is of a language model, bank {bank.name!r} of one that draws; give its own")
