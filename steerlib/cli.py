@@ -4,8 +4,6 @@ Nothing here imports torch before a command needs it: `sl` loads each name when 
 """
 
 import json
-import shlex
-import shutil
 import sys
 import warnings
 from collections import Counter
@@ -314,11 +312,15 @@ def train(
     threads: Threads = 0,
 ) -> None:
     """Train a bank from a recipe. Run it again to go on where it stopped."""
+    if template:
+        from .training.templates import write
+
+        path = write(str(recipe or "text"), out or Path("recipe.toml"))
+        console.print(f"written to {path}; edit it, then: steerlib train {path} --quick", markup=False, soft_wrap=True)
+        return
+    from . import terminal
     from .training import pipeline
 
-    if template:
-        write_template(recipe, out or Path("recipe.toml"))
-        return
     if recipe is None:
         raise BadRecipe("expected a recipe: steerlib train recipe.toml; steerlib train --template writes one to start from")
     read = sl.Recipe.from_file(recipe)
@@ -331,41 +333,8 @@ def train(
     bank = sl.train(model.to(pipeline.best_device()), read, tokenizer=tokenizer, work=work)
     bank.save_pretrained(folder)
     console.print(repr(bank), markup=False, soft_wrap=True)
-    finish(bank, folder, places, clean)
-
-
-def write_template(kind: Path | None, out: Path) -> None:
-    """Write a recipe to start from; a file that is there stays as it is."""
-    from .training.templates import TEMPLATES
-
-    name = str(kind or "text")
-    if name not in TEMPLATES:
-        raise BadRecipe(f"expected --template with one of {', '.join(TEMPLATES)}, got {name!r}; --out names the file")
-    if out.exists():
-        raise BadRecipe(f"{str(out)!r} is there already and stays as it is; give another file by --out")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(TEMPLATES[name], encoding="utf-8")
-    console.print(f"written to {out}; edit it, then: steerlib train {out} --quick", markup=False, soft_wrap=True)
-
-
-def finish(bank: "sl.ConceptBank", folder: Path, places: list[Path], clean: bool) -> None:
-    """Say where the bank is, what is left of the work, and how to go on."""
-    from .terminal import example_of
-
-    size = sum(path.stat().st_size for place in places for path in place.rglob("*") if path.is_file()) / 1e6
-    for place in places if clean else ():
-        shutil.rmtree(place, ignore_errors=True)
-    left = "removed" if clean else "kept, so that a changed recipe finds what it does not change; --clean removes it"
-    prompt = "Tell me about the place where you live."
-    if bank.provenance.get("chat") is None:
-        prompt = next(iter(recipe_of(bank, None).read_corpus()), prompt)
-    lines = [
-        f"written to {folder}; what was measured is in its README.md",
-        f"work folder {' and '.join(str(place) for place in places)}: {size:.0f} MB, {left}",
-        f"try it:  steerlib steer {shlex.quote(str(folder))} {shlex.quote(prompt)} {example_of(bank)}",
-    ]
-    for line in lines:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    corpus = [] if tokenizer is not None else read.read_corpus()
+    terminal.finish(bank, folder, places, clean, str(next(iter(corpus), "Tell me about the place where you live.")))
 
 
 @app.command("eval")

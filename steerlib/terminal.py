@@ -1,6 +1,7 @@
 """Show at a terminal what steering does: answers and pictures, unsteered and steered, of one prompt or of the demonstration."""
 
 import shlex
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -103,6 +104,21 @@ def example_of(bank: ConceptBank) -> str:
     best = max(levers, key=lambda concept: (concept.useful is not None, bool(concept.effects.get("verified", {}).get("holds"))))
     amount = "1" if best.useful is None else f"{'set:' * (best.useful_as == 'Set')}{best.useful:g}"
     return shlex.join(["-e", f"{best.name}={amount}"])
+
+
+def finish(bank: ConceptBank, folder: Path, places: Sequence[Path], clean: bool, prompt: str) -> None:
+    """Say where a trained bank is, what is left in the folders of its work, and how to go on."""
+    size = sum(path.stat().st_size for place in places for path in place.rglob("*") if path.is_file()) / 1e6
+    for place in places if clean else ():
+        shutil.rmtree(place, ignore_errors=True)
+    left = "removed" if clean else "kept, so that a changed recipe finds what it does not change; --clean removes it"
+    lines = [
+        f"written to {folder}; what was measured is in its README.md",
+        f"work folder {' and '.join(map(str, places))}: {size:.0f} MB, {left}",
+        f"try it:  steerlib steer {shlex.quote(str(folder))} {shlex.quote(prompt)} {example_of(bank)}",
+    ]
+    for line in lines:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def asked(tokenizer: Any, prompt: str, in_chat: bool | None) -> str:

@@ -1,6 +1,6 @@
 """What a file gives, as the fields of a dataclass: unknown, missing and mistyped ones are refused by name."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from difflib import get_close_matches
 from math import isfinite
@@ -11,6 +11,7 @@ from ..errors import BadRecipe
 
 WORDS: dict[Any, str] = {str: "a text", int: "a whole number", float: "a number", bool: "true or false", Mapping: "a table"}
 """Types of fields, as errors call them."""
+NAMES = "expected at least one concept, or instead at least one encoder, each name once"
 UNSAID = ("folder", "texts")
 """Fields that no file gives."""
 
@@ -86,3 +87,22 @@ def _entries(kind: Any, value: Any, where: str) -> tuple[Any, ...]:
     names = [entry.get("name") if isinstance(entry, Mapping) else None for entry in value]
     places = [f"{where} {name!r}" if name and isinstance(name, str) else f"{where} {i}" for i, name in enumerate(names, 1)]
     return tuple(value_as(kind, entry, place) for entry, place in zip(value, places, strict=True))
+
+
+def is_blank(texts: str | Sequence[str]) -> bool:
+    """Whether a text, or one of several, is empty."""
+    return any(not text.strip() for text in ([texts] if isinstance(texts, str) else texts))
+
+
+def check_file_name(name: str, what: str) -> None:
+    """Raise `BadRecipe` for a name that could not become that of a file."""
+    if not name.strip() or not name.isprintable() or len(name) > 100 or name.startswith(".") or {*name} & {*"/\\"}:
+        raise BadRecipe(
+            f"expected a {what} of 1 to 100 printable letters, without slashes or a dot in front, got {name!r:.120}"
+        )
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Raise `BadRecipe` where there is none, or one stands twice."""
+    if not names or len({*names}) < len(names):
+        raise BadRecipe(NAMES)

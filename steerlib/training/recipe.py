@@ -23,9 +23,11 @@ from ..errors import BadRecipe
 from ..evaluation.probing import LEAST
 from ..evaluation.text import Scorer, Scoring, counting
 from .entries import ConceptRecipe, GraphRecipe, Pair, SiteEncoder
-from .fields import check_types, made_of
+from .fields import NAMES, check_file_name, check_names, check_types, is_blank, made_of
 from .record.documents import parsed
 
+RESERVED = ("answering",)
+"""Names of gates that a bank of directions has beside its concepts."""
 R, C = TypeVar("R", bound="Recipe"), TypeVar("C", bound="CorpusRecipe")
 QUICK = 20_000
 """Tokens that a rough version records."""
@@ -100,7 +102,7 @@ class Recipe(ABC):
     def check(self, *, to_train: bool = True) -> None:  # noqa: ARG002
         """Raise `BadRecipe` for what cannot work, before any model is loaded."""
         check_types(self, f"recipe {self.name!r}")
-        _check_file_name(self.name, "recipe's name")
+        check_file_name(self.name, "recipe's name")
         if missing := [name for name in ("base", "source") if not getattr(self, name).strip()]:
             raise BadRecipe(f"recipe {self.name!r}: expected {' and '.join(missing)}, got an empty text")
 
@@ -226,7 +228,7 @@ class DirectionRecipe(Recipe):
 
     def check(self, *, to_train: bool = True) -> None:
         super().check(to_train=to_train)
-        _check_names([concept.name for concept in self.concepts])
+        check_names([concept.name for concept in self.concepts])
         if min(self.budget, *self._counts.values(), self.seeds, self.new_tokens) < 1:
             raise BadRecipe("expected a positive budget and positive numbers of prompts, seeds and new tokens")
         if self.ship not in ("all", "clearing"):
@@ -248,12 +250,10 @@ class DirectionRecipe(Recipe):
         return replace(self, **smaller, concepts=concepts, methods=self.methods[:1], layers=self.layers[:2], is_quick=True)
 
     def _check_concept(self, concept: ConceptRecipe) -> None:
-        _check_file_name(concept.name, "concept's name")
+        check_file_name(concept.name, "concept's name")
         if concept.name in RESERVED:
             raise BadRecipe(f"{concept.name!r} is the name of a gate that every bank gets; take another one")
-        if blank := [
-            field for field in ("label", "instructions", "positive", "negative") if _is_blank(getattr(concept, field))
-        ]:
+        if blank := [field for field in ("label", "instructions", "positive", "negative") if is_blank(getattr(concept, field))]:
             raise BadRecipe(f"{concept.name!r}: expected {' and '.join(blank)} without empty texts")
         if not (concept.methods or self.methods):
             raise BadRecipe(f"{concept.name!r}: expected a method or more to try, got none")
@@ -327,11 +327,11 @@ class CorpusRecipe(Recipe, ABC):
 
     def check(self, *, to_train: bool = True) -> None:
         super().check(to_train=to_train)
-        _check_names([made.id for made in self.encoders])
+        check_names([made.id for made in self.encoders])
         for made in self.encoders:
             made.check()
             if made.name:
-                _check_file_name(made.name, "encoder's name")
+                check_file_name(made.name, "encoder's name")
         if min(self.tokens, self.epochs) < 1 or not self.corpus:
             raise BadRecipe("expected a corpus for encoders, and positive numbers of tokens and epochs")
         if any((made.level is not None) is not self.has_levels for made in self.encoders):
@@ -443,27 +443,3 @@ def kind_of(values: Mapping[str, Any], where: str) -> type[Recipe]:
     entries = encoders if isinstance(encoders, list) else [encoders]
     has_levels = any(isinstance(entry, Mapping) and "level" in entry for entry in entries)
     return DirectionRecipe if concepts else PipelineEncoderRecipe if has_levels else TextEncoderRecipe
-
-
-NAMES = "expected at least one concept, or instead at least one encoder, each name once"
-
-
-def _check_names(names: Sequence[str]) -> None:
-    if not names or len({*names}) < len(names):
-        raise BadRecipe(NAMES)
-
-
-RESERVED = ("answering",)
-"""Names of gates that a bank of directions has beside its concepts."""
-
-
-def _is_blank(texts: str | Sequence[str]) -> bool:
-    return any(not text.strip() for text in ([texts] if isinstance(texts, str) else texts))
-
-
-def _check_file_name(name: str, what: str) -> None:
-    """Names become those of files."""
-    if not name.strip() or not name.isprintable() or len(name) > 100 or name.startswith(".") or {*name} & {*"/\\"}:
-        raise BadRecipe(
-            f"expected a {what} of 1 to 100 printable letters, without slashes or a dot in front, got {name!r:.120}"
-        )

@@ -1,5 +1,9 @@
 """Recipes to start from, one of each kind: `steerlib train --template` writes them."""
 
+from pathlib import Path
+
+from ..errors import BadRecipe
+
 _MODEL = '''\
 base = "HuggingFaceTB/SmolLM2-135M-Instruct"                       # its id, for the card
 # a folder, a Hub id, or package:<name>/<file>.gguf
@@ -86,3 +90,14 @@ batch = 1024
 
 TEMPLATES = {"text": _TEXT, "latents": _LATENTS, "graph": _GRAPH, "pictures": _PICTURES}
 """By kind; each is read as it stands, beside the corpus that it names."""
+
+
+def write(kind: str, path: Path) -> Path:
+    """Write the template of a kind; raises `BadRecipe` for an unknown kind, and for a file that is there already."""
+    if kind not in TEMPLATES:
+        raise BadRecipe(f"expected --template with one of {', '.join(TEMPLATES)}, got {kind!r}; --out names the file")
+    if path.exists():
+        raise BadRecipe(f"{str(path)!r} is there already and stays as it is; give another file by --out")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(TEMPLATES[kind], encoding="utf-8")
+    return path
