@@ -333,7 +333,7 @@ def train(
     bank = sl.train(model.to(pipeline.best_device()), read, tokenizer=tokenizer, work=work)
     bank.save_pretrained(folder)
     console.print(repr(bank), markup=False, soft_wrap=True)
-    corpus = [] if tokenizer is not None else read.read_corpus()
+    corpus = getattr(read, "read_corpus", list)() if tokenizer is None else []
     terminal.finish(bank, folder, places, clean, str(next(iter(corpus), "Tell me about the place where you live.")))
 
 
@@ -405,7 +405,7 @@ def _eval_latents(bank: "sl.ConceptBank", recipe: Path | None, source: str, agai
 
     if not (recipe or has_recipe(bank)) and bank.levels:
         recipe_of(bank, None)
-    own = TextEncoderRecipe(name=bank.name, base=bank.base.id or "model", source=source or bank.base.id or "model")
+    own: Any = TextEncoderRecipe(name=bank.name, base=bank.base.id or "model", source=source or bank.base.id or "model")
     read = recipe_of(bank, recipe) if recipe or has_recipe(bank) else own
     twin = sl.ConceptBank.from_pretrained(against) if against else None
     model, tokenizer = loaded(source or (source_of(bank) if recipe is None else read.weights), threads)

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from os import PathLike
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -41,15 +42,14 @@ class ConceptBank(Stored):
         files: other files that belong to it, by name (`steerlib.bank.trust.SUFFIXES` says of which kinds).
         extra: fields of `bank.json` that this version does not know, kept for others.
 
-    Raises:
-        CorruptBank: a concept names an encoder or a gate that is not there, or a name stands twice.
+    Raises `CorruptBank` where a concept names an encoder or a gate that is not there, or a name stands twice.
 
     >>> bank
     ConceptBank 'directions': 2 concepts for a model, 0 edges
       a                layers.0
       b                layers.0
-    >>> list(bank), "a" in bank, bank["a"].id, bank.site_of(bank["a"])
-    (['a', 'b'], True, 'layers.0/0', 'layers.0')
+    >>> list(bank), bank.site_of(bank["a"])
+    (['a', 'b'], 'layers.0')
     """
 
     def __init__(
@@ -68,13 +68,12 @@ class ConceptBank(Stored):
         license: str = "",
         provenance: Mapping[str, Any] | None = None,
         pictures: Mapping[str, bytes] | None = None,
-        files: Mapping[str, bytes] | None = None,
+        files: Mapping[str, bytes] = MappingProxyType({}),
         extra: Mapping[str, Any] | None = None,
     ):
-        self.name, self.base, self.sites, self.levels = name, base, dict(sites), dict(levels or {})
+        self.name, self.base, self.sites, self.levels, self.files = name, base, dict(sites), dict(levels or {}), files
         self.graph, self.card, self.license = graph or CausalGraph(), card, license
         self.provenance, self.pictures, self.extra = dict(provenance or {}), dict(pictures or {}), dict(extra or {})
-        self.files: Mapping[str, bytes] = {} if files is None else files
         self._shelf = encoders if isinstance(encoders, Shelf) else Shelf.of(encoders, where, reads)
         self.concepts = by_name(concepts, self._shelf.facts)
         self._by_id = {concept.id: concept for concept in concepts}
@@ -104,8 +103,7 @@ class ConceptBank(Stored):
             norm: median length of an activation at the site: additions are then capped to a share of it, or can match it.
 
         Raises:
-            WrongWidth: the vectors are not as wide as the site.
-            UnknownSite: the model has no such site.
+            WrongWidth, UnknownSite: the vectors are not as wide as the site; the model has no such site.
 
         >>> sl.ConceptBank.from_directions({"royal": torch.ones(model.config.hidden_size)}, site="layers.0", base=model).keys()
         dict_keys(['royal'])
@@ -133,7 +131,7 @@ class ConceptBank(Stored):
     ) -> "ConceptBank":
         """A bank of one's own encoder at one site; its concepts are called `site/index`, and by the names of `concepts`.
 
-        The other arguments and what is raised are those of `from_directions`.
+        The rest is as in `from_directions`.
 
         >>> sl.ConceptBank.from_encoder(bank.encoder("layers.0"), site="layers.0", base=model)["layers.0/1"].index
         1
@@ -165,7 +163,7 @@ class ConceptBank(Stored):
             local_files_only: use only what is in the cache.
 
         Raises:
-            BadBank: it does not open; the message says why and what to do.
+            BadBank: it does not open.
 
         >>> len(sl.ConceptBank.from_pretrained("smollm2-135m-latents"))
         6910

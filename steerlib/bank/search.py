@@ -39,7 +39,7 @@ def ranked(words: str, concepts: Sequence[Concept], stored: bytes = b"") -> list
         known = kept(stored, tuple(sorted({*texts})))
         unknown = sorted({*texts} - known.keys(), key=lambda text: (len(text), text))
         if len(unknown) <= MOST:
-            known = known | meanings(tuple(unknown))
+            known = {**known, **meanings(tuple(unknown))}
         own = sentences.embed([words])[0]
         cosine = np.array([known[text] @ own if text in known else 0.0 for text in texts])
     order = sorted(range(len(concepts)), key=lambda i: (-match[i] - cosine[i], concepts[i].name))

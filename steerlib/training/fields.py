@@ -62,7 +62,7 @@ def value_as(kind: Any, value: Any, where: str) -> Any:
             raise BadRecipe(f"{where}: expected {' or '.join(map(repr, parts))}, got {value!r:.80}")
         return value
     if is_dataclass(kind):
-        if isinstance(value, kind):
+        if type(value) is kind:
             check_types(value, where)
             return value
         return getattr(kind, "from_dict", lambda *given: made_of(kind, *given))(value, where)

@@ -95,7 +95,7 @@ def _made(target: Any, tokenizer: Any, recipe: Recipe, folder: Path) -> ConceptB
         bank.provenance["chat"] = getattr(tokenizer, "chat_template", None) is not None
     bank.files = {**bank.files, RECIPE: carried(recipe)}
     if len({text_of(concept) for concept in bank.concepts.values()}) > FEW and sentences.is_installed():
-        bank.files[LABELS] = stored(bank.concepts.values())
+        bank.files = {**bank.files, LABELS: stored(bank.concepts.values())}
     return bank
 
 

@@ -28,7 +28,8 @@ from .record.documents import parsed
 
 RESERVED = ("answering",)
 """Names of gates that a bank of directions has beside its concepts."""
-R, C = TypeVar("R", bound="Recipe"), TypeVar("C", bound="CorpusRecipe")
+R = TypeVar("R", bound="Recipe")
+C = TypeVar("C", bound="CorpusRecipe")
 QUICK = 20_000
 """Tokens that a rough version records."""
 COMMON = Path(str(files("steerlib.concept_banks"))) / "recipes" / "common"
@@ -118,8 +119,8 @@ class Recipe(ABC):
 
     def path(self, name: str) -> Path:
         """A file beside the recipe, or else the one of that name that comes with steerlib."""
-        own, common = self.folder / name, COMMON / name
-        return common if common.is_file() and not own.is_file() else own
+        own = self.folder / name
+        return COMMON / name if (COMMON / name).is_file() and not own.is_file() else own
 
     def bytes_of(self, name: str) -> bytes | None:
         """What is in a file that the recipe names, or in the one of that name that comes with steerlib, or None."""
@@ -127,11 +128,10 @@ class Recipe(ABC):
             if name in self.texts or Path(name).name != name:
                 return self.texts[name].encode() if name in self.texts else None
             return replace(self, texts=None, folder=COMMON).bytes_of(name)
-        path = self.path(name)
-        return path.read_bytes() if path.is_file() else None
+        return self.path(name).read_bytes() if self.path(name).is_file() else None
 
     def text_of(self, name: str) -> str | None:
-        """The same as text; raises `BadRecipe` for a file that is none."""
+        """The same as text."""
         try:
             return None if (found := self.bytes_of(name)) is None else found.decode()
         except UnicodeDecodeError as error:
@@ -170,8 +170,8 @@ class Recipe(ABC):
     @property
     def provenance(self) -> dict[str, Any]:
         """What a bank says of the recipe it was made from."""
-        rough = {"quick": True} if self.is_quick else {}
-        return {"recipe": self.name, "recipe_sha256": self.digest, "seed": self.seed, "source": self.weights, **rough}
+        said = {"recipe": self.name, "recipe_sha256": self.digest, "seed": self.seed, "source": self.weights}
+        return said | ({"quick": True} if self.is_quick else {})
 
     @cached_property
     def digest(self) -> str:
