@@ -43,11 +43,8 @@ EDITS = "concept=amount in its units, or concept=useful, set:1.5, scale:0.5, cla
 Threads = Annotated[int, typer.Option(help="processor threads (0: as many as a trial of 0.2 s finds fastest)", min=0)]
 
 
-class Half(StrEnum):
-    """What `demo` can show alone."""
-
-    text = "text"
-    images = "images"
+Half = StrEnum("Half", ["text", "images"])
+"""What `demo` can show alone."""
 
 
 def recipes() -> Path:
@@ -361,12 +358,8 @@ def eval_(
     are_latents = any(issubclass(KINDS[facts.kind], Sparse) for facts in opened.encoders.values())
     if are_latents and (save or concept or quick):
         raise BadEdit("a bank of latents is measured encoder by encoder; leave out --concept, --quick and --save")
-    for name in concept:
-        opened[name]
-    if save and not Path(bank).is_dir():
-        raise BadBank(f"--save writes into a folder, {bank!r} is none; copy the bank first: steerlib migrate {bank} FOLDER")
-    if save and (concept or quick or stored):
-        raise BadEdit("--save writes a card of all concepts, as measured whole; leave out --concept, --quick and --stored")
+    if save:
+        _check_saving(bank, bool(concept or quick or stored))
     if are_latents:
         found: Any = opened.provenance.get("quality") if stored else _eval_latents(opened, recipe, model, against, threads)
     elif stored:
@@ -383,11 +376,20 @@ def eval_(
             out.with_suffix(".png").write_bytes(picture(found))
 
 
+def _check_saving(bank: str, in_part: bool) -> None:
+    if in_part:
+        raise BadEdit("--save writes a card of all concepts, as measured whole; leave out --concept, --quick and --stored")
+    if not Path(bank).is_dir():
+        raise BadBank(f"--save writes into a folder, {bank!r} is none; copy the bank first: steerlib migrate {bank} FOLDER")
+
+
 def _eval_concepts(
     bank: "sl.ConceptBank", recipe: Path | None, names: list[str], quick: bool, save: str, source: str, threads: int
 ) -> Any:
     from .training.package.directions import evaluate, with_effects
 
+    for name in names:
+        bank[name]
     read = recipe_of(bank, recipe)
     if quick:
         read = replace(read, evaluation_prompts=4, dev_prompts=4, seeds=1, new_tokens=24)
@@ -403,10 +405,8 @@ def _eval_latents(bank: "sl.ConceptBank", recipe: Path | None, source: str, agai
     from .training.package.pictures import evaluate_pictures
     from .training.recipe import TextEncoderRecipe
 
-    if not (recipe or has_recipe(bank)) and bank.levels:
-        recipe_of(bank, None)
     own: Any = TextEncoderRecipe(name=bank.name, base=bank.base.id or "model", source=source or bank.base.id or "model")
-    read = recipe_of(bank, recipe) if recipe or has_recipe(bank) else own
+    read = recipe_of(bank, recipe) if recipe or has_recipe(bank) or bank.levels else own
     twin = sl.ConceptBank.from_pretrained(against) if against else None
     model, tokenizer = loaded(source or (source_of(bank) if recipe is None else read.weights), threads)
     if tokenizer is None:
