@@ -113,7 +113,7 @@ def check_whole(folder: Path, name: str, record: Mapping[str, Any]) -> None:
     path = contained(folder, checked_name(name))
     if path.stat().st_size != record["size"] or describe(path)["sha256"] != record["sha256"]:
         raise CorruptBank(
-            f"{name} is not the file that bank.json describes: it is truncated, or was altered after the bank was written; "
+            f"{name} is not the file that bank.json describes: truncated or altered after it was written; "
             "download the bank again, or make changes through ConceptBank and save_pretrained, which write bank.json anew"
         )
 
