@@ -173,7 +173,7 @@ class Concept:
     @property
     def amounts(self) -> str:
         """What was measured of its amounts, in words."""
-        edit = f"useful {self.useful_as}"
+        edit = "useful" if self.useful_as == "Add" else f"useful as {self.useful_as}"  # a bare number is added
         known = {edit: signed(self.useful), "safe": signed(*self.range or ()), "present above": signed(self.present)}
         return "  ".join(f"{what} {amount}" for what, amount in known.items() if amount)
 
