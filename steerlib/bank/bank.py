@@ -16,7 +16,7 @@ from ..schedules import Window
 from . import card, hub, layout, signature
 from .concepts import Concept, Place, printable
 from .manifest import SAID, BaseModel, EncoderFacts, SiteFacts
-from .search import ranked
+from .search import LABELS, ranked
 from .shelf import Shelf
 
 SHOWN = 20
@@ -35,6 +35,7 @@ class Bank(ABC):
     levels: dict[str, Window]
     graph: CausalGraph
     concepts: dict[str, Concept]
+    files: Mapping[str, bytes]
     _by_id: dict[str, Concept]
     _shelf: Shelf
 
@@ -82,7 +83,7 @@ class Bank(ABC):
         >>> bank.find("a")[0].name
         'a'
         """
-        return ranked(words, list(self.concepts.values()))[:limit]
+        return ranked(words, list(self.concepts.values()), self.content(LABELS))[:limit]
 
     @property
     def encoder_facts(self) -> dict[str, EncoderFacts]:
@@ -163,8 +164,13 @@ class Stored(Bank):
         own = {key: path for key, path in sorted(self.files.items()) if key == name or key.startswith(f"{name}/")}
         if (home := self._shelf.home) is not None:
             home.fetch({key: self._shelf.records[key] for key in own if key in self._shelf.records})
-        places = [(Path(path), key.removeprefix(name).count("/")) for key, path in own.items()]
+        places = [(Path(path), key.removeprefix(name).count("/")) for key, path in own.items() if not isinstance(path, bytes)]
         return next((path.parents[depth - 1] if depth else path for path, depth in places), None)
+
+    def content(self, name: str) -> bytes:
+        """What is in a file that comes with the bank, fetched and checked; nothing if it has none of that name."""
+        found = self.files.get(name, b"")
+        return found if isinstance(found, bytes) else Path(found).read_bytes()
 
     def contents(self) -> dict[str, Any]:
         """The arguments of `ConceptBank` that make this bank; `encoders` are read when needed."""

@@ -37,7 +37,8 @@ class ConceptBank(Stored):
         license: SPDX name of its license.
         provenance: JSON values on how it was made.
         pictures: PNG files that the card shows, by file name.
-        files: what else its folder holds, paths of files or folders by their name there, such as `{"pipeline": folder}`.
+        files: what else its folder holds, by name there: paths of files or folders, such as `{"pipeline": folder}`, or bytes
+            (`steerlib.bank.trust.SUFFIXES` says of which kinds).
         extra: fields of `bank.json` that this version does not know, kept for others.
 
     Raises `CorruptBank` where a concept names an encoder or a gate that is not there, or a name stands twice.
@@ -46,8 +47,8 @@ class ConceptBank(Stored):
     ConceptBank 'directions': 2 concepts for a model, 0 edges
       a                layers.0
       b                layers.0
-    >>> list(bank), "a" in bank, bank["a"].id, bank.site_of(bank["a"])
-    (['a', 'b'], True, 'layers.0/0', 'layers.0')
+    >>> list(bank), bank.site_of(bank["a"])
+    (['a', 'b'], 'layers.0')
     """
 
     def __init__(
@@ -66,7 +67,7 @@ class ConceptBank(Stored):
         license: str = "",
         provenance: Mapping[str, Any] | None = None,
         pictures: Mapping[str, bytes] | None = None,
-        files: Mapping[str, str | PathLike[str]] | None = None,
+        files: Mapping[str, str | PathLike[str] | bytes] | None = None,
         extra: Mapping[str, Any] | None = None,
     ):
         self.name, self.base, self.sites, self.levels = name, base, dict(sites), dict(levels or {})

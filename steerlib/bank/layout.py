@@ -8,6 +8,7 @@ anything else                a pipeline, say: listed and hashed like the rest
 graph.safetensors            edges by line of concepts.jsonl, one entry an edge: see `CausalGraph`
 sites/<encoder>.safetensors  one row per concept in each tensor
 hashes.safetensors           block hashes, so that single rows can be trusted
+anything else                such as what `labels.safetensors` and `recipe.jsonl` keep: listed, hashed and written again
 
 Whatever is in a folder comes and goes as the arguments of `ConceptBank`, the encoders as a `Shelf`. What `bank.json` does not
 list is no part of the bank: it is neither read nor copied, and `verify` says that it is there.
@@ -106,15 +107,18 @@ def write(target: Path, bank: Mapping[str, Any], key: str | PathLike[str] | None
     return target
 
 
-def _copy(place: Path, folder: Path, name: str) -> None:
-    """Copy a file, or all files of a folder, into that of a bank."""
-    for path in sorted(place.rglob("*")) if place.is_dir() else [place]:
-        own = f"{name}/{path.relative_to(place).as_posix()}" if place.is_dir() else name
-        if not path.is_dir():
-            if (target := folder / trust.checked_name(own)).exists():
-                raise BadBank(f"files= names {own!r}, which every bank writes itself; give it another name")
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, target)
+def _put(content: str | PathLike[str] | bytes, folder: Path, name: str) -> None:
+    """Write bytes, or copy a file or all files of a folder, into that of a bank."""
+    place = None if isinstance(content, bytes) else Path(content)
+    found = sorted(place.rglob("*")) if place is not None and place.is_dir() else [place]
+    for path in found:
+        own = name if path is None or path == place else f"{name}/{path.relative_to(place).as_posix()}"
+        if path is not None and path.is_dir():
+            continue
+        if (target := folder / trust.checked_name(own)).exists():
+            raise BadBank(f"files= names {own!r}, which every bank writes itself; give it another name")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(content) if isinstance(content, bytes) else shutil.copyfile(str(path), target)
 
 
 def _write(folder: Path, bank: Mapping[str, Any]) -> None:
@@ -138,7 +142,7 @@ def _write(folder: Path, bank: Mapping[str, Any]) -> None:
         (folder / trust.checked_name(name)).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(picture)
     for name, place in bank["files"].items():
-        _copy(Path(place), folder, name)
+        _put(place, folder, name)
     written = sorted(path for path in folder.rglob("*") if path.is_file())
     for path in written:
         path.chmod(0o644)  # safetensors writes for its owner alone

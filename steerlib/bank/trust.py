@@ -98,7 +98,7 @@ def contained(folder: Path, name: str) -> Path:
     """A file of a bank that is there, is a file, and lies in its folder or where the Hub's cache keeps what it links to."""
     path = folder / name
     if not path.is_file():
-        raise CorruptBank(f"{name} is missing from {folder.name}; download the bank again")
+        raise CorruptBank(f"{name} is missing from {folder.name}; download the bank again, or write it with save_pretrained")
     homes = [os.path.realpath(folder)]
     if folder.parent.name == "snapshots":
         homes += [os.path.realpath(cache / "blobs") for cache in folder.absolute().parents[1:3]]  # its own, and the shared one

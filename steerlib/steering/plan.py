@@ -1,7 +1,7 @@
 """From names to a plan: all that can be known about edits, and refused, before the first pass."""
 
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
 from typing import Any
@@ -55,13 +55,19 @@ class Plan:
 @torch.inference_mode(False)  # plans are kept, and may be used with gradients later
 def resolve(bank: ConceptBank, host: Host, edits: Edits, options: Options) -> Plan:
     """Everything that can be known, and refused, before the first pass."""
-    _check_options(bank, options)
+    _check_options(options)
     notices: list[tuple[str, type[Warning]]] = [(notice, OtherWeights)] if (notice := bank.check(host)) else []
     wanted = {name: _intervention(name, value) for name, value in edits.items()}
     _check_rows(wanted)
     chosen = {name: bank[name] for name in wanted}
     if len({concept.id for concept in chosen.values()}) < len(chosen):
         raise ConflictingEdits(f"one concept is named twice among {', '.join(map(repr, chosen))}")
+    for name, concept in chosen.items():
+        if concept.present is not None and concept.range is None and not options.allow_ood:
+            raise BadEdit(
+                f"{name!r} is a gate: it reads where something is present and was never measured as a lever; give it to "
+                f"another edit as gate=sl.Gate({name!r}), or move it all the same with allow_ood=True"
+            )
     lower, scope = Lowering(bank, host, options), object()
     made = []
     for name, concept in chosen.items():
@@ -89,15 +95,13 @@ def resolve(bank: ConceptBank, host: Host, edits: Edits, options: Options) -> Pl
     return Plan(tuple(host.site(name) for name in programs), programs, options.do == "hold", tuple(notices))
 
 
-def _check_options(bank: ConceptBank, options: Options) -> None:
+def _check_options(options: Options) -> None:
     if options.branch not in ("both", "cond", "uncond"):
         raise BadEdit(f"expected branch 'both', 'cond' or 'uncond', got {options.branch!r}")
     if options.do not in ("model", "hold", "graph"):
         raise BadEdit(f"expected do 'model', 'hold' or 'graph', got {options.do!r}")
     if (options.hold or options.free) and options.do != "hold":
         raise BadEdit(f"hold= and free= belong to do='hold', got do={options.do!r}")
-    for name in (*options.hold, *options.free):
-        bank[name]
 
 
 def _intervention(name: str, value: Any) -> Intervention:
@@ -154,15 +158,31 @@ def _too_long(site: str, program: Program) -> Iterator[str]:
 
 def _pinned(lower: Lowering, chosen: Iterable[Concept]) -> list[Edit]:
     """Concepts that keep the reading of an unsteered twin."""
-    bank, options = lower.bank, lower.options
-    edited, free = {concept.name for concept in chosen}, {bank[name].name for name in options.free}
+    bank, options, edited = lower.bank, lower.options, {concept.name for concept in chosen}
     follow = [child for name in edited for child in bank.graph.descendants(name)]
-    names = dict.fromkeys([*follow, *(bank[name].name for name in options.hold)])
+    held = _named(bank, "hold", options.hold, lambda name: name not in edited)
+    names = dict.fromkeys([*follow, *held])
+    free = _named(bank, "free", options.free, lambda name: name in names and name not in edited)
     found: list[Edit] = []
-    for edit in [lower.pinned(bank[n], at) for n in names if n not in edited | free for at in bank[n].places]:
+    for edit in [lower.pinned(bank[n], at) for n in names if n not in edited | {*free} for at in bank[n].places]:
         rows = [e.rows.read[0] for e in found if (e.place.encoder, e.gates) == (edit.place.encoder, edit.gates)]
         if edit.rows.is_sparse or int(torch.linalg.matrix_rank(torch.stack([*rows, edit.rows.read[0]]))) > len(rows):
             found.append(edit)  # else others pin it, whose directions its own is made of
+    return found
+
+
+def _named(bank: ConceptBank, option: str, given: Iterable[str], changes: Callable[[str], bool]) -> list[str]:
+    """Concepts by name, or by the factor that they are values of. Each entry has to name one for which the option `changes`
+    what happens."""
+    found: list[str] = []
+    for name in given:
+        levels = [concept.name for concept in bank.concepts.values() if concept.factor == name] or [bank[name].name]
+        if not any(map(changes, levels)):
+            why = {"hold": "it is edited itself", "free": "it does not follow what is edited, so nothing holds it"}[option]
+            raise BadEdit(
+                f"{option}= {name!r} changes nothing: {why}; leave it out (bank.graph.descendants lists what follows)"
+            )
+        found += levels
     return found
 
 

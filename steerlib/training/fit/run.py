@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ...devices import best_device
 from ...encoders import Sparse
 from ...errors import BadRecipe
+from ...text import progress
 from ..store import save
 from .encoder_recipe import EncoderRecipe
 from .inputs import Batch, Source, first_tokens, pair
@@ -58,7 +58,7 @@ def fit(
     step = restored(path, learners, about)
     first = accelerator is None or accelerator.is_main_process
     quiet: dict[str, Any] = {} if first else {"disable": True}
-    with tqdm(total=steps, initial=step, desc="encoders", leave=False, **quiet) as bar:
+    with progress(None, "fitting", total=steps, initial=step, **quiet) as bar:
         for x, y in islice(ahead(source.batches(step, batch), device, accelerator), steps - step):
             seen = {name: stepped(learner, x, y, step, accelerator) for name, learner in learners.items()}
             step += 1
