@@ -13,12 +13,19 @@ from torch import Tensor, nn
 from steerlib.errors import BadEdit, MissingExtra, Unanswerable, UnsupportedTarget
 from steerlib.hosts import Host
 from steerlib.passes import TextPass, TracedPass
-from steerlib.sites import Site
+from steerlib.sites import Layout, Site
 
 from ..attach import modules_on
-from ..modules import arguments, module_site, named
+from ..modules import arguments, beside_text, module_site, named, traced_beside_text
 from .generation import ROWS, RUNNING, cached, prompt_positions, watch
-from .sites import Stack, named_sites, order, reads_text, stacks, stream_width
+from .packs import packed, packed_pass
+from .sites import Stack, axes_at, is_fed_tokens, named_sites, order, reads_text, stacks, stream_width, tower
+
+GIVEN = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")
+"""Arguments with tokens of text, `[rows, tokens, ...]`."""
+PAIR = {name: f"decoder_{name}" for name in ("input_ids", "inputs_embeds", "attention_mask", "position_ids")}
+DECODER = (*PAIR, "past_key_values")
+"""What a decoder is given, by its own names; the model that has an encoder too takes most of it under others."""
 
 _LAYOUTS: WeakKeyDictionary[nn.Module, tuple[dict[str, Site], tuple[Stack, ...]]] = WeakKeyDictionary()
 
@@ -35,6 +42,9 @@ class TransformersHost(Host):
         if not hasattr(model, "config"):
             raise UnsupportedTarget(f"expected a transformers model inside {type(target).__name__}, found none")
         self.model: Any = model
+        self._is_pair = bool(getattr(model.config, "is_encoder_decoder", False))
+        self._clocks: dict[str, nn.Module] = {}
+        self._blind: set[str] = set()
         self._ends = prompt_positions(model)  # made now, so that compiled code finds it made
 
     @classmethod
@@ -69,13 +79,21 @@ class TransformersHost(Host):
 
     def site(self, name: str) -> Site:
         sites = self.sites()
-        return sites[name] if name in sites else module_site(self.model, name, tuple(sites))
+        return sites[name] if name in sites else module_site(self.model, name, tuple(sites), self._layout_at)
+
+    def _layout_at(self, path: str, side: str) -> Layout:
+        """Axes at one side of the module at a path: as a named site's, else by its class or by what is around it."""
+        known = (site for site in self.sites().values() if (site.module, site.side, site.columns) == (path, side, None))
+        return next((site.layout for site in known), None) or axes_at(self.model, path, side, self._layout[1])
 
     def clocks(self, site: Site) -> tuple[str, ...]:
-        """The stack a site lies in, and what calls it where only that is given the padding mask."""
+        """The stack a site lies in, and what calls it where only that is given the padding mask. Where no text is counted, the
+        tower around it or, beside towers, its own module, which knows what it is given."""
         found = self._layout[1]
         if site.name == "embed" and len(found) > 1:
             return tuple(stack.path for stack in found)  # an encoder and a decoder may share it
+        if not self.counts_tokens(site):
+            return (tower(self.model, site.module) or site.module,)
         for stack in found:
             if inside := tuple(path for path in stack.clocks if site.module.startswith(path + ".") or not path):
                 return inside
@@ -87,39 +105,65 @@ class TransformersHost(Host):
         return order(site, self._layout[1], len(self.sites()))
 
     def counts_tokens(self, site: Site) -> bool:
-        return reads_text(self.model, site.module)
+        is_named = any(known.module == site.module for known in self.sites().values())
+        return reads_text(self.model, site.module) and (is_named or is_fed_tokens(self.model, site.module, self._layout[1]))
 
     def width(self, site: Site) -> int | None:
         if site.columns is None and ".layers." in f".{site.name}" and site.name in self.sites():
             return stream_width(self.model, site, self._layout[1])
         return super().width(site)
 
-    def state(self, clock: str, args: tuple, kwargs: dict[str, Any]) -> TextPass:
-        if len(args) > 1:  # by place, not by name
-            kwargs = named(self.model.get_submodule(clock), args, kwargs)
+    def _given(self, clock: str, args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor | None, dict[str, Any]]:
+        """The tokens in the call of a clock's module, `[B, length, ...]`, and its arguments by name; None where it is given
+        none, as a tower is."""
+        module = self._clocks.get(clock)
+        if module is None:
+            module = self._clocks[clock] = self.model.get_submodule(clock)
+            if not {*GIVEN} & {*arguments(module)}:
+                self._blind.add(clock)
+        if clock in self._blind:
+            return None, kwargs
+        if len(args) > 1 or self._is_pair:  # by place, not by name
+            kwargs = named(module, args, kwargs)
+        if not clock and self._is_pair:  # beside encoder and decoder, what is given is the decoder's
+            kwargs = {name: kwargs.get(PAIR.get(name, name)) for name in DECODER}
         if (tokens := kwargs.get("input_ids")) is None:
-            tokens = _tokens(args, kwargs)
+            tokens = next((value for name in GIVEN if (value := kwargs.get(name)) is not None), args[0] if args else None)
+        return tokens, kwargs
+
+    def state(self, clock: str, args: tuple, kwargs: dict[str, Any]) -> TextPass:
+        tokens, kwargs = self._given(clock, args, kwargs)
+        if tokens is None:
+            return beside_text(args, kwargs)
         length, mask, call = tokens.shape[1], kwargs.get("attention_mask"), RUNNING.call
         if isinstance(mask, Tensor) and len(shape := mask.shape) == 2 and shape[1] >= length:
             start = shape[1] - length
+        elif call is None and (places := packed(kwargs)) is not None:
+            return packed_pass(tokens, places, kwargs)
         else:
             mask = start = None
-        if call is not None and call.model is self.model and clock != self._encoder:
-            return call.at(clock, tokens, length, start, mask, kwargs)
-        return TextPass(length, int(cached(kwargs)) if start is None else start, None, mask, like=tokens)
+        if call is None or call.model is not self.model:
+            return TextPass(length, int(cached(kwargs)) if start is None else start, None, mask, like=tokens)
+        if clock == self._encoder:
+            return TextPass(length, start or 0, None, mask, None, call.encoded, tokens)
+        return call.at(clock, tokens, length, start, mask, kwargs)
 
     @cached_property
     def _encoder(self) -> str | None:
         """Path of the encoder, whose input is all prompt."""
         return next((stack.path for stack in self._layout[1] if stack.prefix == "encoder."), None)
 
-    def traced_state(self, clock: str, args: tuple, kwargs: dict[str, Any]) -> TracedPass:  # noqa: ARG002
-        tokens = _tokens(args, kwargs)
+    def traced_state(self, clock: str, args: tuple, kwargs: dict[str, Any]) -> TracedPass:
+        tokens, kwargs = self._given(clock, args, kwargs)
+        if tokens is None:
+            return traced_beside_text(args, kwargs)
         rows, length = tokens.shape[:2]
-        mask, given = kwargs.get("attention_mask"), kwargs.get("position_ids")
+        mask, given, places = kwargs.get("attention_mask"), kwargs.get("position_ids"), packed(kwargs)
         real = mask[:, -length:].bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
         if isinstance(mask, Tensor) and real is not None:
             positions = (mask.long().cumsum(-1) - 1)[:, -length:]
+        elif places is not None:
+            positions = places.expand(rows, -1)
         elif given is not None and given.ndim == 2:
             positions = given.expand(rows, -1)
         else:
@@ -127,7 +171,7 @@ class TransformersHost(Host):
         ends = self._ends
         row = (torch.arange(rows, device=tokens.device) * ends[ROWS]) // rows
         steps = (positions - ends[row][:, None] + 1).clamp(min=0)
-        if real is None and length > 1:  # left pads share position 0 with the first real token; only the last is real
+        if real is None and places is None and length > 1:  # left pads share a position with the first real token, the last
             real = torch.cat((positions[:, 1:] > positions[:, :-1], torch.ones_like(positions[:, :1]).bool()), dim=1)
         return TracedPass(positions, steps, real)
 
@@ -156,11 +200,3 @@ class TransformersHost(Host):
         text = config.get_text_config(decoder=True)
         sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
         return {"model_type": config.model_type, **{name: getattr(text, name, None) for name in sizes}}
-
-
-def _tokens(args: tuple, kwargs: dict[str, Any]) -> Tensor:
-    """The tensor whose first two axes are rows and tokens."""
-    for name in ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds"):
-        if (value := kwargs.get(name)) is not None:
-            return value
-    return next(value for value in args if isinstance(value, Tensor))

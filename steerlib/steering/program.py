@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..encoders.base import Encoder, scale
-from ..errors import ConflictingEdits, RowMismatch, WrongWidth
+from ..errors import ConflictingEdits, RowMismatch, Unanswerable, WrongWidth
 from ..passes import StepState
 from .edit import Change, Edit, EditTensors, Given
 from .reading import Key, Note
@@ -68,6 +68,8 @@ class Program:
     def check_rows(self, rows: int, now: StepState) -> None:
         """Raise `RowMismatch` where amounts are not one for each prompt."""
         rows, amounts = rows // now.copies, self.rows
+        if amounts > 1 and now.refused:
+            raise Unanswerable(now.refused)
         expected = now.prompts or rows
         if amounts not in (1, expected, now.images) or rows % amounts:
             raise RowMismatch(f"expected one amount for each of {expected} rows, got {amounts}; give one number or {expected}")

@@ -115,7 +115,8 @@ class Half(Share):
         if now.branches is None:
             raise Unanswerable(
                 f"{self.name!r}: branch={self.branch!r} needs to know which half of guidance this pass computes, which only a "
-                "pipeline's own call tells; call the pipeline, or pass each half alone with branch='both'"
+                "pipeline's own call tells, or generate(guidance_scale=...), and no processor or loop of one's own; call that, "
+                "or pass each half alone with branch='both'"
             )
         halves = [float(half == self.branch) for half in now.branches or ("cond",)]
         if len({*halves}) == 1:
