@@ -163,9 +163,7 @@ class Socket:
         """`_act` on `x[1, B * N, D]`, the tokens of all rows one after the other, where the pass tells rows and tokens."""
         state = self.moment.state
         if edit is None:
-            raise CompiledModel(
-                f"site {self.site.name!r} has no axis of rows, which compiled code needs; do not compile it"
-            )
+            raise CompiledModel(f"site {self.site.name!r} has no axis of rows, which compiled code needs; do not compile it")
         if state is None or not state.length or state.like is None:
             return self._act(edit, x)
         rows = len(state.like)

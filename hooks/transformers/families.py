@@ -72,7 +72,16 @@ FAMILIES = {
     "XLMModel": XLM,
     # blocks of pictures beside those of text
     "IdeficsModel": Family(within="layers"),
+    # several axes of tokens
+    "PatchTSMixerLayer": Family(layout="B...D"),
+    "PatchTSTEncoderLayer": Family(layout="B...D"),
+    "Sam3ViTLayer": Family(layout="B...D"),
+    "SamHQVisionLayer": Family(layout="B...D"),
+    "SamVisionLayer": Family(layout="B...D"),
     # channels first
+    "SegformerStage": Family(layout="BDN"),
+    "SwiftFormerStage": Family(layout="BDN"),
+    "VitDetLayer": Family(layout="BDN"),
     "SqueezeBertModel": Family(layout="BDN", within="encoder.layers"),
     # rows second
     "FSMTDecoder": Family(layout="NBD"),
@@ -125,7 +134,7 @@ PROJECTION = ("o_proj", "out_proj", "c_proj", "dense", "wo", "o", "out_lin", "re
 HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
 TOKENS = ("input_ids", "decoder_input_ids", "inputs_embeds")
 """Main inputs of models that read text; towers for pictures or sound have others."""
-OTHER = ("pixel_values", "input_features", "input_values", "image", "audio", "video", "flattened_patches")
+OTHER = ("pixel_values", "input_features", "input_values", "image", "audio", "video", "flattened_patches", "grid_thw")
 """How the arguments of models that also read pictures or sound begin."""
 
 

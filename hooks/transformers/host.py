@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from steerlib.errors import BadEdit, MissingExtra, Unanswerable, UnsupportedTarget
+from steerlib.errors import BadEdit, MissingExtra, Unanswerable, UnknownSite, UnsupportedTarget
 from steerlib.hosts import Host
 from steerlib.passes import TextPass, TracedPass
 from steerlib.sites import Layout, Site
@@ -19,7 +19,20 @@ from ..attach import modules_on
 from ..modules import arguments, beside_text, module_site, named, traced_beside_text
 from .generation import ROWS, RUNNING, cached, prompt_positions, watch
 from .packs import packed, packed_pass
-from .sites import Stack, axes_at, is_fed_tokens, named_sites, order, reads_text, stacks, stream_width, tower
+from .sites import (
+    Stack,
+    axes_at,
+    is_block,
+    is_fed_tokens,
+    lists_of_blocks,
+    named_sites,
+    order,
+    reads,
+    reads_text,
+    stacks,
+    stream_width,
+    tower,
+)
 
 GIVEN = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")
 """Arguments with tokens of text, `[rows, tokens, ...]`."""
@@ -27,7 +40,7 @@ PAIR = {name: f"decoder_{name}" for name in ("input_ids", "inputs_embeds", "atte
 DECODER = (*PAIR, "past_key_values")
 """What a decoder is given, by its own names; the model that has an encoder too takes most of it under others."""
 
-_LAYOUTS: WeakKeyDictionary[nn.Module, tuple[dict[str, Site], tuple[Stack, ...]]] = WeakKeyDictionary()
+_LAYOUTS: WeakKeyDictionary[nn.Module, tuple[dict[str, Site], tuple[Stack, ...], bool]] = WeakKeyDictionary()
 
 
 class TransformersHost(Host):
@@ -68,10 +81,11 @@ class TransformersHost(Host):
         return AutoModelForCausalLM.from_pretrained(**where, dtype=dtype).eval(), tokenizer
 
     @cached_property
-    def _layout(self) -> tuple[dict[str, Site], tuple[Stack, ...]]:
-        """Named sites, and the stacks; read off the model once."""
+    def _layout(self) -> tuple[dict[str, Site], tuple[Stack, ...], bool]:
+        """Named sites, the stacks, and whether parts read no text; read off the model once."""
         if (known := _LAYOUTS.get(self.model)) is None:
-            known = _LAYOUTS[self.model] = named_sites(self.model), stacks(self.model)
+            is_mixed = any(reads(module) is False for module in self.model.modules())
+            known = _LAYOUTS[self.model] = named_sites(self.model), stacks(self.model), is_mixed
         return known
 
     def sites(self) -> Mapping[str, Site]:
@@ -79,7 +93,14 @@ class TransformersHost(Host):
 
     def site(self, name: str) -> Site:
         sites = self.sites()
-        return sites[name] if name in sites else module_site(self.model, name, tuple(sites), self._layout_at)
+        if name in sites:
+            return sites[name]
+        if is_block(name) and (blocks := [f"{path}.0" for path in lists_of_blocks(self.model)]) and not self._layout[1]:
+            raise UnknownSite(
+                f"{type(self.model).__name__} has no site {name!r}: nothing tells which of its lists are the text's blocks; "
+                f"name one, or any module path: {', '.join(blocks)}"
+            )
+        return module_site(self.model, name, tuple(sites), self._layout_at)
 
     def _layout_at(self, path: str, side: str) -> Layout:
         """Axes at one side of the module at a path: as a named site's, else by its class or by what is around it."""
@@ -105,8 +126,11 @@ class TransformersHost(Host):
         return order(site, self._layout[1], len(self.sites()))
 
     def counts_tokens(self, site: Site) -> bool:
-        is_named = any(known.module == site.module for known in self.sites().values())
-        return reads_text(self.model, site.module) and (is_named or is_fed_tokens(self.model, site.module, self._layout[1]))
+        if not reads_text(self.model, site.module):
+            return False
+        sites, found, is_mixed = self._layout
+        is_named = not is_mixed or any(known.module == site.module for known in sites.values())
+        return is_named or is_fed_tokens(self.model, site.module, found)
 
     def width(self, site: Site) -> int | None:
         if site.columns is None and ".layers." in f".{site.name}" and site.name in self.sites():

@@ -25,6 +25,11 @@ PART, HEAD = r"(?P<part>in|attn|mlp\.in|mlp|update)", r"(?P<head>\.heads(\.\d+)?
 IN_BLOCK = re.compile(rf"(encoder\.|decoder\.)?layers\.(?P<block>\d+)(\.{PART})?{HEAD}?")
 
 
+def is_block(name: str) -> bool:
+    """Whether a name is that of a block or of a part of one."""
+    return IN_BLOCK.fullmatch(name) is not None
+
+
 @dataclass(frozen=True)
 class Stack:
     """A decoder or an encoder: the module that is called with tokens, its blocks, and the modules whose call shows where a
@@ -65,10 +70,11 @@ def _decoder(model: Any) -> nn.Module:
     named = [model.base_model]
     with suppress(AttributeError, NotImplementedError):
         named.insert(0, model.get_decoder())
-    for candidates in (named, list(model.children())):
-        bodies = [part for part in candidates if part is not model and "input_ids" in arguments(part) and hasattr(part, "config")]
-        if found := [part for part in bodies if _blocks(part)]:
-            return found[0] if candidates is named or len(found) == 1 else model
+    own = not any("." not in name for name in lists_of_blocks(model)) and [*model.children()]
+    for candidates in (named, own or []):
+        bodies = (m for m in candidates if m is not model and "input_ids" in arguments(m) and hasattr(m, "config"))
+        if (found := [part for part in bodies if _blocks(part)]) and (candidates is named or len(found) == 1):
+            return found[0]
     return model
 
 
@@ -83,9 +89,9 @@ def _blocks(stack: Any) -> list[nn.Module]:
     outer, depth = lists_of_blocks(stack), _first(_config(stack), "num_hidden_layers", "n_layer", "num_layers", "n_layers")
     kinds = {name: {cls.__name__ for cls in type(blocks[0]).__mro__} for name, blocks in outer.items()}
     lists = [name for name in outer if "GradientCheckpointingLayer" in kinds[name]]
-    if not lists and all(len(blocks) in (depth, 1) or config is None for blocks in outer.values()):
-        lists = list(outer)
-    if len(lists) > 1:
+    is_marked = bool(lists)
+    lists = lists or [name for name, blocks in outer.items() if len(blocks) == depth or config is None]
+    if len(lists if is_marked else outer) > 1:
         lists = [name for name in lists if "." not in name]
     return outer[lists[0]] if len(lists) == 1 else []
 
@@ -95,7 +101,7 @@ def lists_of_blocks(stack: nn.Module) -> dict[str, list[nn.Module]]:
     of a part that does not."""
     inner = dict(stack.named_modules())
     lists = {name: list(m) for name, m in inner.items() if isinstance(m, nn.ModuleList) and len(m)}
-    towers = [name for name, m in inner.items() if name and reads(m) is False] if reads(stack) else []
+    towers = [name for name, m in inner.items() if name and reads(m) is False] if reads(stack) is not False else []
     within = tuple(f"{name}." for name in (*lists, *towers))
     return {n: b for n, b in lists.items() if not n.startswith(within) and any(b[0].children()) and _projects(b[0])}
 
@@ -105,15 +111,14 @@ def _projects(block: nn.Module) -> bool:
 
 
 def reads(module: nn.Module) -> bool | None:
-    """Whether a module is given a text's tokens, or (False) pictures, sound or what is made of them; None where its arguments do
-    not tell."""
+    """Whether a module is given a text's tokens, or (False) pictures or sound; None where its arguments do not tell."""
     given = arguments(module)
     if {"input_ids", "decoder_input_ids"} & {*given}:
         return True
     main = getattr(module, "main_input_name", None)
-    if any(name.startswith(OTHER) for name in given) or (main is not None and main not in TOKENS):
+    if any(name.startswith(OTHER) for name in given) or (main in given and main not in TOKENS):
         return False
-    return None if main is None else "inputs_embeds" in given
+    return True if main in TOKENS and "inputs_embeds" in given else None
 
 
 def _config(part: Any) -> Any:
@@ -255,10 +260,7 @@ def reads_text(model: nn.Module, path: str) -> bool:
 
 
 def is_fed_tokens(model: Any, path: str, found: tuple[Stack, ...]) -> bool:
-    """Whether what flows at a path are the tokens of a text: anywhere in a model of text alone; beside pictures or sound, in
-    the blocks and in what reads the last of them."""
-    if not any(name.startswith(OTHER) for name in arguments(model)):
-        return True
+    """Whether a text's tokens flow at a path, in a model that also reads pictures or sound: in its blocks and its head."""
     if any(path.startswith(f"{block}.") for stack in found for block in stack.blocks):
         return True
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
