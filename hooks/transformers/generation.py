@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from steerlib.errors import BadEdit
+from steerlib.errors import BadEdit, Unanswerable
 from steerlib.passes import Branch, TextPass
 
 from ..attach import ASIDE, is_compiled
@@ -138,22 +138,26 @@ RUNNING = _Running()
 
 
 def watch(model: Any) -> Callable[[], None]:
-    """Follow `generate()` of this one object, by an attribute of it. Returns the function that undoes it."""
-    if not hasattr(type(model), "generate"):
-        return lambda: None
-    before, plain = vars(model).get("generate"), model.generate
-
-    @wraps(plain)
-    def generate(*args: Any, **kwargs: Any) -> Any:
-        return _follow(model, plain, args, kwargs)
+    """Follow `generate()` and `generate_batch()` of this one object, by attributes of it. Returns the function that undoes it."""
+    followed = {name: call for name, call in FOLLOWED.items() if hasattr(type(model), name)}
+    before = {name: vars(model)[name] for name in followed if name in vars(model)}
+    for name, call in followed.items():
+        vars(model)[name] = _following(model, getattr(model, name), call)
 
     def undo() -> None:
-        vars(model).pop("generate", None)
-        if before is not None:
-            vars(model)["generate"] = before
+        for name in followed:
+            vars(model).pop(name, None)
+        vars(model).update(before)
 
-    vars(model)["generate"] = generate
     return undo
+
+
+def _following(model: Any, plain: Callable[..., Any], follow: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(plain)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return follow(model, plain, args, kwargs)
+
+    return call
 
 
 def _follow(model: Any, plain: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -165,6 +169,17 @@ def _follow(model: Any, plain: Callable[..., Any], args: tuple, kwargs: dict[str
     finally:
         RUNNING.call = outer
         _write_prompt_positions(model, outer)
+
+
+def _follow_batch(model: Any, plain: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:  # noqa: ARG001
+    """Call `generate_batch()`, and raise what ended its own thread, which keeps it to itself."""
+    results = plain(*args, **kwargs)
+    if results and all(result.error for result in results.values()):
+        raise Unanswerable(f"generate_batch() stopped: {next(iter(results.values())).error}")
+    return results
+
+
+FOLLOWED = {"generate": _follow, "generate_batch": _follow_batch}
 
 
 def cached(kwargs: dict[str, Any]) -> Any:

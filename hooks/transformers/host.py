@@ -16,7 +16,7 @@ from steerlib.passes import TextPass, TracedPass
 from steerlib.sites import Layout, Site
 
 from ..attach import modules_on
-from ..modules import arguments, beside_text, module_site, named, traced_beside_text
+from ..modules import arguments, beside_text, module_site, traced_beside_text
 from .generation import ROWS, RUNNING, cached, prompt_positions, watch
 from .packs import packed, packed_pass
 from .sites import (
@@ -56,8 +56,7 @@ class TransformersHost(Host):
             raise UnsupportedTarget(f"expected a transformers model inside {type(target).__name__}, found none")
         self.model: Any = model
         self._is_pair = bool(getattr(model.config, "is_encoder_decoder", False))
-        self._clocks: dict[str, nn.Module] = {}
-        self._blind: set[str] = set()
+        self._names: dict[str, tuple[str, ...]] = {}
         self._ends = prompt_positions(model)  # made now, so that compiled code finds it made
 
     @classmethod
@@ -108,6 +107,12 @@ class TransformersHost(Host):
         return next((site.layout for site in known), None) or axes_at(self.model, path, side, self._layout[1])
 
     def clocks(self, site: Site) -> tuple[str, ...]:
+        paths = self._clocks(site)
+        for path in paths:
+            self._arguments(path)
+        return paths
+
+    def _clocks(self, site: Site) -> tuple[str, ...]:
         """The stack a site lies in, and what calls it where only that is given the padding mask. Where no text is counted, the
         tower around it or, beside towers, its own module, which knows what it is given."""
         found = self._layout[1]
@@ -137,18 +142,20 @@ class TransformersHost(Host):
             return stream_width(self.model, site, self._layout[1])
         return super().width(site)
 
+    def _arguments(self, clock: str) -> tuple[str, ...]:
+        """Names of what a clock's module takes, found before anything is compiled."""
+        if (known := self._names.get(clock)) is None:
+            names = arguments(self.model.get_submodule(clock))
+            known = self._names[clock] = names if {*GIVEN} & {*names} else ()
+        return known
+
     def _given(self, clock: str, args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor | None, dict[str, Any]]:
         """The tokens in the call of a clock's module, `[B, length, ...]`, and its arguments by name; None where it is given
         none, as a tower is."""
-        module = self._clocks.get(clock)
-        if module is None:
-            module = self._clocks[clock] = self.model.get_submodule(clock)
-            if not {*GIVEN} & {*arguments(module)}:
-                self._blind.add(clock)
-        if clock in self._blind:
+        if not (names := self._arguments(clock)):
             return None, kwargs
         if len(args) > 1 or self._is_pair:  # by place, not by name
-            kwargs = named(module, args, kwargs)
+            kwargs = {**dict(zip(names[1:], args, strict=False)), **kwargs}
         if not clock and self._is_pair:  # beside encoder and decoder, what is given is the decoder's
             kwargs = {name: kwargs.get(PAIR.get(name, name)) for name in DECODER}
         if (tokens := kwargs.get("input_ids")) is None:
