@@ -1,5 +1,5 @@
-"""Every class of transformers that reads more than text: its blocks move by the vector, or the reason is said; prompts end where
-the decoder's first pass does. Then layouts, packed texts, virtual tokens, guidance in `generate()`."""
+"""Every class of transformers that reads more than text: its blocks move by the vector, or the reason is said; prompts end
+where the first pass of the decoder does. Then layouts, packed texts, virtual tokens, guidance in `generate()`."""
 
 from collections import Counter
 from functools import cache
@@ -10,6 +10,7 @@ from tiny_models import CannotBuild, tiny
 from tiny_towers import IDS, bodies, inputs_of, model_of, writers
 from torch import nn
 from transformers import (
+    ContinuousBatchingConfig,
     EncodecConfig,
     GenerationConfig,
     LogitsProcessor,
@@ -308,34 +309,29 @@ def test_continuous_batching_equals_single_requests_or_is_refused():
     model = tiny("llama")
     bank, prompts = bank_at(model, "layers.0", 32), [[3, 5, 7, 9], [4, 6]]
     config = GenerationConfig(max_new_tokens=3, do_sample=False, eos_token_id=127, pad_token_id=0)
+    small = ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=32)
+    batched = {"generation_config": config, "progress_bar": False, "continuous_batching_config": small}
     for edit in (sl.Add(3.0), sl.Add(3.0, tokens=slice(0, 2))):
         with sl.steer(model, bank, {"a": edit}):
             alone = [model.generate(torch.tensor([p]), generation_config=config)[0, len(p) :].tolist() for p in prompts]
-            got = model.generate_batch(prompts, generation_config=config, progress_bar=False)
+            got = model.generate_batch(prompts, **batched)
         assert [got[key].generated_tokens for key in sorted(got)] == alone
     for edit in (sl.Add(3.0, tokens="generated"), sl.Add([3.0, 0.0]), sl.Add(3.0, when=sl.Steps(1, 2))):
         refused = pytest.raises(errors.Unanswerable, match="generate_batch")
         with refused, sl.steer(model, bank, {"a": edit}):
-            model.generate_batch(prompts, generation_config=config, progress_bar=False)
+            model.generate_batch(prompts, **batched)
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-def test_texts_packed_by_position_ids_count_from_their_own_first_token(compiled):
+def test_texts_packed_by_position_ids_count_from_their_own_first_token():
+    """Compiled: in test_compile."""
     model = tiny("llama")
     bank, places = bank_at(model, "layers.0", 32), torch.tensor([[0, 1, 2, 0, 1]])
-    steering = sl.attach(model, bank)
-    run = torch.compile(model.model, backend="eager") if compiled else model.model
-    try:
-        for tokens, expected in ((slice(1, 2), [0, 1, 0, 0, 1]), ("all", [1] * 5)):
-            out = []
-            for edits in ({}, {"a": sl.Add(4.0, tokens=tokens)}):
-                steering.set(edits)
-                with torch.no_grad():
-                    out.append(run(IDS[:1], position_ids=places, use_cache=False, output_hidden_states=True).hidden_states[1])
-            assert ((out[1] - out[0]).norm(dim=-1) > 1e-4).int().tolist() == [expected]
-    finally:
-        steering.detach()
-        torch.compiler.reset()
+
+    def run():
+        model(IDS[:1], position_ids=places, use_cache=False)
+
+    for tokens, expected in ((slice(1, 2), [0, 1, 0, 0, 1]), ("all", [1] * 5)):
+        assert moved(model, bank, {"a": sl.Add(4.0, tokens=tokens)}, run, model.model.layers[0]) == [[expected]]
 
 
 # -- layouts ---------------------------------------------------------------------------------------------------

@@ -138,7 +138,7 @@ RUNNING = _Running()
 
 
 def watch(model: Any) -> Callable[[], None]:
-    """Follow `generate()` and `generate_batch()` of this one object, by attributes of it. Returns the function that undoes it."""
+    """Follow `generate()` and `generate_batch()` of this one object, by attributes of it. Returns what undoes it."""
     followed = {name: call for name, call in FOLLOWED.items() if hasattr(type(model), name)}
     before = {name: vars(model)[name] for name in followed if name in vars(model)}
     for name, call in followed.items():
