@@ -22,7 +22,7 @@ CHANNELS_FIRST = ("_ConvNd", "_NormBase", "GroupNorm", "LocalResponseNorm", "Ups
     "_MaxPoolNd", "_AvgPoolNd", "_LPPoolNd", "_AdaptiveAvgPoolNd", "_AdaptiveMaxPoolNd",
 )  # fmt: skip
 CHANNELS_LAST = ("Linear", "LayerNorm", "RMSNorm", "Embedding", "Bilinear")
-DECLARED: dict[str, Layout] = dict.fromkeys(CHANNELS_FIRST, "BDN") | dict.fromkeys(CHANNELS_LAST, "B...D")
+DECLARED: dict[str, Layout] = {**{name: "BDN" for name in CHANNELS_FIRST}, **{name: "B...D" for name in CHANNELS_LAST}}
 """Axes of what torch's own classes give, and those that inherit from them."""
 
 
@@ -91,8 +91,9 @@ def layout_of(module: nn.Module, side: str) -> Layout:
     if isinstance(module, nn.Sequential):
         children = module if side == "input" else reversed(module)
         return next((axes for child in children if (axes := layout_of(child, side)) != "?"), "?")
-    order = rows_first(module)
-    return entry_of(DECLARED, module, "?") if order is None else "BND" if order else "NBD"
+    if (order := rows_first(module)) is not None:
+        return "BND" if order else "NBD"
+    return next((DECLARED[cls.__name__] for cls in type(module).__mro__ if cls.__name__ in DECLARED), "?")
 
 
 def layout_at(model: nn.Module, path: str, side: str) -> Layout:

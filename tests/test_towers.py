@@ -3,6 +3,7 @@ where the first pass of the decoder does. Then layouts, packed texts, virtual to
 
 from collections import Counter
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -30,7 +31,7 @@ FIRST = ("layers.0", "encoder.layers.0", "decoder.layers.0")
 
 
 @cache
-def call_of(name):
+def call_of(name) -> Any:
     """A model of a class and what it takes, or why there is none."""
     try:
         model = model_of(name)
@@ -277,8 +278,8 @@ def test_passes_of_a_users_own_processor_are_not_those_of_the_prompt():
 
 @pytest.fixture(scope="module")
 def musicgen():
-    text = T5Config(vocab_size=50, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, decoder_start_token_id=0)
-    sizes = {"upsampling_ratios": [2, 2], "num_residual_layers": 1, "num_lstm_layers": 1, "target_bandwidths": [120.0]}
+    text: Any = T5Config(vocab_size=50, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, decoder_start_token_id=0)
+    sizes: Any = {"upsampling_ratios": [2, 2], "num_residual_layers": 1, "num_lstm_layers": 1, "target_bandwidths": [120.0]}
     audio = EncodecConfig(hidden_size=8, num_filters=4, codebook_size=32, codebook_dim=8, **sizes)
     sizes = {"num_hidden_layers": 2, "num_attention_heads": 2, "ffn_dim": 32, "max_position_embeddings": 64}
     decoder = MusicgenDecoderConfig(vocab_size=32, hidden_size=16, num_codebooks=4, pad_token_id=32, bos_token_id=32, **sizes)
@@ -330,7 +331,8 @@ def test_texts_packed_by_position_ids_count_from_their_own_first_token():
     def run():
         model(IDS[:1], position_ids=places, use_cache=False)
 
-    for tokens, expected in ((slice(1, 2), [0, 1, 0, 0, 1]), ("all", [1] * 5)):
+    cases: Any = ((slice(1, 2), [0, 1, 0, 0, 1]), ("all", [1] * 5))
+    for tokens, expected in cases:
         assert moved(model, bank, {"a": sl.Add(4.0, tokens=tokens)}, run, model.model.layers[0]) == [[expected]]
 
 

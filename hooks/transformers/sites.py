@@ -52,7 +52,7 @@ def stacks(model: Any) -> tuple[Stack, ...]:
         if part is not None and (blocks := _blocks(part)) and family(blocks[0]).tokens:
             clocks = dict.fromkeys((names[part],) if prefix else (names[part], names[_caller(model, part)]))
             paths = tuple(names[block] for block in blocks)
-            axes = next((f.layout for m in (blocks[0], part) if (f := family(m)).layout != "BND"), "BND")
+            axes: Layout = next((f.layout for m in (blocks[0], part) if (f := family(m)).layout != "BND"), "BND")
             found.append(Stack(prefix, names[part], paths, tuple(clocks), axes))
     return tuple(found)
 
