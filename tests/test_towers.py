@@ -141,9 +141,9 @@ def llava():
 def test_a_tower_beside_padded_text_is_not_masked_by_its_pads(llava):
     image = llava.config.image_token_id = 60
     ids = torch.full((2, 20), 5)
-    ids[:, 2:18] = image
+    ids[:, 4:] = image
     mask = torch.ones_like(ids)
-    ids[0, :1], mask[0, :1] = 0, 0
+    ids[0, :4], mask[0, :4] = 0, 0  # the last is among the last 17 columns, as many as the tower has patches
     tower = "model.vision_tower.encoder.layers.0"
     pixels = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
