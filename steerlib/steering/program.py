@@ -84,6 +84,8 @@ class Program:
     def check_rows(self, rows: int, now: StepState) -> None:
         """Raise `RowMismatch` where amounts are not one for each prompt."""
         rows, amounts = rows // now.copies, self.rows
+        if amounts > 1 and now.refused:
+            raise Unanswerable(now.refused)
         expected = now.prompts or rows
         if amounts > 1 and now.branches is None and (now.images or rows) != rows:
             raise Unanswerable(
