@@ -7,8 +7,10 @@ import gc
 import io
 import pickle
 import threading
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
+from typing import Any
 
 import diffusers
 import pytest
@@ -27,12 +29,16 @@ MID = "unet.mid_block.attentions.0"
 class Text:
     """A small language model, what it writes, and how a request steers it."""
 
+    model: Any
+    bank: Any
+    alone: dict[str, Any]
+
     def __init__(self):
         self.model = tiny("llama")
         self.model.generation_config.eos_token_id, self.model.generation_config.pad_token_id = None, 0
         self.bank = two_directions(self.model)
 
-    def call(self):
+    def call(self) -> Any:
         given = {"max_new_tokens": 3, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
         return torch.stack(self.model.generate(IDS, **given).logits)
 
@@ -45,7 +51,7 @@ class Image(Text):
         drawn = torch.randn(2, 16, generator=torch.Generator().manual_seed(1))
         self.bank = sl.ConceptBank.from_directions({"a": drawn[0], "b": drawn[1]}, site=MID, base=self.model)
 
-    def call(self):
+    def call(self) -> Any:
         return run(self.model, steps=1)
 
 
@@ -61,28 +67,28 @@ def place(request):
     return made
 
 
-EDITS = ({"a": 2.0}, {"a": -1.0, "b": 1.0}, {}, None)
+EDITS: tuple[dict[str, float] | None, ...] = ({"a": 2.0}, {"a": -1.0, "b": 1.0}, {}, None)
 """Of four requests at a time: two that steer, one that keeps others' edits out, one that asks for nothing."""
 
 
-def entered(made, edits):
+def entered(made: Any, edits: Any) -> Any:
     return contextlib.nullcontext() if edits is None else sl.steer(made.model, made.bank, edits)
 
 
-def safely(made):
+def safely(made: Any) -> Any:
     try:
         return made.call()
     except errors.NoSession as error:
         return error
 
 
-def started(target):
+def started(target) -> threading.Thread:
     thread = threading.Thread(target=target)
     thread.start()
     return thread
 
 
-def threads(made, carry=False):
+def threads(made: Any, carry=False) -> dict[str, Any]:
     found, together = {}, threading.Barrier(len(EDITS))
 
     def work(edits):
@@ -100,7 +106,7 @@ def threads(made, carry=False):
     return found
 
 
-def tasks(made, how="here", manager=entered):
+def tasks(made: Any, how="here", manager: Any = entered) -> dict[str, Any]:
     async def request(edits, gate):
         with manager(made, edits):
             await gate.wait()
@@ -118,17 +124,17 @@ def tasks(made, how="here", manager=entered):
     return dict(zip(map(str, EDITS), asyncio.run(main()), strict=True))
 
 
-def answer(made, edits, manager=entered):
+def answer(made: Any, edits: Any, manager: Any = entered) -> Iterator[Any]:
     with manager(made, edits):
         yield "thinking"
         yield safely(made)
 
 
-def outer(made, edits):
+def outer(made: Any, edits: Any):
     yield from answer(made, edits)
 
 
-def generators(made, workers=0, make=answer, fresh=False):
+def generators(made: Any, workers=0, make: Any = answer, fresh=False) -> dict[str, Any]:
     """Advanced in turn: in this thread, by the workers of a pool, or, as servers do, each time in a context of its own."""
     waiting = {str(edits): make(made, edits) for edits in EDITS}
     with ThreadPoolExecutor(max(1, workers)) as pool:
@@ -142,7 +148,7 @@ def generators(made, workers=0, make=answer, fresh=False):
         return {name: step(one) for name, one in waiting.items()}
 
 
-def async_generators(made, how="thread"):
+def async_generators(made: Any, how="thread") -> dict[str, Any]:
     async def streamed(edits):
         with entered(made, edits):
             yield "thinking"
@@ -161,18 +167,18 @@ def async_generators(made, how="thread"):
 
 
 @contextlib.contextmanager
-def styled(made, edits):
+def styled(made: Any, edits: Any):
     with entered(made, edits):
         yield
 
 
-def stacked(made, edits):
+def stacked(made: Any, edits: Any):
     stack = contextlib.ExitStack()
     stack.enter_context(styled(made, edits))
     return stack
 
 
-def contexts(made):
+def contexts(made: Any) -> dict[str, Any]:
     """Contexts of one thread, entered in turn."""
     many, found = {str(edits): copy_context() for edits in EDITS}, {}
     sessions = {str(edits): entered(made, edits) for edits in EDITS}
@@ -185,37 +191,42 @@ def contexts(made):
     return found
 
 
-WAYS = {
-    "threads": threads,
-    "threads that carry the context": lambda made: threads(made, carry=True),
-    "tasks": tasks,
-    "tasks, to_thread": lambda made: tasks(made, "thread"),
-    "tasks, a pool without context": lambda made: tasks(made, "pool"),
-    "tasks, context managers": lambda made: tasks(made, "thread", styled),
-    "tasks, exit stacks": lambda made: tasks(made, "thread", stacked),
-    "generators": generators,
-    "generators, a pool of one": lambda made: generators(made, 1),
-    "generators, a pool of two": lambda made: generators(made, 2),
-    "generators, a context a step": lambda made: generators(made, 1, fresh=True),
-    "nested generators": lambda made: generators(made, make=outer),
-    "generators, context managers": lambda made: generators(made, make=lambda m, e: answer(m, e, styled)),
-    "async generators": lambda made: async_generators(made, "here"),
-    "async generators, to_thread": async_generators,
-    "contexts": contexts,
-}
+def ways() -> dict[str, Callable[[Any], dict[str, Any]]]:
+    """Every way of running code side by side, by name."""
+    return {
+        "threads": threads,
+        "threads that carry the context": lambda made: threads(made, carry=True),
+        "tasks": tasks,
+        "tasks, to_thread": lambda made: tasks(made, "thread"),
+        "tasks, a pool without context": lambda made: tasks(made, "pool"),
+        "tasks, context managers": lambda made: tasks(made, "thread", styled),
+        "tasks, exit stacks": lambda made: tasks(made, "thread", stacked),
+        "generators": generators,
+        "generators, a pool of one": lambda made: generators(made, 1),
+        "generators, a pool of two": lambda made: generators(made, 2),
+        "generators, a context a step": lambda made: generators(made, 1, fresh=True),
+        "nested generators": lambda made: generators(made, make=outer),
+        "generators, context managers": lambda made: generators(made, make=lambda m, e: answer(m, e, styled)),
+        "async generators": lambda made: async_generators(made, "here"),
+        "async generators, to_thread": async_generators,
+        "contexts": contexts,
+    }
+
+
+WAYS = ways()
 
 
 @pytest.mark.filterwarnings("ignore::steerlib.errors.Outlived")  # the last session counts plain threads of others as its own
 @pytest.mark.parametrize("way", WAYS)
-def test_each_request_gets_what_it_gets_alone_or_is_refused(place, way):
-    found = WAYS[way](place)
+def test_each_request_gets_what_it_gets_alone_or_is_refused(place, way: str):
+    found: dict[str, Any] = WAYS[way](place)
     gc.collect()
-    for edits in EDITS:
-        got = found[str(edits)]
-        if isinstance(got, errors.NoSession):  # only what carries no session of its own
-            assert edits is None or "without context" in way
-        elif edits is not None or "without context" not in way:  # a thread without context may be served by the last session
-            torch.testing.assert_close(got, place.alone[str(edits)], rtol=0, atol=1e-5)
+    carries_none = "without context" in way
+    for name in map(str, EDITS):
+        is_refused = isinstance(found[name], errors.NoSession)  # only what carries no session of its own
+        assert not is_refused or name == "None" or carries_none
+        if not is_refused and (name != "None" or not carries_none):  # a plain thread may be served by the last session
+            torch.testing.assert_close(found[name], place.alone[name], rtol=0, atol=1e-5)
     torch.testing.assert_close(place.call(), place.alone["None"], rtol=0, atol=0)
 
 
