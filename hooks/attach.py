@@ -16,7 +16,7 @@ from types import MethodType
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from torch import Tensor, nn
+from torch import Tensor, is_grad_enabled, nn
 from torch.compiler import is_compiling
 
 from steerlib.contexts import ENTERED
@@ -25,10 +25,8 @@ from steerlib.hosts import Host
 from steerlib.passes import DenoisingPass, StepState, TextPass
 from steerlib.sites import Site
 
+from .checkpoints import Act, backward_now, is_repeated, steered
 from .modules import arguments
-
-Act = Callable[[Tensor, StepState], Tensor]
-"""What is done with `x[B, N, D]` at a site."""
 
 
 class Moment(threading.local):
@@ -36,6 +34,8 @@ class Moment(threading.local):
 
     state: StepState | None = None
     clock: str | None = None
+    task: int = -1
+    """The backward pass in which the model was called; -1: in none."""
 
 
 class Aside(threading.local):
@@ -70,12 +70,17 @@ class Clock:
         if is_compiling():
             self.traced = self.host.traced_state(self.path, args, kwargs)
             return
+        if (task := backward_now()) != -1 and is_repeated():
+            return
         self.threads[get_ident()] = entered = ENTERED.get()
         self.passes[entered] += 1
         state = None
         for moment in self.moments:
             if not self.outer or moment.clock not in self.outer:
-                state = moment.state = state or self.host.state(self.path, args, kwargs)
+                if state is None:
+                    state = self.host.state(self.path, args, kwargs)
+                    state.learns = is_grad_enabled() or (state.like is not None and state.like.requires_grad)
+                moment.state, moment.task = state, task
             moment.clock = self.path
         if type(state) is DenoisingPass:  # blocks may be compiled where what calls them is not
             self.traced = state.into_tensors(self.traced)
@@ -93,6 +98,7 @@ class Socket:
     def __init__(self, model: nn.Module, site: Site, clocks: tuple[Clock, ...], moment: Moment):
         self.model, self.site, self.clocks, self.moment = model, site, clocks, moment
         self.is_plain, self.module = site.is_plain, modules_on(model, site.module)[-1]
+        self.key = (model, site.name)
         self.owners: list[Any] = []
         self.edit: Any = None
         self.traced: Act | None = None
@@ -155,8 +161,13 @@ class Socket:
         state = self.moment.state
         if state is None:  # called by hand, outside the model's own forward
             state = TextPass(x.shape[1], like=x)
-        elif state.length != (length := x.shape[1]):
-            state = state.at(length)
+            learns = True
+        else:
+            learns = state.learns
+            if state.length != (length := x.shape[1]):
+                state = state.at(length)
+        if learns or is_grad_enabled():
+            return steered(self.key, edit, x, state, self.moment.task)
         return edit(x, state)
 
     def _traced(self, x: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Any
 
 from ..contexts import outward
 from ..errors import Outlived, OutOfRange, SiteNotReached, SteeringWarning
+from ..hooks.checkpoints import unfinished
 from .dispatch import is_shared
 from .stay import Stay
 
@@ -15,6 +16,12 @@ def said_of(stay: Stay) -> Iterator[Exception]:
     """Warnings, and, last, an error."""
     if any(int(run.counts.capped) for run in stay.runs.values()):
         yield OutOfRange("edits were capped in length at run time; see report()")
+    left = [socket for socket, _ in stay.one.owners if stay.place.uses(socket.site) == 1]
+    if names := ", ".join(repr(socket.site.name) for socket in left if unfinished(socket.key)):
+        yield Outlived(
+            f"gradient checkpointing will run parts of this block's passes again, at {names}, where they are then unsteered: "
+            "gradients will be wrong. Call backward() inside the block, or keep the edits with sl.attach"
+        )
     if is_running(stay):
         yield Outlived(
             "a generation that began in this block goes on after it, in another thread; the rest of it is not steered. End the "

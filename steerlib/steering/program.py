@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable, Sequence
+from copy import copy
 from math import inf
 
 import torch
@@ -130,6 +131,8 @@ class Run:
 
     def __call__(self, x: Tensor, now: StepState) -> Tensor:
         """The steered x."""
+        if now.is_again:
+            return self._repeated(x, now)
         tally, program = self.tally, self.program
         tally.passes += 1
         tally.seen += now.length
@@ -142,6 +145,13 @@ class Run:
             if weight == 0.0:
                 return x
         return self._edited(x, now)
+
+    def _repeated(self, x: Tensor, now: StepState) -> Tensor:
+        """The steered x, counted nowhere."""
+        uncounted = copy(self)
+        uncounted.tally, now = Tally(), copy(now)
+        now.is_again = False
+        return uncounted(x, now)
 
     @property
     def counts(self) -> Tally:

@@ -1,0 +1,203 @@
+"""Gradients: through checkpointed parts, in whatever order and thread they run again; and of directions themselves."""
+
+import gc
+import threading
+from functools import partial
+
+import pytest
+import torch
+from tiny_models import tiny
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import steerlib as sl
+from steerlib.errors import Outlived, Unanswerable
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad"),  # of nested parts, in their first run
+]
+
+FIRST = {
+    "input_ids": torch.tensor([[0, 0, 3, 5, 7, 9, 11], [4, 6, 8, 10, 12, 14, 16]]),
+    "attention_mask": torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1] * 7]),
+}
+SECOND = {
+    "input_ids": torch.tensor([[2, 3, 4, 5, 6, 7, 8], [0, 0, 0, 0, 5, 6, 7]]),
+    "attention_mask": torch.tensor([[1] * 7, [0, 0, 0, 0, 1, 1, 1]]),
+}
+
+
+def in_thread(action):
+    """Do something in a thread that knows nothing."""
+    failed = []
+
+    def run():
+        try:
+            action()
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    if failed:
+        raise failed[0]
+
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        return x + self.down(self.up(x).tanh())
+
+
+class Tower(nn.Module):
+    """Blocks that are checkpointed two at a time, and a part inside each of these again."""
+
+    def __init__(self, run):
+        super().__init__()
+        self.blocks, self.run = nn.ModuleList(Residual() for _ in range(4)), run
+
+    def pair(self, first, x):
+        for block in self.blocks[first : first + 2]:
+            x = self.run(block, x) if first else block(x)
+        return x
+
+    def forward(self, x):
+        for first in (0, 2):
+            x = self.run(partial(self.pair, first), x)
+        return x
+
+
+class Own(torch.autograd.Function):
+    """Checkpointing as libraries write it for themselves."""
+
+    @staticmethod
+    def forward(ctx, run, x):
+        ctx.run = run
+        ctx.save_for_backward(x)
+        with torch.no_grad():
+            return run(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x = ctx.saved_tensors[0].detach().requires_grad_()
+        with torch.enable_grad():
+            y = ctx.run(x)
+        torch.autograd.backward(y, gradient)
+        return None, x.grad
+
+
+WAYS = {
+    "reentrant": lambda run, *args: checkpoint(run, *args, use_reentrant=True),
+    "not reentrant": lambda run, *args: checkpoint(run, *args, use_reentrant=False),
+    "a function of one's own": Own.apply,
+}
+EDITS = {
+    "add": {"a": sl.Add(4.0)},
+    "slice": {"a": sl.Add(4.0, tokens=slice(0, 3))},
+    "set": {"a": sl.Set(2.0), "b": sl.Ablate(tokens=slice(1, None))},
+    "rows": {"a": sl.Scale([3.0, 0.5])},
+    "gate": {"a": sl.Add(2.0, gate=sl.Gate("b", above=0.0))},
+}
+
+
+def bank_of(model, site, width):
+    generator = torch.Generator().manual_seed(1)
+    vectors = {name: torch.randn(width, generator=generator) for name in "ab"}
+    return sl.ConceptBank.from_directions(vectors, site=site, base=model)
+
+
+def grads(model):
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+@pytest.mark.parametrize("site", ["layers.1", "layers.1.mlp.in", "layers.1.attn.heads", "layers.0.update"])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_blocks_run_again_as_they_ran(site, reentrant):
+    """Two passes before one backward, in another thread, after other passes: the gradients are those without checkpointing."""
+
+    def gradients(is_checkpointed, edits):
+        torch.manual_seed(0)
+        model = tiny("llama").train()
+        if is_checkpointed:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            model.enable_input_require_grads()
+        bank = bank_of(model, site, model.config.hidden_size)
+        with sl.steer(model, bank, edits) as session, sl.record(model, bank, ["a"]) as tape:
+            losses = [model(**given, use_cache=False).logits[:, -1].logsumexp(-1).sum() for given in (FIRST, SECOND)]
+            with torch.no_grad():
+                model(**SECOND)
+            in_thread((losses[0] - 2 * losses[1]).backward)
+        return grads(model), [str(session.report()), len(tape["a"])]
+
+    for edits in EDITS.values():
+        (plain, said), (found, said_too) = (gradients(is_checkpointed, edits) for is_checkpointed in (False, True))
+        torch.testing.assert_close(found, plain)
+        assert said == said_too  # a second run is neither counted nor recorded
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_parts_are_known_whoever_checkpoints_them(way):
+    """Several blocks at once, parts inside parts, a whole model, blocks called by hand; what is set changes meanwhile."""
+
+    def gradients(run, edits, call):
+        torch.manual_seed(0)
+        model = Tower(run)
+        bank = sl.ConceptBank.from_directions({"a": torch.randn(8), "b": torch.randn(8)}, site="blocks.1.up", base=model)
+        far = sl.ConceptBank.from_directions({"a": torch.randn(8)}, site="blocks.3.down", base=model)
+        x = torch.randn(2, 3, 8, requires_grad=True)
+        steering, inner = sl.attach(model, bank).set(edits), sl.steer(model, far, {"a": sl.Set(1.0)})
+        with inner:
+            one = call(model, x)
+            steering.set({"a": -1.0})
+            two = call(model, x.detach() * 2 + x)
+            steering.clear()
+            in_thread((one.square().sum() + two.square().sum()).backward)
+        steering.detach()
+        return torch.cat([grads(model), x.grad.flatten()])
+
+    calls = {
+        "the model": lambda model, x: model(x),
+        "around the model": lambda model, x: model.run(model, x),
+        "by hand": lambda model, x: model.run(model.blocks[3], model.run(model.blocks[1], x)),
+    }
+    for call in calls.values():
+        for edits in EDITS.values():
+            plain, found = (gradients(run, edits, call) for run in (lambda run, *args: run(*args), WAYS[way]))
+            torch.testing.assert_close(found, plain)
+
+
+def test_a_block_that_ends_before_backward_is_noticed():
+    """Its edits cannot be done again; a pass that backward has come to, or whose graph is gone, is no reason to say so."""
+    model = tiny("llama").train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    bank = bank_of(model, "layers.0.mlp", model.config.hidden_size)
+    with pytest.warns(Outlived, match="Call backward"), sl.steer(model, bank, {"a": 2.0}):
+        loss = model(**FIRST, use_cache=False).logits.sum()
+    del loss
+    gc.collect()
+    with sl.steer(model, bank, {"a": 2.0}):
+        kept = model(**FIRST, use_cache=False).logits.sum()
+        kept.backward()
+        model(**FIRST, use_cache=False)
+    with sl.steer(model, bank, {"a": 2.0}), torch.no_grad():
+        model(**FIRST)
+
+
+def test_a_second_run_that_cannot_be_told_from_a_first_is_refused():
+    """A hook of autograd that calls a part of the model by hand: nothing shows whose run it repeats."""
+    torch.manual_seed(0)
+    model = Tower(lambda run, *args: run(*args))
+    bank = sl.ConceptBank.from_directions({"a": torch.randn(8)}, site="blocks.1", base=model)
+    with sl.steer(model, bank, {"a": 2.0}):
+        y = model(torch.randn(1, 2, 8))
+        y.register_hook(lambda gradient: model.blocks[1](gradient))
+        with pytest.raises(Unanswerable, match="checkpointing off"):
+            y.sum().backward()
+        again = model(torch.randn(1, 2, 8))
+        again.register_hook(lambda gradient: model(gradient))  # the whole model: a pass like any other
+        again.sum().backward()
