@@ -26,6 +26,28 @@ HOSTS = {
 `load` tries the last entry first. A further library is one more entry."""
 
 
+WRAPPERS = {"torch.DistributedDataParallel": "module"}
+"""Modules that run one other module, whose hooks all work, and the attribute that holds it."""
+REFUSED: dict[str, tuple[type[Exception], str]] = {
+    "torch.OptimizedModule": (
+        CompiledModel,
+        "torch.compile(model) gives a wrapper; sl.attach(model, bank) to the model itself before compiling it, "
+        "and steering.set(...) acts on the wrapper too",
+    ),
+    "torch.DataParallel": (
+        UnsupportedTarget,
+        "DataParallel runs copies of the model on parts of the batch, whose rows nobody can tell; steer its .module, or use "
+        "DistributedDataParallel",
+    ),
+    "torch.FullyShardedDataParallel": (
+        UnsupportedTarget,
+        "FullyShardedDataParallel wraps blocks under other names and flattens their weights; shard with "
+        "torch.distributed.fsdp.fully_shard, which leaves modules in place",
+    ),
+}
+"""What cannot be steered as it is: the error, and what to do."""
+
+
 class Host(ABC):
     """One generation library's answers about one model.
 
@@ -138,11 +160,11 @@ def host_for(target: object) -> Host:
     """
     for cls in type(target).__mro__:
         name = f"{cls.__module__.partition('.')[0]}.{cls.__qualname__}"
-        if name == "torch.OptimizedModule":
-            raise CompiledModel(
-                "torch.compile(model) gives a wrapper; sl.attach(model, bank) to the model itself before compiling it, "
-                "and steering.set(...) acts on the wrapper too"
-            )
+        if name in REFUSED:
+            kind, text = REFUSED[name]
+            raise kind(text)
+        if name in WRAPPERS:
+            return host_for(getattr(target, WRAPPERS[name]))
         if name in HOSTS:
             return _class(HOSTS[name])(target)
     raise UnsupportedTarget(

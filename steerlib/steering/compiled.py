@@ -15,6 +15,7 @@ from ..errors import Unanswerable
 from ..hooks.attach import LOCK, attachment
 from ..hosts import Host
 from ..passes import StepState
+from ..precision import unrounded
 from ..schedules import gain
 from .edit import Edit, EditTensors, Given
 from .shares import Section, When
@@ -96,7 +97,8 @@ class CompiledEdit:
         self.acts.add_((gains > 0).flatten(0, 1).any(0))
         self.tokens.add_((gains > 0).sum((0, 1)) / len(x))
         row = now.row(self.prompts.long(), len(x)).to(x.device)
-        change = self.tensors.change(x, Given(gains=gains, row=row))
+        with unrounded(x):
+            change = self.tensors.change(x, Given(gains=gains, row=row))
         return x + change.delta.to(x.dtype)
 
     def fill(self, edits: Sequence[Edit], cap: float) -> None:

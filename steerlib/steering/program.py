@@ -12,6 +12,7 @@ from torch import Tensor
 from ..encoders.base import Encoder, scale
 from ..errors import ConflictingEdits, RowMismatch, WrongWidth
 from ..passes import StepState
+from ..precision import unrounded
 from .edit import Change, Edit, EditTensors, Given
 from .reading import Key, Note
 from .report import STEPS_EVERY, Tally
@@ -144,7 +145,8 @@ class Run:
                 return self._added(x, now)
             if weight == 0.0:
                 return x
-        return self._edited(x, now)
+        with unrounded(x):
+            return self._edited(x, now)
 
     def _repeated(self, x: Tensor, now: StepState) -> Tensor:
         """The steered x, counted nowhere."""
@@ -168,9 +170,10 @@ class Run:
 
     def listen(self, x: Tensor, now: StepState) -> None:
         """Keep what pinned concepts read here, in a pass without edits."""
-        for edit in self.program.edits:
-            if edit.aim.needs_twin:
-                self.twin.readings[edit.key] = edit.read(x, now)
+        with unrounded(x):
+            for edit in self.program.edits:
+                if edit.aim.needs_twin:
+                    self.twin.readings[edit.key] = edit.read(x, now)
 
     # -- where the change is the same at every token -----------------------------------------------------------
 
@@ -193,7 +196,8 @@ class Run:
         """The change of every token like x, `[D]` or `[R, 1, D]`."""
         assert self.program.tensors is not None
         self.program.check_width(x)
-        delta = self.program.tensors.constant(self.program.cap).to(x.device, x.dtype)
+        with unrounded(self.program.tensors.write):
+            delta = self.program.tensors.constant(self.program.cap).to(x.device, x.dtype)
         return delta[0] if len(delta) == 1 else delta[:, None]
 
     # -- in general --------------------------------------------------------------------------------------------
@@ -256,7 +260,7 @@ class Run:
         assert self.program.tensors is not None
         if self.tensors is None or self.tensors.read.device != y.device:
             self.tensors = self.program.tensors.to(y.device)
-        with torch.no_grad():
+        with torch.no_grad(), unrounded(y):
             z = self.tensors.readings(y.float(), Given())
             self.tally.look(now, self.program.edits, z, length.clamp(max=self.program.cap))
 
