@@ -122,7 +122,7 @@ class Socket(Ours):
             return None
         if self.is_plain and type(output) is Tensor:
             return self._act(edit, output)
-        x = self.site.read(output)
+        x = self._read(output)
         y = self._act(edit, x)
         return None if y is x else self.site.write(output, y)
 
@@ -131,7 +131,7 @@ class Socket(Ours):
         edit = None if (compiling := is_compiling()) else self.edit
         if edit is None and not compiling:
             return None
-        whole, before = self.site.read(output), self.site.read(self._given(module, args, kwargs)[1])
+        whole, before = self._read(output), self.site.read(self._given(module, args, kwargs)[1])
         if before.shape != whole.shape:
             raise WrongWidth(
                 f"site {self.site.name!r}: {self.site.module!r} is given {tuple(before.shape)} and gives {tuple(whole.shape)}; "
@@ -140,6 +140,15 @@ class Socket(Ours):
         x = whole - before
         y = self._act(edit, x)
         return None if y is x else self.site.write(output, whole + (y - x))
+
+    def _read(self, output: Any) -> Tensor:
+        """The site's tensor in what its module gives."""
+        if self.site.apart and isinstance(output, Tensor):
+            raise WrongWidth(
+                f"site {self.site.name!r}: {self.site.module!r} gives one tensor here, not several; leave out "
+                f"':{self.site.name.rpartition(':')[2]}'"
+            )
+        return self.site.read(output)
 
     def on_input(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         """A forward pre-hook on one argument."""

@@ -15,6 +15,8 @@ from steerlib.hosts import Host
 from steerlib.passes import StepState, TextPass, TracedPass
 from steerlib.sites import Site
 
+from .source import streams_of
+
 SIDES: dict[str, Literal["input", "update", "output"]] = {".in": "input", ".update": "update", "": "output"}
 """The ending of a path -> the side."""
 Entry = TypeVar("Entry")
@@ -32,7 +34,9 @@ class ModuleHost(Host):
         return {}
 
     def site(self, name: str) -> Site:
-        return replace(module_site(self.model, name), layout="BD...")
+        path, _, which = name.partition(":")
+        found = module_site(self.model, path)
+        return replace(found, name=name, layout="BD...", **part_of(self.model.get_submodule(found.module), found.module, which))
 
     def clocks(self, site: Site) -> tuple[str, ...]:  # noqa: ARG002 - one clock for all
         return ("",)
@@ -63,6 +67,23 @@ def module_site(model: nn.Module, name: str, known: tuple[str, ...] = ()) -> Sit
         f"{type(model).__name__} has no site {name!r}; name one, or any module path whose output is [rows, tokens, width]: "
         f"{nearest(name, known or filter(None, modules), filter(None, modules))}"
     )
+
+
+def part_of(module: nn.Module, path: str, which: str) -> dict[str, Any]:
+    """The fields of a site that say which tensor of a tuple it is: "image", "text", a place, or "" for the stream there is.
+
+    Raises `UnknownSite` where the module's source shows no such one.
+    """
+    streams = streams_of(module)
+    if which.isdecimal():
+        return {"element": int(which), "apart": True}
+    found = streams and (streams.text if which == "text" else streams.image)
+    if which and (which not in ("image", "text") or found is None):
+        raise UnknownSite(
+            f"{path!r} gives one stream as far as its source shows, not {which!r} apart; leave out ':{which}', or name the "
+            f"place in its tuple, as in '{path}:0'"
+        )
+    return {"element": found, "apart": bool(which)}
 
 
 def arguments(module: nn.Module) -> tuple[str, ...]:

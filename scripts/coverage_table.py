@@ -27,6 +27,15 @@ CLAIMS = {
     "nothing_is_left": "nothing left behind",
 }
 """What each test of the contract shows, by the beginning of its name."""
+HALVES = {
+    "stacked": "right: both halves in one batch, in the order that the source joins or parts them",
+    "apart": "right: one call for each half, told by what it is given",
+    "guider": "right: the guider names each call",
+    "one pass": "right: no guidance, all is the prompt's half",
+    "parts": "right: runs other pipelines, which are told as above",
+    "": "refused while guided, since the source does not show its halves; `branch='both'` works",
+}
+"""What becomes of a pipeline by what its source shows."""
 
 
 def text() -> None:
@@ -75,6 +84,20 @@ def images() -> None:
     for family in PIPELINES:
         marks = [{True: "✓", False: "✗", None: "–"}[held.get((claim, family))] for claim in CLAIMS.values()]
         print(f"| {family} | {' | '.join(marks)} |")
+    halves()
+
+
+def halves() -> None:
+    """Print how the pipelines that diffusers exports show their halves of guidance."""
+    from kindred_pipelines import evidence, exported
+
+    found: dict[str, list[str]] = {}
+    for name, cls in exported().items():
+        found.setdefault(evidence(cls), []).append(name)
+    print(f"\n| all {sum(map(len, found.values()))} pipeline classes: `branch=` and amounts an image | classes |\n|---|---|")
+    for how, label in HALVES.items():
+        named = f": {', '.join(found[how])}" if len(found.get(how, ())) < 10 and how in ("", "guider") else ""
+        print(f"| {label}{named} | {len(found.get(how, ()))} |")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ Activations and encoders stay in --work. The bank gets the pipeline, the effect 
 """
 
 import json
-import shutil
 from dataclasses import fields
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -67,7 +66,8 @@ def ship(bank: ConceptBank, pipeline: Path, out: Path) -> None:
             if values.pop("_name_or_path", None) is not None:
                 path.write_text(json.dumps(values, indent=2) + "\n")
         bank.base = BaseModel.of(load(place)[0], id=bank.base.id)
-        shutil.copytree(place, bank.save_pretrained(out) / "pipeline")
+        bank.files = {"pipeline": place}
+        bank.save_pretrained(out)
 
 
 def main(

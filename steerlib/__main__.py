@@ -1,6 +1,7 @@
 """`python -m steerlib`, and the command `steerlib`.
 
-It exits with 0; with 1 where steerlib refuses; with 2 where the command is misspelt; with 3 where a bank cannot be trusted.
+It exits with 0; with 1 where steerlib refuses; with 2 where the command or an option is misspelt; with 3 where a bank cannot be
+trusted; with 130 where it is interrupted.
 """
 
 import sys

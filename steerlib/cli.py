@@ -4,23 +4,26 @@ Nothing here imports torch before a command needs it: `sl` loads each name when 
 """
 
 import json
+import sys
 import warnings
 from collections import Counter
 from contextlib import suppress
 from dataclasses import asdict, replace
+from enum import StrEnum
+from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any
 
 import steerlib as sl
 
-from .errors import BadEdit, BadRecipe, MissingExtra
+from .errors import BadBank, BadEdit, BadRecipe, MissingExtra, SteerlibError, UnsupportedTarget
 
 try:
     import typer
     from rich.console import Console
     from rich.markup import escape
-    from rich.table import Table
+    from rich.table import Column, Table
 except ImportError:
     raise MissingExtra("the command line needs typer and rich: pip install 'steerlib[cli]'") from None
 
@@ -34,7 +37,14 @@ Revision = Annotated[str | None, typer.Option(help="branch, tag or commit of a H
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON, for machines")]
 Key = Annotated[Path | None, typer.Option(help="Ed25519 key in PEM: public to verify, private to sign")]
 Model = Annotated[str, typer.Option(help="folder, Hub id or package:<name>/<file>.gguf (default: the bank's own)")]
+Tokens = Annotated[int, typer.Option(help="new tokens of each answer", min=1)]
+TEMPLATE = "write a recipe to start from: steerlib train --template [text|latents|graph|pictures] [--out recipe.toml]"
+EDITS = "concept=amount in its units, or concept=useful, set:1.5, scale:0.5, clamp:-1:1, ablate; may be repeated"
 Threads = Annotated[int, typer.Option(help="processor threads (0: as many as a trial of 0.2 s finds fastest)", min=0)]
+
+
+Half = StrEnum("Half", ["text", "images"])
+"""What `demo` can show alone."""
 
 
 def recipes() -> Path:
@@ -47,52 +57,75 @@ def shipped_recipe(bank: "sl.ConceptBank") -> Path:
     return recipes() / str(bank.provenance.get("recipe", bank.name)) / "recipe.toml"
 
 
+def has_recipe(bank: "sl.ConceptBank") -> bool:
+    """Whether a bank carries its recipe, or its recipe comes with steerlib."""
+    from .training.carry import RECIPE
+
+    return RECIPE in bank.files or shipped_recipe(bank).is_file()
+
+
 def recipe_of(bank: "sl.ConceptBank", recipe: Path | None) -> Any:
-    """The recipe given, or the shipped one that the bank was made from."""
+    """The recipe given, the one that the bank carries, or the shipped one that it was made from."""
+    from .training.carry import recipe_in
+
+    if recipe is None and (own := recipe_in(bank)) is not None:
+        return own
     if recipe is None and not shipped_recipe(bank).is_file():
-        raise BadRecipe(f"bank {bank.name!r} comes without its recipe; name one with --recipe")
+        raise BadRecipe(f"bank {bank.name!r} comes without its recipe; name one with --recipe, or see --stored")
     return sl.Recipe.from_file(recipe or shipped_recipe(bank), to_train=False)
 
 
 def source_of(bank: "sl.ConceptBank") -> str:
-    """Where a bank's model is: a pipeline in its folder, the source in its shipped recipe, or the Hub id of its base model."""
-    if bank.folder is not None and (pipeline := bank.folder / "pipeline").is_dir():
+    """Where a bank's model is: in its folder, or where its maker, its shipped recipe or else the id of its base model says."""
+    if (pipeline := bank.file("pipeline")) is not None:
         return str(pipeline)
-    return recipe_of(bank, None).source if shipped_recipe(bank).is_file() else bank.base.id
+    if isinstance(source := bank.provenance.get("source"), str):
+        return source
+    found = recipe_of(bank, None).source if shipped_recipe(bank).is_file() else bank.base.id
+    if not found:
+        raise BadBank(f"bank {bank.name!r} does not say for which model it is; name one with --model")
+    return found
 
 
 def loaded(source: str, threads: int) -> Any:
     """A model and its tokenizer, or a pipeline and None, with the loader's progress bars but not its remarks."""
     from .threads import use_threads
 
-    with suppress(ImportError):
-        from transformers.utils import logging
-
-        logging.set_verbosity_error()
-    console.print(f"loading {source} (processor threads: {use_threads(threads)})", style="dim", highlight=False)
+    for library in ("transformers", "diffusers"):
+        with suppress(ImportError):
+            logging = import_module(f"{library}.utils.logging")
+            logging.set_verbosity_error()
+            if not sys.stderr.isatty():  # their bars would write escape codes
+                logging.disable_progress_bar()
+    console.print(f"loading {source} (processor threads: {use_threads(threads)})", style="dim", highlight=False, soft_wrap=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return sl.load(source)
+        try:
+            return sl.load(source)
+        except SteerlibError:
+            raise
+        except Exception as error:  # whatever a library says of a folder or an id that it cannot load
+            said = str(error).strip().partition("\n")[0] or type(error).__name__
+            raise UnsupportedTarget(f"no model could be loaded from {source!r}: {said}") from error
 
 
 @app.command()
 def demo(
-    tokens: Annotated[int, typer.Option(help="new tokens of each answer")] = 40,
+    tokens: Tokens = 40,
     threads: Threads = 0,
-    only: Annotated[str, typer.Option(help="text or images (default: both)")] = "",
+    only: Annotated[Half | None, typer.Option(help="one half of it (default: both)")] = None,
     out: Annotated[Path, typer.Option(help="PNG file that the pictures are drawn to")] = Path("demo.png"),
 ) -> None:
     """Steer real models: three concepts of SmolLM2-135M-Instruct at several strengths, and six of a model of scenes."""
     from . import terminal
     from .evaluation.text import judge_for
 
-    if only not in ("", "text", "images"):
-        raise BadEdit(f"expected --only text or --only images, got {only!r}")
-    if only != "images":
+    check_picture(out)
+    if only != Half.images:
         bank = sl.ConceptBank.from_pretrained(terminal.TEXT_BANK)
         model, tokenizer = loaded(source_of(bank), threads)
         terminal.demo_text(model, tokenizer, bank, judge_for(recipe_of(bank, None).scorers), tokens)
-    if only != "text":
+    if only != Half.text:
         bank = sl.ConceptBank.from_pretrained(terminal.SCENES_BANK)
         terminal.demo_images(loaded(source_of(bank), threads)[0], bank, out)
 
@@ -100,10 +133,16 @@ def demo(
 @app.command()
 def steer(
     bank: BankName,
-    prompt: Annotated[str, typer.Argument(help="what to ask, or what to draw")],
-    edit: Annotated[list[str], typer.Option("--edit", "-e", help="concept=amount in its units; may be repeated")] = [],  # noqa: B006
+    prompt: Annotated[str, typer.Argument(help="what to ask, to continue or to draw")],
+    edit: Annotated[list[str], typer.Option("--edit", "-e", help=EDITS)] = [],  # noqa: B006
     model: Model = "",
-    tokens: Annotated[int, typer.Option(help="new tokens of each answer")] = 60,
+    tokens: Tokens = 60,
+    temperature: Annotated[float, typer.Option(help="of sampled answers (0: the likeliest token every time)", min=0)] = 0.0,
+    samples: Annotated[int, typer.Option(help="how many answers or pictures", min=1, max=64)] = 1,
+    seed: Annotated[int, typer.Option(help="of the first answer or picture; the next ones follow", min=0)] = 0,
+    chat: Annotated[bool | None, typer.Option(help="ask in a chat, or continue the prompt (default: as the bank says)")] = None,
+    steps: Annotated[int, typer.Option(help="scheduler steps of a picture", min=1)] = 20,
+    guidance: Annotated[float, typer.Option(help="guidance of a picture towards its prompt", min=0)] = 2.0,
     threads: Threads = 0,
     out: Annotated[Path, typer.Option(help="PNG file, if it draws: unsteered left, steered right")] = Path("steered.png"),
 ) -> None:
@@ -111,22 +150,24 @@ def steer(
     from . import terminal
 
     opened = sl.ConceptBank.from_pretrained(bank)
-    edits = dict(_edit(text) for text in edit)
-    for name in edits:
-        opened[name]
+    edits = terminal.read_edits(opened, edit)
+    check_picture(out)
     target, tokenizer = loaded(model or source_of(opened), threads)
     if tokenizer is None:
-        terminal.draw_both(target, opened, prompt, edits, out)
+        terminal.draw_both(target, opened, prompt, edits, out, samples=samples, seed=seed, steps=steps, guidance=guidance)
+    elif samples > 1 and not temperature:
+        raise BadEdit(f"expected --temperature above 0 beside --samples {samples}: greedy answers are all the same")
     else:
-        terminal.answer_twice(target, tokenizer, opened, prompt, edits, tokens)
+        how = {"new_tokens": tokens, "temperature": temperature}
+        asked = terminal.asked(tokenizer, prompt, opened.provenance.get("chat") if chat is None else chat)
+        terminal.answer_twice(target, tokenizer, opened, asked, edits, range(seed, seed + samples), **how)
 
 
-def _edit(text: str) -> tuple[str, float]:
-    name, _, amount = text.rpartition("=")
-    try:
-        return name.strip(), float(amount)
-    except ValueError:
-        raise BadEdit(f"expected --edit concept=amount, got {text!r}") from None
+def check_picture(path: Path) -> None:
+    """Raise `BadEdit` for a file that cannot become a picture, before anything is drawn."""
+    if path.suffix.lower() != ".png" or path.is_dir():
+        raise BadEdit(f"expected --out to name a .png file, got {str(path)!r}")
+    path.parent.mkdir(parents=True, exist_ok=True)
 
 
 def said(values: Any, text: str, as_json: bool) -> None:
@@ -151,10 +192,11 @@ def concepts(
     if as_json:
         said([{**concept.to_dict(), "site": opened.site_of(concept)} for concept in found], "", True)
         return
-    table = Table("concept", "meaning", "site", "useful", "safe range")
+    table = Table(Column("concept", overflow="fold"), "meaning", "site", "useful", "safe range")
     for concept in found:
         safe = signed(*concept.range or ())
-        useful = signed(concept.useful) if concept.present is None else "a gate"
+        useful = f"{concept.useful_as} {signed(concept.useful)}" if concept.useful is not None else ""
+        useful = useful if concept.present is None else "a gate"
         table.add_row(
             *(escape(printable(text)) for text in (concept.name, concept.label, opened.site_of(concept), useful, safe))
         )
@@ -186,10 +228,12 @@ def graph(
     from .graph.exports import circuit_tracer, graphml
     from .graph.page import page
 
-    opened, path = sl.ConceptBank.from_pretrained(bank), out or Path(f"{Path(bank).name}-graph.html")
+    opened = sl.ConceptBank.from_pretrained(bank)
+    path = out or Path(f"{opened.name}-graph.html")
     ways = {".html": page, ".json": circuit_tracer, ".graphml": graphml}
     if path.suffix not in ways:
         raise BadEdit(f"expected a file that ends in {', '.join(ways)}, got {path.name!r}")
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(ways[path.suffix](opened), encoding="utf-8")
     kinds = Counter(f"{edge.relation}, {edge.evidence}" for edge in opened.graph.edges)
     console.print(f"{len(opened.graph)} edges ({'; '.join(f'{n} {kind}' for kind, n in sorted(kinds.items()))})", markup=False)
@@ -236,6 +280,8 @@ def verify(bank: BankName, revision: Revision = None, key: Key = None, as_json: 
 def migrate(bank: BankName, folder: Annotated[Path, typer.Argument(help="where the new bank goes")]) -> None:
     """Write a bank of an older format in the newest one; the old bank stays as it is."""
     opened = sl.ConceptBank.from_pretrained(bank)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise BadBank(f"{str(folder)!r} is there already and stays as it is; give a new or empty folder")
     opened.verify()
     typer.echo(str(opened.save_pretrained(folder)))
 
@@ -254,20 +300,38 @@ def list_(
 
 @app.command()
 def train(
-    recipe: Annotated[Path, typer.Argument(help="recipe.toml")],
-    out: Annotated[Path | None, typer.Option(help="folder of the bank (default: out/<name>)")] = None,
+    recipe: Annotated[Path | None, typer.Argument(help="recipe.toml; with --template, the kind of recipe to write")] = None,
+    out: Annotated[Path | None, typer.Option(help="folder of the bank (default: out/<name>), or file of the template")] = None,
     work: Annotated[Path, typer.Option(help="folder of what each stage made, so that a run can go on")] = Path("out/work"),
+    quick: Annotated[bool, typer.Option("--quick", help="a rough bank in about two minutes, to see whether it works")] = False,
+    template: Annotated[bool, typer.Option("--template", help=TEMPLATE)] = False,
+    clean: Annotated[bool, typer.Option("--clean", help="remove what the stages made once the bank is written")] = False,
     threads: Threads = 0,
 ) -> None:
     """Train a bank from a recipe. Run it again to go on where it stopped."""
-    from .training.pipeline import best_device
+    if template:
+        from .training.templates import write
 
+        path = write(str(recipe or "text"), out or Path("recipe.toml"))
+        console.print(f"written to {path}; edit it, then: steerlib train {path} --quick", markup=False, soft_wrap=True)
+        return
+    from . import terminal
+    from .training import pipeline
+
+    if recipe is None:
+        raise BadRecipe("expected a recipe: steerlib train recipe.toml; steerlib train --template writes one to start from")
     read = sl.Recipe.from_file(recipe)
-    model, tokenizer = loaded(read.source, threads)
-    bank = sl.train(model.to(best_device()), read, tokenizer=tokenizer, work=work)
-    folder = bank.save_pretrained(out or Path("out") / read.name)
-    console.print(repr(bank), markup=False)
-    console.print(f"written to {folder}; what was measured is in its README.md")
+    read = read.quick() if quick else read
+    pipeline.check(read)
+    folder, places = out or Path("out") / read.name, pipeline.work_of(read, work)
+    pipeline.check_writable(folder)
+    console.print(f"work folder: {work}, from which a run that stops goes on", markup=False, soft_wrap=True, style="dim")
+    model, tokenizer = loaded(read.weights, threads)
+    bank = sl.train(model.to(pipeline.best_device()), read, tokenizer=tokenizer, work=work)
+    bank.save_pretrained(folder)
+    console.print(repr(bank), markup=False, soft_wrap=True)
+    corpus = getattr(read, "read_corpus", list)() if tokenizer is None else []
+    terminal.finish(bank, folder, places, clean, str(next(iter(corpus), "Tell me about the place where you live.")))
 
 
 @app.command("eval")
@@ -294,8 +358,8 @@ def eval_(
     are_latents = any(issubclass(KINDS[facts.kind], Sparse) for facts in opened.encoders.values())
     if are_latents and (save or concept or quick):
         raise BadEdit("a bank of latents is measured encoder by encoder; leave out --concept, --quick and --save")
-    if save and (concept or quick or stored):
-        raise BadEdit("--save writes a card of all concepts, as measured whole; leave out --concept, --quick and --stored")
+    if save:
+        _check_saving(bank, bool(concept or quick or stored))
     if are_latents:
         found: Any = opened.provenance.get("quality") if stored else _eval_latents(opened, recipe, model, against, threads)
     elif stored:
@@ -306,20 +370,33 @@ def eval_(
         raise BadRecipe(f"bank {opened.name!r} stores no measurements; leave out --stored to make them")
     typer.echo(latents_table(found) if are_latents else f"{table(found)}\n\n{summary_table(found)}\n\n{missed(found)}")
     if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n", encoding="utf-8")
         if not are_latents:
             out.with_suffix(".png").write_bytes(picture(found))
 
 
+def _check_saving(bank: str, in_part: bool) -> None:
+    if in_part:
+        raise BadEdit("--save writes a card of all concepts, as measured whole; leave out --concept, --quick and --stored")
+    if not Path(bank).is_dir():
+        raise BadBank(f"--save writes into a folder, {bank!r} is none; copy the bank first: steerlib migrate {bank} FOLDER")
+
+
 def _eval_concepts(
     bank: "sl.ConceptBank", recipe: Path | None, names: list[str], quick: bool, save: str, source: str, threads: int
 ) -> Any:
+    from .hosts import host_for
     from .training.package.directions import evaluate, with_effects
 
+    for name in names:
+        bank[name]
     read = recipe_of(bank, recipe)
     if quick:
         read = replace(read, evaluation_prompts=4, dev_prompts=4, seeds=1, new_tokens=24)
-    model, tokenizer = loaded(source or read.source, threads)
+    model, tokenizer = loaded(source or (source_of(bank) if recipe is None else read.weights), threads)
+    if save and (notice := bank.check(host_for(model))):
+        raise BadEdit(f"--save would keep the hash of other weights beside these figures: {notice}; leave out --save")
     records = evaluate(model, tokenizer, bank, read, concepts=names)
     if save:
         with_effects(bank, read, records).save_pretrained(save)
@@ -328,12 +405,15 @@ def _eval_concepts(
 
 def _eval_latents(bank: "sl.ConceptBank", recipe: Path | None, source: str, against: str, threads: int) -> Any:
     from .training.package.latents import evaluate_encoders
+    from .training.package.pictures import evaluate_pictures
     from .training.recipe import TextEncoderRecipe
 
-    own = TextEncoderRecipe(name=bank.name, base=bank.base.id, source=bank.base.id)
-    read = recipe_of(bank, recipe) if recipe or shipped_recipe(bank).is_file() else own
+    own: Any = TextEncoderRecipe(name=bank.name, base=bank.base.id or "model", source=source or bank.base.id or "model")
+    read = recipe_of(bank, recipe) if recipe or has_recipe(bank) or bank.levels else own
     twin = sl.ConceptBank.from_pretrained(against) if against else None
-    model, tokenizer = loaded(source or read.source, threads)
+    model, tokenizer = loaded(source or (source_of(bank) if recipe is None else read.weights), threads)
+    if tokenizer is None:
+        return evaluate_pictures(model, bank, read, against=twin)
     return evaluate_encoders(model, tokenizer, bank, read, against=twin)
 
 
@@ -355,7 +435,7 @@ def examples(
         typer.echo(text if name and out is None else f"{(out or Path()) / path.name}  {first}")
 
 
-def _version(is_wanted: bool) -> None:
+def _tell(is_wanted: bool) -> None:
     if is_wanted:
         typer.echo(f"steerlib {sl.__version__}")
         raise typer.Exit
@@ -364,7 +444,8 @@ def _version(is_wanted: bool) -> None:
 @app.callback()
 def options(
     traceback: Annotated[bool, typer.Option("--traceback", help="show where in the code an error was raised")] = False,
-    version: Annotated[bool, typer.Option("--version", help="print the version", callback=_version, is_eager=True)] = False,  # noqa: ARG001
+    version: Annotated[bool, typer.Option("--version", help="print the version", callback=_tell, is_eager=True)] = False,  # noqa: ARG001
 ) -> None:
     """Change what a generation model is thinking of, while it runs."""
     state.update(traceback=traceback)
+    warnings.showwarning = lambda message, category, *_: typer.echo(f"{category.__name__}: {message}", err=True)

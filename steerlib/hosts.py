@@ -24,10 +24,8 @@ HOSTS = {
 }
 """`package.Class` of a target, or of a class that it inherits from -> `module:Host`. For an object the nearest class wins;
 `load` tries the last entry first. A further library is one more entry."""
-
-
-WRAPPERS = {"torch.DistributedDataParallel": "module"}
-"""Modules that run one other module, whose hooks all work, and the attribute that holds it."""
+WRAPPED = {"transformers.Pipeline": "model", "torch.DistributedDataParallel": "module"}
+"""Objects that hold what is steered, and in which attribute."""
 REFUSED: dict[str, tuple[type[Exception], str]] = {
     "torch.OptimizedModule": (
         CompiledModel,
@@ -102,6 +100,11 @@ class Host(ABC):
         """Whether positions at a site are those of text tokens, so that `tokens=` can be answered."""
         return True
 
+    def begins_text(self, site: Site) -> bool:  # noqa: ARG002
+        """Whether the first position at a site is the first token of a text, on which attention rests whatever it is. Unless a
+        host knows: no."""
+        return False
+
     @abstractmethod
     def order(self, site: Site) -> tuple[int, ...]:
         """A key that sorts sites as a pass reaches them."""
@@ -163,8 +166,8 @@ def host_for(target: object) -> Host:
         if name in REFUSED:
             kind, text = REFUSED[name]
             raise kind(text)
-        if name in WRAPPERS:
-            return host_for(getattr(target, WRAPPERS[name]))
+        if name in WRAPPED:
+            return host_for(getattr(target, WRAPPED[name]))
         if name in HOSTS:
             return _class(HOSTS[name])(target)
     raise UnsupportedTarget(

@@ -79,6 +79,10 @@ class StepState(ABC):
     """Whether backward() runs a checkpointed part of it a second time, where nothing is counted or shown."""
     grid: Grid | None = None
     """Of the latent."""
+    film: int | None = None
+    """Frames of the video that is made, the first packed by itself and the others by equal numbers; None where unknown."""
+    first: int | None = None
+    """Which of the images is the first of this pass, where it is a part of them alone, as in a sliced autoencoder."""
     texts: int = 0
     """Tokens of text, which some blocks keep in front of those of the image."""
     words: Any = None
@@ -104,6 +108,18 @@ class StepState(ABC):
     @abstractmethod
     def at(self, count: int) -> "StepState":
         """This pass at a site with `count` tokens."""
+
+    def on(self, device: torch.device) -> "StepState":
+        """This pass at a site on a device, where a model is split over several: its tensors are there, its notes are shared."""
+        if self.like is None or self.like.device == device:
+            return self
+        there: Any = copy(self)
+        there.like, there.notes = self.like.new_empty(0, device=device), self.notes
+        if isinstance(mask := getattr(self, "mask", None), Tensor):
+            there.mask = mask.to(device)
+        for made in ("real", "columns", "positions", "steps"):
+            there.__dict__.pop(made, None)
+        return there
 
     @cached_property
     def notes(self) -> dict[Hashable, Any]:
@@ -230,6 +246,8 @@ class DenoisingPass(StepState):
         visit: earlier steps that used this very noise level.
         prompts: for which `images` are made; each lies in the batch once for each of the `branches`.
         grid: sizes of the latent.
+        film: frames of the video that is made.
+        first: which of the images is the first of this pass, where it is given only some of them.
         texts: tokens of text in front of those of the image; -1 where rows differ.
         words: finds the words of the prompt.
         like: a tensor on the device of this pass.
@@ -247,15 +265,22 @@ class DenoisingPass(StepState):
         images: int | None = None,
         branches: "tuple[Branch, ...] | None" = (),
         grid: Grid | None = None,
+        film: int | None = None,
+        first: int | None = None,
         texts: int = 0,
         words: Any = None,
         like: Tensor | None = None,
     ):
         self.progress, self.step, self.visit, self.prompts, self.images = progress, step, visit, prompts, images
         self.branches, self.copies = branches, len(branches or ()) or 1
-        self.grid, self.texts, self.words, self.like = grid, texts, words, like
+        self.grid, self.film, self.first, self.texts, self.words, self.like = grid, film, first, texts, words, like
         self.notes: dict[Hashable, Any] = {}  # shared with the same pass at other sites
         self._sizes: dict[int, DenoisingPass] = {}
+
+    def row(self, amounts: "int | Tensor", rows: int) -> Int[Tensor, " rows"]:
+        if self.first is None:
+            return super().row(amounts, rows)
+        return (self.first + torch.arange(rows, device=self.device)) * amounts // (self.images or 1)
 
     def at(self, count: int) -> "DenoisingPass":
         """This pass at another resolution."""

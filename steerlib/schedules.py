@@ -9,6 +9,7 @@ from math import inf, isfinite
 import torch
 from torch import Tensor
 
+from .devices import numbers
 from .passes import StepState
 
 
@@ -33,10 +34,10 @@ class Schedule(ABC):
 
     def weight(self, now: StepState) -> "float | Tensor":
         """The share in this pass: one number, or `[rows, N]` where tokens are at different moments."""
-        moment, numbers = now.progress if self.clock == "progress" else now.moment, torch.tensor(self.numbers())
+        moment, form = now.progress if self.clock == "progress" else now.moment, self.numbers()
         if isinstance(moment, Tensor) and moment.ndim:
-            return gain(moment[..., None], numbers[None].to(moment.device))[..., 0]
-        return float(gain(torch.tensor([float(moment)]), numbers[None]))
+            return gain(moment[..., None], numbers(form, moment.device)[None])[..., 0]
+        return float(gain(torch.tensor([float(moment)]), torch.tensor(form)[None]))
 
     @property
     def span(self) -> "Window":
@@ -133,7 +134,7 @@ class PerStep(Schedule):
     def weight(self, now: StepState) -> "float | Tensor":
         moment, last = now.moment, len(self.strengths) - 1
         if isinstance(moment, Tensor):
-            return torch.tensor(self.strengths, device=moment.device)[moment.clamp(max=last)]
+            return numbers(self.strengths, moment.device)[moment.clamp(max=last)]
         return self.strengths[min(int(moment), last)]
 
 

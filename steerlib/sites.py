@@ -38,7 +38,8 @@ class Site:
         name: what a user calls it: `layers.15`, `layers.15.attn.heads.3`.
         module: dotted path of the module, from the model that is steered.
         side: the module's `output`, its `input`, or the `update`, which is what a block adds to its input.
-        element: which element, where the module gives a tuple.
+        element: which element, where the module gives a tuple; None: the only tensor in it.
+        apart: whether it is one of several tensors, so that a module that gives a single one is refused.
         layout: order of the module's axes: `BND`, `NBD`, or `BD...` for images and videos.
         columns: first and last (excluded) column, for a part of the width: one head.
         reads_text: whether the tokens here are those of an image's prompt.
@@ -52,7 +53,8 @@ class Site:
     name: str
     module: str
     side: Literal["output", "input", "update"] = "output"
-    element: int = 0
+    element: int | None = 0
+    apart: bool = False
     layout: Layout = "BND"
     columns: tuple[int, int] | None = None
     reads_text: bool = False
@@ -65,7 +67,7 @@ class Site:
 
     def read(self, value: Any) -> Tensor:
         """The tensor `x[B, N, D]` inside a module's output or input; raises `WrongWidth` where there is none."""
-        x = value if isinstance(value, Tensor) else value[self.element]
+        x = value if isinstance(value, Tensor) else value[self.element if self.element is not None else self._only(value)]
         fits = isinstance(x, Tensor) and (1 < x.ndim < 6 if self.layout == "BD..." else x.ndim == 3)
         if not fits:
             got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
@@ -79,7 +81,8 @@ class Site:
 
     def write(self, value: Any, x: Tensor) -> Any:
         """`value` with its tensor replaced; `value` itself is left alone."""
-        whole = value if isinstance(value, Tensor) else value[self.element]
+        at = self.element if self.element is not None else self._only(value)
+        whole = value if isinstance(value, Tensor) else value[at]
         swap = LAYOUTS[self.layout]
         if self.columns is not None:
             first, last = self.columns
@@ -89,8 +92,19 @@ class Site:
         if isinstance(value, Tensor):
             return x
         if isinstance(value, (tuple, list)):
-            parts = (*value[: self.element], x, *value[self.element + 1 :])
+            parts = (*value[:at], x, *value[at + 1 :])
             return type(value)(parts) if type(value) in (tuple, list) else type(value)(*parts)  # named tuples
         changed = dict(value)
-        changed[list(changed)[self.element]] = x
+        changed[list(changed)[at]] = x
         return type(value)(**changed)
+
+    def _only(self, value: Any) -> int:
+        """Where the only tensor in a tuple is; raises `WrongWidth` where there are several."""
+        parts = [value] if isinstance(value, Tensor) else value if isinstance(value, (tuple, list)) else [*value.values()]
+        tensors = [at for at, part in enumerate(parts) if isinstance(part, Tensor)]
+        if len(tensors) > 1:
+            raise WrongWidth(
+                f"site {self.name!r}: {self.module!r} gives {len(tensors)} tensors, and its source does not show which one is "
+                f"the stream; name one by its place, {' or '.join(f'{self.name}:{at}' for at in tensors)}"
+            )
+        return tensors[0] if tensors else 0

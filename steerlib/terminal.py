@@ -1,19 +1,26 @@
 """Show at a terminal what steering does: answers and pictures, unsteered and steered, of one prompt or of the demonstration."""
 
+import shlex
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from .bank.concept_bank import ConceptBank
+from .bank.concepts import Concept, printable
+from .errors import BadEdit, ConflictingEdits
 from .evaluation.pictures import draw_as_told, edit_of, grid, strip_of
 from .evaluation.text import Judge
+from .steering.interventions import Ablate, Add, Clamp, Intervention, Scale, Set
 from .steering.session import steer
-from .text import chat, complete, progress
+from .text import begun, chat, complete, progress
 
 TEXT_BANK, SCENES_BANK = "smollm2-135m-instruct", "scenes-32"
 PROMPTS = ("How was your day?", "Describe your morning.", "Tell me about the place where you live.")
@@ -33,23 +40,136 @@ Answers = Mapping[tuple[str, float], Sequence[str]]
 """By concept and amount, one answer a prompt."""
 
 
-def answer_twice(model: Any, tokenizer: Any, bank: ConceptBank, prompt: str, edits: Mapping[str, float], tokens: int) -> None:
-    """Print the greedy answer to a prompt, unsteered and steered, and what the edits did."""
+KINDS: dict[str, tuple[type[Intervention], int]] = {
+    "add": (Add, 1),
+    "set": (Set, 1),
+    "scale": (Scale, 1),
+    "clamp": (Clamp, 2),
+    "ablate": (Ablate, 0),
+}
+"""What stands behind `concept=`, and how many numbers follow, each after a colon. A number alone is added."""
+USEFUL = "useful"
+"""Stands for the edit that the bank's maker found useful."""
+
+
+def read_edits(bank: ConceptBank, texts: Sequence[str]) -> dict[str, Intervention]:
+    """Edits as they are typed: `concept=2.5`, `concept=set:1.5`, `concept=useful`, …
+
+    Raises `BadEdit` for one that cannot be read, for none at all, for one concept named twice and for gates; `UnknownConcept`.
+    """
+    found: dict[str, Intervention] = {}
+    for text in texts:
+        name, _, amount = (part.strip() for part in text.rpartition("="))
+        if not name or not amount:
+            raise BadEdit(f"expected --edit concept=amount, got {text!r}; for example {example_of(bank)}")
+        concept = bank[name]
+        if concept.present is not None and concept.range is None:
+            raise BadEdit(
+                f"{name!r} is a gate, which reads where something is present, and no lever; {example_of(bank)} is one"
+            )
+        if name in found:
+            raise ConflictingEdits(f"{name!r} is edited twice; give it one --edit")
+        found[name] = useful_edit(concept) if amount == USEFUL else _intervention(text, amount)
+    if not found:
+        raise BadEdit(f"expected an --edit or more: {example_of(bank)}; steerlib concepts {bank.name} lists what there is")
+    return found
+
+
+def _intervention(text: str, amount: str) -> Intervention:
+    kind, *given = amount.split(":")
+    if kind not in KINDS:
+        kind, given = "add", [kind, *given]
+    make, count = KINDS[kind]
+    try:
+        numbers = [float(number) for number in given]
+    except ValueError:
+        numbers = []
+    if len(numbers) != count or len(given) != count or not all(map(isfinite, numbers)):
+        ways = ", ".join(":".join((name, *["NUMBER"] * n)) for name, (_, n) in KINDS.items())
+        raise BadEdit(f"expected --edit concept=amount, a number or one of {ways}, {USEFUL}; got {text!r}")
+    return make(*numbers)
+
+
+def useful_edit(concept: Concept) -> Intervention:
+    """The edit that the bank's maker found useful; raises `BadEdit` where there is none."""
+    if concept.useful is None:
+        why = f": {concept.beyond}" if concept.beyond else ""
+        raise BadEdit(f"of {concept.name!r} no useful amount is known{why}; give a number, such as --edit {concept.name}=1")
+    return edit_of(concept.useful_as, concept.useful)
+
+
+def example_of(bank: ConceptBank) -> str:
+    """An edit that works on a bank, as it is typed; nothing for a bank that describes no concept."""
+    levers = [concept for concept in bank.concepts.values() if concept.present is None]
+    best = max(levers, key=lambda concept: (concept.useful is not None, bool(concept.effects.get("verified", {}).get("holds"))))
+    amount = "1" if best.useful is None else f"{'set:' * (best.useful_as == 'Set')}{best.useful:g}"
+    return shlex.join(["-e", f"{best.name}={amount}"])
+
+
+def finish(bank: ConceptBank, folder: Path, places: Sequence[Path], clean: bool, prompt: str) -> None:
+    """Say where a trained bank is, what is left in the folders of its work, and how to go on."""
+    size = sum(path.stat().st_size for place in places for path in place.rglob("*") if path.is_file()) / 1e6
+    for place in places if clean else ():
+        shutil.rmtree(place, ignore_errors=True)
+    left = "removed" if clean else "kept, so that a changed recipe finds what it does not change; --clean removes it"
+    lines = [
+        f"written to {folder}; what was measured is in its README.md",
+        f"work folder {' and '.join(map(str, places))}: {size:.0f} MB, {left}",
+        f"try it:  steerlib steer {shlex.quote(str(folder))} {shlex.quote(prompt)} {example_of(bank)}",
+    ]
+    for line in lines:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def asked(tokenizer: Any, prompt: str, in_chat: bool | None) -> str:
+    """A prompt as a chat's question, or to be continued; None: as a question where the model knows chats."""
+    has_template = getattr(tokenizer, "chat_template", None) is not None
+    if in_chat and not has_template:
+        raise BadEdit("this model's tokenizer has no chat template; leave out --chat")
+    return chat(tokenizer, prompt) if in_chat or (in_chat is None and has_template) else begun(tokenizer, prompt)
+
+
+def answer_twice(
+    model: Any,
+    tokenizer: Any,
+    bank: ConceptBank,
+    asked: str,
+    edits: Mapping[str, Any],
+    seeds: Sequence[int] = (0,),
+    **how: Any,
+) -> None:
+    """Print the answers to a prompt, unsteered and steered, one for each seed, and what the edits did."""
     for title, context in (("unsteered", nullcontext()), ("steered", steer(model, bank, edits))):
         with context as session:
-            text = complete(model, tokenizer, [chat(tokenizer, prompt)], new_tokens=tokens).texts[0]
-        console.print(f"[bold]{title}[/bold]: ", end="")
-        console.print(text, markup=False)
-    console.print(str(session), markup=False)
+            texts = [complete(model, tokenizer, [asked], seed=seed, **how).texts[0] for seed in seeds]
+        for seed, text in zip(seeds, texts, strict=True):
+            console.print(f"[bold]{title}[/bold]{f' (seed {seed})' if len(texts) > 1 else ''}: ", end="")
+            console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
+    console.print(str(session), markup=False, soft_wrap=True)
 
 
-def draw_both(pipe: Any, bank: ConceptBank, prompt: str, edits: Mapping[str, float], out: Path) -> None:
-    """Draw a prompt unsteered (left) and steered (right), from the same noise, to a PNG file; print what the edits did."""
-    plain = draw_as_told(pipe, [prompt])[0]
+def draw_both(
+    pipe: Any,
+    bank: ConceptBank,
+    prompt: str,
+    edits: Mapping[str, Any],
+    out: Path,
+    *,
+    samples: int = 1,
+    seed: int = 0,
+    steps: int = 20,
+    guidance: float = 2.0,
+) -> None:
+    """Draw a prompt unsteered (left) and steered (right), a row for each sample, both of a row from the same noise, to a PNG
+    file; print what the edits did."""
+    how = {"seed": seed, "steps": steps, "guidance": guidance}
+    plain = draw_as_told(pipe, [prompt] * samples, **how)
     with steer(pipe, bank, edits, branch="cond") as session:
-        steered = draw_as_told(pipe, [prompt])[0]
-    pipe.numpy_to_pil(strip_of([plain, steered]) / 255)[0].save(out)
-    console.print(f"{session}\ndrawn to {out}: unsteered on the left, steered on the right", markup=False)
+        steered = draw_as_told(pipe, [prompt] * samples, **how)
+    rows = [strip_of(both) for both in zip(plain, steered, strict=True)]
+    pipe.numpy_to_pil(np.concatenate(rows) / 255)[0].save(out)
+    console.print(str(session), markup=False, soft_wrap=True)
+    console.print(f"drawn to {out}: unsteered on the left, steered on the right", markup=False, soft_wrap=True)
 
 
 def demo_text(model: Any, tokenizer: Any, bank: ConceptBank, judge: Judge, tokens: int) -> None:

@@ -1,6 +1,11 @@
-"""Ask a language model: chat prompts, answers in one batch, and how they are laid out for scoring."""
+"""Ask a language model: chat prompts, answers in one batch, and how they are laid out for scoring; say how far a run is."""
 
-from collections.abc import Sequence
+import re
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
@@ -21,9 +26,17 @@ class Completions(NamedTuple):
 
 
 def chat(tokenizer: Any, prompt: str, instruction: str = "") -> str:
-    """A user's message as the model was trained to read it."""
-    message = [{"role": "user", "content": f"{prompt} {instruction}".strip()}]
-    return tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+    """A user's message as the model was trained to read it; for a model without a chat template, a line of plain text."""
+    said = f"{prompt} {instruction}".strip()
+    if getattr(tokenizer, "chat_template", None) is None:
+        return begun(tokenizer, f"{said}\n")
+    return tokenizer.apply_chat_template([{"role": "user", "content": said}], tokenize=False, add_generation_prompt=True)
+
+
+def begun(tokenizer: Any, text: str) -> str:
+    """A text to be continued, behind the token that the tokenizer begins texts with, if it does."""
+    begins = tokenizer.bos_token_id is not None and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
+    return f"{tokenizer.bos_token}{text}" if begins else text
 
 
 @torch.no_grad()
@@ -36,7 +49,8 @@ def complete(
     how: dict[str, Any] = {"do_sample": False}
     if temperature > 0:
         how = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-    with torch.random.fork_rng(enabled=temperature > 0):
+    used = {parameter.device for parameter in model.parameters() if parameter.device.type not in ("cpu", "meta")}
+    with torch.random.fork_rng(used, enabled=temperature > 0):  # without naming devices it warns where there are several
         torch.manual_seed(seed) if temperature > 0 else None
         out = model.generate(**batch, max_new_tokens=new_tokens, pad_token_id=tokenizer.pad_token_id, **how)
     start = batch["input_ids"].shape[1]
@@ -47,6 +61,48 @@ def complete(
     return Completions([text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)], out, mask, start)
 
 
-def progress(items: Sequence[Any], what: str) -> Any:
-    """A progress bar over work that takes a while."""
-    return tqdm(items, desc=what, leave=False)
+EVERY = 10.0
+"""Seconds between lines of progress, where they go to a file."""
+STAGE: ContextVar[str] = ContextVar("STAGE", default="")
+
+
+class Lines:
+    """What progress bars write, for output that is no terminal: now and then a line, without escape codes."""
+
+    def __init__(self) -> None:
+        self.last = -EVERY
+
+    def write(self, text: str) -> None:
+        line = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", text).strip()
+        if line and time.monotonic() - self.last >= EVERY:
+            self.last = time.monotonic()
+            sys.stderr.write(f"{line}\n")
+            sys.stderr.flush()
+
+    def flush(self) -> None:
+        sys.stderr.flush()
+
+
+LINES = Lines()
+PLAIN = "{desc}: {percentage:.0f} %, {n_fmt} of {total_fmt}, {elapsed} so far, about {remaining} left"
+
+
+def progress(items: Any, what: str, **options: Any) -> Any:
+    """A progress bar over work that takes a while, with the stage it belongs to and the time left.
+
+    `options` are tqdm's. Where errors go to a file, it writes lines there.
+    """
+    plain = {} if sys.stderr.isatty() or "ipykernel" in sys.modules else {"file": LINES, "bar_format": PLAIN}
+    return tqdm(items, desc=f"{STAGE.get()}{what}", leave=False, **{**plain, **options})
+
+
+@contextmanager
+def stage(number: int, of: int, what: str) -> Iterator[None]:
+    """Say which stage of how many a long run is in, before, after and on every progress bar of it."""
+    begun, before = time.monotonic(), STAGE.set(f"stage {number} of {of}, ")
+    print(f"stage {number} of {of}: {what}", file=sys.stderr, flush=True)
+    try:
+        yield
+        print(f"stage {number} of {of}: done in {time.monotonic() - begun:.0f} s", file=sys.stderr, flush=True)
+    finally:
+        STAGE.reset(before)

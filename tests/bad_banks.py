@@ -75,6 +75,7 @@ def good(folder: Path, kind: str) -> Files:
         "good", concepts, {"layers.0": sl.Directions(torch.randn(3, 4, generator=generator)), "layers.1": made},
         base=sl.BaseModel(id="org/model", fingerprint={"width": 4}), license="apache-2.0", provenance={"seed": 0},
         sites={f"layers.{i}": SiteFacts(width=4, norm=2.0) for i in range(2)}, graph=sl.CausalGraph(edges), card="# good\n",
+        reads={"layers.1": "layers.0"} if kind == "transcoder" else None,
     )  # fmt: skip
     bank.save_pretrained(folder)
     names = ("README.md", "bank.json", "concepts.jsonl", "graph.safetensors", "hashes.safetensors", *WEIGHTS)

@@ -21,6 +21,14 @@ UNKNOWN = 100
 
 def pytest_addoption(parser):
     parser.addoption("--write-durations", action="store_true", help=f"write how long files took to {DURATIONS.name}")
+    parser.addoption("--device", default="cpu", help="where models, and tensors that tests make, lie: cuda, mps, pretend, …")
+
+
+def pytest_configure(config):
+    if (device := config.getoption("device")) != "cpu":
+        import on_device  # imports diffusers
+
+        on_device.move(device)
 
 
 def pytest_collection_modifyitems(items):

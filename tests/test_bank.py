@@ -51,6 +51,66 @@ def test_pictures_of_the_card_come_along(saved, tmp_path):
         sl.ConceptBank.from_pretrained(tmp_path / "new")
 
 
+def with_pipeline(folder):
+    """A bank that comes with a folder of files of its own."""
+    held = {"model_index.json": b"{}", "unet/weights.safetensors": bytes(9), "tokenizer/merges.txt": b"a b"}
+    for name, data in held.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
+    return make().with_concepts(files={"pipeline": folder})
+
+
+def test_a_pipeline_in_its_folder_is_listed_hashed_copied_and_checked(tmp_path):
+    bank = with_pipeline(tmp_path / "pipe")
+    folder = bank.save_pretrained(tmp_path / "bank")
+    again = sl.ConceptBank.from_pretrained(folder)
+    assert again.file("pipeline") == folder / "pipeline" and again.file("other") is again.file("pipe") is None
+    assert again.file("pipeline/unet/weights.safetensors") == folder / "pipeline" / "unet" / "weights.safetensors"
+    changed = again.with_concepts([c for c in again.concepts.values()], card="# new")
+    assert contents(changed.save_pretrained(tmp_path / "copy") / "pipeline") == contents(tmp_path / "pipe")
+    again.save_pretrained(folder)
+    assert contents(folder / "pipeline") == contents(tmp_path / "pipe"), "also where it is saved over itself"
+    flip(folder / "pipeline" / "unet" / "weights.safetensors", 3)
+    opened = sl.ConceptBank.from_pretrained(folder)  # opening reads no pipeline
+    for use in (opened.verify, lambda: opened.file("pipeline"), lambda: opened.save_pretrained(tmp_path / "more")):
+        with pytest.raises(errors.CorruptBank, match="pipeline/unet/weights.safetensors is not the file"):
+            use()
+
+
+@pytest.mark.parametrize(("name", "error"), [("concepts.jsonl", "writes itself"), ("pipe/model.bin", "plain relative name")])
+def test_files_that_a_bank_may_not_hold_are_refused_when_it_is_saved(name, error, tmp_path):
+    (tmp_path / "there").write_bytes(b"x")
+    with pytest.raises(errors.BadBank, match=error):
+        make().with_concepts(files={name: tmp_path / "there"}).save_pretrained(tmp_path / "bank")
+    assert not (tmp_path / "bank").exists()
+
+
+def test_files_that_nothing_lists_are_said(saved, tmp_path):
+    bank = sl.ConceptBank.from_pretrained(saved)
+    for name in (".gitattributes", "notes.txt", "pipeline/model.json"):
+        (saved / name).parent.mkdir(exist_ok=True)
+        (saved / name).write_text("{}")
+    with pytest.warns(errors.SteeringWarning, match="2 files that bank.json does not .*: notes.txt, pipeline/model.json; to"):
+        bank.verify()
+
+
+def test_a_flipped_bit_in_the_pipeline_of_a_shipped_bank_is_found(tmp_path):
+    shipped = sl.ConceptBank.from_pretrained("scenes-32").folder
+    assert shipped is not None
+    shutil.copytree(shipped, tmp_path / "scenes-32")
+    weights = tmp_path / "scenes-32" / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors"
+    flip(weights, weights.stat().st_size // 2)
+    with pytest.raises(errors.CorruptBank, match="pipeline/unet/diffusion_pytorch_model.safetensors is not .*its bytes differ"):
+        sl.ConceptBank.from_pretrained(tmp_path / "scenes-32").verify()
+
+
+@pytest.mark.parametrize("name", sorted(hub.shipped()))
+def test_shipped_banks_list_all_their_files(name):
+    folder = hub.shipped()[name]
+    listed = json.loads((folder / "bank.json").read_text())["files"]
+    assert trust.strays(folder, {*listed, "bank.json"}) == []
+
+
 def contents(folder):
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(Path(folder).rglob("*")) if p.is_file()}
 
@@ -357,7 +417,7 @@ def test_a_part_beyond_the_end_of_its_encoder_is_found_when_read_and_by_verify(l
     whole = spread(tiny("llama"))
     beyond = [sl.Concept(name="tone", encoder="layers.0", index=1, parts=(sl.Part(encoder="layers.1", index=2, unit=1.0),))]
     with pytest.raises(errors.CorruptBank, match="'layers.1' does not fit its concepts"):
-        whole.with_concepts(beyond).verify()
+        whole.with_concepts([whole["topic"], *beyond]).verify()
 
 
 def test_a_bank_that_gates_by_a_concept_it_lost_is_not_made():

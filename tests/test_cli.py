@@ -145,6 +145,75 @@ def test_pictures_are_drawn_with_and_without_steering(tmp_path):
     assert "blue" in text and out.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize(("arguments", "said", "code"), [
+    (("steer", "smollm2-135m-instruct", "hi"), "expected an --edit or more: -e formality=", 1),
+    (("steer", "smollm2-135m-instruct", "hi", "-e", "french=set:a"), "add:NUMBER, set:NUMBER, scale:NUMBER", 1),
+    (("steer", "smollm2-135m-instruct", "hi", "-e", "french=nan"), "a number or one of", 1),
+    (("steer", "smollm2-135m-instruct", "hi", "-e", "french=1", "-e", "french=2"), "edited twice", 1),
+    (("steer", "smollm2-135m-instruct", "hi", "-e", "answering=1"), "is a gate", 1),
+    (("steer", "scenes-32", "hi", "-e", "day=useful"), "no amount in the range moves it clearly", 1),
+    (("steer", "scenes-32", "hi", "-e", "blue=useful", "--out", "x.gif"), "a .png file", 1),
+    (("steer", "smollm2-135m-instruct", "hi", "-e", "french=1", "--tokens", "-3"), "greater than or equal to 1", 2),
+    (("demo", "--only", "txt"), "'txt' is not one of 'text', 'images'", 2),
+    (("migrate", "concept_banks/scenes-32", "concept_banks/scenes-32"), "is there already and stays as it is", 1),
+    (("train",), "steerlib train --template writes one", 1),
+    (("train", "--template", "latnts"), "one of text, latents, graph, pictures", 1),
+    (("eval", "scenes-32"), "comes without its recipe", 1),
+])  # fmt: skip
+def test_what_a_person_mistypes_is_one_message_without_a_traceback(arguments, said, code):
+    text = " ".join(run(*arguments, code=code, COLUMNS="300").split())
+    assert said in text.replace("│", "") and "Traceback" not in text
+
+
+def test_a_template_is_written_once(tmp_path):
+    path = tmp_path / "recipe.toml"
+    assert "written to" in run("train", "--template", "--out", path)
+    assert sl.Recipe.from_file(path).name == "my-concepts"
+    assert "stays as it is" in run("train", "--template", "latents", "--out", path, code=1)
+
+
+@pytest.mark.parametrize(("text", "expected"), [
+    ("a=2", sl.Add(2.0)), ("a=add:-2", sl.Add(-2.0)), ("a=set:1.5", sl.Set(1.5)), ("a=scale:0.5", sl.Scale(0.5)),
+    ("a=clamp:-1:1", sl.Clamp(-1.0, 1.0)), ("a=ablate", sl.Ablate()), ("a=useful", sl.Set(3.0)),
+])  # fmt: skip
+def test_edits_are_read_as_they_are_typed(text, expected):
+    from steerlib.terminal import read_edits
+
+    bank = sl.ConceptBank.from_directions({"a": torch.ones(32)}, site="layers.0", base=tiny("llama"))
+    bank = bank.with_concepts([replace(bank["a"], useful=3.0, useful_as="Set")])
+    assert read_edits(bank, [text]) == {"a": expected}
+
+
+def test_pictures_of_a_bank_that_was_just_made_are_steered_and_measured_with_no_further_option(tmp_path):
+    """Trained by the command line; the command that it prints at the end works."""
+    import shlex
+
+    (tmp_path / "prompts.txt").write_text("\n\n".join(f"a {hue} square at night" for hue in ("red", "green", "blue") * 3))
+    (tmp_path / "recipe.toml").write_text(f"""
+name = "pictures"
+base = "scenes"
+source = "{ROOT / "concept_banks" / "scenes-32" / "pipeline"}"
+corpus = ["prompts.txt"]
+tokens = 512
+encoders = [{{ site = "unet.mid_block.attentions.0", level = 500, kind = "topk", latents = 32, k = 4, batch = 64 }}]
+""")
+    bank = tmp_path / "bank"
+    command = [sys.executable, "-m", "steerlib", "train", tmp_path / "recipe.toml", "--out", bank, "--work", tmp_path / "work"]
+    done = subprocess.run([*map(str, command), "--threads", "1"], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0 and "\x1b" not in done.stderr and "stage 2 of 3" in done.stderr, done.stderr
+    said = shlex.split(next(line for line in done.stdout.splitlines() if line.startswith("try it:")).removeprefix("try it:"))
+    assert said[:3] == ["steerlib", "steer", str(bank)]
+    out = tmp_path / "new" / "drawn.png"
+    assert str(out) in run(*said[1:], "--steps", 2, "--samples", 2, "--out", out, "--threads", 1)
+    assert out.read_bytes().startswith(b"\x89PNG")
+    stored = json.loads((bank / "bank.json").read_text())["provenance"]["quality"]
+    run("eval", bank, "--threads", 1, "--out", tmp_path / "figures.json")
+    for id, figures in json.loads((tmp_path / "figures.json").read_text()).items():
+        assert {key: figures[key] for key in ("explained", "l0")} == pytest.approx(
+            {k: stored[id][k] for k in ("explained", "l0")}, rel=1e-3
+        )
+
+
 @pytest.mark.real
 def test_a_prompt_is_answered_with_and_without_steering():
     text = run("steer", "smollm2-135m-instruct", "How are you?", "-e", "french=1", "--tokens", "8")

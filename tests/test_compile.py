@@ -98,7 +98,10 @@ def test_latents_on_a_compiled_model(site):
         JumpReLU(encoder=rows, decoder=back, bias=torch.zeros(12), threshold=torch.rand(12)), site=site, base=model
     )
     one, two = f"{site}/3", f"{site}/8"
-    settings = [{one: sl.Set(2.0)}, {one: -0.5, two: sl.Ablate()}, {one: [2.0, -1.0]}, {two: sl.Scale(3.0)}, {}]
+    settings = [
+        {one: sl.Set(2.0)}, {one: -0.5, two: sl.Ablate()}, {two: sl.Ablate(tokens="all")}, {one: [2.0, -1.0]},
+        {two: sl.Scale(3.0)}, {},
+    ]  # fmt: skip
     expected, steering = [], sl.attach(model, bank, allow_ood=True)
     for edits in settings:
         steering.set(edits)
@@ -111,6 +114,8 @@ def test_latents_on_a_compiled_model(site):
         for edits, eager in zip(settings, expected, strict=True):
             steering.set(edits)
             torch.testing.assert_close(logits(model), eager, atol=1e-4, rtol=1e-4)
+    with pytest.raises(errors.Unanswerable, match="exact=True.*compiled"):
+        steering.set({one: sl.Ablate(exact=True)})
 
 
 def test_competing_latents_on_a_compiled_model_need_their_threshold():

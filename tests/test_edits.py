@@ -1,5 +1,6 @@
 """What edits do to x, against closed forms."""
 
+import random
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ from steerlib.bank.concepts import Place
 from steerlib.errors import BadEdit, ConflictingEdits, WrongWidth
 from steerlib.passes import TextPass
 from steerlib.schedules import gain
+from steerlib.steering.compiled import CompiledEdit
 from steerlib.steering.edit import Edit, EditTensors, Given
 from steerlib.steering.interventions import Coordinate
 from steerlib.steering.program import Program, Run
@@ -114,12 +116,56 @@ def test_a_change_is_cut_to_the_cap_and_keeps_its_direction(encoder, x):
     assert ((z - x).norm(dim=-1) <= 2.0001).all()
 
 
+@pytest.mark.parametrize("removal", [sl.Ablate(), sl.Scale(0.1), sl.Set(0.0), sl.Clamp(-0.01, 0.01)])
+def test_a_removal_is_never_capped(encoder, x, removal):
+    torch.testing.assert_close(run(x, edit(0, encoder, removal), cap=1e-3), run(x, edit(0, encoder, removal)))
+
+
+def test_beside_removals_the_additions_alone_are_capped(encoder, x):
+    """What is taken away is the shortest change to the removed reading that leaves forced ones as they were; the rest goes as
+    far along as the cap."""
+    g = torch.Generator().manual_seed(5)
+    many = directions(*torch.randn(5, D, generator=g))
+    edits = [edit(0, many, sl.Ablate()), edit(1, many, sl.Set(9.0)), edit(2, many, sl.Add(7.0)), edit(3, many, sl.Scale(0.2))]
+    whole, capped, z = run(x, *edits), run(x, *edits, cap=2.0), many.encode(x)
+    less = -0.8 * z[..., 3, None] * many.decoder[3]
+    own = torch.stack((-z[..., 0], torch.zeros(2, 5)), -1) - less @ many.encoder[:2].T
+    less = less + own @ torch.linalg.pinv(many.encoder[:2]).T
+    more = whole - x - less
+    torch.testing.assert_close(capped, x + less + more * 2 / more.norm(dim=-1, keepdim=True), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(many.encode(capped)[..., 0], torch.zeros(2, 5), atol=1e-4, rtol=0)
+    torch.testing.assert_close(many.encode(whole)[..., 0], torch.zeros(2, 5), atol=1e-4, rtol=0)
+
+
+def test_a_target_that_leads_away_from_0_is_capped_and_one_that_leads_there_is_not(encoder, x):
+    z = encoder.encode(x)[..., 0]
+    value = float(z.median())
+    found = encoder.encode(run(x, edit(0, encoder, sl.Set(value)), cap=1e-3))[..., 0]
+    nearer = (z - value) * value >= 0
+    assert nearer.any() and (~nearer).any()
+    torch.testing.assert_close(found[nearer], torch.full_like(found[nearer], value))
+    step = (value - z[~nearer]).sign() * 1e-3 / encoder.decoder[0].norm()
+    torch.testing.assert_close(found[~nearer], z[~nearer] + step, atol=1e-5, rtol=0)
+
+
 def test_the_constant_path_equals_the_general_formula(encoder, x):
     edits = [edit(0, encoder, sl.Add([1.0, -2.0])), edit(1, encoder, sl.Add(0.5))]
     program = Program(edits, cap=3.0)
     assert program.is_constant
     change = EditTensors.of(edits, 3.0).change(x, Given(row=torch.arange(2)))
     torch.testing.assert_close(Run(program)(x, TextPass(5)), x + change.delta)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_what_compiled_code_runs_equals_the_general_formula(encoder, x, seed):
+    """Also capped, and beside removals."""
+    draw = random.Random(seed)
+    kinds = [sl.Ablate(), sl.Set(9.0), sl.Add(7.0), sl.Scale(0.2), sl.Clamp(-0.1, 0.1), sl.Add([3.0, -2.0])]
+    edits = [edit(k, encoder, draw.choice(kinds)) for k in range(3)]
+    compiled = CompiledEdit(5, 4, D, torch.device("cpu"))
+    for cap in (2.0, float("inf")):
+        compiled.fill(edits, cap)
+        torch.testing.assert_close(compiled(x, TextPass(5)), run(x, *edits, cap=cap), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 2e-2), (torch.float16, 2e-3)])

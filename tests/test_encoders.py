@@ -264,7 +264,8 @@ def test_a_latent_is_changed_in_the_code_and_the_rest_stays(model, kind, way):
     assert 0 < (z[..., i] > 0).sum() < 12 or kind == "relu"
     wanted = {
         sl.Set(2.5): torch.full_like(z[..., i], 2.5),
-        sl.Ablate(): torch.zeros_like(z[..., i]),
+        sl.Ablate(): torch.cat((z[:, :1, i], torch.zeros_like(z[:, 1:, i])), 1),  # first tokens are left alone
+        sl.Ablate(tokens="all"): torch.zeros_like(z[..., i]),
         sl.Scale(3.0): 3 * z[..., i],
         sl.Add(0.7): z[..., i] + 0.7,
         sl.Add(-0.4): (z[..., i] - 0.4).clamp(min=0),
@@ -273,6 +274,73 @@ def test_a_latent_is_changed_in_the_code_and_the_rest_stays(model, kind, way):
     for edit, after in wanted.items():
         found = at(model, bank, {f"layers.0/{i}": edit})[0]
         torch.testing.assert_close(found, x + (after - z[..., i])[..., None] * written, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["relu", "jumprelu", "topk", "batchtopk", "matryoshka", "gated"])
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_an_exact_ablation_leaves_several_latents_nothing_to_read(model, kind, way):
+    """And a direction its value; the change beyond what they write is none where nothing is left, and the shortest."""
+    d, encoder = torch.randn(D, generator=torch.Generator().manual_seed(3)), MADE[kind](**way)
+    encoders = {"layers.0": encoder, "layers.0#d": sl.Directions(d[None])}
+    sites = {"layers.0": SiteFacts(width=D, norm=1e-3)}  # far shorter than what is removed: removals have no cap
+    bank = sl.ConceptBank("both", [], encoders, base=sl.BaseModel.of(model), sites=sites)
+    x = at(model)[0]
+    z = encoder.encode(x)
+    chosen = (z > 0).sum((0, 1)).topk(4).indices.tolist()
+    gone = {f"layers.0/{i}": sl.Ablate(exact=True) for i in chosen}
+    with sl.steer(model, bank, gone | {"layers.0#d/0": sl.Ablate()}) as session:
+        found = at(model)[0]
+    assert (encoder.encode(found)[:, 1:, chosen] == 0).all() and (z[:, 1:, chosen] > 0).any()
+    torch.testing.assert_close(found @ d / d.square().sum(), torch.zeros(2, 6), atol=2e-5, rtol=0)
+    lines = [one for one in session.report().lines if one.concept != "layers.0#d/0"]
+    assert {one.left for one in lines} <= {0.0, None} and all(one.capped == 0 for one in lines)
+    (one, *_), plain = chosen, at(model, bank, {f"layers.0/{chosen[0]}": sl.Ablate()})[0]
+    alone = at(model, bank, {f"layers.0/{one}": sl.Ablate(exact=True)})[0]
+    silent = encoder.encode(plain)[..., one] == 0
+    if not KINDS[kind].competes(encoder.settings):
+        torch.testing.assert_close(alone[silent], plain[silent], atol=1e-3, rtol=0)
+    rest, row = (alone - plain)[~silent][:, :], encoder.rows([one]).read[0]
+    torch.testing.assert_close(rest, (rest @ row)[:, None] * row / row.square().sum(), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_an_exact_ablation_holds_in_the_precision_of_the_model(model, dtype):
+    model, encoder = model.to(dtype), JumpReLU(**tensors(), threshold=numbers(1).abs() + 0.5)
+    bank, z = bank_of(model, encoder), encoder.encode(at(model)[0])
+    found = at(model, bank, {f"layers.0/{i}": sl.Ablate(exact=True) for i in range(N)})[0]
+    assert (z[:, 1:] > 0).any() and (encoder.encode(found)[:, 1:] == 0).all()
+
+
+def test_an_exact_ablation_that_is_half_let_through_leaves_half(model):
+    encoder = MADE["relu"]()
+    bank, z = bank_of(model, encoder), encoder.encode(at(model)[0])
+    i = int((z > 0).sum((0, 1)).argmax())
+    found = at(model, bank, {f"layers.0/{i}": sl.Ablate(exact=True, tokens="all", mask=torch.full((6,), 0.5))})[0]
+    assert (encoder.encode(found)[..., i] <= 0.5 * z[..., i] + 1e-5).all() and (encoder.encode(found)[..., i] > 0).any()
+
+
+def test_the_report_says_what_is_left_of_a_reading(model):
+    """By readings before and after, of tokens that were ablated; nothing is said of additions."""
+    encoder = MADE["jumprelu"]()
+    bank, x = bank_of(model, encoder), at(model)[0]
+    z = encoder.encode(x)
+    i = int((z > 0).sum((0, 1)).argmax())
+    with sl.steer(model, bank, {f"layers.0/{i}": sl.Ablate(), f"layers.0/{(i + 1) % N}": sl.Scale(0.5)}) as session:
+        after = encoder.encode(at(model)[0])[:, 1:, i].sum()
+    line, scaled = session.report().lines
+    assert line.left == pytest.approx(float(after / z[:, 1:, i].sum()), abs=1e-5) and line.tokens == 5 and line.seen == 6
+    assert scaled.left is None or scaled.left > 0
+    assert f"{line.left:.0%}" in str(session) and "left: of a reading that is taken away" in session.report().legend()
+    with sl.steer(model, bank, {f"layers.0/{i}": sl.Set(1.0)}, allow_ood=True) as session:
+        at(model)
+    assert session.report().lines[0].left is None and "left" not in str(session)
+
+
+def test_a_latent_is_never_set_below_0(model):
+    encoder = MADE["relu"]()
+    bank = bank_of(model, encoder)
+    for edit in (sl.Set(-2.0), sl.Clamp(high=-1.0)):
+        assert torch.equal(*(at(model, bank, {"layers.0/4": one})[0] for one in (edit, sl.Ablate(tokens="all"))))
 
 
 def test_what_a_latent_does_not_do_is_bit_identical(model):
@@ -341,6 +409,11 @@ def test_a_transcoder_reads_at_one_site_and_writes_at_a_later_one(model, k):
         before, found = at(model, bank, {f"layers.1.mlp/{i}": edit}, sites)
         assert torch.equal(before, read)
         torch.testing.assert_close(found, written + (after - z[..., i])[..., None] * encoder.decoder[i], atol=2e-5, rtol=0)
+    before, found = at(model, bank, {f"layers.1.mlp/{i}": sl.Ablate()}, sites)
+    assert torch.equal(before, read) and torch.equal(found[:, 0], written[:, 0])
+    torch.testing.assert_close(found[:, 1:], (written - z[..., i, None] * encoder.decoder[i])[:, 1:], atol=2e-5, rtol=0)
+    with pytest.raises(errors.Unanswerable, match="read at 'layers.0'.*Ablate"):
+        sl.steer(model, bank, {f"layers.1.mlp/{i}": sl.Ablate(exact=True)})
     with torch.no_grad(), sl.record(model, bank, [f"layers.1.mlp/{i}"]) as tape:
         model(IDS)
     torch.testing.assert_close(tape[f"layers.1.mlp/{i}"][0][1], z[..., i])

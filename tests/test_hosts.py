@@ -15,7 +15,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import steerlib as sl
 from steerlib import errors, hosts
-from steerlib.hooks.diffusers.families import DENOISERS, GUIDANCE, Denoiser, Streams
+from steerlib.hooks.diffusers.families import DENOISERS, GUIDANCE, Denoiser
 from steerlib.hooks.diffusers.host import PipelineHost
 from steerlib.hooks.modules import ModuleHost
 from steerlib.hooks.transformers.families import FAMILIES, Family
@@ -149,7 +149,7 @@ class Tower(nn.Module):
 
 
 class TowerPipeline(d.DiffusionPipeline):
-    """Stacks the half with the prompt first."""
+    """Stacks the half with the prompt first, under names that do not say so."""
 
     def __init__(self, tower, scheduler):
         super().__init__()
@@ -161,8 +161,8 @@ class TowerPipeline(d.DiffusionPipeline):
         text = torch.cat((torch.ones(1, 3, 8), torch.zeros(1, 3, 8)))
         self.scheduler.set_timesteps(4)
         for _i, t in enumerate(self.scheduler.timesteps):
-            cond, uncond = self.tower(torch.cat((latents, latents)), 1 - t / 1000, text).chunk(2)
-            latents = self.scheduler.step(uncond + 2 * (cond - uncond), t, latents).prev_sample
+            a, b = self.tower(torch.cat((latents, latents)), 1 - t / 1000, text).chunk(2)
+            latents = self.scheduler.step(b + 2 * (a - b), t, latents).prev_sample
         return latents
 
 
@@ -173,14 +173,19 @@ def test_a_denoiser_is_one_entry_and_an_order_of_guidance_another(monkeypatch):
         host_for(pipe)
     facts = Denoiser(
         lists=("floors",),
-        streams={"Floor": Streams(image=1, text=0)},
         noise=lambda done, _: 1 - done,
         time=("done",),
         sample=("canvas",),
         identity=("height",),
     )
     monkeypatch.setitem(DENOISERS, "Tower", facts)
-    monkeypatch.setitem(GUIDANCE, "TowerPipeline", {2: ("cond", "uncond")})
+    guided = {"a": sl.Add(1.0, branch="cond")}
+    with (
+        pytest.raises(errors.Unanswerable, match="GUIDANCE"),
+        sl.steer(pipe, bank_for(pipe, "tower.floors.1:image", 8), guided),
+    ):
+        pipe()
+    monkeypatch.setitem(GUIDANCE, "TowerPipeline.__call__", {2: ("cond", "uncond")})
     host, site = host_for(pipe), "tower.floors.1:image"
     assert {site, "tower.floors.0:text"} <= {*host.sites()} and host.fingerprint() == {"tower": {"class": "Tower", "height": 2}}
     assert host.order(host.site("tower.floors.0:image")) < host.order(host.site(site))

@@ -13,7 +13,7 @@ import huggingface_hub
 import pytest
 import torch
 from hub_server import LARGE, Hub, turn
-from test_bank import contents, make
+from test_bank import contents, make, with_pipeline
 
 import steerlib as sl
 from steerlib import errors
@@ -281,6 +281,27 @@ def test_what_is_published_loads_bit_equal(hub, tmp_path):
     again = sl.ConceptBank.from_pretrained("org/made")
     assert contents(again.save_pretrained(tmp_path / "again")) == expected
     again.verify()
+
+
+def test_a_pipeline_is_published_pulled_and_taken_away_with_its_bank(hub, tmp_path, monkeypatch):
+    bank = with_pipeline(tmp_path / "pipe")
+    bank.push_to_hub("org/made", token="secret")
+    for small in (1 << 20, 0):  # whole, and what is asked for
+        monkeypatch.setattr("steerlib.bank.hub.SMALL", small)
+        pulled = sl.ConceptBank.from_pretrained("org/made", cache_dir=tmp_path / f"cache{small}")
+        found = pulled.file("pipeline")
+        assert found is not None and contents(found) == contents(tmp_path / "pipe")
+        pulled.verify()
+    assert contents(pulled.save_pretrained(tmp_path / "again")) == {
+        name: data for name, data in hub.repos["org/made"]["commits"][hub.repos["org/made"]["refs"]["main"]].items()
+        if name != ".gitattributes"
+    }  # fmt: skip
+    commit = make(1).push_to_hub("org/made", token="secret")
+    assert not [name for name in hub.repos["org/made"]["commits"][commit] if name.startswith("pipeline")]
+    with_pipeline(tmp_path / "pipe").push_to_hub("org/made", token="secret")
+    hub.damage.add("pipeline/unet/weights.safetensors")
+    with pytest.raises(errors.CorruptBank, match="truncated or altered"):
+        sl.ConceptBank.from_pretrained("org/made", cache_dir=tmp_path / "fresh").verify()
 
 
 def test_a_bank_published_over_another_leaves_nothing_of_it_and_what_is_not_a_banks(hub, tmp_path):

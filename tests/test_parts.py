@@ -12,6 +12,7 @@ from tiny_pipelines import WITH_TEXT, autoencoder, quantizer, run
 import steerlib as sl
 from steerlib import errors
 from steerlib.bank import SiteFacts
+from steerlib.passes import TracedPass
 from steerlib.steering import masks
 
 
@@ -367,8 +368,8 @@ def test_a_report_says_how_often_and_on_how_many_tokens_an_edit_acted_and_why_it
     box = (0.0, 0.0, 0.5, 1.0)
     with sl.steer(pipe, bank, {"a": sl.Add(1.0, mask=box, when=sl.Steps(1)), "b": sl.Add(1.0, when=sl.Steps(1))}) as session:
         run(pipe)
-    line = session.report().lines[0]
-    assert (line.passes, line.acted, line.seen) == (3, 2, 3 * 128) and line.tokens == 2 * 128
+    line, other = session.report().lines
+    assert (line.passes, line.acted, line.seen) == (3, 2, 3 * 128) and line.tokens == 2 * 64 and other.tokens == 2 * 128
     with sl.steer(pipe, bank, {"a": sl.Add(1.0, when=sl.Window(0.9995, 1.0))}) as late:
         run(pipe)
     assert "waits for Window(start=0.9995, stop=1.0), and the run went from progress 0.33 to 1.00" in str(late)
@@ -413,3 +414,10 @@ def test_a_modular_pipelines_guider_tells_which_half_it_asks_for():
     with sl.steer(pipe, bank, {"a": sl.Add(1.0, when=sl.Window(0.9, 1.0), mask=(0.0, 0.0, 0.5, 1.0))}):
         make()
     assert traces(pipe) == before and torch.equal(make(), plain)
+
+
+def test_a_traced_pass_counts_rows_on_its_own_device():
+    """So that compiled code on an accelerator mixes no devices; "meta" is one that every machine has."""
+    where = torch.device("meta")
+    now = TracedPass(torch.zeros(1, 4, dtype=torch.long, device=where), torch.zeros(1, 4, dtype=torch.long, device=where), None)
+    assert now.row(torch.tensor(2, device=where), 8).device == where

@@ -17,6 +17,8 @@ from steerlib import errors
 from steerlib.hooks.diffusers.calls import asking
 from steerlib.passes import DenoisingPass, Grid
 from steerlib.steering import masks
+from steerlib.steering.reading import Note, NoteReader
+from steerlib.steering.shares import Gated
 
 d: Any = diffusers
 MID = "unet.mid_block.attentions.0"
@@ -30,7 +32,7 @@ class Loop(d.DiffusionPipeline):
         self.register_modules(unet=unet, scheduler=scheduler)
 
     @torch.no_grad()
-    def __call__(self, copies=0):
+    def __call__(self, copies=0, backwards=False):
         latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
         self.scheduler.set_timesteps(3)
         for _i, t in enumerate(self.scheduler.timesteps):
@@ -38,8 +40,10 @@ class Loop(d.DiffusionPipeline):
             if copies:
                 e = self.unet(latents.repeat(copies, 1, 1, 1), t, encoder_hidden_states=texts).sample[-1:]
             else:
-                c, u = (self.unet(latents, t, encoder_hidden_states=texts * k).sample for k in (1, 0))
-                e = u + 3 * (c - u)
+                cond, negative = texts, texts * 0
+                order = ((cond, negative), (negative, cond))[backwards]
+                e, e2 = (self.unet(latents, t, encoder_hidden_states=text).sample for text in order)
+                e = e + 3 * (e2 - e)
             latents[:] = self.scheduler.step(e, t, latents).prev_sample
         return latents
 
@@ -51,9 +55,10 @@ def loop():
 
 
 def test_halves_called_apart_are_told_apart_where_latents_change_in_place(loop):
-    with sl.record(loop, [MID]) as tape:
-        loop()
-    assert [state.branches for state, _ in tape[MID]] == [("cond",), ("uncond",)] * 3
+    for backwards in (False, True):
+        with sl.record(loop, [MID]) as tape:
+            loop(backwards=backwards)
+        assert [state.branches for state, _ in tape[MID]] == [("cond",), ("uncond",)][:: -1 if backwards else 1] * 3
 
 
 def test_an_unknown_layout_of_guidance_is_refused_rather_than_guessed(loop):
@@ -79,7 +84,7 @@ def test_a_loop_around_a_bare_denoiser_knows_the_noise_but_not_the_half():
             pipe.transformer(**given)
     assert [s.progress for s, _ in bare[block]] == pytest.approx([s.progress for s, _ in tape[block]], abs=1e-6)
     assert [s.step for s, _ in bare[block]] == [0, 1, 2] and bare[block][0][0].branches is None
-    unknown = pytest.raises(errors.Unanswerable, match="only a pipeline's own call tells")
+    unknown = pytest.raises(errors.Unanswerable, match="the source of the pipeline")
     with unknown, torch.no_grad(), sl.steer(pipe, bank, {"a": 1.0}, branch="uncond"):
         pipe.transformer(**kept[0])
 
@@ -119,6 +124,68 @@ def test_the_mask_of_a_video_lies_right_where_frames_divide_by_four():
     moved = (x != y).any(-1)[0].view(4, -1, grid.width // 2)
     half = grid.width // 4
     assert moved[..., :half].all() and not moved[..., half:].any()
+
+
+def test_a_mask_of_frames_is_packed_as_the_autoencoder_packs_them():
+    state = DenoisingPass(0.5, images=1, branches=("cond",), grid=Grid(6, 2, 2), film=21)
+    frames = ((torch.arange(21) >= 9) & (torch.arange(21) < 20)).float()
+    x = torch.zeros(1, 6 * 4, 8)
+    expected = [0.0, 0.0, 0.0, 1.0, 1.0, 0.75]
+    for given in (frames, frames[:, None, None].expand(21, 4, 4), frames[None, :, None, None], torch.tensor(expected)):
+        assert masks.Weights(given).share(state, x, "a").view(6, 4)[:, 0].tolist() == expected
+    halved = masks.Weights(frames).share(state, torch.zeros(1, 3 * 4, 8), "a")  # a patch takes two latent frames together
+    assert halved.view(3, 4)[:, 0].tolist() == [0.0, 0.5, 0.875]
+    with pytest.raises(errors.BadEdit, match="1, 6 .of the latent. or 21 frames, got 20"):
+        masks.Weights(torch.ones(20, 2, 2)).share(state, x, "a")
+    picture = DenoisingPass(0.5, images=1, branches=("cond",), grid=Grid(1, 4, 4))
+    with pytest.raises(errors.BadEdit, match=r"\[height, width\].*got \[33\]"):
+        masks.Weights(torch.ones(33)).share(picture, torch.zeros(1, 16, 8), "a")
+
+
+def test_a_pipeline_tells_how_many_frames_its_latent_holds():
+    pipe, block = pipe_of("wan"), "transformer.blocks.1"
+    bank, given = bank_for(pipe, block, 16), PIPELINES["wan"].call(pipe_of("wan"), steps=1)
+    mask = torch.tensor([0.0, 0.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.0, 0.0])
+    with sl.record(pipe, [block]) as before:
+        pipe(**given | {"generator": torch.Generator().manual_seed(0)})
+    with sl.steer(pipe, bank, {"a": sl.Add(1.0, mask=mask)}), sl.record(pipe, [block]) as after:
+        pipe(**given | {"generator": torch.Generator().manual_seed(0)})
+    (state, x), (_, y) = before[block][0], after[block][0]
+    moved = (y - x)[0].norm(dim=-1).view(state.grid.frames, -1).mean(1)
+    assert state.grid.frames == 3 and state.film == 9
+    torch.testing.assert_close(moved / moved.max(), torch.tensor([0.0, 1.0, 2 / 3]), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("edit", [sl.Add([0.0, 3.0]), sl.Add(1.0)])
+def test_slices_of_an_autoencoder_take_their_images_amounts(edit):
+    pipe, site = WITH_TEXT["sd_with_text"].build(), "vae.decoder.mid_block"
+    bank = bank_for(pipe, site, 8)
+    given = PIPELINES["sd1"].call(pipe, batch=2, steps=1) | {
+        "output_type": "pt",
+        "prompt_embeds": None,
+        "prompt": ["cup", "sun"],
+    }
+    given |= {"negative_prompt_embeds": None, "negative_prompt": ["fog"] * 2}
+
+    def made():
+        with sl.steer(pipe, bank, {"a": edit}):
+            return pipe(**given | {"generator": [torch.Generator().manual_seed(k) for k in (0, 1)]}).images
+
+    whole = made()
+    pipe.vae.enable_slicing()
+    torch.testing.assert_close(made(), whole, rtol=1e-4, atol=1e-4)
+
+
+def test_a_concept_read_on_other_tokens_cannot_gate_or_foretell():
+    state = DenoisingPass(0.5, images=1, branches=("cond",), grid=Grid(1, 16, 16))
+    noted = DenoisingPass(0.5)
+    noted.notes["key"] = torch.zeros(1, 64)
+    with pytest.raises(errors.Unanswerable, match="'b' is read on 64 tokens and its edit acts on 16"):
+        NoteReader("key", "b")(torch.zeros(1, 16, 8), noted)
+    gate = Gated(sl.Gate("a", above=0.0), Note("key", None), "unet.down_blocks.0.attentions.0", "a")
+    state.notes["key"] = torch.zeros(1, 256)
+    with pytest.raises(errors.Unanswerable, match="the gate on 'a' is read on 256 tokens"):
+        gate.weight(torch.zeros(1, 64, 16), state)
 
 
 # -- prompts ---------------------------------------------------------------------------------------------------

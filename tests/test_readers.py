@@ -18,7 +18,7 @@ import steerlib as sl
 from steerlib.bank.concept_bank import SiteFacts
 from steerlib.bank.concepts import Concept
 from steerlib.encoders import BatchTopK, Directions, JumpReLU, Matryoshka, ReLU, TopK, Transcoder
-from steerlib.errors import BadBank, CorruptBank, UnknownFormat, UnknownSite, WrongWidth
+from steerlib.errors import BadBank, CorruptBank, SteeringWarning, UnknownFormat, UnknownSite, WrongWidth
 from steerlib.readers import FORMATS, hookpoints, lm_eval, repeng, saelens
 from steerlib.readers.foreign import Foreign, Found
 
@@ -36,6 +36,11 @@ ENCODERS = [kept for kept in KEPT if format_of(kept) not in ("repeng", "svec", "
 SAELENS = [kept for kept in ENCODERS if format_of(kept) == "saelens"]
 
 
+def options_of(kept) -> Any:
+    """What the files leave open."""
+    return {"scaling": 1} if "average" in kept.stem else {}
+
+
 def only(bank) -> Any:
     (id,) = bank.encoders
     return bank.encoder(id)
@@ -50,7 +55,7 @@ def named(kept):
 
 @named(ENCODERS)
 def test_codes_and_outputs_are_those_of_the_library_that_wrote_the_files(kept):
-    encoder, peer = only(sl.read_bank(kept.with_suffix(""), format_of(kept))), load_file(kept)
+    encoder, peer = only(sl.read_bank(kept.with_suffix(""), format_of(kept), **options_of(kept))), load_file(kept)
     rounded = "bfloat16" in kept.stem  # the library computes in bfloat16 too
     for kind in ("whole", "real"):
         if rounded and kind == "real":
@@ -67,7 +72,7 @@ def is_exact(kept):
 
 @named([kept for kept in ENCODERS if is_exact(kept)])
 def test_on_whole_numbers_codes_are_the_same_bits_also_where_a_potential_equals_its_threshold(kept):
-    encoder, peer = only(sl.read_bank(kept.with_suffix(""), format_of(kept))), load_file(kept)
+    encoder, peer = only(sl.read_bank(kept.with_suffix(""), format_of(kept), **options_of(kept))), load_file(kept)
     ties = encoder.potential(peer["whole.x"]) == encoder.thresholds()
     assert ties.any() and torch.equal(encoder.encode(peer["whole.x"]), peer["whole.z"])
 
@@ -76,7 +81,7 @@ def test_on_whole_numbers_codes_are_the_same_bits_also_where_a_potential_equals_
 def test_the_format_is_found_out_and_the_bank_survives_a_disk(kept, tmp_path):
     folder = kept.with_suffix("")
     source = next(p for p in folder.glob("steer.*")) if format_of(kept) == "lm-eval" else folder
-    options: Any = {"models": {"coders": folder / "coders"}} if source.suffix == ".csv" else {}
+    options: Any = {"models": {"coders": folder / "coders"}} if source.suffix == ".csv" else options_of(kept)
     bank = sl.read_bank(source, **options)
     assert bank.provenance["format"] == format_of(kept)
     again = sl.ConceptBank.from_pretrained(bank.save_pretrained(tmp_path / "bank"))
@@ -91,7 +96,7 @@ def test_the_format_is_found_out_and_the_bank_survives_a_disk(kept, tmp_path):
 @named(SAELENS)
 @pytest.mark.parametrize("through", ["memory", "disk"])
 def test_saelens_files_return_bit_by_bit(kept, through, tmp_path):
-    bank = sl.read_bank(kept.with_suffix(""), "saelens")
+    bank = sl.read_bank(kept.with_suffix(""), "saelens", **options_of(kept))
     if through == "disk":
         bank = sl.ConceptBank.from_pretrained(bank.save_pretrained(tmp_path / "bank"))
     (folder,) = saelens.write(bank, tmp_path / "again")
@@ -150,10 +155,15 @@ def test_llama_scope_reads_raw_activations_as_its_library_reads_scaled_ones(tmp_
     bank = sl.read_bank(tmp_path)
     assert bank.encoders["layers.5.mlp"].reads == "layers.5.mlp.in"
     x, s_in, s_out = 20 * torch.randn(16, 4), 2 / 29.0, 2 / 3.0
-    p = (x * s_in) @ E.T + b
-    kept = torch.where(p > 0.75 * s_in, p, 0)  # SAELens' reading of the same files
-    torch.testing.assert_close(only(bank).encode(x), kept / s_in)
-    torch.testing.assert_close(only(bank).reconstruct(x), (kept @ W.T + c) / s_out)
+    length = (W * s_in / s_out).norm(dim=0)  # of decoder rows; latents are counted in rows of length 1
+    p = ((x * s_in) @ E.T + b) / s_in * length
+    kept = torch.where(p > 0.75, p, 0)
+    assert (kept > 0).any() and not torch.equal(kept > 0, p > 0)
+    torch.testing.assert_close(only(bank).encode(x), kept)
+    torch.testing.assert_close(only(bank).reconstruct(x), (kept * s_in / length) @ W.T / s_out + c / s_out)
+    (tmp_path / "hyperparams.json").write_text(json.dumps({**params, "sparsity_include_decoder_norm": False}))
+    p = ((x * s_in) @ E.T + b) / s_in
+    torch.testing.assert_close(only(sl.read_bank(tmp_path)).encode(x), torch.where(p > 0.75, p, 0))
 
 
 def gemma(folder, D=4, **more):
@@ -204,7 +214,9 @@ def test_saelens_before_version_6(tmp_path):
     cfg = {"hook_point": "blocks.1.hook_resid_pre", "d_in": 4, "d_sae": 8, "dtype": "float32", "model_name": "gpt2-small"}
     cfg |= {"activation_fn_str": "topk", "activation_fn_kwargs": {"k": 2}, "normalize_activations": False}
     (tmp_path / "cfg.json").write_text(json.dumps(cfg))
-    bank, x = sl.read_bank(tmp_path), torch.randn(16, 4)
+    with pytest.warns(SteeringWarning, match="does not say whether it was trained on gpt2-small with .* centred"):
+        sl.read_bank(tmp_path)
+    bank, x = sl.read_bank(tmp_path, centred=False), torch.randn(16, 4)
     p = (x - c) @ W + b
     z = torch.where(p >= p.topk(2).values[:, 1:], p, 0).clamp(min=0)
     torch.testing.assert_close(bank.encoder("layers.1.in").encode(x), z)
@@ -354,8 +366,8 @@ def spoilt(tmp_path, change):
         (lambda cfg, t: cfg.update(architecture="temporal"), UnknownFormat, "earlier tokens"),
         (lambda cfg, t: cfg.update(architecture="new"), UnknownFormat, "'new'"),
         (lambda cfg, t: cfg.update(normalize_activations="covariance_whitening"), UnknownFormat, "fold"),
-        (lambda cfg, t: cfg.update(architecture="topk", k="3"), CorruptBank, "'k'"),
-        (lambda cfg, t: cfg.update(architecture="topk", k=13), CorruptBank, "k=13"),
+        (lambda cfg, t: (cfg.update(architecture="topk", k="3"), t.pop("threshold")), CorruptBank, "'k'"),
+        (lambda cfg, t: (cfg.update(architecture="topk", k=13), t.pop("threshold")), CorruptBank, "k=13"),
         (lambda cfg, t: cfg["metadata"].update(hook_name="blocks.1.attn.hook_q"), UnknownSite, "site="),
         (lambda cfg, t: cfg["metadata"].update(hook_name="../../etc/passwd"), CorruptBank, "hook point"),
         (lambda cfg, t: t.pop("threshold"), CorruptBank, "threshold"),

@@ -6,7 +6,7 @@ import torch
 
 import steerlib as sl
 from steerlib.bank.concept_bank import SiteFacts
-from steerlib.encoders import JumpReLU
+from steerlib.encoders import Gated, JumpReLU, ReLU, TopK, Transcoder
 from steerlib.errors import BadRecipe
 from steerlib.training.discover.discovery import discover, with_graph
 from steerlib.training.discover.steered import SteeredText
@@ -68,6 +68,36 @@ def test_what_is_done_moves_later_layers_as_a_hook_by_hand_does(llama, latents, 
     torch.testing.assert_close(torch.from_numpy(found), wanted, atol=1e-5, rtol=0)
 
 
+CODES = [
+    lambda t: JumpReLU(**t, threshold=torch.full((SIZE,), 0.03)),
+    lambda t: JumpReLU(**t, decoder_bias=torch.ones(32), centred=True, norm="layer", threshold=torch.full((SIZE,), 0.1)),
+    lambda t: ReLU(**t, decoder_bias=torch.ones(32), centred=True, norm="length"),
+    lambda t: TopK(**t, k=4, rescaled=True),
+    lambda t: Gated(**t, gate_bias=torch.full((SIZE,), 0.02), log_scale=torch.full((SIZE,), 0.2)),
+]
+
+
+@pytest.mark.parametrize("first", [1, 0])
+@pytest.mark.parametrize("made", CODES)
+def test_an_ablation_in_steer_is_the_graphs_own(llama, made, first):
+    """Both leave first tokens alone, or both do not."""
+    g = torch.Generator().manual_seed(2)
+    encoder = made({"encoder": torch.randn(SIZE, 32, generator=g) / 6, "decoder": torch.randn(SIZE, 32, generator=g),
+                    "bias": torch.randn(SIZE, generator=g) / 50})  # fmt: skip
+    sites = {site: SiteFacts(width=32, norm=1e-4) for site in ("layers.0", "layers.1")}
+    bank = sl.ConceptBank("own", [], {site: encoder for site in sites}, base=sl.BaseModel.of(llama), sites=sites)
+    system = SteeredText(llama, bank, torch.randint(0, 99, (4, LENGTH), generator=g), first=first)
+    plain = system.run(EVERY[:4])
+    latent = int(plain["layers.0"].natural.toarray().sum(0).argmax())
+    theirs = system.run(EVERY[:4], {"layers.0": ablated(np.full(4 * (LENGTH - first), latent))})["layers.1"].natural.toarray()
+    edit = sl.Ablate() if first else sl.Ablate(tokens="all")
+    with torch.no_grad(), sl.steer(llama, bank, {f"layers.0/{latent}": edit}), sl.record(llama, ["layers.1"]) as tape:
+        llama(system.ids)
+    ours = encoder.encode(tape["layers.1"][0][1][:, first:]).flatten(0, 1)
+    assert np.abs(theirs - plain["layers.1"].natural.toarray()).max() > 1e-3
+    torch.testing.assert_close(torch.from_numpy(theirs), ours, atol=1e-5, rtol=0)
+
+
 def test_nothing_done_changes_nothing_and_leaves_no_hook(llama, system):
     plain = system.run(EVERY[:4])
     same = system.run(EVERY[:4], {name: held(reading.natural) for name, reading in plain.items()})
@@ -116,5 +146,14 @@ def test_a_folder_is_not_shared_by_runs_that_verify_different_parents(system, tm
 
 
 def test_it_says_what_it_needs(llama, latents):
+    none = torch.zeros(4)
+    made = Transcoder(encoder=torch.zeros(4, 32), decoder=torch.zeros(4, 32), bias=none, threshold=none)
+    apart = {site: made for site in ("layers.0.mlp", "layers.1.mlp")}
+    sites = {site: SiteFacts(width=32) for site in (*apart, "embed")}
+    bank = sl.ConceptBank(
+        "b", [], apart, base=sl.BaseModel.of(llama), sites=sites, reads=dict.fromkeys(apart, "embed")
+    )  # fmt: skip
+    with pytest.raises(BadRecipe, match="read where they write, got the transcoders layers.0.mlp, layers.1.mlp"):
+        SteeredText(llama, bank, torch.zeros(3, 4, dtype=torch.long))
     with pytest.raises(BadRecipe, match="two layers"):
         SteeredText(llama, latents, torch.zeros(3, 1, dtype=torch.long))

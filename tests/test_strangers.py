@@ -84,6 +84,7 @@ def test_names_that_differ_by_case_alone_are_refused(saved):
         sl.ConceptBank.from_pretrained(saved)
 
 
+@pytest.mark.filterwarnings("ignore:.*that bank.json does not list:steerlib.errors.SteeringWarning")
 @pytest.mark.parametrize("name", ["bank.json", "concepts.jsonl", "README.md", WEIGHTS])
 def test_a_link_out_of_the_folder_is_refused_and_one_within_is_not(saved, tmp_path, name):
     outside = tmp_path / "outside"
@@ -208,6 +209,7 @@ def test_fields_that_made_others_run_code_are_kept_as_data(saved, fields):
     assert bank.extra == fields
 
 
+@pytest.mark.filterwarnings("ignore:.*that bank.json does not list:steerlib.errors.SteeringWarning")
 def test_a_pickle_beside_a_bank_or_named_as_a_part_of_it_is_never_opened(saved, monkeypatch):
     import pickle
 

@@ -91,7 +91,7 @@ def _built(model_type: str, auto: Any, given: dict[str, Any]) -> Any:
         size = sum(p.numel() for p in cls(config).parameters())
     if size > MOST:
         raise ValueError(f"{size:,} parameters at toy size")
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=()):
         torch.manual_seed(0)
         model = cls(config).eval()
     ids = torch.arange(3, 13).view(2, 5)

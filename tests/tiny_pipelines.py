@@ -87,7 +87,7 @@ class Tiny:
 
     def build(self) -> Any:
         """The pipeline, seeded, quiet, in evaluation mode."""
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=()):
             torch.manual_seed(0)
             pipe = self.make()
         for part in pipe.components.values():

@@ -1,22 +1,10 @@
 """What differs between families of pipelines: one entry in `DENOISERS` for a denoiser, one in `GUIDANCE` for a pipeline."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any
 
 from steerlib.passes import Branch
-
-from ..modules import entry_of
-
-
-class Streams(NamedTuple):
-    """Where a block that works on image and text together has which, in the tuple it gives."""
-
-    image: int
-    text: int
-
-
-TEXT_FIRST, IMAGE_FIRST = Streams(1, 0), Streams(0, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,11 +13,10 @@ class Denoiser:
 
     Args:
         lists: names of the lists of its blocks, in the order of a pass.
-        streams: where its blocks' tuples hold image and text, by the class of the block, for those missing in diffusers' own
-            `TransformerBlockRegistry`.
         noise: the noise level, 1 for pure noise and 0 for none, of a time as the denoiser is given it; the second argument
             is the scheduler's `num_train_timesteps`.
         video: axes of frames, height and width, where it is given a video.
+        text_first: whether blocks that join image and text in one tensor put the text first; nothing is laid over others.
         drops_pads: whether it puts each prompt's own tokens, without pads, in front of the image's.
         time: what its forward may call the time; a component whose forward has none of these is no denoiser.
         sample: what its forward may call the noisy image.
@@ -40,9 +27,9 @@ class Denoiser:
         *("blocks", "transformer_blocks", "single_transformer_blocks", "layers", "visual_transformer_blocks"),
         *("temporal_transformer_blocks", "joint_transformer_blocks", "noise_refiner", "context_refiner"),
     )
-    streams: Mapping[str, Streams] = field(default_factory=dict)
     noise: Callable[[Any, int], Any] = lambda t, n: t / n
     video: tuple[int, int, int] = (2, 3, 4)
+    text_first: bool = True
     drops_pads: bool = False
     time: tuple[str, ...] = ("timestep", "timesteps", "t")
     sample: tuple[str, ...] = ("sample", "hidden_states", "x")
@@ -57,19 +44,23 @@ GIVEN_NOISE = Denoiser(noise=lambda t, _: t)
 GIVEN_IMAGE = Denoiser(noise=lambda t, _: 1 - t)
 """Its time is the share of the image."""
 DENOISERS = {
-    "AuraFlowTransformer2DModel": replace(GIVEN_NOISE, streams={"AuraFlowJointTransformerBlock": TEXT_FIRST}),
+    "AuraFlowTransformer2DModel": GIVEN_NOISE,
     "BriaTransformer2DModel": GIVEN_NOISE,
-    "ChromaTransformer2DModel": replace(GIVEN_NOISE, streams={"ChromaTransformerBlock": TEXT_FIRST}),
+    "ChromaTransformer2DModel": GIVEN_NOISE,
     "CogVideoXTransformer3DModel": Denoiser(video=(1, 3, 4)),
     "Flux2Transformer2DModel": GIVEN_NOISE,
     "FluxTransformer2DModel": GIVEN_NOISE,
-    "HunyuanImageTransformer2DModel": GIVEN_NOISE,
+    "HunyuanImageTransformer2DModel": replace(GIVEN_NOISE, text_first=False),
+    "HunyuanVideo15Transformer3DModel": Denoiser(text_first=False),
+    "HunyuanVideoFramepackTransformer3DModel": Denoiser(text_first=False),
+    "HunyuanVideoTransformer3DModel": Denoiser(text_first=False),
     "Kandinsky5Transformer3DModel": Denoiser(video=(1, 2, 3)),
     "Krea2Transformer2DModel": GIVEN_NOISE,
     "LongCatImageTransformer2DModel": GIVEN_NOISE,
     "Lumina2Transformer2DModel": replace(GIVEN_IMAGE, drops_pads=True),
     "LuminaNextDiT2DModel": GIVEN_IMAGE,
     "MochiTransformer3DModel": Denoiser(noise=lambda t, n: 1 - t / n),
+    "MotifVideoTransformer3DModel": Denoiser(text_first=False),
     "OvisImageTransformer2DModel": GIVEN_NOISE,
     "QwenImageTransformer2DModel": GIVEN_NOISE,
     "UNetSpatioTemporalConditionModel": Denoiser(video=(1, 3, 4)),
@@ -79,28 +70,7 @@ DENOISERS = {
 
 Halves = Mapping[int, tuple[Branch, ...]]
 """The order in which a pipeline stacks the halves of guidance in a batch, by how many it stacks."""
-STACKED: Halves = {2: ("uncond", "cond")}
-"""The common one."""
-REVERSED: Halves = {2: ("cond", "uncond")}
 PERTURBED: Halves = {2: ("cond", "cond"), 3: ("uncond", "cond", "cond")}
 """With perturbed-attention guidance, in any pipeline."""
-INSTRUCTED: Halves = {3: ("cond", "uncond", "uncond")}
-"""The middle one is given the picture without the instruction."""
-GUIDANCE: dict[str, Halves] = {
-    "DiTPipeline": REVERSED,
-    "LuminaPipeline": REVERSED,
-    "StableCascadeDecoderPipeline": REVERSED,
-    "StableCascadePriorPipeline": REVERSED,
-    "StableDiffusionInstructPix2PixPipeline": INSTRUCTED,
-    "StableDiffusionXLInstructPix2PixPipeline": INSTRUCTED,
-    "WuerstchenDecoderPipeline": REVERSED,
-    "WuerstchenPriorPipeline": REVERSED,
-    "ZImagePipeline": REVERSED,
-}
-"""By the class of the pipeline, or a class that it inherits from; others stack as `STACKED`."""
-
-
-def halves(pipe: Any, copies: int) -> tuple[Branch, ...] | None:
-    """The half of guidance in each of the stacked copies; None where the order is unknown."""
-    perturbed = getattr(pipe, "do_perturbed_attention_guidance", False)
-    return (PERTURBED if perturbed else entry_of(GUIDANCE, pipe, STACKED)).get(copies)
+GUIDANCE: dict[str, Halves] = {}
+"""The order in a loop whose source does not show it, by the name of the function: `MyPipeline.__call__`."""

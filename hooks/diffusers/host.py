@@ -18,7 +18,7 @@ from steerlib.sites import Site
 
 from ..modules import arguments, entry_of, named
 from ..transformers.sites import reads_text
-from .calls import Words, asking, branches, running, turn_of
+from .calls import Words, asking, branches, first_of, running, turn_of
 from .families import DENOISERS, Denoiser
 from .moments import DenoiserCall, grid_of
 from .sites import PipelineSites
@@ -107,6 +107,8 @@ class PipelineHost(Host):
         is_turning = "t" in frame.f_locals and hasattr(owner, "components")
         return is_turning and any(getattr(owner, name, None) is part for name, part in parts.items())
 
+    begins_text = counts_tokens
+
     def passes(self) -> tuple[str, ...]:
         return tuple(self.denoisers)
 
@@ -125,8 +127,9 @@ class PipelineHost(Host):
         component, _, rest = clock.partition(".")
         if rest:  # inside an autoencoder: the finished image, or one tile of it
             autoencoder = self.model.get_submodule(component)
-            call, tiled = running(self.pipe, component, autoencoder), getattr(autoencoder, "use_tiling", False)
+            (call, _), tiled = running(self.pipe, component, autoencoder), getattr(autoencoder, "use_tiling", False)
             known: dict[str, Any] = {"prompts": call.prompts, "images": call.images} if call else {}
+            known["first"] = first_of(known.get("images"), 0 if first is None else len(first))
             return DenoisingPass(1.0, **known, grid=None if tiled else grid_of(first, Denoiser()), like=first)
         mask = given.get("attention_mask")
         mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
@@ -134,16 +137,17 @@ class PipelineHost(Host):
         return TextPass(length, mask=mask, branches=asking(self.pipe), like=first)
 
     def _denoising(self, clock: str, module: nn.Module, given: dict[str, Any]) -> DenoisingPass:
-        call = running(self.pipe, clock, module)
+        call, chain = running(self.pipe, clock, module)
         asked = DenoiserCall((call or self).pipe, module, self.denoisers[clock], given, call.names if call else {})
         time, progress, step = asked.moment
         known: dict[str, Any] = {"branches": None}
         if call is not None and (images := call.images) is not None and len(asked.sample) % images == 0:
             turn = turn_of(call, time)
-            known = {"branches": branches(call, turn, clock, len(asked.sample) // images), "visit": turn.visit}
+            known = {"branches": branches(call, chain, turn, clock, given, len(asked.sample) // images), "visit": turn.visit}
             known |= {"prompts": call.prompts, "images": images}
-        words = Words(call, self.model) if call else None
-        return DenoisingPass(progress, step=step, **known, grid=asked.grid, texts=asked.texts, words=words, like=asked.first)
+        words, grid = Words(call, self.model) if call else None, asked.grid
+        known["film"] = call.film(grid.frames) if call and grid else None
+        return DenoisingPass(progress, step=step, **known, grid=grid, texts=asked.texts, words=words, like=asked.first)
 
     def traced_state(self, clock: str, args: tuple, kwargs: dict[str, Any]) -> TracedPass:
         module = self.model.get_submodule(clock)

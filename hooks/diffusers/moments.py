@@ -87,10 +87,12 @@ class DenoiserCall:
 
     @property
     def texts(self) -> int:
-        """Tokens of text, which some blocks keep in front of those of the image; -1 where rows differ."""
+        """Tokens of text, which some blocks keep in front of those of the image; -1 where rows differ or it comes last."""
         text, mask = self.given.get("encoder_hidden_states"), self.given.get("encoder_attention_mask")
         if not isinstance(text, Tensor) or text.ndim != 3:
             return 0
+        if not self.facts.text_first:
+            return -1
         if not isinstance(mask, Tensor) or not self.facts.drops_pads:
             return text.shape[1]
         counts = self._once("texts", mask, lambda x: x.sum(-1).tolist())

@@ -4,19 +4,20 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 from torch import nn
 
 from steerlib.errors import UnknownSite, nearest
 from steerlib.sites import Site
 
-from ..modules import arguments, entry_of
+from ..modules import arguments, part_of
+from ..source import streams_of
 from ..transformers.sites import named_sites
-from .families import IMAGE_FIRST, Denoiser, Streams
+from .families import Denoiser
 
 UNET = re.compile(r"(down_blocks\.\d+|up_blocks\.\d+|mid_block)(\.(attentions|resnets)\.\d+)?(\.transformer_blocks\.\d+)?")
-PARTS = re.compile(r"(?P<path>.+?)(:(?P<stream>image|text))?(\.heads(\.(?P<head>\d+))?)?(\.(?P<side>in|update))?")
+PARTS = re.compile(r"(?P<path>.+?)(:(?P<stream>image|text|\d+))?(\.heads(\.(?P<head>\d+))?)?(\.(?P<side>in|update))?")
 ATTENTION = ("attn", "attn1", "attn2")
 TEXTUAL = re.compile(r"\.attn2\.to_[kv]$|\.add_[qkv]_proj$|\.to_add_out$|context_refiner")
 """Modules whose tokens are those of the prompt."""
@@ -71,29 +72,21 @@ class PipelineSites:
                 f"the pipeline has no site {name!r}; name one, or any module path whose output is an image [rows, channels, …] "
                 f"or tokens [rows, tokens, width]: {nearest(name, self.named, filter(None, dict(self.model.named_modules())))}"
             )
-        stream: Literal["image", "text"] = match["stream"] or "image"  # type: ignore[assignment]
+        stream, side, module = match["stream"] or "", match["side"] or "output", self.model.get_submodule(path)
         if ".heads" in name:
             return self._heads(name, path, stream, match["head"])
-        streams, side = self._streams(path), match["side"] or "output"
-        if match["stream"] and streams is None:
-            raise UnknownSite(f"{path!r} gives one stream, not image and text apart; leave out ':{stream}'")
+        part = part_of(module, path, stream)
+        streams = streams_of(module)
         return Site(
             name=name,
             module=path,
             side={"in": "input"}.get(side, side),  # type: ignore[arg-type]
-            element=getattr(streams, stream) if streams else 0,
             layout="BD...",
-            argument=_argument(self.model.get_submodule(path), stream),
-            reads_text=stream == "text" or TEXTUAL.search(path) is not None,
+            argument=_argument(module, stream),
+            reads_text=TEXTUAL.search(path) is not None
+            or (streams is not None and part["element"] == streams.text is not None),
+            **part,
         )
-
-    def _streams(self, path: str) -> Streams | None:
-        """Where a tuple holds image and text; the attention of a block on both gives the image first in any case."""
-        block, _, part = path.rpartition(".")
-        own = self.denoisers.get(path.partition(".")[0], Denoiser()).streams
-        if part == "attn" and _streams(self.model.get_submodule(block), own):
-            return IMAGE_FIRST
-        return _streams(self.model.get_submodule(path), own)
 
     def _heads(self, name: str, path: str, stream: str, head: str | None) -> Site:
         """What one head, or all, hand to the projection of the output."""
@@ -119,7 +112,9 @@ class PipelineSites:
     def _endings(self, path: str) -> list[str]:
         """What can follow a block's path."""
         module = self.model.get_submodule(path)
-        whole = [""] if self._streams(path) is None else [":image", ":text"]
+        streams = streams_of(module)
+        apart = streams is not None and streams.always and None not in (streams.image, streams.text)
+        whole = [":image", ":text"] if apart else [""]
         ways = ("", ".update") if _keeps_shape(path, module) else ("",)
         found = [f"{stream}{side}" for stream in whole for side in ways]
         for name in ATTENTION:
@@ -157,20 +152,6 @@ def _keeps_shape(path: str, module: Any) -> bool:
     if re.search(r"(down|up)_blocks\.\d+$", path):
         return False
     return getattr(module, "in_channels", None) == getattr(module, "out_channels", None) or ".resnets." not in path
-
-
-def _streams(module: nn.Module, own: Mapping[str, Streams]) -> Streams | None:
-    """Where a block's tuple holds image and text; None for a block that gives one stream."""
-    if (given := entry_of(own, module, None)) is not None:
-        return given
-    from diffusers.hooks._helpers import TransformerBlockRegistry
-
-    try:
-        known = TransformerBlockRegistry.get(type(module))
-    except ValueError:
-        return None
-    image, text = known.return_hidden_states_index, known.return_encoder_hidden_states_index
-    return None if image is None or text is None else Streams(image, text)
 
 
 def _argument(module: nn.Module, stream: str) -> str | None:

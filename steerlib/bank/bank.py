@@ -16,7 +16,7 @@ from ..schedules import Window
 from . import card, hub, layout, signature
 from .concepts import Concept, Place, printable
 from .manifest import SAID, BaseModel, EncoderFacts, SiteFacts
-from .search import ranked
+from .search import LABELS, ranked
 from .shelf import Shelf
 
 SHOWN = 20
@@ -35,17 +35,26 @@ class Bank(ABC):
     levels: dict[str, Window]
     graph: CausalGraph
     concepts: dict[str, Concept]
+    files: Mapping[str, bytes]
     _by_id: dict[str, Concept]
     _shelf: Shelf
 
     def __getitem__(self, name: str) -> Concept:
         """A concept by its name or `encoder/index`; raises `UnknownConcept` with the nearest names."""
         concept = self.concepts.get(name) or self._by_id.get(name)
-        if concept is None and (concept := self._shelf.concept(name)) is not None:
+        if concept is None and isinstance(name, str) and (concept := self._shelf.concept(name)) is not None:
             concept = self._by_id.setdefault(concept.id, concept)
         if concept is None:
-            raise UnknownConcept(f"bank {self.name!r} has no concept {name!r}; {nearest(name, self.concepts)}")
+            rows = "".join(f"; rows {text}" for text in self.unnamed())
+            raise UnknownConcept(f"bank {self.name!r} has no concept {name!r:.200}; {nearest(str(name), self.concepts)}{rows}")
         return concept
+
+    def unnamed(self) -> list[str]:
+        """Of encoders none of whose rows is listed as a concept: how their rows are called."""
+        told = {place.encoder for concept in self.concepts.values() for place in concept.places}
+        own = [id for id in self.encoder_facts if id not in told]
+        few = [f"{id}/0 to {id}/{self.count(id) - 1}" for id in own[:3]]
+        return few + ([f"of {len(own) - 3} more encoders"] if len(own) > 3 else [])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.concepts)
@@ -74,7 +83,7 @@ class Bank(ABC):
         >>> bank.find("a")[0].name
         'a'
         """
-        return ranked(words, list(self.concepts.values()))[:limit]
+        return ranked(words, list(self.concepts.values()), self.content(LABELS))[:limit]
 
     @property
     def encoder_facts(self) -> dict[str, EncoderFacts]:
@@ -138,6 +147,7 @@ class Stored(Bank):
     license: str
     provenance: dict[str, Any]
     pictures: dict[str, bytes]
+    files: dict[str, str | PathLike[str]]
     extra: dict[str, Any]
 
     @property
@@ -145,9 +155,26 @@ class Stored(Bank):
         """The folder of its files on this machine; None for a bank that was not opened from files."""
         return None if self._shelf.home is None else self._shelf.home.path
 
+    def file(self, name: str) -> Path | None:
+        """Where a file or folder that comes with the bank lies, such as `pipeline`, fetched and checked; None if it has none.
+
+        >>> sl.ConceptBank.from_pretrained("scenes-32").file("pipeline").name
+        'pipeline'
+        """
+        own = {key: path for key, path in sorted(self.files.items()) if key == name or key.startswith(f"{name}/")}
+        if (home := self._shelf.home) is not None:
+            home.fetch({key: self._shelf.records[key] for key in own if key in self._shelf.records})
+        places = [(Path(path), key.removeprefix(name).count("/")) for key, path in own.items() if not isinstance(path, bytes)]
+        return next((path.parents[depth - 1] if depth else path for path, depth in places), None)
+
+    def content(self, name: str) -> bytes:
+        """What is in a file that comes with the bank, fetched and checked; nothing if it has none of that name."""
+        found = self.files.get(name, b"")
+        return found if isinstance(found, bytes) else Path(found).read_bytes()
+
     def contents(self) -> dict[str, Any]:
         """The arguments of `ConceptBank` that make this bank; `encoders` are read when needed."""
-        own = {key: getattr(self, key) for key in (*SAID, "graph", "card", "pictures")}
+        own = {key: getattr(self, key) for key in (*SAID, "graph", "card", "pictures", "files")}
         return {**own, "concepts": list(self.concepts.values()), "encoders": self._shelf}
 
     def check(self, host: Host) -> str:
@@ -171,6 +198,8 @@ class Stored(Bank):
 
     def verify(self, key: str | PathLike[str] | None = None) -> None:
         """Check every file, hash, value and reference; files that are still on the Hub are fetched.
+
+        Files in the folder that the bank does not list are no part of it; a `SteeringWarning` names them.
 
         With `key`, the path of an Ed25519 public key in PEM, the signature is checked first. Raises `CorruptBank` at the first
         thing that is wrong, `WrongSignature` if that is the signature.
@@ -216,9 +245,7 @@ class Stored(Bank):
             commit_message: what the commit is called.
             key: path of an Ed25519 private key in PEM, to sign the bank with.
 
-        Raises:
-            NoAccess: the token may not write there.
-            NotReached: the Hub did not answer; nothing was published.
+        Raises `NoAccess` where the token may not write, `NotReached` where the Hub did not answer; nothing was published then.
         """
         from huggingface_hub import HfApi
 
@@ -229,7 +256,8 @@ class Stored(Bank):
             api.create_repo(repo_id, private=private, exist_ok=True)
             if revision is not None:
                 api.create_branch(repo_id, branch=revision, exist_ok=True)
-            options: Any = {"commit_message": commit_message or f"Upload the bank {self.name}", "delete_patterns": hub.STALE}
+            options: Any = {"delete_patterns": [*hub.STALE, *hub.listed(repo_id, revision, token)]}
+            options["commit_message"] = commit_message or f"Upload the bank {self.name}"
             try:
                 return api.upload_folder(repo_id=repo_id, folder_path=folder, revision=revision, **options).oid
             except RuntimeError as error:  # of one large file, whatever the cause
@@ -250,9 +278,11 @@ def shown(bank: Bank) -> tuple[str, list[tuple[str, str, str, str]], list[str]]:
     if encoders:
         where = f"in {len(encoders)} encoders" if len(encoders) > 4 else f"of {', '.join(encoders)}"
         lines.append(f"{len(others) - len(named):,} latents {where}")
+    lines += [f"latents {text}, without labels" for text in bank.unnamed()]
     if gates:
         lines.append(f"gates: {printable(', '.join(gates), 400)}")
-    heading = f"ConceptBank {bank.name!r}: {len(others)} concepts for {bank.base.id or 'a model'}, {len(bank.graph)} edges"
+    listed = f"{len(others)} {'named ' if bank.unnamed() else ''}concepts"
+    heading = f"ConceptBank {bank.name!r}: {listed} for {bank.base.id or 'a model'}, {len(bank.graph)} edges"
     return heading, rows, lines
 
 

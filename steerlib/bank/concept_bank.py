@@ -4,10 +4,7 @@ from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from ..encoders import Directions, Encoder
+from ..encoders import Encoder
 from ..errors import BadBank, WrongWidth
 from ..graph.causal_graph import CausalGraph
 from ..hosts import host_for
@@ -15,8 +12,10 @@ from ..schedules import Window
 from . import hub, layout
 from .bank import Stored, by_name
 from .concepts import Concept
+from .consistency import check_copy
 from .manifest import BaseModel, SiteFacts
 from .shelf import Shelf
+from .vectors import Vectors, Where, gathered, site_name
 
 
 class ConceptBank(Stored):
@@ -38,17 +37,18 @@ class ConceptBank(Stored):
         license: SPDX name of its license.
         provenance: JSON values on how it was made.
         pictures: PNG files that the card shows, by file name.
+        files: what else its folder holds, by name there: paths of files or folders, such as `{"pipeline": folder}`, or bytes
+            (`steerlib.bank.trust.SUFFIXES` says of which kinds).
         extra: fields of `bank.json` that this version does not know, kept for others.
 
-    Raises:
-        CorruptBank: a concept names an encoder or a gate that is not there, or a name stands twice.
+    Raises `CorruptBank` where a concept names an encoder or a gate that is not there, or a name stands twice.
 
     >>> bank
     ConceptBank 'directions': 2 concepts for a model, 0 edges
       a                layers.0
       b                layers.0
-    >>> list(bank), "a" in bank, bank["a"].id, bank.site_of(bank["a"])
-    (['a', 'b'], True, 'layers.0/0', 'layers.0')
+    >>> list(bank), bank.site_of(bank["a"])
+    (['a', 'b'], 'layers.0')
     """
 
     def __init__(
@@ -67,10 +67,11 @@ class ConceptBank(Stored):
         license: str = "",
         provenance: Mapping[str, Any] | None = None,
         pictures: Mapping[str, bytes] | None = None,
+        files: Mapping[str, str | PathLike[str] | bytes] | None = None,
         extra: Mapping[str, Any] | None = None,
     ):
         self.name, self.base, self.sites, self.levels = name, base, dict(sites), dict(levels or {})
-        self.graph, self.card, self.license = graph or CausalGraph(), card, license
+        self.graph, self.card, self.license, self.files = graph or CausalGraph(), card, license, dict(files or {})
         self.provenance, self.pictures, self.extra = dict(provenance or {}), dict(pictures or {}), dict(extra or {})
         self._shelf = encoders if isinstance(encoders, Shelf) else Shelf.of(encoders, where, reads)
         self.concepts = by_name(concepts, self._shelf.facts)
@@ -79,68 +80,68 @@ class ConceptBank(Stored):
     def with_concepts(self, concepts: Sequence[Concept] | None = None, **changes: Any) -> "ConceptBank":
         """A copy with other concepts, its encoders in memory; `changes` are arguments of `ConceptBank` in place of its own.
 
-        `encoders` may be some of them, in place of those of the same id.
+        `encoders` may be some of them, in place of those of the same id. Raises `BadBank` where card, graph or effects would go
+        on to name or describe what the copy does not have, and warns of concepts that it drops.
 
-        >>> bank.with_concepts([bank["a"]], card="# Mine").keys()
-        dict_keys(['a'])
+        >>> bank.with_concepts([*bank.concepts.values()], card="# Mine").keys()
+        dict_keys(['a', 'b'])
         """
         own = self.contents() | ({} if concepts is None else {"concepts": concepts})
-        return ConceptBank(**{**own, **changes, "encoders": self._shelf.whole(changes.get("encoders", {}))})
+        made = ConceptBank(**{**own, **changes, "encoders": self._shelf.whole(changes.get("encoders", {}))})
+        check_copy(self, made, changes)
+        return made
 
     @classmethod
     def from_directions(
-        cls, directions: Mapping[str, Tensor], *, site: str, base: object, name: str = "directions", norm: float | None = None
+        cls,
+        directions: Vectors,
+        *,
+        site: Where = None,
+        base: object,
+        name: str = "directions",
+        norm: float | Mapping[str, float] | None = None,
     ) -> "ConceptBank":
-        """A bank of one's own vectors at one site.
+        """A bank of one's own vectors, at one site or at several.
 
         Args:
-            directions: vectors `[D]` by name of concept; one unit of a concept is its vector.
-            site: name of the site, such as `layers.15`.
+            directions: vectors `[D]` by name of concept, as tensors, arrays or lists; one unit of a concept is its vector. For
+                one a site, give a concept its vectors by site: `{"royal": {"layers.3": v3, "layers.5": v5}}`.
+            site: name of the site, such as `layers.15`, or the number of a block; several: the concept moves at each of them.
             base: the model or pipeline.
             name: name of the bank.
             norm: median length of an activation at the site: additions are then capped to a share of it, or can match it.
+                For several sites, lengths by name of site.
 
-        Raises:
-            WrongWidth: the vectors are not as wide as the site.
-            UnknownSite: the model has no such site.
+        Raises `WrongWidth` for vectors that are not as wide as the site, `UnknownSite` for a site that the model lacks.
 
         >>> sl.ConceptBank.from_directions({"royal": torch.ones(model.config.hidden_size)}, site="layers.0", base=model).keys()
         dict_keys(['royal'])
         """
-        if not directions:
-            raise BadBank("expected at least one direction, got none")
-        vectors = {key: vector.detach().float().cpu() for key, vector in directions.items()}
-        for key, vector in vectors.items():
-            if vector.ndim != 1 or vector.shape != next(iter(vectors.values())).shape:
-                raise WrongWidth(f"expected vectors of one axis and equal width, got {tuple(vector.shape)} for {key!r}")
-        concepts = [Concept(name=key, encoder=site, index=i) for i, key in enumerate(vectors)]
-        made = Directions(torch.stack(list(vectors.values())))
-        return cls.from_encoder(made, site=site, base=base, name=name, concepts=concepts, norm=norm)
+        encoders, concepts = gathered(directions, site)
+        return cls(name, concepts, encoders, **_placed(encoders, {}, base, norm))
 
     @classmethod
     def from_encoder(
         cls,
         encoder: Encoder,
         *,
-        site: str,
+        site: str | int,
         base: object,
+        reads: str | int | None = None,
         name: str = "encoder",
         concepts: Sequence[Concept] = (),
         norm: float | None = None,
     ) -> "ConceptBank":
         """A bank of one's own encoder at one site; its concepts are called `site/index`, and by the names of `concepts`.
 
-        The other arguments and what is raised are those of `from_directions`.
+        `reads` is the site at which a transcoder reads, which writes at `site`; the other arguments and what is raised are
+        those of `from_directions`.
 
         >>> sl.ConceptBank.from_encoder(bank.encoder("layers.0"), site="layers.0", base=model)["layers.0/1"].index
         1
         """
-        host = host_for(base)
-        width, expected = encoder.rows([0]).write.shape[-1], host.width(host.site(site))
-        if expected is not None and expected != width:
-            raise WrongWidth(f"site {site!r} has width {expected}, got vectors of width {width}")
-        identity, sites = BaseModel(fingerprint=host.fingerprint()), {site: SiteFacts(width=width, norm=norm)}
-        return cls(name, concepts, {site: encoder}, base=identity, sites=sites, where={site: site})
+        encoders, earlier = {site_name(site): encoder}, {} if reads is None else {site_name(site): site_name(reads)}
+        return cls(name, concepts, encoders, **_placed(encoders, earlier, base, norm))
 
     @classmethod
     def from_pretrained(
@@ -161,11 +162,32 @@ class ConceptBank(Stored):
             cache_dir: where files of the Hub are kept (default: the cache of huggingface_hub).
             local_files_only: use only what is in the cache.
 
-        Raises:
-            BadBank: it does not open; the message says why and what to do.
+        Raises `BadBank` where it does not open; the message says why and what to do.
 
         >>> len(sl.ConceptBank.from_pretrained("smollm2-135m-latents"))
         6910
         """
         options: Any = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
         return cls(**layout.read(hub.home_of(name_or_folder, **options)))
+
+
+def _placed(
+    encoders: Mapping[str, Encoder], reads: Mapping[str, str], base: object, norm: float | Mapping[str, float] | None
+) -> dict[str, Any]:
+    """Arguments of `ConceptBank` that say where in a model encoders of one's own belong, by name of site."""
+    host, places = host_for(base), [*encoders, *reads.values()]
+    norms = norm if isinstance(norm, Mapping) else dict.fromkeys(encoders, norm)
+    if len(encoders) > 1 and norm is not None and norm is not norms or norms.keys() - {*places}:
+        raise BadBank(f"expected norm= by name of the sites {', '.join(places)}, got {norm!r:.80}")
+    widths: dict[str, int] = {}
+    for site, encoder in encoders.items():
+        rows = encoder.rows([0])
+        for at, width in ((site, rows.write.shape[-1]), (reads.get(site, site), rows.read.shape[-1])):
+            if widths.setdefault(at, width) != width or host.width(host.site(at)) not in (None, width):
+                raise WrongWidth(f"site {at!r} has width {host.width(host.site(at))}, got vectors of width {width}")
+    return {
+        "base": BaseModel(fingerprint=host.fingerprint()),
+        "sites": {at: SiteFacts(width=width, norm=norms.get(at)) for at, width in widths.items()},
+        "where": {site: site for site in encoders},
+        "reads": reads,
+    }

@@ -52,6 +52,17 @@ class Gate:
     full: float | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.concept, str):
+            raise BadEdit(
+                f"expected the name of one concept for a gate, got {self.concept!r:.80}; an edit takes one gate, beside the "
+                "one that the bank stores with its concept"
+            )
+        for name in ("above", "below", "full"):
+            value = getattr(self, name)
+            if hasattr(value, "item"):
+                object.__setattr__(self, name, value := value.item())
+            if isinstance(value, bool) or not isinstance(value, float | int | None) or value != value:
+                raise BadEdit(f"expected {name} of a gate as a number, got {value!r:.80}")
         if not self.above < self.below:
             raise BadEdit(f"expected a gate with above < below, got {self}")
         if self.full is not None and not (isfinite(self.above) and self.above < self.full < inf and self.below == inf):
@@ -117,7 +128,8 @@ class Concept:
         unit: one unit, in raw coordinates: the standard deviation on reference data, of a latent the median where it fires.
         natural: raw coordinates below and above which 0.5 % of the reference data lie.
         range: amounts measured to be safe, in units.
-        useful: the least amount measured to move the concept clearly, in units.
+        useful: the least amount measured to move the concept clearly, in units; None where none within the range did.
+        useful_as: the edit that `useful` and `range` are amounts of: `"Add"`, or `"Set"`.
         beyond: what was seen beyond the range.
         parts: other coordinates that the same edit moves.
         gate: where edits of it act; a gate that an edit brings narrows it further.
@@ -125,6 +137,7 @@ class Concept:
         present: reading, in units, above which the concept counts as present. A concept that has one serves as a gate.
         label: what it means, in words.
         source: where the label comes from.
+        factor: what it is a value of, as "red" is one of "hue"; `hold=` and `free=` take all values of a factor by its name.
         examples: texts in which it is strong.
         effects: measured effects; `steerlib/bank/effects.py` names the keys.
 
@@ -139,6 +152,7 @@ class Concept:
     natural: tuple[float, float] | None = None
     range: tuple[float, float] | None = None
     useful: float | None = None
+    useful_as: str = "Add"
     beyond: str = ""
     parts: tuple[Part, ...] = ()
     gate: Gate | None = None
@@ -146,6 +160,7 @@ class Concept:
     present: float | None = None
     label: str = ""
     source: str = ""
+    factor: str = ""
     examples: tuple[str, ...] = ()
     effects: Mapping[str, Any] = field(default_factory=dict)
 
@@ -169,7 +184,8 @@ class Concept:
     @property
     def amounts(self) -> str:
         """What was measured of its amounts, in words."""
-        known = {"useful": signed(self.useful), "safe": signed(*self.range or ()), "present above": signed(self.present)}
+        edit = "useful" if self.useful_as == "Add" else f"useful as {self.useful_as}"  # a bare number is added
+        known = {edit: signed(self.useful), "safe": signed(*self.range or ()), "present above": signed(self.present)}
         return "  ".join(f"{what} {amount}" for what, amount in known.items() if amount)
 
     def __repr__(self) -> str:
@@ -226,7 +242,11 @@ class Concept:
         numbers += [number for number in (self.useful, self.present) if number is not None]
         return (
             all(isinstance(name, str) and 0 < len(name) <= MAX_NAME and name.isprintable() for name in names)
-            and all(isinstance(t, str) and len(t) <= MAX_TEXT for t in (self.beyond, self.label, self.source, *self.examples))
+            and all(
+                isinstance(t, str) and len(t) <= MAX_TEXT
+                for t in (self.beyond, self.label, self.source, self.factor, *self.examples)
+            )
+            and self.useful_as in ("Add", "Set")
             and isinstance(self.effects, dict)
             and all(type(place.index) is int and place.index >= 0 and place.unit > 0 for place in places)
             and type(self.match_norm) is bool

@@ -16,14 +16,25 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BadBank, CorruptBank, NoAccess, NotReached, UnknownBank
-from .trust import check_whole, contained, strict_json
+from .trust import check_whole, checked_files, contained, strict_json
 
 SMALL = 64 << 20
 TIMEOUT = 30.0
 TRIES = 3
 SIGNATURE = "bank.json.sig"
 STALE = ["sites/*", "concepts.jsonl", "graph.safetensors", "hashes.safetensors", "bank.json", SIGNATURE]
-"""What a bank published over another one takes away, unless it has it too."""
+"""What a bank published over another one takes away, unless it has it too; and all that the other one listed."""
+
+
+def listed(repo_id: str, revision: str | None, token: str | bool | None) -> list[str]:
+    """The files that the bank at an id on the Hub lists; none where there is no bank yet."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    with tempfile.TemporaryDirectory() as scratch, suppress(EntryNotFoundError, CorruptBank, AttributeError):
+        found = hf_hub_download(repo_id, "bank.json", revision=revision, token=token, local_dir=scratch)
+        return [*checked_files(strict_json(Path(found).read_bytes(), "bank.json").get("files", {}))]
+    return []
 
 
 @dataclass(frozen=True)
@@ -62,6 +73,11 @@ class Home:
         with _dropping(self.path, name) if self.repository else nullcontext():
             check_whole(self.path, name, record)
         return self.path / name
+
+    def whole(self, name: str, record: Mapping[str, Any]) -> Path:
+        """A file brought here, if it is not yet, and checked."""
+        self.fetch({name: record})
+        return self.check(name, record)
 
     def signature(self) -> Path:
         """Where the signature would be, fetched if the Hub has one."""
@@ -141,6 +157,18 @@ class Home:
                     left, data = left - 1, b""
                     if not left or isinstance(error, HfHubHTTPError):
                         raise
+
+
+@dataclass(frozen=True)
+class Filed(os.PathLike[str]):
+    """The path of a file that a bank lists; the file is fetched and checked when the path is asked for."""
+
+    home: Home
+    name: str
+    record: Mapping[str, Any]
+
+    def __fspath__(self) -> str:
+        return os.fspath(self.home.whole(self.name, self.record))
 
 
 def _fits(data: bytes, size: int, sha256: str | None) -> bool:
@@ -261,10 +289,12 @@ def list_banks(
     bases = {name: strict_json((path / "bank.json").read_bytes(), name)["base_model"]["id"] for name, path in shipped().items()}
     found = [Listed(name=name, base_model=base, is_shipped=True) for name, base in bases.items()]
     if not local_files_only:
-        from huggingface_hub import HfApi
+        from huggingface_hub import HfApi, constants
+        from huggingface_hub.utils import get_session
 
         tags = ["steerlib", *([f"base_model:{base_model}"] if base_model else [])]
         with asking("the list of banks", "local_files_only=True lists those shipped with steerlib"):
+            get_session().head(constants.ENDPOINT, timeout=TIMEOUT)  # once: listing would try again and again without a network
             models = list(HfApi(token=token, library_name="steerlib").list_models(filter=tags))
         for model in sorted(models, key=lambda model: model.id):
             bases = [tag.partition(":")[2] for tag in model.tags or () if re.fullmatch(r"base_model:[^:]+", tag)]

@@ -4,11 +4,14 @@ README.md                    the card, with the pictures it shows
 bank.json                    format, base model, sites, encoders, provenance, size and SHA-256 of every other file
 bank.json.sig                a signature, if it was signed
 concepts.jsonl               one line a concept
+anything else                a pipeline, say: listed and hashed like the rest
 graph.safetensors            edges by line of concepts.jsonl, one entry an edge: see `CausalGraph`
 sites/<encoder>.safetensors  one row per concept in each tensor
 hashes.safetensors           block hashes, so that single rows can be trusted
+anything else                such as what `labels.safetensors` and `recipe.jsonl` keep: listed, hashed and written again
 
-Whatever is in a folder comes and goes as the arguments of `ConceptBank`, the encoders as a `Shelf`.
+Whatever is in a folder comes and goes as the arguments of `ConceptBank`, the encoders as a `Shelf`. What `bank.json` does not
+list is no part of the bank: it is neither read nor copied, and `verify` says that it is there.
 """
 
 import json
@@ -27,6 +30,7 @@ from ..errors import BadBank, CorruptBank
 from ..graph.causal_graph import CausalGraph
 from . import hub, signature, trust
 from .concepts import Concept
+from .consistency import check_said
 from .manifest import SAID, Manifest
 from .shelf import Shelf
 
@@ -44,6 +48,7 @@ def read(home: hub.Home) -> dict[str, Any]:
     pictures = [name for name in files if name.endswith(".png")]
     wanted = files if sum(record["size"] for record in files.values()) <= hub.SMALL else {CARD, CONCEPTS, GRAPH, *pictures}
     home.fetch({name: record for name, record in files.items() if name in wanted})
+    own = {CARD, CONCEPTS, GRAPH, trust.HASHES, *pictures, *(facts.file for facts in encoders.values())}
     if sum(files[name]["size"] for name in pictures) > trust.MAX_PICTURES:
         raise CorruptBank(f"expected pictures of at most {trust.MAX_PICTURES} bytes together, got more")
     concepts = _concepts(_bytes(home, files, CONCEPTS))
@@ -64,6 +69,7 @@ def read(home: hub.Home) -> dict[str, Any]:
         "graph": graph,
         "card": card,
         "pictures": {name: _bytes(home, files, name) for name in pictures},
+        "files": {name: hub.Filed(home, name, record) for name, record in files.items() if name not in own},
     }
 
 
@@ -83,6 +89,7 @@ def write(target: Path, bank: Mapping[str, Any], key: str | PathLike[str] | None
     """Write a bank to a folder, all of it or nothing, in place of an older bank there; signed where there is a `key`."""
     if target.exists() and any(target.iterdir()) and not (target / "bank.json").is_file():
         raise BadBank(f"{target.name!r} holds other things than a bank; give a new or empty folder")
+    check_said({concept.name: concept for concept in bank["concepts"]}, bank["graph"], bank["card"])
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as scratch:
         fresh = Path(scratch) / target.name
@@ -98,6 +105,20 @@ def write(target: Path, bank: Mapping[str, Any], key: str | PathLike[str] | None
         fresh.rename(target)
     shutil.rmtree(old)
     return target
+
+
+def _put(content: str | PathLike[str] | bytes, folder: Path, name: str) -> None:
+    """Write bytes, or copy a file or all files of a folder, into that of a bank."""
+    place = None if isinstance(content, bytes) else Path(content)
+    found = sorted(place.rglob("*")) if place is not None and place.is_dir() else [place]
+    for path in found:
+        own = name if path is None or path == place else f"{name}/{path.relative_to(place).as_posix()}"
+        if path is not None and path.is_dir():
+            continue
+        if (target := folder / trust.checked_name(own)).exists():
+            raise BadBank(f"files= names {own!r}, which every bank writes itself; give it another name")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(content) if isinstance(content, bytes) else shutil.copyfile(str(path), target)
 
 
 def _write(folder: Path, bank: Mapping[str, Any]) -> None:
@@ -120,6 +141,8 @@ def _write(folder: Path, bank: Mapping[str, Any]) -> None:
     for name, picture in bank["pictures"].items():
         (folder / trust.checked_name(name)).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(picture)
+    for name, place in bank["files"].items():
+        _put(place, folder, name)
     written = sorted(path for path in folder.rglob("*") if path.is_file())
     for path in written:
         path.chmod(0o644)  # safetensors writes for its owner alone

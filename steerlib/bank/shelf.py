@@ -1,16 +1,18 @@
 """The encoders of a bank: in memory, or in files of which single rows are read and checked."""
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from ..encoders import KINDS, Encoder, Rows
+from ..encoders import KINDS, Encoder, Rows, Transcoder
 from ..encoders.sparse import STATISTICS
-from ..errors import CorruptBank, UnknownConcept, WrongWidth
+from ..errors import BadBank, CorruptBank, SteeringWarning, UnknownConcept, WrongWidth
 from . import trust
 from .concepts import Concept, Place
-from .hub import Home
+from .hub import SIGNATURE, Home
 from .manifest import EncoderFacts, SiteFacts, file_of
 
 
@@ -34,6 +36,12 @@ class Shelf:
     def of(cls, encoders: Mapping[str, Encoder], where: Mapping[str, str] | None, reads: Mapping[str, str] | None) -> "Shelf":
         """Encoders in memory; `where` and `reads` are the arguments of `ConceptBank`."""
         site_of = where or {id: id.partition("@")[0].partition("#")[0] for id in encoders}
+        for id, encoder in encoders.items():
+            if isinstance(encoder, Transcoder) and not (reads or {}).get(id):
+                raise BadBank(
+                    f"{id!r} is a transcoder, which reads at an earlier site than it writes at; say where, with reads= (the "
+                    "same site, if it does read where it writes)"
+                )
         return cls(
             {
                 id: EncoderFacts(
@@ -77,9 +85,9 @@ class Shelf:
         return Concept(name=f"{id}/{int(row)}", encoder=id, index=int(row), unit=unit, natural=natural)
 
     def rows(self, at: Concept | Place, sites: Mapping[str, SiteFacts]) -> Rows:
-        """What steering needs of one coordinate, read when first asked for, and checked; `sites` are those of the bank."""
+        """What steering needs of one coordinate, on the CPU, read when first asked for, and checked; `sites` are the bank's."""
         if (found := self._rows.get(at.id)) is None:
-            found, facts = self._read(at), self.facts[at.encoder]
+            found, facts = self._read(at).to(torch.device("cpu")), self.facts[at.encoder]
             for site, tensor in ((facts.reads or facts.site, found.read), (facts.site, found.write)):
                 if (width := sites[site].width) != tensor.shape[-1]:
                     raise WrongWidth(f"concept {at.id!r} has width {tensor.shape[-1]}, its site {site!r} has width {width}")
@@ -122,12 +130,25 @@ class Shelf:
         except (ArithmeticError, AttributeError, LookupError, TypeError, RuntimeError) as error:
             raise CorruptBank(f"an encoder of kind {kind.kind!r} is not made of this: {error!s:.200}") from None
 
+    def _say_strays(self, home: Home) -> None:
+        """Warn of files in a folder that nothing checks."""
+        known = {*self.records, "bank.json", SIGNATURE}
+        if not home.repository and (found := trust.strays(home.path, known)):
+            warnings.warn(
+                f"{home.path.name} holds {len(found)} files that bank.json does not list, so that nothing checks them and they "
+                f"are not published: {', '.join(found[:5])}{', …' if len(found) > 5 else ''}; to make them part of the bank, "
+                "save it with files={name: path}",
+                SteeringWarning,
+                stacklevel=4,
+            )
+
     def verify(self, places: Sequence[Place], sites: Mapping[str, SiteFacts]) -> None:
         """Check every file, hash, value and row; raises `CorruptBank` at the first that is wrong."""
         if self.home is not None:
             self.home.fetch(self.records)
             for name, record in self.records.items():
                 self.home.check(name, record)
+            self._say_strays(self.home)
         for id in self.facts:
             encoder = self.encoder(id)
             tensors = encoder.to_tensors()

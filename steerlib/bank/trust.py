@@ -9,7 +9,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -23,7 +23,7 @@ from ..errors import CorruptBank
 HASHES = "hashes.safetensors"
 BLOCK = 1 << 16
 PER_GROUP = BLOCK // 32
-SUFFIXES = {".safetensors": 1 << 42, ".json": 4 << 20, ".jsonl": 1 << 30, ".md": 4 << 20, ".png": 16 << 20}
+SUFFIXES = {".safetensors": 1 << 42, ".json": 64 << 20, ".jsonl": 1 << 30, ".md": 4 << 20, ".png": 16 << 20, ".txt": 16 << 20}
 """The kinds of files a bank may hold, and how large each may be."""
 MAX_FILES = 4096
 MAX_SIDE = 1 << 42
@@ -98,7 +98,7 @@ def contained(folder: Path, name: str) -> Path:
     """A file of a bank that is there, is a file, and lies in its folder or where the Hub's cache keeps what it links to."""
     path = folder / name
     if not path.is_file():
-        raise CorruptBank(f"{name} is missing from {folder.name}; download the bank again")
+        raise CorruptBank(f"{name} is missing from {folder.name}; download the bank again, or write it with save_pretrained")
     homes = [os.path.realpath(folder)]
     if folder.parent.name == "snapshots":
         homes += [os.path.realpath(cache / "blobs") for cache in folder.absolute().parents[1:3]]  # its own, and the shared one
@@ -111,8 +111,20 @@ def contained(folder: Path, name: str) -> Path:
 def check_whole(folder: Path, name: str, record: Mapping[str, Any]) -> None:
     """Raise unless a file is there, whole and unaltered."""
     path = contained(folder, checked_name(name))
-    if path.stat().st_size != record["size"] or describe(path)["sha256"] != record["sha256"]:
-        raise CorruptBank(f"{name} is not the file that bank.json describes (truncated or altered); download the bank again")
+    size = path.stat().st_size
+    if size != record["size"] or describe(path)["sha256"] != record["sha256"]:
+        found = "its bytes differ" if size == record["size"] else f"it has {size} bytes, bank.json says {record['size']}"
+        raise CorruptBank(
+            f"{name} is not the file that bank.json describes (truncated or altered: {found}); download the bank again. If you "
+            "edited it, take that back; labels, amounts and the card change by bank.with_concepts(...).save_pretrained(folder)"
+        )
+
+
+def strays(folder: Path, names: Iterable[str]) -> list[str]:
+    """Files in the folder of a bank that are none of these; hidden ones are left out."""
+    there = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file()]
+    listed = {*names}
+    return [path.as_posix() for path in there if path.as_posix() not in listed and not any(p[0] in "._" for p in path.parts)]
 
 
 def block_hashes(path: Path) -> bytes:

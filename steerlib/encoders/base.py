@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..devices import placed
 from .objective import Objective
 
 KINDS: dict[str, type["Encoder"]] = {}
@@ -35,16 +36,22 @@ class Rows(NamedTuple):
         """Whether these are latents of a sparse code."""
         return bool((self.threshold > -inf).all())
 
+    def to(self, device: torch.device) -> "Rows":
+        """The same elsewhere."""
+        return Rows(*(tensor.to(device) for tensor in self[:4]), norm=self.norm)
+
     def reading(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch K"]:
         """z of activations, float32."""
-        return fired(self.potential(x), self.threshold.to(x.device))
+        return fired(self.potential(x), placed(self.threshold, x.device))
+
+    def lengths(self, x: Float[Tensor, "*batch D"]) -> "Tensor | float":
+        """What tokens are divided by before they are read, and what is written to them is multiplied by."""
+        return scale(x, self.norm) if self.norm else 1.0
 
     def potential(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch K"]:
         """p of activations, float32."""
-        p = x.float() @ self.read.T.to(x.device)
-        if self.norm:
-            p = p / scale(x, self.norm)
-        return p + self.bias.to(x.device)
+        p = x.float() @ placed(self.read, x.device).T
+        return (p / self.lengths(x) if self.norm else p) + placed(self.bias, x.device)
 
 
 def fired(p: Float[Tensor, "*batch K"], threshold: Float[Tensor, "*#batch #K"]) -> Float[Tensor, "*batch K"]:
@@ -114,7 +121,8 @@ class Encoder(ABC):
 
     def readings(self, x: Float[Tensor, "*batch D"], indices: Sequence[int]) -> Float[Tensor, "*batch K"]:
         """Some of the coordinates."""
-        return self.encode(x)[..., list(indices)]
+        z = self.encode(x)  # a list as an index would be copied to the device
+        return torch.stack([z[..., index] for index in indices], dim=-1)
 
     @abstractmethod
     def decode(self, z: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch D"]:

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..devices import placed
 from ..errors import CorruptBank
 from .base import Encoder, Rows
 
@@ -44,10 +45,10 @@ class Directions(Encoder):
         return {"decoder": self.decoder, "mean": self.mean}
 
     def encode(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch n"]:
-        return x.float() @ self.encoder.T.to(x.device) - self.mean.to(x.device)
+        return x.float() @ placed(self.encoder, x.device).T - placed(self.mean, x.device)
 
     def decode(self, z: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch D"]:
-        return (z + self.mean.to(z.device)) @ self.decoder.to(z.device)
+        return (z + placed(self.mean, z.device)) @ placed(self.decoder, z.device)
 
     def rows(self, indices: Sequence[int]) -> Rows:
         chosen = list(indices)

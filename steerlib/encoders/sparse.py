@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..devices import placed
 from ..errors import CorruptBank
 from .base import EPSILON, Encoder, Norm, Rows, fired, scale
 
@@ -99,20 +100,20 @@ class Sparse(Encoder):
         if self.norm:
             x = (x - (x.mean(dim=-1, keepdim=True) if self.norm == "layer" else 0.0)) / scale(x, self.norm)
         if self.centred and self.decoder_bias is not None:
-            x = x - self.decoder_bias.to(x)
-        return x @ self.encoder.T.to(x)
+            x = x - placed(self.decoder_bias, x.device).to(x)
+        return x @ placed(self.encoder, x.device).T.to(x)
 
     def potential(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch n"]:
         """p of activations, float32."""
         p = self.projected(x)
-        return p + self.bias.to(p)
+        return p + placed(self.bias, p.device).to(p)
 
     def encode(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch n"]:
         return self.select(self.potential(x))
 
     def decode(self, z: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch D2"]:
-        y = z @ self.decoder.to(z)
-        return y if self.decoder_bias is None else y + self.decoder_bias.to(z)
+        y = z @ placed(self.decoder, z.device).to(z)
+        return y if self.decoder_bias is None else y + placed(self.decoder_bias, z.device).to(z)
 
     def reconstruct(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch D2"]:
         """What the code keeps of activations."""

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..devices import placed
 from ..errors import CorruptBank
 from .base import Rows, fired, scale
 from .objective import Objective
@@ -63,17 +64,16 @@ class TopK(Sparse):
     def of_rows(cls, settings: Mapping[str, Any], rows: int) -> dict[str, Any]:
         return {**settings, "k": min(settings.get("k", 1), rows)}
 
-    @property
-    def lengths(self) -> Float[Tensor, " n"]:
+    def lengths(self, device: torch.device) -> Float[Tensor, " n"]:
         """Of the decoder's rows."""
-        return self.decoder.float().norm(dim=-1)
+        return placed(self.decoder, device).float().norm(dim=-1)
 
     def potential(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch n"]:
         p = super().potential(x)
-        return p * self.lengths.to(p) if self.rescaled else p
+        return p * self.lengths(p.device) if self.rescaled else p
 
     def decode(self, z: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch D"]:
-        return super().decode(z / self.lengths.to(z) if self.rescaled else z)
+        return super().decode(z / self.lengths(z.device) if self.rescaled else z)
 
     def rows(self, indices: Sequence[int]) -> Rows:
         found = super().rows(indices)

@@ -13,6 +13,8 @@ from .comparison import ratios
 Record = Mapping[str, Any]
 UNSTEERED, PROMPTED, BASELINE, RANDOM = "unsteered", "prompted", "difference-of-means", "random direction"
 SHOWN = {"steered": "chosen per concept", "steered, gated": "chosen, acting in chats only"}
+HELPLESS = "– (prompting does not help)"
+"""In place of a ratio to prompting: the scale would have no length."""
 CONTROLS = ("no-op", "shuffled labels", "wrong concept", RANDOM)
 
 
@@ -38,7 +40,7 @@ def _concept_line(r: Record) -> list[str]:
     random = max(t[name]["score"] for name in t if name.startswith("random-"))
     gated = t.get("steered, gated", steered)["kl"]
     helps = np.mean(r["joint"][PROMPTED]) > np.mean(r["joint"][UNSTEERED])
-    ratio = f"**{steered['ratio']:.2f}**" if helps else "– (prompting does not help)"
+    ratio = f"**{steered['ratio']:.2f}**" if helps else HELPLESS
     return [
         *(r["concept"], r["method"], f"{r['amount']:+.2f}", f"{base['score']:.2f}", f"{told['score']:.2f}"),
         *(f"**{steered['score']:.2f}**", f"{random:.2f}", ratio, f"{r['moved']:.0%}"),
@@ -59,7 +61,7 @@ def summary(records: Sequence[Record]) -> dict[str, dict[str, float]]:
 def _over(records: Sequence[Record], name: str) -> dict[str, float]:
     wanted = [n for n in dict.fromkeys((UNSTEERED, PROMPTED, BASELINE, name)) if all(n in _joint(r) for r in records)]
     found = ratios({n: np.concatenate([_joint(record)[n] for record in records]) for n in wanted})
-    line = {**found[name], "concepts": len(records)}
+    line = {**found[name], "concepts": len(records), "helps": found[PROMPTED]["ratio"] > 0}
     if BASELINE in found:
         line["baseline"] = found[BASELINE]["ratio"]
     for key in ("kl", "agreement", "specificity"):
@@ -100,8 +102,10 @@ def summary_table(records: Sequence[Record]) -> str:
 
 def _summary_line(name: str, line: Mapping[str, float]) -> list[str]:
     interval = "" if name in (UNSTEERED, PROMPTED) else f" ({line['low']:.2f} to {line['high']:.2f})"
-    rest = (f"{line[key]:.2f}" if key in line else "–" for key in ("baseline", "specificity", "kl", "agreement"))
-    return [name, str(line["concepts"]), f"{line['ratio']:.2f}{interval}", *rest]
+    keys = ("baseline", "specificity", "kl", "agreement")
+    rest = [f"{line[key]:.2f}" if key in line else "–" for key in keys]
+    ratio = f"{line['ratio']:.2f}{interval}" if line["helps"] else HELPLESS
+    return [name, str(line["concepts"]), ratio, *([*rest] if line["helps"] else ["–", *rest[1:]])]
 
 
 def missed(records: Sequence[Mapping[str, Any]]) -> str:

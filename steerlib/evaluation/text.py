@@ -42,7 +42,10 @@ def counting(spec: Mapping[str, Any]) -> Scorer:
         raise BadRecipe(
             f"expected a scorer with count = 'words', or with pattern and per = 'word' or 'sentence', got {dict(spec)}"
         )
-    return counter(spec["pattern"], spec["per"])
+    try:
+        return counter(spec["pattern"], spec["per"])
+    except (re.error, TypeError) as error:
+        raise BadRecipe(f"expected a regular expression as pattern of a scorer, got {spec['pattern']!r:.80}: {error}") from None
 
 
 class Scoring(NamedTuple):

@@ -15,7 +15,10 @@ from .causal_graph import Edge
 def joined(bank: ConceptBank) -> list[str]:
     """Names of the concepts that the graph joins, in the order of the bank."""
     if not len(bank.graph):
-        raise BadBank(f"bank {bank.name!r} has no graph: no concept of it is known to move another")
+        raise BadBank(
+            f"bank {bank.name!r} has no graph: no concept of it is known to move another; for encoders, a [graph] table in the "
+            "recipe finds one"
+        )
     ends = {end for edge in bank.graph.edges for end in (edge.src, edge.dst)}
     return [name for name in bank.concepts if name in ends]
 

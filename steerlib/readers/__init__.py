@@ -6,6 +6,7 @@ A format marked untested was checked against its documented layout and an indepe
 """
 
 import os
+import re
 from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
@@ -64,8 +65,11 @@ def read_bank(
 
 def _located(name: str | os.PathLike[str], format: str | None, folder: str, hub: dict[str, Any]) -> tuple[Path, str]:
     """Where the files are, and their format."""
+    if not Path(name).exists() and not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
+        raise BadBank(f"expected a file, a folder or a Hub id org/name, and nothing is at {str(name)!r}; check the path")
     if format not in FORMATS and (format is not None or not Path(name).exists()):
-        raise UnknownFormat(f"expected a format, one of {', '.join(FORMATS)}, got {format!r}")
+        where = "" if format else f" of {str(name)!r}, which is not here, so that it is looked for on the Hub"
+        raise UnknownFormat(f"expected a format{where}, format= one of {', '.join(FORMATS)}, got {format!r}")
     path = files.resolve(name, FORMATS[format].FILES if format else (), folder=folder, **hub)
     fits = [format] if format else [name for name in FORMATS if _units(name, path)]
     if len(fits) != 1:

@@ -6,7 +6,7 @@ decoder rows of an `AutoEncoder` length 1, and so does this one, unless told not
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,26 @@ from ..encoders import BatchTopK, Encoder, Gated, JumpReLU, Matryoshka, ReLU, To
 from ..errors import CorruptBank
 from . import files
 from .foreign import Foreign, Found, refuse
+from .table import Table
 
 FILES = ("ae.pt", "config.json")
 PLACES = {"resid_post": "hook_resid_post", "mlp_out": "hook_mlp_out", "attn_out": "hook_attn_out"}
+INPUTS = {"resid_post": "hook_resid_pre", "mlp_out": "mlp.hook_in", "attn_out": "attn.hook_in"}
+SETTINGS = Table(
+    read="dict_class layer lm_name submodule_name k activation_dim dict_size",
+    aside="""trainer_class lr steps auxk_alpha warmup_steps decay_start threshold_beta threshold_start_step top_k_aux seed
+        device wandb_name sparsity_function sparsity_penalty p_start p_end anneal_start sparsity_queue_length n_sparsity_updates
+        resample_steps sparsity_warmup_steps l1_penalty bandwidth target_l0 group_fractions group_weights group_sizes
+        norm_factor k_anneal_steps""",
+    only={"apply_b_dec_to_input": (False, None)},
+)
+"""`norm_factor` was multiplied into the biases when they were saved."""
+BUFFER = Table(
+    read="io",
+    aside="d_submodule n_ctxs ctx_len refresh_batch_size out_batch_size device",
+    only={"layer": (None,)},
+)
+"""Where activations come from; one with a layer of its own splits them by head."""
 State = Mapping[str, Any]
 
 
@@ -28,37 +45,60 @@ def units(path: Path) -> list[Path]:
     return files.units(path, *FILES)
 
 
-def read(path: Path, title: str, *, normalize_decoder: bool = True) -> Foreign:  # noqa: ARG001
-    """Every encoder in a folder."""
-    return Foreign(found=[_found(folder, normalize_decoder) for folder in units(path)])
+def read(
+    path: Path,
+    title: str,  # noqa: ARG001
+    *,
+    normalize_decoder: bool = True,
+    ignore: Iterable[str] = (),
+) -> Foreign:
+    """Every encoder in a folder. `ignore` names settings that this reader does not know and that readings do not depend on."""
+    return Foreign(found=[_found(folder, normalize_decoder, tuple(ignore)) for folder in units(path)])
 
 
-def _found(folder: Path, normalize: bool) -> Found:
-    trainer, state = files.settings(folder / FILES[1]).get("trainer"), files.pickled(folder / FILES[0])
-    if not isinstance(trainer, dict) or not isinstance(state, dict):
+def _found(folder: Path, normalize: bool, ignore: tuple[str, ...]) -> Found:
+    config, state = files.settings(folder / FILES[1]), files.pickled(folder / FILES[0])
+    trainer, buffer = config.get("trainer"), config.get("buffer") or {}
+    if not isinstance(trainer, dict) or not isinstance(buffer, dict) or not isinstance(state, dict):
         raise CorruptBank(f"expected the settings of a trainer and a state dict in {folder.name!r}")
     name = str(trainer.get("dict_class"))
     if name not in CLASSES:
         refuse(folder, f"of class {name!r}", f"there are {', '.join(CLASSES)}")
+    Table(read="trainer buffer").check(folder, config, ignore)
+    SETTINGS.check(folder, trainer, ignore)
+    BUFFER.check(folder, buffer, ignore, "in its buffer")
+    TENSORS[name].check_tensors(folder, state, ignore)
     encoder = CLASSES[name](state)
+    _check_sizes(folder, trainer, encoder)
     if name == "AutoEncoder" and normalize:
         encoder = _unit_rows(encoder)
     return Found(
         encoder=encoder,
-        hook=_hook(trainer),
+        hook=_hook(folder, trainer, buffer.get("io", "out")),
         tag=re.sub(r"[^\w.-]", "-", folder.name, flags=re.ASCII),
         base=str(trainer.get("lm_name", "")),
     )
 
 
-def _hook(trainer: Mapping[str, Any]) -> str:
-    """The residual stream after a block, unless the submodule says otherwise."""
+def _check_sizes(folder: Path, trainer: Mapping[str, Any], encoder: Any) -> None:
+    """Raise where the trainer's settings deny the tensors."""
+    found = {"dict_size": len(encoder.encoder), "activation_dim": encoder.encoder.shape[1], "k": getattr(encoder, "k", None)}
+    if wrong := [key for key, value in found.items() if value is not None and trainer.get(key) not in (None, value)]:
+        raise CorruptBank(f"config.json of {folder.name!r} says {', '.join(wrong)} other than its tensors, which have {found}")
+
+
+def _hook(folder: Path, trainer: Mapping[str, Any], side: str) -> str:
+    """The residual stream after a block, unless the submodule says otherwise; `side` of the module is "in" or "out"."""
     name = str(trainer.get("submodule_name") or "")
+    if side not in ("in", "out"):
+        refuse(folder, f"of a buffer of {side!r:.40}", "what is read and written at one side, 'in' or 'out', is read")
     found = re.fullmatch(r"(resid_post|mlp_out|attn_out)_layer_(\d+)", name)
-    if found or not name:
-        place, layer = found.groups() if found else ("resid_post", trainer.get("layer"))
-        return f"blocks.{layer}.{PLACES[place]}"
-    return name
+    if not found and name:
+        return f"{name}.input" if side == "in" else name
+    place, layer = found.groups() if found else ("resid_post", trainer.get("layer"))
+    if side == "in":
+        return f"blocks.{layer}.{INPUTS[place]}"
+    return f"blocks.{layer}.{PLACES[place]}"
 
 
 def _linear(state: State, bias: str) -> dict[str, Any]:
@@ -129,6 +169,16 @@ CLASSES: dict[str, Callable[[State], Encoder]] = {
     "AutoEncoderTopK": _top_k,
     "BatchTopKSAE": _batch_top_k,
     "MatryoshkaBatchTopKSAE": _matryoshka,
+}
+LINEAR, MATRICES = "encoder.weight encoder.bias decoder.weight", "W_enc W_dec b_enc b_dec"
+TENSORS = {
+    "AutoEncoder": Table(read=f"{LINEAR} bias"),
+    "AutoEncoderNew": Table(read=f"{LINEAR} decoder.bias"),
+    "GatedAutoEncoder": Table(read="encoder.weight decoder.weight mag_bias gate_bias r_mag decoder_bias"),
+    "JumpReluAutoEncoder": Table(read=f"{MATRICES} threshold"),
+    "AutoEncoderTopK": Table(read=f"{LINEAR} b_dec k threshold"),
+    "BatchTopKSAE": Table(read=f"{LINEAR} b_dec k threshold"),
+    "MatryoshkaBatchTopKSAE": Table(read=f"{MATRICES} k threshold group_sizes"),
 }
 
 

@@ -114,6 +114,13 @@ def turned(tensors: Mapping[str, Any], name: str) -> Tensor:
     return part(tensors, name, 2).T.contiguous()
 
 
+def check_sides(path: Path, tensors: Mapping[str, Any], name: str, sides: tuple[Any, Any]) -> None:
+    """Raise where a matrix has other sides than the settings beside it say; None: they do not say."""
+    shape = tuple(part(tensors, name, 2).shape)
+    if any(said not in (None, side) for said, side in zip(sides, shape, strict=True)):
+        raise CorruptBank(f"the settings of {path.name!r} say that {name!r} has sides {sides}, it has {shape}")
+
+
 def whole(values: Mapping[str, Any], name: str) -> int:
     """A positive whole number."""
     number = values.get(name)

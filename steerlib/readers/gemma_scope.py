@@ -6,6 +6,7 @@ embeddings before Gemma's factor, the root of the width; here they read them aft
 """
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ import torch
 from ..encoders import JumpReLU, Transcoder
 from . import files
 from .foreign import Foreign, Found
+from .table import Table
 
 FILES = ("params.npz",)
+TENSORS = Table(read="w_enc b_enc w_dec b_dec threshold")
 PLACES = {"res": "hook_resid_post", "mlp": "hook_mlp_out", "att": "attn.hook_z", "transcoders": "hook_mlp_out"}
 
 
@@ -24,15 +27,15 @@ def units(path: Path) -> list[Path]:
     return files.units(path, *FILES)
 
 
-def read(path: Path, title: str) -> Foreign:
-    """Every encoder in a folder."""
-    return Foreign(
-        found=[_found(folder, f"{title}/{folder.relative_to(path)}" if path.is_dir() else title) for folder in units(path)]
-    )
+def read(path: Path, title: str, *, ignore: Iterable[str] = ()) -> Foreign:
+    """Every encoder in a folder. `ignore` names arrays that this reader does not know and that readings do not depend on."""
+    titles = {folder: f"{title}/{folder.relative_to(path)}" if path.is_dir() else title for folder in units(path)}
+    return Foreign(found=[_found(folder, name, tuple(ignore)) for folder, name in titles.items()])
 
 
-def _found(folder: Path, title: str) -> Found:
+def _found(folder: Path, title: str, ignore: tuple[str, ...]) -> Found:
     arrays = {name.lower(): tensor for name, tensor in files.arrays(folder / FILES[0]).items()}
+    TENSORS.check_tensors(folder, arrays, ignore)
     found: dict[str, Any] = {"encoder": files.turned(arrays, "w_enc"), "decoder": files.part(arrays, "w_dec", 2)}
     found |= {name: files.part(arrays, theirs, 1) for name, theirs in (("bias", "b_enc"), ("decoder_bias", "b_dec"))}
     found["threshold"] = files.part(arrays, "threshold", 1)

@@ -51,7 +51,7 @@ def site(hook: str) -> str:
 
 def _of_tensor(hook: str, block: str, tensor: str) -> str:
     whole, _, head = tensor.partition("#")
-    if whole in TENSORS:
+    if whole in TENSORS and (not head or whole == "attn.hook_z"):
         return f"layers.{block}{TENSORS[whole]}" + (f".{head}" if head else "")
     if tensor in ("ln2.hook_normalized", "hook_mlp_in"):
         raise UnknownSite(

@@ -72,6 +72,8 @@ def _of_csv(path: Path, models: Mapping[str, str | Path]) -> list[Step]:
     for row in csv.DictReader(io.StringIO(files.text(path))):
         if row["loader"] not in LOADERS:
             raise CorruptBank(f"expected a loader, one of {', '.join(LOADERS)}, got {row['loader']!r}")
+        if row.get("head_index"):
+            refuse(path, "made for a head", "name the site of a head, layers.N.attn.heads.H, by hand")
         key = row["sparse_model"], row["hookpoint"] if row["loader"] == "sparsify" else row.get("sae_id") or ""
         if key not in cache:
             cache[key] = _encoder(LOADERS[row["loader"]], *key, models)

@@ -15,7 +15,7 @@ from ..bank.concepts import Concept, Part
 from ..encoders import Directions
 from ..errors import BadBank, CorruptBank, MissingExtra
 from . import files
-from .foreign import Foreign, Found
+from .foreign import Foreign, Found, refuse
 
 FILES = (".gguf",)
 ARCHITECTURES = ("controlvector", "steeringvector")
@@ -56,6 +56,8 @@ def _vectors(path: Path) -> tuple[dict[int, Tensor], str]:
     if architecture not in ARCHITECTURES:
         raise CorruptBank(f"expected a file of architecture {' or '.join(ARCHITECTURES)}, got {architecture!r:.80}")
     layers = {name: re.fullmatch(r"direction\.(\d+)", name) for name in tensors}
+    if others := [name for name, found in layers.items() if found is None]:
+        refuse(path, f"a control vector with {', '.join(others)!s:.80}", "a direction for each layer is read")
     return {int(found[1]): files.part(tensors, name, 1) for name, found in layers.items() if found}, hint
 
 
@@ -87,8 +89,11 @@ def _stacked(rows: list[Tensor], layer: int) -> Tensor:
 
 def write(bank: ConceptBank, concept: str, path: str | Path) -> Path:
     """Write a concept that moves residual streams after blocks; its vectors are what one unit of it adds."""
-    vectors = {}
-    for place in bank[concept].places:
+    own, vectors = bank[concept], {}
+    if own.gate is not None or own.match_norm:
+        how = f"acts where {own.gate.concept!r} shows" if own.gate else "grows with the length of each token"
+        raise BadBank(f"a control vector is the same at every token, and {concept!r} {how}; steer it with steerlib")
+    for place in own.places:
         layer = re.fullmatch(r"layers\.(\d+)", site := bank.site_of(place))
         if layer is None or bank.encoders[place.encoder].reads:
             raise BadBank(f"a control vector acts after blocks, layers.N; concept {concept!r} acts at {site!r}")

@@ -7,6 +7,7 @@ pipeline. Encoders of a denoiser are for what a block adds to its input, its `.u
 """
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,11 @@ from ..encoders import TopK
 from ..errors import CorruptBank
 from . import files
 from .foreign import Foreign, Found, refuse
+from .table import Table
 
 FILES = ("state_dict.pth", "config.json", "mean.pt")
+SETTINGS = Table(read="n_dirs_local d_model k", aside="auxk dead_steps_threshold auxk_coef")
+TENSORS = Table(read="encoder.weight decoder.weight latent_bias pre_bias", aside="stats_last_nonzero")
 
 
 def units(path: Path) -> list[Path]:
@@ -26,16 +30,19 @@ def units(path: Path) -> list[Path]:
     return files.units(path, *FILES[:2])
 
 
-def read(path: Path, title: str) -> Foreign:  # noqa: ARG001
-    """Every encoder in a folder."""
-    return Foreign(found=[_found(folder) for folder in units(path)])
+def read(path: Path, title: str, *, ignore: Iterable[str] = ()) -> Foreign:  # noqa: ARG001
+    """Every encoder in a folder. `ignore` names settings that this reader does not know and that readings do not depend on."""
+    return Foreign(found=[_found(folder, tuple(ignore)) for folder in units(path)])
 
 
-def _found(folder: Path) -> Found:
+def _found(folder: Path, ignore: tuple[str, ...]) -> Found:
     config, saved = files.settings(folder / FILES[1]), files.pickled(folder / FILES[0])
     state = saved.get("state_dict") if isinstance(saved, dict) else None
     if not isinstance(state, dict):
         raise CorruptBank(f"expected a state dict under 'state_dict' in {FILES[0]}")
+    SETTINGS.check(folder, config, ignore)
+    TENSORS.check_tensors(folder, state, ignore)
+    files.check_sides(folder, state, "encoder.weight", (config.get("n_dirs_local"), config.get("d_model")))
     parts: dict[str, Any] = {"encoder": files.part(state, "encoder.weight", 2), "bias": files.part(state, "latent_bias", 1)}
     parts |= {"decoder": files.turned(state, "decoder.weight"), "decoder_bias": files.part(state, "pre_bias", 1)}
     hook, tag = _hook(folder)

@@ -3,6 +3,7 @@
 `directions[L]` [D] is added to what block L is given, where that library adds it.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -11,8 +12,10 @@ from torch import Tensor
 from ..errors import CorruptBank
 from . import files, repeng
 from .foreign import Foreign
+from .table import Table
 
 FILES = (".svec",)
+SETTINGS = Table(read="directions model_type", aside="explained_variances")
 
 
 def units(path: Path) -> list[Path]:
@@ -20,9 +23,11 @@ def units(path: Path) -> list[Path]:
     return [path] if path.suffix in FILES else sorted(path.glob("*.svec")) if path.is_dir() else []
 
 
-def read(path: Path, title: str) -> Foreign:  # noqa: ARG001
+def read(path: Path, title: str, *, ignore: Iterable[str] = ()) -> Foreign:  # noqa: ARG001
     """A concept for each file, named after it, that moves all its layers at once; its unit is the vectors themselves."""
     found = {file.stem: files.settings(file) for file in units(path)}
+    for name, values in found.items():
+        SETTINGS.check(Path(name), values, tuple(ignore))
     model = str(next(iter(found.values())).get("model_type", ""))
     return repeng.of_layers(
         {name: _vectors(name, values.get("directions")) for name, values in found.items()}, model, "layers.{}.input"

@@ -6,7 +6,7 @@ Raw coordinates throughout. `B` rows, `N` tokens, `D` width.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..errors import Unanswerable
 from ..passes import StepState
-from .reading import Key, Reader
+from .reading import Key, Reader, laid
 from .replay import Replay
 
 Amount = float | Sequence[float]
@@ -43,12 +43,16 @@ class Aim:
     """Whether the concept has to read a given value afterwards."""
     is_constant: bool = False
     """Whether the change is the same at every token."""
-    is_traceable: ClassVar[bool] = False
+    is_traceable: bool = False
     """Whether the rule says all, so that compiled code can follow it."""
     keeps_norm: bool = False
     """Whether tokens that are moved keep their length."""
     needs_twin: bool = False
     """Whether an unsteered pass has to run first."""
+    is_removal: bool = False
+    """Whether it does nothing but bring readings nearer to 0, so that what is left of them is reported."""
+    is_exact: bool = False
+    """Whether a latent has to read what is left of it, and not only its code."""
 
     def shift(self, x: Tensor, now: StepState) -> Float[Tensor, "B N"] | None:  # noqa: ARG002
         """What is added to the rule's shift."""
@@ -69,7 +73,16 @@ class Numbers(Aim):
 
     rule: Rule
     keeps_norm: bool = False
-    is_traceable: ClassVar[bool] = True
+    is_exact: bool = False
+
+    @property
+    def is_traceable(self) -> bool:  # type: ignore[override]
+        return not self.is_exact
+
+    @property
+    def is_removal(self) -> bool:  # type: ignore[override]
+        rule = self.rule
+        return all(0 <= f < 1 for f in each(rule.scale)) or not any((*each(rule.low), *each(rule.high)))
 
     @property
     def is_target(self) -> bool:  # type: ignore[override]
@@ -88,7 +101,8 @@ class Forecast(Aim):
 
     def shift(self, x: Tensor, now: StepState) -> Float[Tensor, "B N"]:
         none = x.new_zeros(x.shape[:2], dtype=torch.float32)
-        return sum((w * now.notes.get(key, none) for key, w in self.weights.items()), none)
+        moved = {key: now.notes.get(key, none).to(x.device) for key in self.weights}
+        return sum((w * laid(moved[key], x, "a concept of do='graph'", "its effect") for key, w in self.weights.items()), none)
 
 
 @dataclass(frozen=True)

@@ -75,6 +75,7 @@ class CompiledEdit:
             low=new((rows, edits), -inf),
             high=new((rows, edits), inf),
             target=new((edits,), 0),
+            takes=new((edits,), 0),
             cap=new((), inf),
         )
         always, anywhere = (torch.tensor(values, device=device).repeat(edits, 1) for values in (ALWAYS, (0.0, inf)))
@@ -119,14 +120,13 @@ class CompiledEdit:
 
     def tell(self) -> None:
         """Tell the runs what was counted since the last time; the device is waited for."""
-        hits, seen, acts, tokens = int(self.hits), int(self.seen), self.acts.tolist(), self.tokens.tolist()
-        for counter in (self.hits, self.seen, self.acts, self.tokens) if hits else ():
-            counter.zero_()
+        hits, seen, acts, tokens = int(self.hits), int(self.seen), self.acts.cpu(), self.tokens.cpu()
         for run, mine in self.runs if hits else ():
             tally = run.tally
             tally.passes, tally.seen = tally.passes + hits, tally.seen + seen
-            tally.acted += int(max(acts[mine], default=0))
-            tally.tokens += max(tokens[mine], default=0.0)
+            tally.acted, tally.tokens = tally.acted + acts[mine], tally.tokens + tokens[mine]
+        for counter in (self.hits, self.seen, self.acts, self.tokens) if hits else ():
+            counter.zero_()
 
     @staticmethod
     def _all(*parts: EditTensors | Openings) -> list[Tensor]:
@@ -168,8 +168,8 @@ def why_not(edit: Edit, *, blind: bool) -> str:
     if shares or not edit.aim.is_traceable or edit.aim.keeps_norm:
         return (
             f"{edit.name!r}: gates, PerStep, when= at several levels, match_norm, keep_norm, masks, branches, patches, "
-            "do='hold' and 'graph' need Python at every pass, which a compiled model leaves out; use them on one that is "
-            "not compiled"
+            "Ablate(exact=True) of latents, do='hold' and 'graph' need Python at every pass, which a compiled model leaves "
+            "out; use them on one that is not compiled"
         )
     if blind and any(share.clock == "steps" for share in edit.shares):
         return (

@@ -6,11 +6,15 @@
     x1 = x + sum_k g_k ((scale_k - 1) z_k + shift_k) w_k  the additions
     x2 = x1 + argmin |d|  with  r_k (x1 + d) + b_k = z_k(x1) + g_k (clamp(z_k(x1), low_k, high_k) - z_k(x1))
 
-for every target k that acts there (g_k > 0). The change x2 - x is capped in length and cast once.
+for every target k that acts there (g_k > 0). The change is cast once.
 
 Latents of sparse codes read `z = p` where their potential `p = x r^T + b` is above a threshold, else 0. They are changed in the
 code: x moves by `(z' - z) w`, where z', after all additions to the latent together, is not below 0; what the code does not
 describe stays. Their targets are met before those of directions, which see what they did.
+
+The change is a sum of what is added and what is taken away: where a scaling or a target brings a reading nearer to 0, and not
+beyond, that is a *removal*. Only what is added is capped. Together it is as long as the cap at most, and readings that it
+forces are met as far as it goes.
 """
 
 from collections.abc import Sequence
@@ -23,6 +27,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ..bank.concepts import Gate, Place
+from ..devices import placed
 from ..encoders import Rows
 from ..encoders.base import fired
 from ..errors import RowMismatch
@@ -47,6 +52,7 @@ class Edit:
         shares: what it is multiplied by.
         leaves: the note of how far it moved the concept, for later sites; None: none is needed.
         natural: raw readings between which 99 % of reference data lie; None where that was not measured.
+        cut: whether its amount was cut to natural readings before the first pass.
     """
 
     key: Key
@@ -58,6 +64,7 @@ class Edit:
     shares: tuple[Share, ...] = ()
     leaves: Key | None = None
     natural: tuple[float, float] | None = None
+    cut: bool = False
 
     @property
     def is_target(self) -> bool:
@@ -117,12 +124,26 @@ class Change(NamedTuple):
     """What the edits of a site do in a pass."""
 
     delta: Float[Tensor, "B N D"]
+    before: Float[Tensor, "B N K"]
+    """What each coordinate read."""
     moved: Float[Tensor, "B N K"]
     """The change of each coordinate."""
-    length: Float[Tensor, "B N"]
-    """Of the change, before the cap."""
-    acting: Bool[Tensor, "B N"] | None
-    """Where an edit acts; None: everywhere."""
+    cut: Bool[Tensor, "B N K"] | None
+    """Which edits added something that was cut to the cap; None: there is no cap."""
+
+
+class Has(NamedTuple):
+    """What there is among the edits of a site; the rest need not be computed."""
+
+    latents: bool = True
+    targets: bool = True
+    directions: bool = True
+    """Among the targets."""
+    cap: bool = True
+    """And something that it may cut."""
+
+
+EVERYTHING = Has()
 
 
 @dataclass(eq=False)
@@ -140,8 +161,10 @@ class EditTensors:
     low: Float[Tensor, "R K"]
     high: Float[Tensor, "R K"]
     target: Float[Tensor, " K"]
+    takes: Float[Tensor, " K"]
+    """1 where an edit may take away: 0 for those that only add."""
     cap: Float[Tensor, ""]
-    """Longest change of a token."""
+    """Longest addition to a token."""
 
     @classmethod
     def of(cls, edits: Sequence[Edit], cap: float = inf) -> "EditTensors":
@@ -157,16 +180,18 @@ class EditTensors:
         )
         same = torch.tensor([[float(one.key == other.key) for other in edits] for one in edits])
         target = torch.tensor([float(edit.is_target) for edit in edits])
-        return cls(read, bias, write, threshold, same, scale, shift, low, high, target, torch.tensor(cap))
+        takes = torch.maximum(target, (scale != 1).any(0).float())
+        return cls(read, bias, write, threshold, same, scale, shift, low, high, target, takes, torch.tensor(cap))
 
     def to(self, device: torch.device) -> "EditTensors":
-        """The same contents elsewhere."""
-        return EditTensors(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
+        """The same contents elsewhere, copied once for all sessions."""
+        return EditTensors(**{f.name: placed(getattr(self, f.name), device) for f in fields(self)})
 
-    def constant(self, cap: float) -> Float[Tensor, "R D"]:
-        """The change of every token where all edits are constant, cut to a length."""
+    def constant(self, cap: float) -> tuple[Float[Tensor, "R D"], Float[Tensor, "R 1"]]:
+        """The change of every token where all edits are constant, cut to a length, and the share of it that is left."""
         delta = self.shift @ self.write
-        return delta * (cap / delta.norm(dim=-1, keepdim=True).clamp(min=1e-30)).clamp(max=1)
+        kept = (cap / delta.norm(dim=-1, keepdim=True).clamp(min=1e-30)).clamp(max=1)
+        return delta * kept, kept
 
     def readings(self, x: Float[Tensor, "B N D"], given: Given) -> Float[Tensor, "B N K"]:
         """z of float32 activations."""
@@ -174,9 +199,7 @@ class EditTensors:
         z = fired(z + self.bias, self.threshold)
         return z if given.known is None else torch.where(given.known.isnan(), z, given.known)
 
-    def change(
-        self, x: Float[Tensor, "B N D"], given: Given, *, has_targets: bool = True, has_latents: bool = True
-    ) -> Change:  # fmt: skip
+    def change(self, x: Float[Tensor, "B N D"], given: Given, has: Has = EVERYTHING) -> Change:
         """What the edits do to activations, by the formulas above."""
         x = x.float()
         z, g = self.readings(x, given), given.gains
@@ -184,21 +207,43 @@ class EditTensors:
         moved = (scale - 1) * z + (shift if given.forecast is None else shift + given.forecast)
         moved = moved if g is None else g * moved
         written = self.write if given.lengths is None else given.lengths[..., None] * self.write
-        if has_latents:
+        if has.latents:
             moved = self._floored(moved, z)
-        delta = _sum(moved, written)
-        if has_targets:
+        delta, total, share = _sum(moved, written), moved, None
+        if has.targets:
             share = self.target if g is None else self.target * (g > 0)
             gains = 1.0 if g is None else g
-            if has_latents:
-                sparse = self.threshold > -inf
-                miss = _miss(z + moved @ self.same, low.clamp(min=0), high, given.wanted, share * sparse * gains)
-                delta, moved, share = delta + _sum(miss, written), moved + miss, share * ~sparse
-            miss = _miss(z + delta @ self.read.T, low, high, given.wanted, share * gains)
-            delta, moved = delta + self._least_change(miss, share.expand_as(z)), moved + miss
-        length = delta.detach().norm(dim=-1)  # the cap is a measure, not a part of the edit that is learned through
-        kept = (self.cap / length.clamp(min=1e-30)).clamp(max=1)[..., None]
-        return Change(delta * kept, moved * kept, length, None if g is None else (g > 0).any(-1))
+            if has.latents:
+                coded, others = share * (self.threshold > -inf), moved @ self.same
+                miss = _miss(z + others, low.clamp(min=0), high.clamp(min=0), given.wanted, coded * gains)
+                delta, moved, total = delta + _sum(miss, written), moved + miss, total + coded * others + miss
+                share = share - coded
+            if has.directions:
+                others = delta @ self.read.T
+                miss = _miss(z + others, low, high, given.wanted, share * gains)
+                total = total + share * others + miss
+                delta, moved = delta + self._least_change(miss, share.expand_as(z)), moved + miss
+        change = Change(delta, z, moved, None)
+        return self._capped(change, total, share if has.directions else None, written) if has.cap else change
+
+    def _capped(self, change: Change, total: Float[Tensor, "B N K"], share: Tensor | None, written: Tensor) -> Change:
+        """A change whose additions are cut to the cap; `total` is how far the edits move readings, `share` 1 where a direction
+        is given a value."""
+        z = change.before
+        taken = total.clamp(z.clamp(min=0).neg(), z.clamp(max=0).neg())  # no farther than to 0
+        takes = ((total - taken).abs() <= 1e-5 * z.abs()) & (self.takes > 0)
+        taken = torch.where(takes, taken, 0)
+        coded = taken if share is None else taken * (1 - share)
+        less = _sum(coded, written)
+        if share is not None:  # what takes from these directions, and from no other target
+            own = share * (taken - less @ self.read.T)
+            less, coded = less + self._least_change(own, share.expand_as(own)), coded + own
+        more = change.delta - less
+        length = more.detach().norm(dim=-1, keepdim=True)  # a measure, not a part of the edit that is learned through
+        kept = (self.cap / length.clamp(min=1e-30)).clamp(max=1)
+        delta = torch.where(kept < 1, less + more * kept, change.delta)
+        moved = torch.where(kept < 1, coded + (change.moved - coded) * kept, change.moved)
+        return Change(delta, z, moved, (kept < 1 / 1.0001) & ~takes & (total != 0))
 
     def _for(self, amounts: Float[Tensor, "R K"], row: Tensor | None) -> Tensor:
         """Amounts of each row of the batch, `[B, 1, K]`, or one for all."""
@@ -216,7 +261,7 @@ class EditTensors:
             return miss / gram.clamp(min=1e-30) @ self.read
         both = active[..., :, None] * active[..., None, :]
         system = gram * both + torch.diag_embed(1 - active)
-        return torch.linalg.solve(system, miss[..., None])[..., 0] @ self.read
+        return torch.linalg.solve_ex(system, miss[..., None])[0][..., 0] @ self.read  # unchecked: the host would wait
 
 
 def _miss(z: Tensor, low: Tensor, high: Tensor, wanted: Tensor | None, share: Tensor) -> Float[Tensor, "B N K"]:

@@ -15,7 +15,7 @@ from .stay import Stay
 
 def said_of(stay: Stay) -> Iterator[Exception]:
     """Warnings, and, last, an error."""
-    if any(int(run.counts.capped) for run in stay.runs.values()):
+    if any(run.counts.capped for run in stay.runs.values()):
         yield OutOfRange("edits were capped in length at run time; see report()")
     left = [socket for socket, _ in stay.one.owners if stay.place.uses(socket.site) == 1]
     if names := ", ".join(repr(socket.site.name) for socket in left if unfinished(socket.key)):

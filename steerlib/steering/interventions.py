@@ -5,7 +5,7 @@ Each lowers itself to an aim in raw coordinates.
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from math import inf, isfinite
 from typing import Any, Literal, NamedTuple
 
@@ -32,6 +32,8 @@ class Coordinate(NamedTuple):
     """Raw readings that a concept is forced to at most; None: any."""
     count: int = 1
     """Coordinates that move with the concept, this one included."""
+    is_latent: bool = False
+    """Whether it is a latent of a sparse code."""
 
 
 @dataclass(frozen=True)
@@ -50,13 +52,14 @@ class Intervention(ABC):
         gate: a `Gate` on what another concept reads, beside the one stored with the concept; "open" lifts the stored one.
         mask: where. Text: the share of the edit at each position, `[L]` or `[rows, L]`; positions beyond `L` get none.
             Images: a box `(left, top, right, bottom)` in parts of the image, shares `[height, width]` or
-            `[rows, height, width]` of any size (for videos with frames before the height), or a `Word` of the prompt.
+            `[rows, height, width]` of any size (for videos with frames before the height), or a `Word` of the prompt. Shares
+            are 0 to 1 or truth values; bytes 0 to 255 and pictures count white as 1. Tensors, arrays and PIL images serve.
 
     Every amount may be a sequence, one number for each prompt. Raises `BadEdit` for values that make no sense.
     """
 
     when: Schedule | None = field(default=None, kw_only=True)
-    tokens: Literal["all", "prompt", "generated"] | slice = field(default="all", kw_only=True)
+    tokens: Literal["all", "prompt", "generated"] | slice | None = field(default="all", kw_only=True)
     unit: Literal["concept", "raw"] = field(default="concept", kw_only=True)
     branch: Literal["both"] | Branch | None = field(default=None, kw_only=True)
     gate: Gate | Literal["open"] | None = field(default=None, kw_only=True)
@@ -72,7 +75,7 @@ class Intervention(ABC):
             ends = (self.tokens.start or 0, self.tokens.stop if self.tokens.stop is not None else inf)
             if self.tokens.step not in (None, 1) or not 0 <= ends[0] < ends[1]:
                 raise BadEdit(f"expected a slice of positions with 0 <= start < stop and no step, got {self.tokens}")
-        elif self.tokens not in ("all", "prompt", "generated"):
+        elif self.tokens not in ("all", "prompt", "generated") and not (self.tokens is None and isinstance(self, Ablate)):
             raise BadEdit(f"expected tokens 'all', 'prompt', 'generated' or a slice, got {self.tokens!r}")
         if self.unit not in ("concept", "raw"):
             raise BadEdit(f"expected unit 'concept' or 'raw', got {self.unit!r}")
@@ -107,6 +110,12 @@ class Intervention(ABC):
         """Whether equal interventions do equal things, so that a plan of one serves the other; tensors are not compared."""
         return self.mask is None
 
+    @property
+    def rows(self) -> set[int]:
+        """For how many prompts its amounts are; empty where they are for all."""
+        given = [getattr(self, f.name) for f in fields(self) if f.name != "mask"]
+        return {len(amounts) for amounts in given if isinstance(amounts, tuple)}
+
     def _raw(self, unit: float) -> float:
         """What amounts are multiplied by."""
         return unit if self.unit == "concept" else 1.0
@@ -114,12 +123,21 @@ class Intervention(ABC):
 
 def _amount(value: Any) -> Amount:
     """One finite float, or a tuple of them."""
-    if hasattr(value, "tolist"):  # a tensor or an array
-        value = value.tolist()
-    amounts = tuple(map(float, value)) if isinstance(value, Sequence) and not isinstance(value, str) else float(value)
-    if not all(map(isfinite, each(amounts))) or amounts == ():
-        raise BadEdit(f"expected a finite amount, or one per row, got {value!r}")
-    return amounts[0] if isinstance(amounts, tuple) and len(amounts) == 1 else amounts
+    if getattr(value, "requires_grad", False):
+        raise BadEdit(
+            "an amount that requires gradients would get none, because edits keep its value alone; give amount.detach()"
+        )
+    given = value.tolist() if hasattr(value, "tolist") else value  # of a tensor or an array
+    several: list[Any] = list(given) if isinstance(given, Sequence) and not isinstance(given, str | bytes) else [given]
+    try:
+        if any(isinstance(one, str | bytes) for one in several):
+            raise TypeError("text is no amount")
+        amounts = tuple(map(float, several))
+    except (TypeError, ValueError, OverflowError) as error:
+        raise BadEdit(f"expected a number, or one per row, got {value!r:.80}: {error}") from None
+    if not all(map(isfinite, amounts)) or amounts == ():
+        raise BadEdit(f"expected a finite amount, or one per row, got {value!r:.80}")
+    return amounts[0] if len(amounts) == 1 else amounts
 
 
 def _times(amount: Any, unit: float) -> Amount:
@@ -190,6 +208,9 @@ class Set(Intervention):
     Args:
         value: what it has to read, in units of the concept from its mean on reference data; a number, or one for each prompt.
 
+    A latent is given the value in the code: `x + (value - z) W_dec`, where z is what it reads. Its own row may read another
+    value of that, or 0 for a value below its threshold; what the decoder writes is that of the value.
+
     It is kept within the natural values that the bank stores, unless `allow_ood=True`.
 
     >>> sl.Set(1.5, when=sl.Window(0.0, 0.4)).value
@@ -214,19 +235,32 @@ class Set(Intervention):
 
 @dataclass(frozen=True)
 class Ablate(Intervention):
-    """Make the concept read 0: for a direction, its mean on reference data.
+    """Take the concept away. A direction reads 0 afterwards, its mean on reference data.
 
-    >>> sl.Ablate(tokens="prompt").tokens
-    'prompt'
+    Of a latent, what it writes is taken away, as the graph of a bank does it: `x - z W_dec`, where z is what it reads. Read
+    again, it may be left with some of z, since its encoder's row is not its decoder's; `report()` says with how much. It is
+    never capped. A latent leaves the first token of a text alone, on which attention rests whatever it is, unless `tokens=` is
+    given: "all" includes it.
+
+    Args:
+        exact: of a latent, make the shortest further change after which it reads 0, in one solution with the other latents
+            ablated so, and the directions that are set, at its site. No difference to a direction. Of latents that compete
+            (TopK) the potential is brought to 0, so that they read 0 whatever the others do.
+
+    >>> sl.Ablate(tokens="prompt").tokens, sl.Ablate(exact=True).exact
+    ('prompt', True)
     """
 
-    def aim(self, at: Coordinate) -> Aim:  # noqa: ARG002 - zero has no unit
-        return Numbers(Rule(low=0.0, high=0.0))
+    tokens: Literal["all", "prompt", "generated"] | slice | None = field(default=None, kw_only=True)
+    exact: bool = field(default=False, kw_only=True)
+
+    def aim(self, at: Coordinate) -> Aim:
+        return Numbers(Rule(low=0.0, high=0.0), is_exact=self.exact and at.is_latent)
 
 
 @dataclass(frozen=True)
 class Clamp(Intervention):
-    """Keep the concept's reading between two values.
+    """Keep the concept's reading between two values; of a latent its value in the code, as `Set` does.
 
     Args:
         low: least value, in units of the concept; None: any.

@@ -12,7 +12,6 @@ from ..errors import BadEdit, Unanswerable
 from ..hosts import Host
 from ..passes import Branch
 from ..schedules import Schedule, Within
-from ..sites import Site
 from . import masks
 from .aims import AsTwin, Forecast
 from .edit import Edit
@@ -50,26 +49,29 @@ class Lowering:
         """One intervention at one of a concept's places."""
         site = self.bank.site_of(place)
         when = self._when(concept, place, intervention)
-        self._check(concept, self.host.site(site), intervention, when)
-        read, natural = self._reader(concept, place), None if self.options.allow_ood else place.natural
-        at = Coordinate(concept.name, site, place.unit, read, natural, len(concept.places))
-        given = intervention.gate
+        _check(concept, self.host, site, intervention, when)
+        read, natural = self._reader(concept, place), None if self.options.allow_ood else reach(place.natural)
+        is_latent, given = self.bank.rows(place).is_sparse, intervention.gate
+        at = Coordinate(concept.name, site, place.unit, read, natural, len(concept.places), is_latent)
+        aim, cut = intervention.aim(at), natural is not None and intervention.is_capped(place.unit, natural)
+        if aim.is_exact and isinstance(read, NoteReader):
+            raise Unanswerable(UNREAD.format(concept.name, self.bank.read_at(place), site))
         gates = [gate for gate in (None if given == "open" else concept.gate, given) if isinstance(gate, Gate)]
         shares: list[Share] = [When(when)] if when is not None else []
-        shares += [Section(intervention.tokens)] if intervention.tokens != "all" else []
+        shares += _section(self.host, site, intervention.tokens, is_latent)
         branch: Any = intervention.branch or self.options.branch
         shares += [Half(branch, concept.name)] if branch != "both" else []
         shares += [self._gated(concept.name, place, self._bounded(gate)) for gate in gates]
         if intervention.matches_norm(concept.match_norm):
             shares.append(OwnLength(self._norm(site)))
         shares += [Masked(masks.mask_of(intervention.mask), concept.name)] if intervention.mask is not None else []
-        return self._made(concept, place, read, intervention.aim(at), shares, leaves)
+        return replace(self._made(concept, place, read, aim, shares, leaves), cut=cut)
 
     def pinned(self, concept: Concept, place: Place) -> Edit:
         """An edit that keeps a concept at its reading in the unsteered twin, in the window of its level, where its gate is."""
         if self.bank.read_at(place) != self.bank.site_of(place):
             raise Unanswerable(f"do='hold' cannot hold {concept.name!r}, which is read at an earlier site than it is moved")
-        plain = self.edit(concept, place, Ablate())
+        plain = self.edit(concept, place, Ablate(tokens="all"))
         return replace(plain, aim=AsTwin(plain.key), shares=tuple(s for s in plain.shares if not isinstance(s, Half)))
 
     def forecast(self, name: str, place: Place, parents: Mapping[str, float], scope: object) -> Edit:
@@ -122,6 +124,8 @@ class Lowering:
         rows = self.bank.rows(place)
         if isinstance(read, NoteReader):
             rows = rows._replace(read=torch.zeros_like(rows.write), bias=torch.zeros(1), norm="")
+        elif read.code is not None:  # alone it tells one thing: at 0 or below a latent reads 0 whatever the others do
+            rows = rows._replace(threshold=torch.zeros(1))
         return Edit(
             key=self.key(place),
             name=concept.name,
@@ -148,19 +152,6 @@ class Lowering:
         several = len({*map(self.bank.window_of, concept.places)}) > 1
         return window if when is None else Within(when, window) if several else when
 
-    def _check(self, concept: Concept, site: Site, intervention: Intervention, when: Schedule | None) -> None:
-        """Refuse what this model cannot answer."""
-        if when is not None and when.clock == "progress" and not self.host.has_progress:
-            raise Unanswerable(
-                f"{concept.name!r}: text has no progress for a {type(when).__name__} to open on, because its end is unknown; "
-                "use Steps, which counts new tokens"
-            )
-        if intervention.tokens != "all" and not self.host.counts_tokens(site):
-            raise Unanswerable(
-                f"{concept.name!r}: tokens={intervention.tokens!r} counts tokens of text, and those of {site.name!r} are none; "
-                "use mask= for a part of an image, and when= for a part of the run"
-            )
-
     def _gated(self, name: str, place: Place, gate: Gate, *, closed: bool = False) -> Gated:
         """A gate, read at the very place of the edit if its concept has a part there."""
         places, own = self.bank[gate.concept].places, place.encoder.partition("#")[0]
@@ -185,6 +176,39 @@ class Lowering:
         if (norm := self.bank.sites[site].norm) is None:
             raise BadEdit(f"match_norm needs the median length of activations at {site!r}, which bank {self.bank.name!r} lacks")
         return norm
+
+
+UNREAD = (
+    "{0!r} is read at {1!r}, where nothing is changed, so it cannot be made to read 0; Ablate() without exact= takes all of it "
+    "away at {2!r}, where it is written"
+)
+
+
+def _section(host: Host, site: str, tokens: Any, is_latent: bool) -> list[Share]:
+    """What of a text an edit acts on. Unless it says so, the ablation of a latent leaves first tokens alone."""
+    if tokens is None and is_latent and host.begins_text(host.site(site)):
+        return [Section(slice(1, None))]
+    return [] if tokens in ("all", None) else [Section(tokens)]
+
+
+def _check(concept: Concept, host: Host, site: str, intervention: Intervention, when: Schedule | None) -> None:
+    """Refuse what this model cannot answer."""
+    if when is not None and when.clock == "progress" and not host.has_progress:
+        raise Unanswerable(
+            f"{concept.name!r}: text has no progress for a {type(when).__name__} to open on, because its end is unknown; "
+            "use Steps, which counts new tokens"
+        )
+    if intervention.tokens not in ("all", None) and not host.counts_tokens(host.site(site)):
+        raise Unanswerable(
+            f"{concept.name!r}: tokens={intervention.tokens!r} counts tokens of text, and those of {site!r} are none; "
+            "use mask= for a part of an image, and when= for a part of the run"
+        )
+
+
+def reach(natural: tuple[float, float] | None) -> tuple[float, float] | None:
+    """The readings that a concept may be forced to: the natural ones and those between them and 0, as nothing that takes away
+    is capped."""
+    return None if natural is None else (min(natural[0], 0.0), max(natural[1], 0.0))
 
 
 SHARE = 0.35

@@ -5,11 +5,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from ..devices import placed
 from ..errors import BadEdit, RowMismatch, Unanswerable
 from ..passes import Grid, StepState
 from ..sites import Site
@@ -43,15 +45,50 @@ def mask_of(given: Any) -> Mask:
     """The mask that a tensor, a box or a mask means; raises `BadEdit` for anything else."""
     if isinstance(given, Mask):
         return given
-    if isinstance(given, Tensor):
-        return Weights(given)
+    if isinstance(given, Tensor) or hasattr(given, "convert") or hasattr(given, "__array__") and np.shape(given) != (4,):
+        return Weights(shares(given))
     try:
         left, top, right, bottom = (float(end) for end in given)
     except (TypeError, ValueError):
-        raise BadEdit(f"expected a mask as a tensor, a Word or a box (left, top, right, bottom), got {given!r:.60}") from None
+        raise BadEdit(
+            f"expected a mask as a tensor, an array, a PIL image, a Word or a box (left, top, right, bottom), got {given!r:.60}"
+        ) from None
     if not (0 <= left < right <= 1 and 0 <= top < bottom <= 1):
         raise BadEdit(f"expected a box of shares of the image, 0 <= left < right <= 1 and 0 <= top < bottom <= 1, got {given}")
     return Box(left, top, right, bottom)
+
+
+def shares(given: Any) -> Tensor:
+    """Shares of an edit, 0 to 1, from a tensor, an array or a PIL image; raises `BadEdit` for other values."""
+    if hasattr(given, "convert"):
+        if (mode := getattr(given, "mode", "")) not in ("1", "L", "RGB"):
+            raise BadEdit(
+                f"expected a mask in black and white, grey or RGB, got a picture of mode {mode!r}; give one.convert('L')"
+            )
+        given = np.asarray(given.convert("L"))
+    if not isinstance(given, Tensor):
+        given = np.asarray(given)
+        if given.dtype.kind not in "bufi" or given.ndim == 3 and min(given.shape[:2]) > 4 >= given.shape[2]:
+            raise BadEdit(
+                f"expected a mask of numbers as [height, width] or [rows, height, width], got {given.dtype} {given.shape}; "
+                "of an array with channels last give one channel, mask[..., 0]"
+            )
+        given = torch.from_numpy(np.array(given, given.dtype.newbyteorder("=")))
+    if given.is_complex() or not given.numel():
+        raise BadEdit(f"expected a mask of shares, got {given.dtype} {tuple(given.shape)}")
+    low, high = (float(end) for end in given.detach().float().aminmax())
+    if given.dtype == torch.uint8 and high > 1:
+        return given.float() / 255
+    if not -SLACK <= low <= high <= 1 + SLACK:
+        raise BadEdit(
+            f"expected shares from 0 to 1 in a mask, got {low:.4g} to {high:.4g} of {given.dtype}; divide by what means all of "
+            "the edit, as mask / 255 (bytes, torch.uint8, count from 0 to 255 by themselves)"
+        )
+    return given.float().clamp(0, 1)
+
+
+SLACK = 1e-3
+"""By how much shares may be beyond 0 and 1, as those of a resized picture are; they are cut."""
 
 
 @dataclass(frozen=True)
@@ -81,18 +118,27 @@ class Weights(Mask):
         if state.progress is None:
             return self._by_position(state, x, name)
         front, grid = layout(state, x, name)
-        axes = 3 + (grid.frames > 1)
-        layers = self.weights.to(x.device, torch.float32)[(None,) * (axes - self.weights.ndim)]
-        if layers.ndim != axes:
+        weights, axes = placed(self.weights, x.device).float(), 3 + (grid.frames > 1)
+        if weights.ndim == 1 and axes == 4:
+            weights = weights[:, None, None]
+        if axes == 3 and weights.ndim == 4 and weights.shape[1] == 1:  # one channel
+            weights = weights[:, 0]
+        if not 2 <= weights.ndim <= axes:
             raise BadEdit(
-                f"expected the mask of {name!r} as [height, width] or [rows, height, width], got {list(layers.shape)}"
+                f"expected the mask of {name!r} as [height, width], [rows, height, width], or, of a video, [frames] or "
+                f"[(rows,) frames, height, width], got {list(weights.shape)}"
             )
+        layers = weights[(None,) * (axes - weights.ndim)]
+        if axes == 4:
+            layers = _packed(layers, state, grid, name)
         sized = F.pad(_laid(layers[:, None], grid), (front, 0))
         return sized[_rows(len(sized), len(x), state, name).to(x.device)]
 
     def _by_position(self, state: StepState, x: Tensor, name: str) -> Tensor:
         """Positions beyond the mask get none."""
-        table = self.weights.to(x.device, torch.float32)
+        if self.weights.ndim not in (1, 2):
+            raise BadEdit(f"expected the mask of {name!r} as [L] or [rows, L] of a text, got {list(self.weights.shape)}")
+        table = placed(self.weights, x.device).float()
         table = table if table.ndim == 2 else table[None]
         table = table[_rows(len(table), len(x), state, name).to(x.device)]
         position = state.positions.expand(len(x), -1).clamp(min=0)
@@ -146,7 +192,8 @@ class Word(Mask):
         halves, found = state.branches or ("cond",), torch.zeros(weights.shape[:2], device=weights.device)
         each = len(weights) // len(halves)
         for row in (row for row in range(len(weights)) if halves[row // each] == "cond"):
-            attention = weights[row, :, state.words.columns(self.text, row % each, each)].sum(-1)
+            columns = state.words.columns(self.text, row % each, each)
+            attention = torch.stack([weights[row, :, k] for k in columns], dim=-1).sum(-1)  # a list would be copied
             found[row] = (attention >= self.above * attention.max()).float()
         return found.unflatten(1, tuple(grid) if grid.frames > 1 else (grid.height, grid.width))
 
@@ -180,6 +227,29 @@ def _grid(state: StepState, rows: int, count: int) -> Grid | None:
 def _laid(layers: Float[Tensor, "rows 1 ..."], grid: Grid) -> Float[Tensor, "rows N"]:
     """Shares of any size as shares of tokens."""
     return F.interpolate(layers, size=tuple(grid) if grid.frames > 1 else grid[1:], mode="area").flatten(1)
+
+
+def _packed(
+    layers: Float[Tensor, "rows frames h w"], state: StepState, grid: Grid, name: str
+) -> Float[Tensor, "rows tokens h w"]:
+    """Shares of frames as shares of the tokens along time: a token's is the mean of the frames that it stands for.
+
+    An autoencoder packs the first frame by itself and the others by equal numbers, `state.film` frames in all.
+    """
+    latent = 1 if state.grid is None else state.grid.frames
+    if (frames := layers.shape[1]) not in (1, latent, state.film):
+        wanted = (
+            f"1 or {latent} frames" if state.film in (None, latent) else f"1, {latent} (of the latent) or {state.film} frames"
+        )
+        raise BadEdit(f"expected the mask of {name!r} to have {wanted}, got {frames}")
+    if frames not in (1, latent):
+        layers = _means(layers, [1] + [(frames - 1) // (latent - 1)] * (latent - 1))
+    along = -(-latent // grid.frames)  # latent frames that a patch takes together
+    return layers if frames == 1 else _means(layers, [min(along, latent - k) for k in range(0, latent, along)])
+
+
+def _means(layers: Float[Tensor, "rows frames h w"], sizes: list[int]) -> Float[Tensor, "rows tokens h w"]:
+    return torch.stack([part.mean(1) for part in layers.split(sizes, dim=1)], dim=1)
 
 
 def _rows(count: int, rows: int, state: StepState, name: str) -> Tensor:

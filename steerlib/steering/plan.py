@@ -1,7 +1,7 @@
 """From names to a plan: all that can be known about edits, and refused, before the first pass."""
 
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
 from typing import Any
@@ -12,12 +12,12 @@ from torch import nn
 
 from ..bank import ConceptBank
 from ..bank.concepts import Concept
-from ..errors import BadEdit, ConflictingEdits, OtherWeights, OutOfRange, Unmeasured
+from ..errors import BadBank, BadEdit, ConflictingEdits, OtherWeights, OutOfRange, RowMismatch, Unmeasured
 from ..hosts import Host
 from ..sites import Site
 from .edit import Edit, EditTensors
 from .interventions import Add, Intervention
-from .lowering import SHARE, Lowering, Options
+from .lowering import SHARE, Lowering, Options, reach
 from .lowering import Do as Do
 from .program import Program
 from .reading import Note
@@ -42,6 +42,11 @@ class Plan:
     notices: tuple[tuple[str, type[Warning]], ...]
 
     @property
+    def cautions(self) -> tuple[str, ...]:
+        """What is cut, or is beyond measured ranges."""
+        return tuple(text for text, kind in self.notices if kind is OutOfRange)
+
+    @property
     def edits(self) -> list[Edit]:
         """Those of all sites."""
         return [edit for program in self.programs.values() for edit in program.edits]
@@ -51,12 +56,19 @@ class Plan:
 @torch.autocast("cpu", enabled=False)
 def resolve(bank: ConceptBank, host: Host, edits: Edits, options: Options) -> Plan:
     """Everything that can be known, and refused, before the first pass."""
-    _check_options(bank, options)
+    _check_options(options)
     notices: list[tuple[str, type[Warning]]] = [(notice, OtherWeights)] if (notice := bank.check(host)) else []
     wanted = {name: _intervention(name, value) for name, value in edits.items()}
+    _check_rows(wanted)
     chosen = {name: bank[name] for name in wanted}
     if len({concept.id for concept in chosen.values()}) < len(chosen):
         raise ConflictingEdits(f"one concept is named twice among {', '.join(map(repr, chosen))}")
+    for name, concept in chosen.items():
+        if concept.present is not None and concept.range is None and not options.allow_ood:
+            raise BadEdit(
+                f"{name!r} is a gate: it reads where something is present and was never measured as a lever; give it to "
+                f"another edit as gate=sl.Gate({name!r}), or move it all the same with allow_ood=True"
+            )
     lower, scope = Lowering(bank, host, options), object()
     made = []
     for name, concept in chosen.items():
@@ -84,15 +96,13 @@ def resolve(bank: ConceptBank, host: Host, edits: Edits, options: Options) -> Pl
     return Plan(tuple(host.site(name) for name in programs), programs, options.do == "hold", tuple(notices))
 
 
-def _check_options(bank: ConceptBank, options: Options) -> None:
+def _check_options(options: Options) -> None:
     if options.branch not in ("both", "cond", "uncond"):
         raise BadEdit(f"expected branch 'both', 'cond' or 'uncond', got {options.branch!r}")
     if options.do not in ("model", "hold", "graph"):
         raise BadEdit(f"expected do 'model', 'hold' or 'graph', got {options.do!r}")
     if (options.hold or options.free) and options.do != "hold":
         raise BadEdit(f"hold= and free= belong to do='hold', got do={options.do!r}")
-    for name in (*options.hold, *options.free):
-        bank[name]
 
 
 def _intervention(name: str, value: Any) -> Intervention:
@@ -104,10 +114,19 @@ def _intervention(name: str, value: Any) -> Intervention:
         raise BadEdit(f"expected a number, one per row, or an intervention for {name!r}, got {value!r}: {error}") from None
 
 
+def _check_rows(wanted: Mapping[str, Intervention]) -> None:
+    """Raise where edits of one call count different numbers of rows: the same prompts cannot have both."""
+    counts = {count: name for name, intervention in wanted.items() for count in intervention.rows}
+    if len(counts) > 1:
+        listing = " and ".join(f"{count} of {name!r}" for count, name in sorted(counts.items()))
+        raise RowMismatch(f"expected as many amounts as prompts in every edit, got {listing}")
+
+
 def _beyond(concept: Concept, intervention: Intervention, options: Options) -> Iterator[str]:
     """What to say of an amount outside the measured range, and of a value outside the natural ones."""
-    if concept.natural is not None and not options.allow_ood and intervention.is_capped(concept.unit, concept.natural):
-        low, high = (end / concept.unit for end in concept.natural)
+    natural = None if options.allow_ood else reach(concept.natural)
+    if natural is not None and intervention.is_capped(concept.unit, natural):
+        low, high = (end / concept.unit for end in natural)
         yield f"{concept.name!r} is capped at its natural values, {low:+.2f} to {high:+.2f} units; allow_ood=True goes beyond"
     if concept.range is None or not (amounts := intervention.amounts):
         return
@@ -140,15 +159,31 @@ def _too_long(site: str, program: Program) -> Iterator[str]:
 
 def _pinned(lower: Lowering, chosen: Iterable[Concept]) -> list[Edit]:
     """Concepts that keep the reading of an unsteered twin."""
-    bank, options = lower.bank, lower.options
-    edited, free = {concept.name for concept in chosen}, {bank[name].name for name in options.free}
+    bank, options, edited = lower.bank, lower.options, {concept.name for concept in chosen}
     follow = [child for name in edited for child in bank.graph.descendants(name)]
-    names = dict.fromkeys([*follow, *(bank[name].name for name in options.hold)])
+    held = _named(bank, "hold", options.hold, lambda name: name not in edited)
+    names = dict.fromkeys([*follow, *held])
+    free = _named(bank, "free", options.free, lambda name: name in names and name not in edited)
     found: list[Edit] = []
-    for edit in [lower.pinned(bank[n], at) for n in names if n not in edited | free for at in bank[n].places]:
+    for edit in [lower.pinned(bank[n], at) for n in names if n not in edited | {*free} for at in bank[n].places]:
         rows = [e.rows.read[0] for e in found if (e.place.encoder, e.gates) == (edit.place.encoder, edit.gates)]
         if edit.rows.is_sparse or int(torch.linalg.matrix_rank(torch.stack([*rows, edit.rows.read[0]]))) > len(rows):
             found.append(edit)  # else others pin it, whose directions its own is made of
+    return found
+
+
+def _named(bank: ConceptBank, option: str, given: Iterable[str], changes: Callable[[str], bool]) -> list[str]:
+    """Concepts by name, or by the factor that they are values of. Each entry has to name one for which the option `changes`
+    what happens."""
+    found: list[str] = []
+    for name in given:
+        levels = [concept.name for concept in bank.concepts.values() if concept.factor == name] or [bank[name].name]
+        if not any(map(changes, levels)):
+            why = {"hold": "it is edited itself", "free": "it does not follow what is edited, so nothing holds it"}[option]
+            raise BadEdit(
+                f"{option}= {name!r} changes nothing: {why}; leave it out (bank.graph.descendants lists what follows)"
+            )
+        found += levels
     return found
 
 
@@ -178,6 +213,9 @@ KEPT_PLANS = 64
 
 def plan_for(bank: ConceptBank, host: Host, edits: Edits, options: Options) -> Plan:
     """The plan for these edits, remembered for the next time they are wanted."""
+    if not isinstance(bank, ConceptBank):
+        opened = f"; open it first: sl.ConceptBank.from_pretrained({bank!r:.200})" if isinstance(bank, str) else ""
+        raise BadBank(f"expected a ConceptBank, got {bank!r:.200}{opened}")
     if not isinstance(edits, Mapping):
         raise BadEdit(f"expected edits as a mapping from concept names, got {type(edits).__name__}")
     if any(isinstance(i, Intervention) and not i.is_plain for i in edits.values()):

@@ -4,18 +4,21 @@ import threading
 from collections.abc import Callable, Sequence
 from copy import copy
 from math import inf
+from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ..encoders.base import Encoder, scale
-from ..errors import ConflictingEdits, RowMismatch, WrongWidth
+from ..devices import placed
+from ..encoders.base import Encoder
+from ..errors import ConflictingEdits, RowMismatch, Unanswerable, WrongWidth
 from ..passes import StepState
 from ..precision import unrounded
-from .edit import Change, Edit, EditTensors, Given
-from .reading import Key, Note
-from .report import STEPS_EVERY, Tally
+from .edit import Change, Edit, EditTensors, Given, Has
+from .exact import emptied
+from .reading import Key, Note, NoteReader
+from .report import STEPS_EVERY, Tally, gauge
 
 
 class Program:
@@ -29,13 +32,19 @@ class Program:
         self.tensors = EditTensors.of(edits, cap) if edits else None
         self.rows = 1 if self.tensors is None else len(self.tensors.scale)
         self.has_targets = any(edit.is_target for edit in edits)
-        self.has_latents = any(edit.rows.is_sparse for edit in edits)
+        self.has = Has(
+            latents=any(edit.rows.is_sparse for edit in edits),
+            targets=self.has_targets,
+            directions=any(edit.is_target and not edit.rows.is_sparse for edit in edits),
+            cap=cap < inf and not all(edit.aim.is_removal for edit in edits),
+        )
         self.is_constant = bool(edits) and not notes and all(edit.is_constant for edit in edits)
         self.is_unconditional = not any(edit.shares for edit in edits)
         self.is_scheduled = not notes and all(any(share.clock for share in edit.shares) for edit in edits)
         self.is_normed = any(edit.rows.norm for edit in edits)
+        self.is_exact = any(edit.aim.is_exact for edit in edits)
         self.keeps = [k for k, edit in enumerate(edits) if edit.aim.keeps_norm]
-        self.codes = self._by_encoder()
+        self.codes, self.gauge, self.cut = self._by_encoder(), gauge(edits), self._cut()
         self._refuse_dependent()
 
     def _by_encoder(self) -> dict[Encoder, list[int]]:
@@ -45,6 +54,13 @@ class Program:
             if edit.read.code is not None:
                 found.setdefault(edit.read.code, []).append(k)
         return found
+
+    def _cut(self) -> list[float]:
+        """The share of the amounts of each edit that the cap cuts, where all are constant."""
+        if self.tensors is None or not self.is_constant or self.cap == inf:
+            return [0.0] * len(self.edits)
+        shift, (_, kept) = self.tensors.shift.detach(), self.tensors.constant(self.cap)
+        return ((shift != 0) & (kept < 1 / 1.0001)).float().mean(0).tolist()
 
     def _refuse_dependent(self) -> None:
         """Targets that may act in one pass need directions of their own."""
@@ -71,7 +87,12 @@ class Program:
         """Raise `RowMismatch` where amounts are not one for each prompt."""
         rows, amounts = rows // now.copies, self.rows
         expected = now.prompts or rows
-        if amounts not in (1, expected, now.images) or rows % amounts:
+        if amounts > 1 and now.branches is None and (now.images or rows) != rows:
+            raise Unanswerable(
+                f"{amounts} amounts for {now.images} images: nothing shows in which order this pipeline stacks the halves of "
+                "guidance; give one number, or enter the order in steerlib.hooks.diffusers.families.GUIDANCE"
+            )
+        if amounts not in (1, expected, now.images) or (rows % amounts and now.first is None):
             raise RowMismatch(f"expected one amount for each of {expected} rows, got {amounts}; give one number or {expected}")
 
     def given(self, x: Tensor, now: StepState, weights: "Sequence[float | Tensor]", twin: dict[Key, Tensor]) -> Given:
@@ -86,8 +107,37 @@ class Program:
             else None,
             wanted=self._wanted(x, now, twin),
             known=self._known(x, now),
-            lengths=_stacked([_length(edit, x) for edit in edits], x, shape) if self.is_normed else None,
+            lengths=self.lengths(x),
         )
+
+    def change(self, tensors: EditTensors, x: Float[Tensor, "B N D"], given: Given) -> Change:
+        """What the edits do to activations; `tensors` are theirs, on the device of x."""
+        change = tensors.change(x, given, self.has)
+        if not self.is_exact:
+            return change
+        share = [(float(e.aim.is_exact), float(e.is_target and not e.rows.is_sparse)) for e in self.edits]
+        exact, kept = (_stacked(column, x, x.shape[:2]) for column in zip(*share, strict=True))
+        acts = 1.0 if given.gains is None else (given.gains > 0).float()
+        return emptied(tensors, x, change, exact * acts, kept * acts, self.lengths)
+
+    def lengths(self, x: Tensor) -> Float[Tensor, "B N K"] | None:
+        """What encoders that normalise divide tokens by; None where there are none."""
+        if not self.is_normed:
+            return None
+        lengths = [edit.rows.lengths(x) for edit in self.edits]
+        return _stacked([one[..., 0] if isinstance(one, Tensor) else one for one in lengths], x, x.shape[:2])
+
+    def read(self, tensors: EditTensors, y: Tensor, coded: "Tensor | None" = None) -> Float[Tensor, "B N K"]:
+        """What concepts read of activations; `coded` stands for those that are read at an earlier site. Without it these, and
+        latents that are read beside others, are NaN: a constant change is not worth reading them."""
+        known = None
+        if self.codes and coded is not None:
+            known = _stacked(self._coded(y, [torch.nan] * len(self.edits)), y, y.shape[:2])
+        z = tensors.readings(y.float(), Given(known=known, lengths=self.lengths(y)))
+        for k, edit in enumerate(self.edits):
+            if not edit.read.is_own and (coded is None or isinstance(edit.read, NoteReader)):
+                z[..., k] = torch.nan if coded is None else coded[..., k]
+        return z
 
     def _wanted(self, x: Tensor, now: StepState, twin: dict[Key, Tensor]) -> Tensor | None:
         """Targets that differ from token to token, NaN where there is none."""
@@ -103,12 +153,15 @@ class Program:
         edits = self.edits
         if all(edit.read.is_own for edit in edits):
             return None
-        known = x.new_full((*x.shape[:2], len(edits)), torch.nan, dtype=torch.float32)
+        own = [torch.nan if edit.read.is_own or edit.read.code is not None else edit.read(x, now) for edit in edits]
+        return _stacked(self._coded(x, own), x, x.shape[:2])
+
+    def _coded(self, x: Tensor, known: "list[float | Tensor]") -> "list[float | Tensor]":
+        """The readings of latents that compete in place of what is known, each code made once."""
         for encoder, members in self.codes.items():
-            known[..., members] = encoder.readings(x, [edits[k].place.index for k in members])
-        for k, edit in enumerate(edits):
-            if not edit.read.is_own and edit.read.code is None:
-                known[..., k] = edit.read(x, now)
+            code = encoder.readings(x, [self.edits[k].place.index for k in members])
+            for k, z in zip(members, code.unbind(-1), strict=True):
+                known[k] = z
         return known
 
 
@@ -159,9 +212,9 @@ class Run:
     def counts(self) -> Tally:
         """What it did in all, beside other sessions and alone."""
         self.tell()
-        counts = self.tally
+        counts = self.tally.settled(self.program.cut)
         for run, mine in self.joined:
-            counts = counts.plus(run.tally, mine)
+            counts = counts.plus(run.counts, mine)
         return counts
 
     def leave_joined(self) -> None:
@@ -179,7 +232,7 @@ class Run:
 
     def _added(self, x: Tensor, now: StepState) -> Tensor:
         tally, delta = self.tally, self.delta
-        tally.tokens += now.length
+        tally.added += now.length
         if self.place != (x.dtype, x.device):
             delta, self.place = self._constant(x), (x.dtype, x.device)
             self.delta = delta
@@ -189,7 +242,7 @@ class Run:
             delta = delta if len(delta) == len(x) else delta[now.row(len(delta), len(x)).to(delta.device)]
         y = x + delta
         if acts < 3 or (not acts % STEPS_EVERY and tally.is_due(now, acts)):
-            self._look(y, now, delta.norm(dim=-1).expand(y.shape[:2]))
+            self._look(x, y, now)
         return y
 
     def _constant(self, x: Tensor) -> Tensor:
@@ -197,7 +250,7 @@ class Run:
         assert self.program.tensors is not None
         self.program.check_width(x)
         with unrounded(self.program.tensors.write):
-            delta = self.program.tensors.constant(self.program.cap).to(x.device, x.dtype)
+            delta = self.program.tensors.constant(self.program.cap)[0].to(x.device, x.dtype)
         return delta[0] if len(delta) == 1 else delta[:, None]
 
     # -- in general --------------------------------------------------------------------------------------------
@@ -205,64 +258,76 @@ class Run:
     def _edited(self, x: Tensor, now: StepState) -> Tensor:
         program, tally = self.program, self.tally
         self.program.check_width(x)
+        now = now.on(x.device)
         for note in program.notes:
             now.notes[note.key] = note.of(x, now)
         weights = [edit.weight(x, now) for edit in program.edits]
         if not any(isinstance(weight, Tensor) or weight for weight in weights):
-            return self._idle(x, now)
+            return x
         if self.tensors is not None and self.tensors.read.device != x.device:
             self.tensors = self.tensors.to(x.device)
         assert self.tensors is not None
         program.check_rows(len(x), now)
         given = program.given(x, now, weights, self.twin.readings)
-        change = self.tensors.change(x, given, has_targets=program.has_targets, has_latents=program.has_latents)
+        change = program.change(self.tensors, x, given)
         for k, edit in enumerate(program.edits):
             if edit.leaves is not None:
-                now.notes[edit.leaves] = now.notes.get(edit.leaves, 0) + change.moved[..., k]
-        y, acting = self._replaced(self._kept(x, x + change.delta.to(x.dtype), change), now, weights, change.acting)
-        tally.count(now, x, acting, change.length, self.program.cap)
-        self._glance(y, now, change.length)
+                before = now.notes.get(edit.leaves)
+                now.notes[edit.leaves] = change.moved[..., k] + (0 if before is None else before.to(x.device))
+        y, on, swaps = self._replaced(self._kept(x, x + change.delta.to(x.dtype), change), now, weights, given.gains)
+        tally.count(now, on, change.cut)
+        state = now.section, [isinstance(weight, Tensor) or weight > 0 for weight in weights]
+        if tally.is_due(now, tally.turns) or tally.state != state:
+            self._look(x, y, now, on, change, swaps)
+        tally.state = state
         return y
-
-    def _idle(self, x: Tensor, now: StepState) -> Tensor:
-        """x, in a pass that no edit is let into; between two windows of denoising nothing is looked at either."""
-        if self.program.edits and not (now.progress is not None and self.program.is_scheduled):
-            self._glance(x, now, x.new_zeros(x.shape[:2], dtype=torch.float32))
-        return x
-
-    def _glance(self, y: Tensor, now: StepState, length: Tensor) -> None:
-        """Look now and then, and where another part of the text begins."""
-        if self.tally.is_due(now, self.tally.passes) or self.tally.section != now.section:
-            self._look(y, now, length)
-        self.tally.section = now.section
 
     def _kept(self, x: Tensor, y: Tensor, change: Change) -> Tensor:
         """y, where tokens that some edits moved have their old length again."""
         if not self.program.keeps:
             return y
-        moved = (change.moved[..., self.program.keeps] != 0).any(-1, keepdim=True)
+        moved = torch.stack([change.moved[..., k] != 0 for k in self.program.keeps], dim=-1).any(-1, keepdim=True)
         return torch.where(moved, y * (x.norm(dim=-1, keepdim=True) / y.norm(dim=-1, keepdim=True).clamp(min=1e-30)), y)
 
     def _replaced(
-        self, y: Tensor, now: StepState, weights: "Sequence[float | Tensor]", acting: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """Whole activations of another run, as far as they are let in, and where edits act."""
-        for edit, weight in zip(self.program.edits, weights, strict=True):
+        self, y: Tensor, now: StepState, weights: "Sequence[float | Tensor]", gains: Tensor | None
+    ) -> tuple[Tensor, Bool[Tensor, "B N K"] | None, dict[int, Tensor]]:
+        """Whole activations of another run, as far as they are let in; where each edit acts, None: everywhere; and the length
+        of the change of those that replace."""
+        on, swaps = None if gains is None else gains > 0, {}
+        for k, (edit, weight) in enumerate(zip(self.program.edits, weights, strict=True)):
             if (other := edit.aim.whole(y, now)) is not None:
                 share = torch.zeros_like(y[..., 0], dtype=torch.float32) + weight
                 share = torch.where(other.isnan().any(-1), 0.0, share if now.real is None else share * now.real)
-                y = torch.where(share[..., None] > 0, y.lerp(other.nan_to_num().to(y.dtype), share[..., None].to(y.dtype)), y)
-                acting = (share > 0) if acting is None else acting | (share > 0)
-        return y, acting
+                z = torch.where(share[..., None] > 0, y.lerp(other.nan_to_num().to(y.dtype), share[..., None].to(y.dtype)), y)
+                y, swaps[k] = z, (z - y).float().norm(dim=-1)
+                on = torch.ones((*share.shape, len(weights)), dtype=torch.bool, device=y.device) if on is None else on
+                on[..., k] = share > 0
+        return y, on, swaps
 
-    def _look(self, y: Tensor, now: StepState, length: Tensor) -> None:
-        """Measure how far the concepts are off their natural range after the edit."""
-        assert self.program.tensors is not None
+    def _look(
+        self, x: Tensor, y: Tensor, now: StepState, on: Any = None, change: Change | None = None, swaps: Any = None
+    ) -> None:  # fmt: skip
+        """Measure what became of the concepts where they were edited; without a `change` it was the constant one."""
+        program = self.program
+        assert program.tensors is not None
         if self.tensors is None or self.tensors.read.device != y.device:
-            self.tensors = self.program.tensors.to(y.device)
+            self.tensors = program.tensors.to(y.device)
+        tensors = self.tensors
         with torch.no_grad(), unrounded(y):
-            z = self.tensors.readings(y.float(), Given())
-            self.tally.look(now, self.program.edits, z, length.clamp(max=self.program.cap))
+            if change is None:
+                moved = tensors.shift * tensors.constant(program.cap)[1]
+                moved = moved[0] if program.rows == 1 else moved[now.row(program.rows, len(y)).to(y.device), None]
+                before, after = (program.read(tensors, some) for some in (x, y))
+            else:
+                before, moved = change.before, change.moved
+                after = program.read(tensors, y, before + moved)
+            lengths = program.lengths(y)
+            length = moved.abs() * tensors.write.norm(dim=-1) * (torch.ones_like(after) if lengths is None else lengths)
+            for k, own in (swaps or {}).items():
+                length[..., k] = own
+            code = torch.where(tensors.threshold > -inf, before + moved, after)
+            self.tally.look(now.on(y.device), placed(program.gauge, y.device), (before, after, code), length, on)
 
 
 def _gains(x: Tensor, now: StepState, weights: "Sequence[float | Tensor]") -> Float[Tensor, "B N K"] | None:
@@ -277,8 +342,3 @@ def _stacked(values: "Sequence[float | Tensor]", x: Tensor, shape: torch.Size) -
     """One column for each edit, made on the device of x."""
     like = x.new_empty((), dtype=torch.float32)
     return torch.stack([(v if isinstance(v, Tensor) else torch.full_like(like, v)).expand(shape) for v in values], dim=-1)
-
-
-def _length(edit: Edit, x: Tensor) -> "float | Tensor":
-    """What an edit's encoder divides tokens by."""
-    return scale(x, edit.rows.norm)[..., 0] if edit.rows.norm else 1.0

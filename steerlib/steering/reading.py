@@ -70,10 +70,10 @@ class NoteReader(Reader):
     key: Key
     name: str
 
-    def __call__(self, x: Float[Tensor, "B N D"], now: StepState) -> Float[Tensor, "B N"]:  # noqa: ARG002
+    def __call__(self, x: Float[Tensor, "B N D"], now: StepState) -> Float[Tensor, "B N"]:
         if self.key not in now.notes:
             raise Unanswerable(f"{self.name!r} is read at an earlier site, which this pass did not go through")
-        return now.notes[self.key]
+        return laid(now.notes[self.key].to(x.device), x, repr(self.name), "its edit")
 
 
 class Note(NamedTuple):
@@ -87,6 +87,16 @@ class Note(NamedTuple):
     def of(self, x: Float[Tensor, "B N D"], now: StepState) -> Tensor:
         """Its value in this pass."""
         return x if self.read is None else self.read(x, now) / self.unit
+
+
+def laid(z: Float[Tensor, "B M"], x: Float[Tensor, "B N D"], read: str, moved: str) -> Float[Tensor, "B M"]:
+    """A reading of an earlier site as one of each token here; raises `Unanswerable` where the sites have other tokens."""
+    if z.shape[1] not in (1, x.shape[1]):
+        raise Unanswerable(
+            f"{read} is read on {z.shape[1]} tokens and {moved} acts on {x.shape[1]}, so nothing says which token goes with "
+            "which; use concepts of sites of the same resolution"
+        )
+    return z
 
 
 def reader(bank: ConceptBank, place: Place | Concept, name: str, *, exact: bool = True) -> Reader:

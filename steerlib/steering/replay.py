@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..devices import placed
 from ..errors import BadEdit, RowMismatch, Unanswerable
 from ..passes import StepState
 
@@ -17,16 +18,17 @@ class Replay:
         if not recording:
             raise BadEdit("expected a tape with a recorded pass, got an empty one; run the model inside sl.record first")
         self.name = name
-        self.passes = [(state, z.detach().float().cpu()) for state, z in recording]
+        self.passes = [(state, z.detach().float()) for state, z in recording]
         self.table = self._by_position() if self.passes[0][0].progress is None else None
 
     def _by_position(self) -> Tensor:
         """`[rows, L, ...]`, NaN where nothing was recorded."""
-        states = [state.positions.cpu() for state, _ in self.passes]
-        rows, length = self.passes[0][1].shape[0], 1 + max(int(positions.max()) for positions in states)
-        table = torch.full((rows, length, *self.passes[0][1].shape[2:]), torch.nan)
+        first = self.passes[0][1]
+        states = [state.positions.to(first.device) for state, _ in self.passes]
+        rows, length = len(first), 1 + max(int(positions.max()) for positions in states)
+        table = first.new_full((rows, length, *first.shape[2:]), torch.nan)
         for (state, z), positions in zip(self.passes, states, strict=True):
-            kept = torch.ones(z.shape[:2], dtype=torch.bool) if state.real is None else state.real.cpu()
+            kept = z.new_ones(z.shape[:2], dtype=torch.bool) if state.real is None else state.real.to(z.device)
             row, column = kept.nonzero(as_tuple=True)
             table[row, positions.expand(rows, -1)[row, column]] = z[row, column]
         return table
@@ -35,9 +37,11 @@ class Replay:
         """What was recorded for each token of `x[B, N, D]`; NaN where nothing was."""
         if (state.progress is None) != (self.table is not None):
             raise BadEdit(f"the tape of {self.name!r} was recorded from {'text' if self.table is not None else 'images'}")
+        if self.passes[0][1].device != x.device:  # all at once: the host waits for the device at every copy
+            self.passes = [(then, z.to(x.device)) for then, z in self.passes]
         if self.table is None:
             return self._nearest(state, x)
-        table = self._for_rows(self.table.to(x.device), state, x)
+        table = self._for_rows(placed(self.table, x.device), state, x)
         position = state.positions.expand(len(x), -1).clamp(min=0)
         inside, at = position < table.shape[1], position.clamp(max=table.shape[1] - 1)
         found = table[torch.arange(len(x), device=x.device)[:, None], at]
@@ -62,7 +66,7 @@ class Replay:
                 f"the tape of {self.name!r} has {z.shape[1]} tokens, this image {x.shape[1]}; record at the same size"
             )
         names = then.branches or ("cond",)
-        parts = z.to(x.device).chunk(len(names))
+        parts = z.chunk(len(names))
         each = parts if names == halves else [parts[names.index(half)] for half in halves]
         rows = len(x) // len(halves)
         if rows % len(each[0]):

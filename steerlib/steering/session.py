@@ -110,7 +110,8 @@ class Steering:
         for name, run in self.runs.items():
             counts, norm = run.counts, self.bank.sites[name].norm if run.program.edits else None
             lines += [line(edit, k, name, norm, counts) for k, edit in enumerate(run.program.edits)]
-        return Report(tuple(lines), self._stay is not None and (self._ran or has_run(self._stay)))
+        ran = self._stay is not None and (self._ran or has_run(self._stay))
+        return Report(tuple(lines), ran, self.plan.cautions)
 
     def __repr__(self) -> str:
         return str(self.report())
@@ -150,6 +151,7 @@ def steer(
         hold, free: with `do="hold"`, other concepts to pin, and descendants that are not pinned.
         allow_ood: allow changes of any length and values outside the natural range ("out of distribution"): no caps.
         exact: read latents that compete (TopK) beside all others; False: by the bank's threshold, as cheap as a direction.
+            `Ablate(exact=True)` is about what is read afterwards.
 
     Returns a `Steering`; its `report()` says what happened. Raises before the model is touched: `UnknownConcept`,
     `UnknownSite`, `UnsupportedTarget`, `BadEdit`, `BadBank`, `CompiledModel`. From the run: `RowMismatch` where amounts are

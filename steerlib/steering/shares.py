@@ -18,7 +18,7 @@ from ..passes import Branch, StepState
 from ..schedules import Schedule, Window
 from ..sites import Site
 from .masks import Mask
-from .reading import Note
+from .reading import Note, laid
 
 Tokens = Literal["all", "prompt", "generated"] | slice
 
@@ -65,6 +65,8 @@ class Section(Share):
     def weight(self, x: Tensor, now: StepState) -> "float | Tensor":  # noqa: ARG002
         if isinstance(self.tokens, slice):
             start, stop = self.numbers()[0]
+            if start <= 1 and stop == inf and now.section == "generated":
+                return 1.0  # new tokens come after a first one
             return ((now.positions >= start) & (now.positions < stop)).float()
         if now.section == "mixed":
             return ((now.steps > 0) == (self.tokens == "generated")).float()
@@ -114,8 +116,9 @@ class Half(Share):
     def weight(self, x: Tensor, now: StepState) -> "float | Tensor":
         if now.branches is None:
             raise Unanswerable(
-                f"{self.name!r}: branch={self.branch!r} needs to know which half of guidance this pass computes, which only a "
-                "pipeline's own call tells; call the pipeline, or pass each half alone with branch='both'"
+                f"{self.name!r}: branch={self.branch!r} needs to know which half of guidance this pass computes, and neither "
+                "the source of the pipeline that runs nor what it passes on shows it; call a pipeline of diffusers, enter the "
+                "order of your own in steerlib.hooks.diffusers.families.GUIDANCE, or pass each half alone with branch='both'"
             )
         halves = [float(half == self.branch) for half in now.branches or ("cond",)]
         if len({*halves}) == 1:
@@ -150,13 +153,13 @@ class Gated(Share):
     def notes(self) -> tuple[tuple[str, Note], ...]:  # type: ignore[override]
         return ((self.site, self.note),)
 
-    def weight(self, x: Tensor, now: StepState) -> Tensor:  # noqa: ARG002
+    def weight(self, x: Tensor, now: StepState) -> Tensor:
         if (reading := now.notes.get(self.note.key)) is None:
             raise Unanswerable(
                 f"the gate on {self.on.concept!r} is read after {self.name!r} is edited; "
                 "gate with a concept of an earlier site, or of the same one"
             )
-        passed = self.on.passed(reading)
+        passed = self.on.passed(laid(reading, x, f"the gate on {self.on.concept!r}", repr(self.name)))
         return 1 - passed if self.closed else passed
 
     def check(self, moved: Site, is_before: Callable[[str], bool]) -> None:

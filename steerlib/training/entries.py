@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
 from ..errors import BadRecipe
+from .fields import check_known, made_of
 from .fit.encoder_recipe import EncoderRecipe, transcoding
 
 TEMPLATES = ("Answer in this way: {}.", "Your whole answer has to show this: {}.", "Let your answer be full of it: {}.")
@@ -92,6 +93,11 @@ class SiteEncoder:
         if self.recipe.skip and not self.reads:
             raise BadRecipe(f"{self.id!r}: expected a site that it reads beside skip; name it by reads, or leave skip out")
 
+    def quick(self) -> "SiteEncoder":
+        """A rough version of it: fewer latents, one seed, small batches."""
+        small = replace(self.recipe, latents=min(self.recipe.latents, 512), k=min(self.recipe.k, 32), groups=())
+        return replace(self, recipe=replace(small, batch=min(self.recipe.batch, 512)), seeds=1, verify=min(self.verify, 10))
+
     @property
     def runs(self) -> dict[str, EncoderRecipe]:
         """What is trained: the encoder itself, and its twins of other seeds as `id seed 1`, …"""
@@ -99,11 +105,14 @@ class SiteEncoder:
         return {self.id: self.recipe, **twins}
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any], where: str) -> "SiteEncoder":
+    def from_dict(cls, values: Any, where: str) -> "SiteEncoder":
         """From an entry of a recipe file; `where` names it in errors."""
-        own = {f.name: values[f.name] for f in fields(cls) if f.name != "recipe" and f.name in values}
-        rest = {key: value for key, value in values.items() if key not in own}
-        return made_of(cls, {**own, "recipe": made_of(EncoderRecipe, rest, where)}, where)
+        own, others = ({f.name for f in fields(kind)} - {"recipe"} for kind in (cls, EncoderRecipe))
+        if isinstance(values, Mapping):
+            check_known(values, own | others, cls.__name__, where)
+            rest = {key: value for key, value in values.items() if key not in own}
+            values = {key: values[key] for key in own & {*values}} | {"recipe": made_of(EncoderRecipe, rest, where)}
+        return made_of(cls, values, where)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,16 +152,3 @@ class GraphRecipe:
         """Raise `BadRecipe` for what cannot work."""
         if self.contexts < 120 or self.length < 2 or min(self.parents, self.controls) < 1:
             raise BadRecipe("expected a graph of 120 contexts of two tokens or more, and positive numbers of parents, controls")
-
-
-def made_of(cls: Any, values: Mapping[str, Any], where: str) -> Any:
-    """A dataclass from the fields that a file gives, arrays as tuples; unknown and missing fields raise `BadRecipe`."""
-    known = {f.name for f in fields(cls)}
-    values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
-    if unknown := sorted(set(values) - known):
-        known = ", ".join(sorted(known - {"folder"}))
-        raise BadRecipe(f"{where}: unknown fields {', '.join(unknown)}; known to a {cls.__name__} are {known}")
-    try:
-        return cls(**values)
-    except TypeError as error:
-        raise BadRecipe(f"{where}: {error}") from None

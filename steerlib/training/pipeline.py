@@ -2,15 +2,23 @@
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
-
+from ..bank import sentences
 from ..bank.concept_bank import ConceptBank
+from ..bank.search import LABELS, stored, text_of
+from ..devices import best_device
+from ..errors import BadBank
 from ..hosts import load
-from .recipe import DirectionRecipe, PipelineEncoderRecipe, Recipe, TextEncoderRecipe
+from .carry import RECIPE, carried
+from .recipe import CorpusRecipe, DirectionRecipe, PipelineEncoderRecipe, Recipe, TextEncoderRecipe
+
+FEW = 100
+"""Labels up to this number are read when they are searched; of more, what they mean is stored."""
 
 
 def train(target: Any, recipe: Recipe, *, tokenizer: Any = None, work: str | os.PathLike[str] | None = None) -> ConceptBank:
@@ -36,36 +44,76 @@ def train(target: Any, recipe: Recipe, *, tokenizer: Any = None, work: str | os.
         >>> bank = sl.train(None, recipe, work="out/work")                       # doctest: +SKIP
         >>> bank.save_pretrained("out/bank")                                     # doctest: +SKIP
     """
-    recipe.check()
+    check(recipe)
     if work is not None:
-        return WAYS[type(recipe)](target, tokenizer, recipe, Path(work) / recipe.digest[:16])  # apart from other recipes
+        return _made(target, tokenizer, recipe, Path(work) / key_of(recipe))
     with TemporaryDirectory() as place:
-        return WAYS[type(recipe)](target, tokenizer, recipe, Path(place))
+        return _made(target, tokenizer, recipe, Path(place) / key_of(recipe))
 
 
-def best_device() -> torch.device:
-    """An accelerator where there is one."""
-    return (torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None) or torch.device("cpu")
+def key_of(recipe: Recipe) -> str:
+    """The folder in `work` of what a recipe's stages make, apart from that of other recipes. What only the card shows does not
+    count: with another licence or description a run finds everything made."""
+    if isinstance(recipe, CorpusRecipe):
+        graph = getattr(recipe, "graph", None)
+        return sha256(f"{recipe.recorded_key} {recipe.fitted_key(recipe.encoders)} {graph!r}".encode()).hexdigest()[:16]
+    return replace(recipe, description="", license="", name="", base="").digest[:16]
+
+
+def work_of(recipe: Recipe, work: Path) -> list[Path]:
+    """The folders in `work` that a recipe's stages fill."""
+    recorded = [work / recipe.recorded_key] if isinstance(recipe, CorpusRecipe) else []
+    return [work / key_of(recipe), *recorded]
+
+
+def check_writable(folder: Path) -> None:
+    """Raise `BadBank` for a folder that a bank could not be written to, before it is trained."""
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / "bank.json").is_file()):
+        raise BadBank(f"{str(folder)!r} holds other things than a bank; give a new or empty folder by --out")
+
+
+def check(recipe: Recipe) -> None:
+    """Raise `BadRecipe` for what cannot work, as far as that can be known before a model is loaded."""
+    recipe.check()
+    if isinstance(recipe, DirectionRecipe):
+        from .package.directions import check_methods
+
+        check_methods(recipe)
+
+
+def _made(target: Any, tokenizer: Any, recipe: Recipe, folder: Path) -> ConceptBank:
+    """The bank, with what it needs to be used and measured again: its recipe, whether its model is asked in a chat, and what
+    its labels mean."""
+    if isinstance(recipe, PipelineEncoderRecipe):
+        target = load(recipe.weights)[0].to(best_device()) if target is None else target
+    elif target is None or tokenizer is None:
+        loaded, tokenizer = load(recipe.weights)
+        target = loaded.to(best_device()) if target is None else target
+    bank = WAYS[type(recipe)](target, tokenizer, recipe, folder)
+    if tokenizer is not None:
+        bank.provenance["chat"] = getattr(tokenizer, "chat_template", None) is not None
+    bank.files = {**bank.files, RECIPE: carried(recipe)}
+    if len({text_of(concept) for concept in bank.concepts.values()}) > FEW and sentences.is_installed():
+        bank.files = {**bank.files, LABELS: stored(bank.concepts.values())}
+    return bank
 
 
 def _directions(target: Any, tokenizer: Any, recipe: DirectionRecipe, folder: Path) -> ConceptBank:
-    from .package.directions import check_methods, train_directions
+    from .package.directions import train_directions
 
-    check_methods(recipe)
-    return train_directions(*_language_model(target, tokenizer, recipe), recipe, folder)
+    return train_directions(target, tokenizer, recipe, folder)
 
 
 def _text_encoders(target: Any, tokenizer: Any, recipe: TextEncoderRecipe, folder: Path) -> ConceptBank:
     from .package.latents import train_latents
 
-    return train_latents(*_language_model(target, tokenizer, recipe), recipe, folder)
+    return train_latents(target, tokenizer, recipe, folder)
 
 
 def _pipeline_encoders(target: Any, tokenizer: Any, recipe: PipelineEncoderRecipe, folder: Path) -> ConceptBank:  # noqa: ARG001
     from .package.pictures import train_pictures
 
-    pipe = load(recipe.source)[0].to(best_device()) if target is None else target
-    return train_pictures(pipe, recipe, folder)
+    return train_pictures(target, recipe, folder)
 
 
 WAYS: dict[type[Recipe], Callable[[Any, Any, Any, Path], ConceptBank]] = {
@@ -73,11 +121,3 @@ WAYS: dict[type[Recipe], Callable[[Any, Any, Any, Path], ConceptBank]] = {
     TextEncoderRecipe: _text_encoders,
     PipelineEncoderRecipe: _pipeline_encoders,
 }
-
-
-def _language_model(target: Any, tokenizer: Any, recipe: Recipe) -> tuple[Any, Any]:
-    """The target and its tokenizer; what is missing is loaded from the recipe's source."""
-    if target is None or tokenizer is None:
-        loaded, tokenizer = load(recipe.source)
-        target = loaded.to(best_device()) if target is None else target
-    return target, tokenizer

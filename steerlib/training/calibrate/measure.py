@@ -138,8 +138,14 @@ def _passes(record: Mapping[str, Any]) -> dict[str, bool]:
             steered["joint"] > table[name]["joint"] for name in table if name.startswith("random-")
         ),
         "at most 0.5 nats worse than prompting": steered["nll"] - prompted["nll"] <= 0.5,
-        "at least half as good as prompting": steered["ratio"] >= 0.5,
+        "at least half as good as prompting": _is_half_as_good(table),
     }
+
+
+def _is_half_as_good(table: Mapping[str, Mapping[str, float]]) -> bool:
+    """By the ratio to prompting; where asking in words does not help, steering has to be as good as that."""
+    told, plain = table["prompted"]["joint"], table["unsteered"]["joint"]
+    return table["steered"]["ratio"] >= 0.5 if told > plain else table["steered"]["joint"] >= told
 
 
 def _also(record: Mapping[str, Any]) -> dict[str, bool]:

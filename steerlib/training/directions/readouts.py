@@ -37,7 +37,7 @@ def metric(x: Float[Tensor, "tokens D"]) -> Float[Tensor, "D D"]:
     centred = x - x.mean(0)
     covariance = centred.T @ centred / len(x)
     mean = covariance.diagonal().mean()
-    return torch.linalg.inv((1 - SHRINKAGE) * covariance + SHRINKAGE * mean * torch.eye(len(covariance)))
+    return torch.linalg.inv((1 - SHRINKAGE) * covariance + SHRINKAGE * mean * torch.eye(len(covariance)).to(x))
 
 
 def discriminant(site: str, present: Float[Tensor, " D"], absent: Float[Tensor, " D"], x: Float[Tensor, "tokens D"]) -> Readout:

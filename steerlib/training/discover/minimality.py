@@ -99,7 +99,8 @@ def merged(bank: ConceptBank, same: Iterable[tuple[str, ...]]) -> ConceptBank:
         if edge.dst not in first:
             together.setdefault((first.get(edge.src, edge.src), edge.dst, edge.relation), []).append(edge)
     edges = [_sum(src, edges) if len(edges) > 1 else replace(edges[0], src=src) for (src, *_), edges in together.items()]
-    return bank.with_concepts([c for name, c in concepts.items() if name not in first], graph=CausalGraph(edges))
+    kept = [c for name, c in concepts.items() if name not in first]
+    return ConceptBank(**{**bank.contents(), "concepts": kept, "graph": CausalGraph(edges)})
 
 
 def _sum(src: str, edges: list[Edge]) -> Edge:

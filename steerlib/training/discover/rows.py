@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy.sparse import vstack
-from tqdm.auto import tqdm
 
 from ...errors import BadRecipe
+from ...text import progress
 from ..store import recorded, whole
 from .systems import Codes, Contexts, System, csr, entries, thinned
 
@@ -58,9 +58,7 @@ class Folder:
         """The results of jobs by name, those that are not kept yet made now, a part by each process."""
         rank, world = (0, 1) if self.accelerator is None else (self.accelerator.process_index, self.accelerator.num_processes)
         own = list(jobs)[rank::world]
-        made = {
-            name: self._kept(name, jobs[name]) for name in tqdm(own, desc=what, leave=False, disable=rank > 0 or len(own) < 4)
-        }
+        made = {name: self._kept(name, jobs[name]) for name in progress(own, what, disable=rank > 0 or len(own) < 4)}
         if self.accelerator is not None:
             self.accelerator.wait_for_everyone()
         return [made[name] if name in made else self._kept(name, make) for name, make in jobs.items()]

@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import vstack
 from torch import Tensor
-from tqdm.auto import tqdm
 
+from ...text import progress
 from .systems import Codes, csr, entries
 
 CHUNK = 512
@@ -28,7 +28,7 @@ def chunks(size: int) -> list[slice]:
 def in_threads(work: Any, items: Any, what: str) -> Iterator[Any]:
     """Results in order, by all cores (sparse products let go of Python's lock), with a progress bar."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        yield from tqdm(pool.map(work, items), desc=what, total=len(items), leave=False, disable=len(items) < 4)
+        yield from progress(pool.map(work, items), what, total=len(items), disable=len(items) < 4)
 
 
 def firing_together(parents: Codes, children: Codes, *, most: int = 64, least: int = 20, lift: float = 5.0) -> Codes:

@@ -23,22 +23,27 @@ class SteeredText(System):
     """Latents of a bank's layers, in order. A context is a piece of text, a unit one of its tokens but the first, on which
     attention rests whatever it is; another token is reached by attention, of which the token just before is told apart.
 
-    Latents are moved by adding the change of their decoder rows: what an encoder does not explain stays.
+    Latents are moved as `sl.Set` and `sl.Ablate` move them, in the code: what an encoder does not explain stays.
     """
 
     batch = 64
 
-    def __init__(self, model: Any, bank: ConceptBank, ids: Int[Tensor, "C N"], levels: Collection[str] | None = None):
-        """`ids`: the tokens of all contexts, as many of each; `levels`: encoders to look at, if not all. Raises `BadRecipe` for
-        a bank without two layers of latents."""
+    def __init__(
+        self, model: Any, bank: ConceptBank, ids: Int[Tensor, "C N"], levels: Collection[str] | None = None, first: int = 1
+    ):
+        """`ids`: the tokens of all contexts, as many of each; `levels`: encoders to look at, if not all; `first`: position of
+        the first token that is a unit, 0 for all. Raises `BadRecipe` for a bank without two layers of latents, or with latents
+        that are read at another site than they write."""
         found = {name: bank.encoder(name) for name in bank.encoders if levels is None or name in levels}
         self._encoders = {name: encoder for name, encoder in found.items() if isinstance(encoder, Sparse)}
         if len(self._encoders) < 2 or ids.ndim != 2 or ids.shape[1] < 2:
             raise BadRecipe(f"expected latents of two layers or more and ids [C, N >= 2], got {[*found]}, {tuple(ids.shape)}")
+        if apart := [name for name in self._encoders if bank.encoders[name].reads]:
+            raise BadRecipe(f"expected latents that are read where they write, got the transcoders {', '.join(apart)}")
         depth = {name: int("".join(filter(str.isdigit, bank.encoders[name].site)) or -1) for name in self._encoders}
         self._encoders = {name: self._encoders[name] for name in sorted(depth, key=depth.__getitem__)}
         self._sites = {bank.encoders[name].site: name for name in self._encoders}
-        self.model, self.ids = model, ids
+        self.model, self.ids, self.first = model, ids, first
 
     @property
     def levels(self) -> Mapping[str, int]:
@@ -48,7 +53,12 @@ class SteeredText(System):
         return len(self.ids)
 
     def owners(self, contexts: Contexts) -> NDArray[Any]:
-        return np.repeat(np.arange(len(contexts)), self.ids.shape[1] - 1)
+        return np.repeat(np.arange(len(contexts)), self._units)
+
+    @property
+    def _units(self) -> int:
+        """Of a context."""
+        return self.ids.shape[1] - self.first
 
     @property
     def routes(self) -> Sequence[str]:
@@ -59,11 +69,11 @@ class SteeredText(System):
         if route == "same":
             return z
         units = np.arange(z.shape[0])
-        later = units[units % (self.ids.shape[1] - 1) > 0]
+        later = units[units % self._units > 0]
         return csr(csr((np.ones(len(later), z.dtype), (later, later - 1)), shape=(len(units), len(units))) @ z)
 
     def weights(self, src: str, dst: str) -> tuple[Tensor, Tensor]:
-        return self._encoders[src].decoder, self._encoders[dst].encoder
+        return self._encoders[src].decoder.cpu(), self._encoders[dst].encoder.cpu()
 
     @torch.no_grad()
     def run(self, contexts: Contexts, do: Mapping[str, Do] | None = None) -> Mapping[str, Reading]:
@@ -73,7 +83,7 @@ class SteeredText(System):
             encoder, change = self._encoders[name], (do or {}).get(name)
 
             def replace(x: Tensor, state: StepState) -> Tensor:  # noqa: ARG001
-                own = x[:, 1:]
+                own = x[:, self.first :]
                 natural = csr_matrix(encoder.encode(own).flatten(0, 1).cpu().numpy())
                 flows = change(natural) if change else natural
                 found[name] = Reading(natural, flows)
@@ -81,8 +91,11 @@ class SteeredText(System):
                     raise Enough
                 if change is None:
                     return x
-                moved = csr(flows - natural) @ encoder.decoder.float().numpy()
-                return torch.cat([x[:, :1], own + torch.from_numpy(moved).view(own.shape).to(x)], 1)
+                moved = csr(flows - natural)
+                some = np.unique(moved.indices)
+                rows = encoder.rows(some.tolist())
+                written = torch.from_numpy(moved[:, some] @ rows.write.cpu().numpy()).view(own.shape).to(x.device)
+                return torch.cat([x[:, : self.first], own + (written * rows.lengths(own)).to(x.dtype)], 1)
 
             return replace
 

@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from tqdm.auto import tqdm
 
+from ...devices import best_device
 from ...encoders import Sparse
 from ...errors import BadRecipe
+from ...text import progress
 from ..store import save
 from .encoder_recipe import EncoderRecipe
 from .inputs import Batch, Source, first_tokens, pair
@@ -26,6 +27,8 @@ from .learner import Learner
 from .sparse_step import Outcome
 
 CHECKPOINT = "encoders.safetensors"
+PINS = ("cuda", "xpu")
+"""Devices to which memory can be pinned."""
 LOOK = 50
 """Steps between updates of the figures shown, for which the CPU has to wait for the accelerator."""
 
@@ -42,10 +45,10 @@ def fit(
     """Train an encoder for each recipe, all on the same batches.
 
     `folder` keeps a checkpoint, from which the same call goes on. `accelerator` (accelerate's) brings the device, the other
-    processes and the trackers; without one, this process and the first GPU, if there is one. Raises `BadRecipe`.
+    processes and the trackers; without one, this process and its GPU, if there is one. Raises `BadRecipe`.
     """
     batch = checked(recipes, steps, accelerator)
-    device = accelerator.device if accelerator else torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = accelerator.device if accelerator else best_device()
     x, y = first_tokens(source, batch)
     x, y = x.to(device), None if y is None else y.to(device)
     gather = accelerator.gather if accelerator and accelerator.num_processes > 1 else None
@@ -55,7 +58,7 @@ def fit(
     step = restored(path, learners, about)
     first = accelerator is None or accelerator.is_main_process
     quiet: dict[str, Any] = {} if first else {"disable": True}
-    with tqdm(total=steps, initial=step, desc="encoders", leave=False, **quiet) as bar:
+    with progress(None, "fitting", total=steps, initial=step, **quiet) as bar:
         for x, y in islice(ahead(source.batches(step, batch), device, accelerator), steps - step):
             seen = {name: stepped(learner, x, y, step, accelerator) for name, learner in learners.items()}
             step += 1
@@ -104,10 +107,10 @@ def ahead(batches: Iterator[Batch], device: torch.device, accelerator: Any) -> I
 
 
 def moving(batch: Tensor, device: torch.device, accelerator: Any) -> Tensor:
-    """The rows of this process, copied to its device; on CUDA the copy does not block."""
+    """The rows of this process, copied to its device; from pinned memory, where there is some, the copy does not block."""
     rows = len(batch) // (accelerator.num_processes if accelerator else 1)
     part = batch[rows * accelerator.process_index :][:rows] if accelerator else batch
-    if device.type != "cuda" or part.is_cuda:
+    if device.type not in PINS or part.device.type != "cpu":
         return part.to(device)
     return part.pin_memory().to(device, non_blocking=True)
 

@@ -23,8 +23,10 @@ from torch.nn.functional import embedding_bag, linear
 
 from .encoder_recipe import EncoderRecipe
 
-BLOCK = {"cpu": 1 << 23, "cuda": 1 << 28}
-"""Potentials that exist at a time: few enough for a CPU's cache, enough that the encoder is not read over and over."""
+BLOCK, BLOCK_ASIDE = 1 << 23, 1 << 28
+"""Numbers that exist at a time, on a CPU and elsewhere: few enough for a cache, enough to read weights seldom."""
+SPARSE = ("cpu", "cuda")
+"""Devices that multiply dense matrices where a sparse one has values."""
 SHARES = 2
 """Of several processes that choose the largest of a batch together, how many times its share one may hold."""
 Gather = Callable[[Tensor], Tensor]
@@ -107,7 +109,7 @@ def chosen(
     low = recipe.precision == "bf16"
     inputs = [t.bfloat16() if low else t for t in (x, encoder, bias)]
     apart = recipe.objective.keeps == "batch"
-    rows = len(x) if apart else max(64, BLOCK.get(x.device.type, BLOCK["cuda"]) // len(encoder))
+    rows = len(x) if apart else max(64, (BLOCK if x.is_cpu else BLOCK_ASIDE) // len(encoder))
     kept, spare = [], []
     for block in inputs[0].split(rows):
         p = linear(block, inputs[1], inputs[2])
@@ -135,7 +137,7 @@ def top(p: Float[Tensor, "N n"], k: int) -> tuple[Float[Tensor, "N k"], Int[Tens
     """
     n = p.shape[-1]
     fold = next((f for f in (32, 16, 8, 4) if n % f == 0 and f * f * k <= 2 * n), 1)
-    if fold == 1 or p.is_cuda:
+    if fold == 1 or not p.is_cpu:
         return p.topk(k, sorted=False)
     width = n // fold
     columns = p.unflatten(-1, (fold, width)).amax(1).topk(k, sorted=False).indices
@@ -154,7 +156,7 @@ def largest(p: Float[Tensor, "N n"], count: int) -> Firings:
     """The `count` largest of the batch."""
     count = min(count, p.numel())
     flat, n = p.flatten(), p.shape[-1]
-    candidates = None if p.is_cuda else (flat > floor_of(p, count)).nonzero()[:, 0]
+    candidates = None if not p.is_cpu else (flat > floor_of(p, count)).nonzero()[:, 0]
     if candidates is None or len(candidates) < count:
         places = flat.topk(count, sorted=False).indices
     else:
@@ -206,6 +208,9 @@ def decoded(firings: Firings, decoder: Float[Tensor, "n D2"]) -> Float[Tensor, "
 
 def products(firings: Firings, rows: Float[Tensor, "rows D"], matrix: Float[Tensor, "n D"]) -> Float[Tensor, " M"]:
     """<row, matrix[latent]> of each firing."""
+    if rows.device.type not in SPARSE:
+        blocks = (part.split(BLOCK // rows.shape[-1]) for part in (rows_of(firings), firings.latents))
+        return torch.cat([(rows[r] * matrix[i]).sum(-1) for r, i in zip(*blocks, strict=True)])
     with warnings.catch_warnings():  # torch calls this layout a beta
         warnings.simplefilter("ignore", UserWarning)
         where = torch.sparse_csr_tensor(

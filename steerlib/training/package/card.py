@@ -8,7 +8,7 @@ from ...bank.concept_bank import ConceptBank
 from ...bank.concepts import Concept
 from ...bank.effects import MeasuredEffects
 from ...evaluation.report import latents_table, markdown, missed, summary_table, table
-from ..recipe import DirectionRecipe, TextEncoderRecipe
+from ..recipe import DirectionRecipe, PipelineEncoderRecipe, Recipe, TextEncoderRecipe
 
 PICTURE = "effects.png"
 CONTROLS = """*Ratio to prompting* is a joint score of concept, relevance and fluency, 0 for the unsteered model and 1
@@ -28,10 +28,9 @@ def card(bank: ConceptBank, recipe: DirectionRecipe, records: Sequence[MeasuredE
     levers = [concept for concept in bank.concepts.values() if concept.useful is not None]
     parts = [
         front(recipe.name, recipe.base, recipe.license, list(bank.concepts.values())).strip(),
-        f"# {recipe.name}\n\n{recipe.description.strip()}",
+        f"# {recipe.name}\n\n{described(recipe)}",
         example(recipe.name, recipe.source, f'{{"{levers[0].name}": {levers[0].useful:+.2f}}}') if levers else "",
-        f"## The {len(levers)} concepts\n\nAmounts are in units of the concept: one standard deviation of its reading on "
-        f"reference text.\n\n{_concepts(levers)}",
+        f"## The {f'{len(levers)} concepts' if len(levers) != 1 else 'concept'}\n\n{UNITS}\n\n{_concepts(levers)}",
         f"## What was measured\n\nOn {recipe.evaluation_prompts} requests used for nothing else, {recipe.seeds} answers to "
         f"each, {recipe.new_tokens} new tokens, each concept at its useful amount. {CONTROLS}\n\n{table(kept)}",
         f"Over all concepts:\n\n{summary_table(kept)}" if kept else "",
@@ -43,9 +42,19 @@ def card(bank: ConceptBank, recipe: DirectionRecipe, records: Sequence[MeasuredE
         trust,
         _gates(bank),
         "## As it comes out\n\n" + "\n\n".join(_example(record) for record in kept),
-        LIMITS.format(recipe=recipe.name),
+        LIMITS.format(made=MADE),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+UNITS = "Amounts are in units of the concept: one standard deviation of its reading on reference text."
+ROUGH = """**A rough bank**, made with `--quick`: few texts, sites and steps, to see whether the recipe works. Its figures are
+of few samples; train it without `--quick` before you use it."""
+
+
+def described(recipe: Recipe) -> str:
+    """What the recipe says of the bank, and that it is rough if it is."""
+    return "\n\n".join(filter(None, (recipe.description.strip(), ROUGH if recipe.is_quick else "")))
 
 
 def latents_card(bank: ConceptBank, recipe: TextEncoderRecipe) -> str:
@@ -55,7 +64,7 @@ def latents_card(bank: ConceptBank, recipe: TextEncoderRecipe) -> str:
     corpus = [(row["source"], row["licence"], f"{row['documents']:,}", f"{row['share']:.1%}") for row in sources]
     parts = [
         front(recipe.name, recipe.base, recipe.license, [], {"tags": ["sae"]}).strip(),
-        f"# {recipe.name}\n\n{recipe.description.strip()}",
+        f"# {recipe.name}\n\n{described(recipe)}",
         example(recipe.name, recipe.source, f'{{"{first.name}": sl.Set(1.0)}}'),
         '`bank.find("music")` finds latents by label and meaning.',
         f"## What was measured\n\nOn documents that no encoder was trained on.\n\n{latents_table(bank.provenance['quality'])}",
@@ -67,18 +76,18 @@ def latents_card(bank: ConceptBank, recipe: TextEncoderRecipe) -> str:
         f"## What it was trained on\n\n{bank.provenance['tokens']:,} tokens, recorded in random order of documents, of:\n\n"
         + markdown("source | licence | documents | share of the text", corpus),
         LABELS,
-        f"Made by `steerlib train concept_banks/recipes/{recipe.name}/recipe.toml`.",
+        MADE,
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def pictures_card(bank: ConceptBank, description: str) -> str:
+def pictures_card(bank: ConceptBank, recipe: PipelineEncoderRecipe) -> str:
     """The card of a bank of latents by noise level, from what was measured of each encoder."""
     best = sorted(bank.concepts.values(), key=lambda concept: -concept.effects["correlation"])[:SHOWN]
     rows = [(c.name, c.label, f"{c.effects['correlation']:.2f}", f"{c.effects['frequency']:.2%}") for c in best]
     parts = [
         front(bank.name, bank.base.id, bank.license, [], {"tags": ["sae", "diffusers"]}).strip(),
-        f"# {bank.name}\n\n{description.strip()}",
+        f"# {bank.name}\n\n{described(recipe)}",
         f"## What was measured\n\nOn pictures that no encoder was trained on.\n\n{latents_table(bank.provenance['quality'])}",
         "## Latents and the words they go with most\n\n"
         + markdown("latent | word | correlation over pictures | fires on", rows),
@@ -176,10 +185,11 @@ def _example(record: MeasuredEffects) -> str:
     return f"**{record['concept']} {record['amount']:+.2f}** — {e['prompt']}\n\n" + "\n>\n".join(lines)
 
 
+MADE = """Made by `steerlib train` from the recipe in `recipe.jsonl`, by which `steerlib eval` measures it again."""
 LIMITS = """## Limits
 
 Effects belong to the weights they were measured on; a differently quantised copy gives a notice. A strong amount costs fluency
 (nats per token in the table). Concepts are correlated: moving one can move others (specificity). No person and no language
 model has judged these texts.
 
-Made by `steerlib train concept_banks/recipes/{recipe}/recipe.toml`."""
+{made}"""

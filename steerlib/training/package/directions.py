@@ -22,7 +22,7 @@ from ...errors import BadRecipe, Unmeasured
 from ...evaluation.report import picture
 from ...evaluation.text import Judge, judge_for, trust
 from ...hosts import host_for
-from ...text import progress
+from ...text import progress, stage
 from ..calibrate.doses import Choice, Search, statistics, untried
 from ..calibrate.measure import ANSWERING, measure
 from ..directions.levers import DirectionRows, Lever
@@ -48,9 +48,13 @@ def train_directions(model: Any, tokenizer: Any, recipe: DirectionRecipe, folder
     for left_out, names in _left_out(recipe, sites).items():
         warnings.warn(f"{', '.join(names)}: {left_out}", Unmeasured, stacklevel=3)
     studio, judge = Studio(model, tokenizer, recipe, sites, folder), judge_for(recipe.scorers)
-    choices = {concept.name: choose(studio, judge, concept) for concept in progress(recipe.concepts, "concepts")}
-    bank = assemble(studio, choices)
-    records = evaluate(model, tokenizer, bank, recipe, judge=judge, studio=studio, choices=choices, work=folder)
+    with stage(1, 3, "reading the texts of all concepts"):
+        studio.activations  # noqa: B018
+    with stage(2, 3, f"choosing method, layer and strength of {len(recipe.concepts)} concepts by their effect on answers"):
+        choices = {concept.name: choose(studio, judge, concept) for concept in progress(recipe.concepts, "concepts")}
+    with stage(3, 3, "measuring on prompts used for nothing else"):
+        bank = assemble(studio, choices)
+        records = evaluate(model, tokenizer, bank, recipe, judge=judge, studio=studio, choices=choices, work=folder)
     if recipe.ship == "clearing":
         kept = [record["concept"] for record in records if all(record["passes"].values())]
         bank = assemble(studio, {name: choices[name] for name in kept})
@@ -69,7 +73,7 @@ def _left_out(recipe: DirectionRecipe, sites: Sequence[str]) -> dict[str, list[s
 def layers_to_try(model: Any, recipe: DirectionRecipe) -> tuple[int, ...]:
     """The recipe's layers, or six spread over the first two thirds of the model."""
     depth = sum(name.removeprefix("layers.").isdigit() for name in host_for(model).sites())
-    layers = recipe.layers or tuple(sorted({round(depth * (0.2 + 0.1 * i)) for i in range(6)}))
+    layers = recipe.layers or tuple(sorted({round(depth * (0.2 + 0.1 * i)) for i in range(6)}))[:: 2 if recipe.is_quick else 1]
     if not depth or max(layers) >= depth or min(layers) < 0:
         raise BadRecipe(f"expected layers from 0 to {depth - 1}, got {layers}")
     return layers
@@ -116,7 +120,7 @@ def evaluate(
             work and work / "effects" / f"{name}.json",
             lambda name=name: measure(bank, known[name], scorer, place, choices[name] if choices else None),
         )
-        for name in progress(names, "measuring on prompts used for nothing else")
+        for name in progress(names, "concepts measured")
     ]
 
 

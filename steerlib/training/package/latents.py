@@ -15,6 +15,7 @@ from ...encoders import Sparse
 from ...errors import BadRecipe
 from ...evaluation.quality import apart, probed, quality
 from ...hosts import host_for
+from ...text import stage
 from ..entries import GraphRecipe
 from ..label.attributes import read
 from ..label.labels import AMONG, SHOWN, Sightings, Texts, label, promoted, sightings
@@ -35,13 +36,32 @@ LOOKED_AT = 1 << 16
 def train_latents(model: Any, tokenizer: Any, recipe: TextEncoderRecipe, folder: Path) -> ConceptBank:
     """Encoders for every site that the recipe names, as a bank whose latents are labelled, measured and verified.
 
-    `folder` keeps recordings and checkpoints.
+    `folder` keeps the graph; one beside it keeps recordings and checkpoints, also for recipes of other encoders.
     """
     check_order(model, recipe)
+    sites, place = recipe.encoder_sites, folder.parent / recipe.recorded_key
+    count, many = 4 + (recipe.graph is not None), f"{len(recipe.encoders)} encoders"
+    with stage(1, count, f"recording {recipe.tokens:,} tokens at {len(sites)} sites"):
+        harvest(model, tokenizer, recipe.corpus_files(), sites, place / "activations", tokens=recipe.tokens, seed=recipe.seed)
+    shards = Shards(place / "activations", held_out=HELD_OUT)
+    with stage(2, count, f"fitting {many}"):
+        runs = fitted(recipe, shards, place / "encoders")
+    with stage(3, count, f"labelling and measuring {many}"):
+        bank, telling = labelled_bank(model, tokenizer, recipe, shards, runs)
+    with stage(4, count, f"moving {len(telling)} latents to verify their labels"):
+        found = verify(model, tokenizer, bank, telling, recipe.read_texts(recipe.unrelated))
+        bank = with_verified(bank, found, recipe, tokenizer)
+    if recipe.graph is None:
+        return bank
+    with stage(5, count, "finding what moves what"):
+        return with_graph_of(model, tokenizer, bank, recipe, folder / "graph")
+
+
+def labelled_bank(
+    model: Any, tokenizer: Any, recipe: TextEncoderRecipe, shards: Shards, runs: Mapping[str, Sparse]
+) -> tuple[ConceptBank, dict[str, Any]]:
+    """The bank of fitted encoders with labels and figures, and what latents to verify are followed by, by name."""
     sites = recipe.encoder_sites
-    harvest(model, tokenizer, recipe.corpus_files(), sites, folder / "activations", tokens=recipe.tokens, seed=recipe.seed)
-    shards = Shards(folder / "activations", held_out=HELD_OUT)
-    runs = fitted(recipe, shards, folder / "encoders")
     labelled = read(model, tokenizer, recipe.read_attributes(), sites)
     texts, unrelated = Texts(tokenizer, shards), recipe.read_texts(recipe.unrelated)
     encoders: dict[str, Sparse] = {}
@@ -67,8 +87,7 @@ def train_latents(model: Any, tokenizer: Any, recipe: TextEncoderRecipe, folder:
         license=recipe.license,
         provenance=recipe.provenance | {"quality": found, "tokens": shards.training, "corpus": sources(recipe.corpus_files())},
     )
-    bank = with_verified(bank, verify(model, tokenizer, bank, telling, unrelated), recipe, tokenizer)
-    return bank if recipe.graph is None else with_graph_of(model, tokenizer, bank, recipe, folder / "graph")
+    return bank, telling
 
 
 def with_graph_of(model: Any, tokenizer: Any, bank: ConceptBank, recipe: TextEncoderRecipe, folder: Path) -> ConceptBank:
@@ -95,7 +114,7 @@ def fitted(recipe: TextEncoderRecipe, shards: Shards, folder: Path) -> dict[str,
     for reads, site in dict.fromkeys((spec.reads, spec.site) for spec in recipe.encoders):
         specs = [spec for spec in recipe.encoders if (spec.reads, spec.site) == (reads, site)]
         source = shards.source(reads or site, target=site if reads else None, seed=recipe.seed)
-        found |= trained(specs, source, folder / (f"{reads} to {site}" if reads else site), epochs=recipe.epochs)
+        found |= trained(specs, source, folder / recipe.fitted_key(specs), epochs=recipe.epochs)
     return found
 
 

@@ -1,7 +1,7 @@
 """From a diffusers pipeline to a bank of latents by noise level: draw, fit, look, measure. A run that stops goes on.
 
-folder/seen.safetensors   activations `site@level`, a share of the tokens of every picture
-folder/encoders/          what `fit` keeps of every encoder
+seen.safetensors   activations `site@level`, a share of the tokens of every picture
+encoders/          what `fit` keeps of every encoder
 """
 
 import re
@@ -13,7 +13,6 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import normalize
-from tqdm.auto import tqdm
 
 from ...bank.concept_bank import BaseModel, ConceptBank
 from ...bank.concepts import Concept
@@ -21,6 +20,8 @@ from ...bank.effects import LatentEffects
 from ...encoders import Sparse
 from ...errors import BadRecipe
 from ...evaluation.quality import apart, control_of, kept, used
+from ...hosts import host_for
+from ...text import progress, stage
 from ..entries import SiteEncoder
 from ..fit.inputs import Tokens
 from ..recipe import PipelineEncoderRecipe
@@ -45,32 +46,66 @@ LOOKED_AT, CALIBRATED = 1 << 16, 1 << 14
 def train_pictures(pipe: Any, recipe: PipelineEncoderRecipe, folder: Path) -> ConceptBank:
     """Encoders for every site and level that the recipe names, as a bank whose latents are labelled by words of the prompts.
 
-    The recipe's corpus is prompts; `recipe.tokens` is how many tokens of every site are recorded in all. `folder` keeps what
-    was recorded and checkpoints.
+    The recipe's corpus is prompts; `recipe.tokens` is how many tokens of every site are recorded in all. A folder beside
+    `folder` keeps what was recorded, and checkpoints.
     """
-    prompts = [text for text in documents(recipe.corpus_files()) if isinstance(text, str)]
-    prompts = prompts[: max(2, recipe.tokens // TOKENS)]
+    prompts = prompts_of(recipe)
     pipe.set_progress_bar_config(disable=True)
-    seen = recorded(folder / "seen.safetensors", lambda: drawn(pipe, prompts, recipe))
-    encoders, figures = fitted(recipe.encoders, seen, folder / "encoders", epochs=recipe.epochs)
+    place = folder.parent / recipe.recorded_key
+    with stage(1, 3, f"drawing {len(prompts)} prompts"):
+        seen = recorded(place / "seen.safetensors", lambda: drawn(pipe, prompts, recipe))
+    with stage(2, 3, f"fitting and measuring {len(recipe.encoders)} encoders"):
+        at = place / "encoders" / recipe.fitted_key(recipe.encoders)
+        encoders, figures = fitted(recipe.encoders, seen, at, epochs=recipe.epochs)
     named, concepts = words(prompts), []
-    for id, encoder in encoders.items():
-        z = torch.stack([encoder.encode(picture.float()).mean(0) for picture in seen[id.partition("#")[0]]])
-        concepts += described(id, encoder, *best(z, named))
+    with stage(3, 3, "labelling latents by words of the prompts"):
+        for id, encoder in encoders.items():
+            z = torch.stack([encoder.encode(picture.float()).mean(0) for picture in seen[id.partition("#")[0]]])
+            concepts += described(id, encoder, *best(z, named))
     made = bank_of(pipe, recipe.name, recipe.base, concepts, encoders, seen)
     made.provenance = {**recipe.provenance, "quality": figures}
     made.license = recipe.license
-    return made.with_concepts(concepts, card=pictures_card(made, recipe.description))
+    return made.with_concepts(concepts, card=pictures_card(made, recipe))
 
 
-def drawn(pipe: Any, prompts: Sequence[str], recipe: PipelineEncoderRecipe) -> Seen:
-    """Activations while prompts are drawn, of some tokens of every picture."""
+def prompts_of(recipe: PipelineEncoderRecipe) -> list[str]:
+    """The prompts that are drawn: as many as give the tokens that the recipe asks for."""
+    prompts = [text for text in documents(recipe.read_corpus()) if isinstance(text, str)]
+    if len(prompts) < 2:
+        raise BadRecipe(f"expected two prompts or more in {', '.join(recipe.corpus)}, got {len(prompts)}")
+    return prompts[: max(2, recipe.tokens // TOKENS)]
+
+
+def evaluate_pictures(
+    pipe: Any, bank: ConceptBank, recipe: PipelineEncoderRecipe, *, against: ConceptBank | None = None
+) -> dict[str, dict[str, Any]]:
+    """What the encoders of a bank keep of the recipe's last prompts, which none was trained on, by id: as a training run
+    measures it. With `against`, a bank of the same encoders trained from another seed, also how much of each that one found."""
+    bank.check(host_for(pipe))
+    if not isinstance(recipe, PipelineEncoderRecipe):
+        raise BadRecipe(f"recipe {recipe.name!r} is of a language model, bank {bank.name!r} of one that draws; give its own")
+    prompts = prompts_of(recipe)
+    first = held_from(len(prompts))
+    pipe.set_progress_bar_config(disable=True)
+    seen, found = drawn(pipe, prompts, recipe, first), {}
+    for id in bank.encoders:
+        encoder, x = bank.encoder(id), seen[id.partition("#")[0]].flatten(0, 1).float()
+        if isinstance(encoder, Sparse):
+            twin = against.encoder(id) if against is not None and id in against.encoders else None
+            found[id] = kept(encoder, x, x, control_of(encoder, x, x)) | {"used": used(encoder.encode(x))}
+            found[id] |= apart([encoder, *([twin] if isinstance(twin, Sparse) else [])], x)
+    return found
+
+
+def drawn(pipe: Any, prompts: Sequence[str], recipe: PipelineEncoderRecipe, first: int = 0) -> Seen:
+    """Activations while prompts are drawn, from the `first` on, of some tokens of every picture."""
     parts = []
-    for start in tqdm(range(0, len(prompts), BATCH), desc="drawing", leave=False):
+    for start in progress(range(first // BATCH * BATCH, len(prompts), BATCH), "drawing"):
         some = list(prompts[start : start + BATCH])
         g = [torch.Generator().manual_seed(recipe.seed + start + k) for k in range(len(some))]
         run = lambda: pipe(some, num_inference_steps=STEPS, generator=g, output_type="latent")  # noqa: B023, E731
-        parts.append(thinned(at_levels(pipe, recipe.encoder_sites, recipe.levels, run), TOKENS, recipe.seed + start))
+        seen = thinned(at_levels(pipe, recipe.encoder_sites, recipe.levels, run), TOKENS, recipe.seed + start)
+        parts.append({key: x[max(0, first - start) :] for key, x in seen.items()})
     return joined(parts)
 
 
@@ -83,9 +118,14 @@ def thinned(seen: Seen, count: int, seed: int) -> Seen:
     return found
 
 
+def held_from(count: int) -> int:
+    """The first of so many pictures that no encoder is trained on."""
+    return max(1, round(count * (1 - HELD_OUT)))
+
+
 def halves(x: Float[Tensor, "B N D"]) -> tuple[Float[Tensor, "T D"], Float[Tensor, "H D"]]:
     """Tokens to train on, and those of the last pictures, held out."""
-    cut = max(1, round(len(x) * (1 - HELD_OUT)))
+    cut = held_from(len(x))
     return x[:cut].flatten(0, 1).float(), x[cut:].flatten(0, 1).float()
 
 
@@ -95,7 +135,7 @@ def fitted(
     """Every encoder with the statistics of its latents, in half precision, and what is measured of it on held-out pictures."""
     encoders: dict[str, Sparse] = {}
     figures: dict[str, dict[str, Any]] = {}
-    for spec in tqdm(list(specs), desc="encoders", leave=False):
+    for spec in progress(list(specs), "encoders"):
         x, apart_x = halves(seen[spec.id.partition("#")[0]])
         if len(x) < spec.recipe.batch:
             raise BadRecipe(f"{spec.id!r}: expected {spec.recipe.batch} tokens or more for one batch, got {len(x)}; draw more")

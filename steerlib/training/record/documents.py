@@ -73,13 +73,20 @@ def documents(texts: Texts, seed: int | None = None) -> Iterator[Any]:
 def _read(path: Path) -> list[Any]:
     if path.suffix not in (".txt", ".jsonl") or not path.is_file():
         raise BadRecipe(f"expected a .txt or .jsonl file, found none at {path.name!r}; a single text is given as [text]")
-    text = path.read_text(encoding="utf-8")
-    if path.suffix == ".txt":
+    try:
+        return parsed(path.read_text(encoding="utf-8"), path.name)
+    except UnicodeDecodeError as error:
+        raise BadRecipe(f"{path.name} is not UTF-8: {error}") from None
+
+
+def parsed(text: str, name: str) -> list[Any]:
+    """The documents of a file, by the end of its name."""
+    if name.endswith(".txt"):
         return [paragraph.strip() for paragraph in re.split(r"\n\s*\n", text) if paragraph.strip()]
     try:
         return [json.loads(line) for line in text.split("\n") if line.strip()]
     except ValueError as error:
-        raise BadRecipe(f"{path.name} is not JSON lines: {error}") from None
+        raise BadRecipe(f"{name} is not JSON lines: {error}") from None
 
 
 def sources(paths: Iterable[Path]) -> list[dict[str, Any]]:

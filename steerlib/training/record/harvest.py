@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from tqdm.auto import tqdm
 
 from ...errors import BadRecipe, SteeringWarning
 from ...hosts import host_for
+from ...text import progress
 from .activations import Read, reading
 from .documents import Piece, Texts, pieces
 from .shards import HEADER, LABELS, Shards, Shelf
@@ -96,7 +96,7 @@ def _fill(shelf: Shelf, groups: Iterable[list[Piece]], recorder: "Recorder", tok
     """Make the shards that are not there yet."""
     if shelf.rows > tokens:
         raise BadRecipe(f"{shelf.folder.name} holds {shelf.rows} tokens, got tokens={tokens}; ask for as many or more")
-    with tqdm(total=tokens, desc="recording", unit=" tokens", unit_scale=True, leave=False) as bar:
+    with progress(None, "recording", total=tokens, unit=" tokens", unit_scale=True) as bar:
         for number, group in enumerate(groups):
             labels, source = _labels(group), _digest(group)
             count = len(labels["documents"])

@@ -27,5 +27,5 @@ def without(d: Float[Tensor, " D"], keep: Float[Tensor, "k D"], inverse: Float[T
 
 def fit(task: Task) -> Lever:
     site = task.site
-    keep = task.keep.get(site, torch.zeros(0, task.reference[site].shape[1]))
+    keep = task.keep.get(site, task.reference[site][:0])
     return task.at(without(direction(task, site), keep, metric(task.reference[site])))

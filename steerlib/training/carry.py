@@ -1,0 +1,69 @@
+"""The recipe that a bank carries, so that it can be measured again, or made again, where the recipe's folder is not at hand.
+
+The first line of `recipe.jsonl` has the fields of the recipe. Every further line is a file that it names, as `file` and `text`.
+Left out are files that come with steerlib, and the corpus of encoders of a language model, which may be of any size.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from typing import Any
+
+from ..bank.concept_bank import ConceptBank
+from ..errors import BadRecipe, CorruptBank
+from .fields import UNSAID, made_of
+from .recipe import DirectionRecipe, PipelineEncoderRecipe, Recipe, TextEncoderRecipe, kind_of
+
+RECIPE = "recipe.jsonl"
+LARGEST = 4 << 20
+"""Most bytes of prompts that a bank of pictures carries."""
+
+
+def carried(recipe: Recipe) -> bytes:
+    """The contents of `recipe.jsonl`."""
+    values = {key: value for key, value in asdict(recipe).items() if key not in UNSAID and value != ()}
+    for entry in values.get("encoders", ()):  # in a recipe the fields of an encoder stand beside those of its site
+        entry |= entry.pop("recipe")
+    lines = [_without_none(values)]
+    for name in dict.fromkeys(_named(recipe)):
+        if name in recipe.texts if recipe.texts is not None else (recipe.folder / name).is_file():
+            lines.append({"file": name, "text": recipe.text_of(name)})
+    return "".join(json.dumps(line, ensure_ascii=False, sort_keys=True) + "\n" for line in lines).encode()
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_none(inner) for key, inner in value.items() if inner is not None}
+    return [_without_none(inner) for inner in value] if isinstance(value, (list, tuple)) else value
+
+
+def _named(recipe: Recipe) -> Iterator[str]:
+    """Files that measuring a bank reads."""
+    yield from (recipe.reference, recipe.unrelated)
+    if isinstance(recipe, DirectionRecipe):
+        yield from (recipe.prompts, recipe.held_out)
+        yield from (f"{folder}/{c.name}.jsonl" for folder in (recipe.pairs, recipe.scoring) for c in recipe.concepts)
+    if isinstance(recipe, TextEncoderRecipe):
+        yield from recipe.attributes
+    if (
+        isinstance(recipe, PipelineEncoderRecipe)
+        and sum(len(recipe.bytes_of(name) or b"") for name in recipe.corpus) <= LARGEST
+    ):
+        yield from recipe.corpus
+
+
+def recipe_in(bank: ConceptBank) -> Recipe | None:
+    """The recipe that a bank carries; None for one that carries none.
+
+    Raises `CorruptBank` where it is none.
+    """
+    if RECIPE not in bank.files:
+        return None
+    try:
+        values, *others = (json.loads(line) for line in bank.content(RECIPE).decode().split("\n") if line)
+        texts = {line["file"]: line["text"] for line in others}
+        if not all(isinstance(part, str) for pair in texts.items() for part in pair):
+            raise TypeError("file and text are texts")
+        return replace(made_of(kind_of(values, RECIPE), values, RECIPE), texts=texts)
+    except (BadRecipe, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CorruptBank(f"{RECIPE} of bank {bank.name!r} is no recipe that this steerlib reads: {error}") from None
