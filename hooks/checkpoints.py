@@ -33,25 +33,29 @@ hooks_now: Callable[[bool], Any] = torch._C._autograd._top_saved_tensors_default
 """What is done with tensors that are kept for backward; None: nothing."""
 
 
+Call = tuple[Act | None, StepState, list[bool]]
+"""What was done at a site, None: nothing; where the pass stood; and whether it was done again."""
+
+
 class Part:
     """What was done at the sites of one checkpointed part.
 
     Attributes:
-        calls: by site, in order: what was done, None: nothing; and where the pass stood.
+        calls: by site, in order.
         ran_again: whether backward() has come to it.
     """
 
     def __init__(self) -> None:
-        self.calls: dict[Any, list[tuple[Act | None, StepState]]] = defaultdict(list)
+        self.calls: dict[Any, list[Call]] = defaultdict(list)
         self.ran_again = False
         self._seen: Any = lambda: None
         self._task, self._turns, self._states = -1, Counter[Any](), dict[StepState, StepState]()
 
-    def keep(self, site: Any, act: Act | None, state: StepState) -> None:
-        """Keep what is done at a site now."""
+    def keep(self, site: Any, act: Act | None, state: StepState, done: list[bool]) -> None:
+        """Keep what is done at a site now; `done` is shared by the parts that lie in each other."""
         if self._seen() is not state:  # with the notes of earlier parts alone: own ones would keep the graph alive
             self._seen, self._kept = ref(state), state.again()
-        self.calls[site].append((act, self._kept))
+        self.calls[site].append((act, self._kept, done))
 
     def next(self, site: Any, task: int) -> tuple[Act | None, StepState | None]:
         """What was done at a site when this backward pass comes to it."""
@@ -61,7 +65,8 @@ class Part:
         self._turns[site] += 1
         if turn >= len(calls):
             return None, None  # it was not steered
-        act, kept = calls[turn]
+        act, kept, done = calls[turn]
+        done[0] = True
         if kept not in self._states:
             self._states[kept] = kept.again()
         return act, self._states[kept]
@@ -113,14 +118,16 @@ def steered(site: Any, edit: Any, x: Tensor, state: StepState, task: int) -> Ten
                 "backward() runs a part of the model again in a way that steerlib does not know, so that it cannot tell what "
                 "was done there; use torch.utils.checkpoint, or turn gradient checkpointing off"
             )
+    done = [now != -1]
     for part in parts:
-        PARTS.setdefault(part, Part()).keep(site, act, state)
+        PARTS.setdefault(part, Part()).keep(site, act, state, done)
     return x if act is None else act(x, state)
 
 
 def unfinished(site: Any) -> bool:
     """Whether backward() has not come yet to a part, still kept, in which something was done at a site."""
-    return any(site in part.calls and not part.ran_again for part in [*PARTS.values()])
+    parts = [part for part in [*PARTS.values()] if site in part.calls and not part.ran_again]
+    return any(not done[0] for part in parts for _, _, done in part.calls[site])
 
 
 def uncheckpointed() -> AbstractContextManager[Any]:

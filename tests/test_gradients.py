@@ -2,6 +2,7 @@
 
 import gc
 import threading
+import warnings
 from functools import partial
 
 import pytest
@@ -12,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import steerlib as sl
 from steerlib.errors import Outlived, Unanswerable
+from steerlib.steering.compiled import why_not
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning"),
@@ -201,3 +203,137 @@ def test_a_second_run_that_cannot_be_told_from_a_first_is_refused():
         again = model(torch.randn(1, 2, 8))
         again.register_hook(lambda gradient: model(gradient))  # the whole model: a pass like any other
         again.sum().backward()
+
+
+# -- gradients of directions -------------------------------------------------------------------------------------
+
+
+def by_hand(kind, v, x, value):
+    """What each intervention makes of activations, in the formulas of its documentation."""
+    z = (x @ v / v.dot(v))[..., None]
+    return {
+        "add": x + value * v,
+        "rows": x + torch.tensor([value, -1.0])[:, None, None] * v,
+        "scale": x + (value - 1) * z * v,
+        "set": x + (value - z) * v,
+        "ablate": x - z * v,
+        "clamp": x + (z.clamp(max=value) - z) * v,
+        "gate": x + value * v * (z > 0.05),
+        "norm": (y := x + value * v) * x.norm(dim=-1, keepdim=True) / y.norm(dim=-1, keepdim=True),
+    }[kind]
+
+
+LEARNT = {
+    "add": sl.Add(0.7),
+    "rows": sl.Add([0.7, -1.0]),
+    "scale": sl.Scale(0.7),
+    "set": sl.Set(0.7),
+    "ablate": sl.Ablate(),
+    "clamp": sl.Clamp(high=0.7),
+    "gate": sl.Add(0.7, gate=sl.Gate("v", above=0.05)),
+    "norm": sl.Add(0.7, keep_norm=True),
+}
+
+
+@pytest.mark.parametrize("kind", LEARNT)
+@pytest.mark.parametrize("source", ["vector", "half vector", "encoder"])
+def test_a_vector_learns_through_steer_as_through_a_hook_by_hand(kind, source):
+    """Loss and gradient of three optimiser steps, each of which the next pass uses; other vectors of the bank stay."""
+    model, found = tiny("llama").requires_grad_(False), []
+    start, other = torch.randn(2, 32, generator=torch.Generator().manual_seed(4)).unbind()
+    for is_by_hand in (True, False):
+        v = (start.half() if source == "half vector" else start.clone()).requires_grad_()
+        if source == "encoder":
+            bank = sl.ConceptBank.from_encoder(sl.Directions(v[None].detach().requires_grad_()), site="layers.0", base=model)
+            v, name = bank.encoder("layers.0").decoder, "layers.0/0"
+        else:
+            bank, name = sl.ConceptBank.from_directions({"v": v, "w": other}, site="layers.0", base=model), "v"
+        if kind == "gate" and source == "encoder":
+            return  # a gate names a concept
+        optimizer = torch.optim.SGD([v], lr=0.05)
+        flat = (lambda v: v[0]) if source == "encoder" else (lambda v: v.float())
+
+        def hook(module, args, output, v=v, flat=flat):
+            return by_hand(kind, flat(v), output, 0.7)
+
+        for _ in range(3):
+            optimizer.zero_grad()
+            if is_by_hand:
+                handle = model.model.layers[0].register_forward_hook(hook)
+                loss = model(FIRST["input_ids"]).logits.logsumexp(-1).sum()
+                handle.remove()
+            else:
+                with sl.steer(model, bank, {name: LEARNT[kind]}, allow_ood=True) as session:
+                    loss = model(FIRST["input_ids"]).logits.logsumexp(-1).sum()
+                assert session.report().ran
+            loss.backward()
+            found.append((loss.detach(), v.grad.clone()))
+            optimizer.step()
+    for (loss, gradient), (loss_too, gradient_too) in zip(found[:3], found[3:], strict=True):
+        torch.testing.assert_close(loss_too, loss, rtol=1e-5, atol=1e-4)
+        tolerance = 1e-2 if source == "half vector" else 1e-4
+        torch.testing.assert_close(gradient_too, gradient, rtol=tolerance, atol=tolerance * float(gradient.abs().max()))
+
+
+@pytest.mark.parametrize("kind", ["relu", "topk", "jumprelu"])
+def test_an_encoder_of_latents_learns_through_steer(kind):
+    """Finite differences of the loss along a random direction of its tensors, with the cap binding too."""
+    from steerlib.encoders import KINDS
+
+    model, generator = tiny("llama").requires_grad_(False).double(), torch.Generator().manual_seed(4)
+    rows = torch.randn(64, 32, generator=generator)
+    extra = {"topk": {"k": 8}, "jumprelu": {"threshold": torch.zeros(64)}}.get(kind, {})
+    tensors = {"encoder": rows, "bias": torch.full((64,), 0.1), "decoder": rows / 32}
+    tensors = {name: tensor.clone().requires_grad_() for name, tensor in tensors.items()}
+    for norm in (None, 0.5):
+        bank = sl.ConceptBank.from_encoder(KINDS[kind](**tensors, **extra), site="layers.0", base=model, norm=norm)
+        edits = {"layers.0/3": sl.Scale(3.0), "layers.0/5": sl.Add(4.0), "layers.0/7": sl.Set(2.0)}
+
+        def loss(bank=bank, edits=edits):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # that it is capped
+                with sl.steer(model, bank, edits):
+                    return model(FIRST["input_ids"]).logits.logsumexp(-1).sum()
+
+        gradients = torch.autograd.grad(loss(), list(tensors.values()))
+        ways = [torch.randn(tensor.shape, generator=generator) for tensor in tensors.values()]
+        along = sum((g * way).sum() for g, way in zip(gradients, ways, strict=True))
+        ends = []
+        for step in (2e-3, -4e-3):
+            with torch.no_grad():
+                for tensor, way in zip(tensors.values(), ways, strict=True):
+                    tensor += step * way
+            ends.append(loss().detach())
+        with torch.no_grad():
+            for tensor, way in zip(tensors.values(), ways, strict=True):
+                tensor += 2e-3 * way
+        torch.testing.assert_close((ends[0] - ends[1]) / 4e-3, along.double(), rtol=3e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_vector_learns_beside_checkpointing(way):
+    """Also at two sites, in two sessions, and where gates read it."""
+    gradients = []
+    for run in (lambda run, *args: run(*args), WAYS[way]):
+        torch.manual_seed(0)
+        model = Tower(run)
+        v, w = torch.randn(2, 8).unbind()
+        v, w = v.clone().requires_grad_(), w.clone().requires_grad_()
+        bank = sl.ConceptBank.from_directions({"v": v}, site=["blocks.1.up", "blocks.3"], base=model)
+        other = sl.ConceptBank.from_directions({"w": w, "g": w.detach()}, site="blocks.3", base=model)
+        with sl.steer(model, bank, {"v": sl.Set(1.0)}), sl.steer(model, other, {"w": sl.Add(1.0, tokens=slice(1, None))}):
+            model(torch.randn(2, 3, 8, requires_grad=True)).square().sum().backward()
+        gradients.append(torch.stack([v.grad, w.grad]))
+    torch.testing.assert_close(*gradients)
+
+
+def test_what_learns_is_saved_as_it_is_and_refused_where_it_cannot_work(tmp_path):
+    model, v = tiny("llama"), torch.randn(32, requires_grad=True)
+    bank = sl.ConceptBank.from_directions({"v": v}, site="layers.0", base=model)
+    with torch.no_grad():
+        v *= 2
+    bank.save_pretrained(tmp_path / "bank")
+    saved = sl.ConceptBank.from_pretrained(tmp_path / "bank").encoder("layers.0").decoder[0]
+    assert torch.equal(saved, v.detach()) and not saved.requires_grad
+    (edit,) = sl.steer(model, bank, {"v": 1.0}).plan.edits
+    assert "requires gradients" in why_not(edit, blind=False)  # what a compiled site is refused with

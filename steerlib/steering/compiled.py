@@ -171,6 +171,11 @@ def why_not(edit: Edit, *, blind: bool) -> str:
             "Ablate(exact=True) of latents, do='hold' and 'graph' need Python at every pass, which a compiled model leaves "
             "out; use them on one that is not compiled"
         )
+    if edit.now is not None:
+        return (
+            f"{edit.name!r} requires gradients: its values may change between passes, and a compiled model keeps them; train "
+            "it on one that is not compiled, and steer with vector.detach()"
+        )
     if blind and any(share.clock == "steps" for share in edit.shares):
         return (
             f"{edit.name!r}: steps cannot be counted where the whole denoiser is compiled; use a Window, or "

@@ -38,7 +38,8 @@ class Program:
             directions=any(edit.is_target and not edit.rows.is_sparse for edit in edits),
             cap=cap < inf and not all(edit.aim.is_removal for edit in edits),
         )
-        self.is_constant = bool(edits) and not notes and all(edit.is_constant for edit in edits)
+        self.learns = any(edit.now is not None for edit in edits)
+        self.is_constant = bool(edits) and not (notes or self.learns) and all(edit.is_constant for edit in edits)
         self.is_unconditional = not any(edit.shares for edit in edits)
         self.is_scheduled = not notes and all(any(share.clock for share in edit.shares) for edit in edits)
         self.is_normed = any(edit.rows.norm for edit in edits)
@@ -264,12 +265,10 @@ class Run:
         weights = [edit.weight(x, now) for edit in program.edits]
         if not any(isinstance(weight, Tensor) or weight for weight in weights):
             return x
-        if self.tensors is not None and self.tensors.read.device != x.device:
-            self.tensors = self.tensors.to(x.device)
-        assert self.tensors is not None
+        tensors = self.tensors = self._tensors(x.device)
         program.check_rows(len(x), now)
         given = program.given(x, now, weights, self.twin.readings)
-        change = program.change(self.tensors, x, given)
+        change = program.change(tensors, x, given)
         for k, edit in enumerate(program.edits):
             if edit.leaves is not None:
                 before = now.notes.get(edit.leaves)
@@ -281,6 +280,14 @@ class Run:
             self._look(x, y, now, on, change, swaps)
         tally.state = state
         return y
+
+    def _tensors(self, device: torch.device) -> EditTensors:
+        """The edits as tensors on a device; what learns as it is now."""
+        assert self.tensors is not None
+        assert self.program.tensors is not None
+        if self.program.learns:
+            return self.program.tensors.renewed(self.program.edits, device)
+        return self.tensors if self.tensors.read.device == device else self.tensors.to(device)
 
     def _kept(self, x: Tensor, y: Tensor, change: Change) -> Tensor:
         """y, where tokens that some edits moved have their old length again."""
@@ -310,10 +317,7 @@ class Run:
     ) -> None:  # fmt: skip
         """Measure what became of the concepts where they were edited; without a `change` it was the constant one."""
         program = self.program
-        assert program.tensors is not None
-        if self.tensors is None or self.tensors.read.device != y.device:
-            self.tensors = program.tensors.to(y.device)
-        tensors = self.tensors
+        tensors = self.tensors = self._tensors(y.device)
         with torch.no_grad(), unrounded(y):
             if change is None:
                 moved = tensors.shift * tensors.constant(program.cap)[1]
