@@ -120,10 +120,10 @@ class Socket(Ours):
         edit = None if (compiling := is_compiling()) else self.edit  # compiled code must not depend on what is edited
         if edit is None and not compiling:
             return None
-        if self.is_plain and type(output) is Tensor:
+        if self.is_plain and type(output) is Tensor and output.ndim == 3:
             return self._act(edit, output)
         x = self._read(output)
-        y = self._act(edit, x)
+        y = self._act(edit, x) if self.site.layout != "ND" else self._act_by_rows(edit, x)
         return None if y is x else self.site.write(output, y)
 
     def on_update(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
@@ -157,7 +157,7 @@ class Socket(Ours):
             return None
         at, value = self._given(module, args, kwargs)
         x = self.site.read(value)
-        y = self._act(edit, x)
+        y = self._act(edit, x) if self.site.layout != "ND" else self._act_by_rows(edit, x)
         value = value if y is x else self.site.write(value, y)
         return ((*args[:at], value, *args[at + 1 :]), kwargs) if isinstance(at, int) else (args, {**kwargs, at: value})
 
@@ -167,7 +167,9 @@ class Socket(Ours):
         if name in kwargs:
             return name, kwargs[name]
         if name is None and not args:
-            return next((name, value) for name, value in kwargs.items() if isinstance(value, Tensor))
+            if (found := next((n for n, value in kwargs.items() if isinstance(value, Tensor)), None)) is None:
+                raise WrongWidth(f"site {self.site.name!r}: {self.site.module!r} is given no tensor; name a module that is")
+            return found, kwargs[found]
         at = 0 if name is None else arguments(module).index(name) - 1
         return at, args[at]
 
@@ -186,6 +188,23 @@ class Socket(Ours):
         if learns or is_grad_enabled():
             return steered(self.key, edit, x, state, self.moment.task)
         return edit(x, state)
+
+    def _act_by_rows(self, edit: Act | None, x: Tensor) -> Tensor:
+        """`_act` on `x[1, B * N, D]`, the tokens of all rows one after the other, where the pass tells rows and tokens."""
+        state = self.moment.state
+        if edit is None:
+            raise CompiledModel(f"site {self.site.name!r} has no axis of rows, which compiled code needs; do not compile it")
+        if backward_now() != -1:
+            return steered(self.key, edit, x, state or TextPass(x.shape[1], like=x), self.moment.task, has_rows=False)
+        if state is None or not state.length or state.like is None:
+            return self._act(edit, x)
+        rows = len(state.like)
+        if rows * state.length != x.shape[1]:
+            raise WrongWidth(
+                f"site {self.site.name!r} gives {x.shape[1]} tokens, and the pass has {rows} rows of {state.length}: some are "
+                "missing, and nothing tells which; steer a module that gives them all"
+            )
+        return self._act(edit, x.unflatten(1, (rows, -1))[0]).flatten(0, 1)[None]
 
     def _traced(self, x: Tensor) -> Tensor:
         state = next((clock.traced for clock in reversed(self.clocks) if clock.traced is not None), None)

@@ -100,9 +100,9 @@ def is_repeated() -> bool:
     return backward_now() != -1 and bool(around())
 
 
-def steered(site: Any, edit: Any, x: Tensor, state: StepState, task: int) -> Tensor:
+def steered(site: Any, edit: Any, x: Tensor, state: StepState, task: int, *, has_rows: bool = True) -> Tensor:
     """x after an edit, which a checkpointed part keeps; in its second run, after what it kept. `task`: the backward pass in
-    which the model was called, if it was called in one."""
+    which the model was called, if it was called in one; `has_rows`: whether x is `[B, N, D]`, else `[1, B * N, D]`."""
     now = backward_now()
     parts = around() if now != -1 or hooks_now(True) is not None or not torch.is_grad_enabled() else []
     act = edit.find()
@@ -121,7 +121,11 @@ def steered(site: Any, edit: Any, x: Tensor, state: StepState, task: int) -> Ten
     done = [now != -1]
     for part in parts:
         PARTS.setdefault(part, Part()).keep(site, act, state, done)
-    return x if act is None else act(x, state)
+    if act is None:
+        return x
+    if has_rows or state.like is None or len(state.like) * state.length != x.shape[1]:
+        return act(x, state)
+    return act(x.unflatten(1, (len(state.like), -1))[0], state).flatten(0, 1)[None]
 
 
 def unfinished(site: Any) -> bool:

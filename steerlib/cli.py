@@ -29,8 +29,7 @@ except ImportError:
 
 app = typer.Typer(help="Change what a generation model is thinking of, while it runs.", no_args_is_help=True)
 console = Console()
-state = {"traceback": False}
-"""Options of the program, not of a command."""
+state = {"traceback": False}  # of the program, not of a command
 
 BankName = Annotated[str, typer.Argument(help="a folder, a shipped bank, or a Hub id")]
 Revision = Annotated[str | None, typer.Option(help="branch, tag or commit of a Hub bank")]

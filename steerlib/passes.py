@@ -18,6 +18,8 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from .errors import Unanswerable
+
 Section = Literal["prompt", "generated", "mixed"]
 Branch = Literal["cond", "uncond"]
 
@@ -89,6 +91,8 @@ class StepState(ABC):
     """Finds the words of the prompt: `columns(word, row, rows)`, and how many `heads(site)` attend to them."""
     like: Tensor | None = None
     """A tensor on the device of this pass."""
+    refused: str = ""
+    """Why steps and rows cannot be told, if so."""
 
     @property
     @abstractmethod
@@ -172,9 +176,14 @@ class TextPass(StepState):
         prompt: columns of the prompt; None: all are prompt.
         mask: `[B, T]`, 1 on real tokens.
         prompts: rows that were asked for, which beams may repeat.
-        branches: the half of guidance that this pass computes.
+        branches: halves of guidance in this pass; None where unknown.
         like: a tensor on the device of this pass.
+
+    Attributes:
+        places: `[B, N]`, the positions of texts that lie packed in one row; None where columns tell them.
     """
+
+    places: Tensor | None = None
 
     def __init__(
         self,
@@ -188,6 +197,8 @@ class TextPass(StepState):
     ):
         self.length, self.start, self.prompt, self.mask = length, start, prompt, mask
         self.prompts, self.branches, self.like = prompts, branches, like
+        if branches and len(branches) > 1:
+            self.copies = len(branches)
         if prompt is None or start + length <= prompt:
             self.is_plain = mask is None
         elif start >= prompt:
@@ -202,7 +213,14 @@ class TextPass(StepState):
         if count > self.length:  # called by hand, outside the model's own forward
             return TextPass(count, like=self.like)
         start = self.start + self.length - count
-        return TextPass(count, start, self.prompt, self.mask, self.prompts, self.branches, self.like)
+        last = TextPass(count, start, self.prompt, self.mask, self.prompts, self.branches, self.like)
+        last.refused, last.places = self.refused, None if self.places is None else self.places[:, -count:]
+        return last
+
+    def row(self, amounts: "int | Tensor", rows: int) -> Int[Tensor, " rows"]:
+        if self.refused or self.branches is None:
+            raise Unanswerable(self.refused or "nothing tells how this generate() stacks its rows; give one number for all")
+        return super().row(amounts, rows)
 
     @cached_property
     def real(self) -> Bool[Tensor, "B N"] | None:
@@ -217,21 +235,29 @@ class TextPass(StepState):
 
     @cached_property
     def positions(self) -> Int[Tensor, "rows N"]:
+        if self.places is not None:
+            return self.places
         if self.mask is None:
             return self.columns
-        return self.columns - self.mask.bool().int().argmax(dim=1, keepdim=True)
+        before = self.mask.bool().cumsum(dim=1)[:, : self.start + self.length] - 1  # pads may lie anywhere in the prompt
+        missing = self.start + self.length - before.shape[1]
+        if missing > 0:  # the mask of the prompt alone: all that follows is real
+            before = torch.cat((before, before[:, -1:] + torch.arange(1, missing + 1, device=before.device)), dim=1)
+        return before[:, self.start :]
 
     @cached_property
     def steps(self) -> Int[Tensor, "rows N"]:
+        if self.refused:
+            raise Unanswerable(self.refused)
         if self.prompt is None:
             return torch.zeros_like(self.columns)
         return (self.columns - self.prompt + 1).clamp(min=0)
 
     @property
     def moment(self) -> "float | Tensor":
-        if self.prompt is None or self.section == "prompt":
+        if self.section == "prompt":
             return 0.0
-        return float(self.start - self.prompt + 1) if self.length == 1 else self.steps
+        return self.steps if self.prompt is None or self.length > 1 else float(self.start - self.prompt + 1)
 
     def _where(self) -> str:
         return f"columns {self.start}–{self.start + self.length}, {self.section}"

@@ -9,24 +9,43 @@ from torch import Tensor
 
 from .errors import WrongWidth
 
-Layout = Literal["BND", "NBD", "BD..."]
+Layout = Literal["BND", "NBD", "B...D", "BDN", "BD...", "ND", "?"]
 Swap = Callable[[Tensor], Tensor]
 
 
-def _last(x: Tensor) -> Tensor:
-    """Images and videos `[B, D, ...]` as tokens; one vector a row `[B, D]` as one token."""
-    return x[:, None] if x.ndim == 2 else x if x.ndim == 3 else x.flatten(2).transpose(1, 2)
+def _channels_first(x: Tensor) -> Tensor:
+    """Sound, images and videos `[B, D, ...]` as tokens; one vector a row `[B, D]` as one token."""
+    return x[:, None] if x.ndim == 2 else x.flatten(2).transpose(1, 2)
 
 
-LAYOUTS: dict[Layout, Swap | None] = {"BND": None, "NBD": lambda x: x.transpose(0, 1), "BD...": _last}
-"""Axis orders a module may use, and the change to `[B, N, D]` (None: nothing to do)."""
+def _by_axes(x: Tensor) -> Tensor:
+    """Tokens `[B, N, D]`; with fewer or more axes, channels first."""
+    return x if x.ndim == 3 else _channels_first(x)
+
+
+LAYOUTS: dict[Layout, tuple[int, int, Swap | None]] = {
+    "BND": (3, 3, None),
+    "NBD": (3, 3, lambda x: x.transpose(0, 1)),
+    "B...D": (3, 5, lambda x: x.flatten(1, -2)),
+    "BDN": (2, 5, _channels_first),
+    "BD...": (2, 5, _by_axes),
+    "ND": (2, 2, lambda x: x[None]),
+    "?": (2, 5, _by_axes),
+}
+"""Axis orders a module may use: `B` rows, `N` tokens, `D` width, `...` the axes of an image or video. `BDN`: channels first,
+whatever follows; `BD...`: an image with channels first, or tokens `[B, N, D]`; `ND`: the tokens of all rows in one axis; `?`:
+`BD...` that nobody said. For each the least and the most axes, and the change to `[B, N, D]` (None: nothing to do)."""
+SAY = "say which axis is which: path:BND, path:NBD (rows second), path:BDN (channels first), path:B...D, path:ND (no rows)"
 
 
 def _back(x: Tensor, layout: Layout, like: Tensor) -> Tensor:
     """`x[B, N, D]` in a module's own axis order, shape and, since kernels are chosen by them, strides."""
-    if layout != "BD...":
-        return x.transpose(0, 1) if layout == "NBD" else x
-    x = (x.transpose(1, 2) if like.ndim > 3 else x).reshape(like.shape)
+    if LAYOUTS[layout][2] is None:
+        return x
+    if layout == "NBD":
+        return x.transpose(0, 1)
+    channels_first = layout == "BDN" or (layout in ("BD...", "?") and like.ndim > 3)
+    x = (x.transpose(1, 2) if channels_first and like.ndim > 2 else x).reshape(like.shape)
     return x if x.stride() == like.stride() else torch.empty_like(like).copy_(x)
 
 
@@ -40,7 +59,7 @@ class Site:
         side: the module's `output`, its `input`, or the `update`, which is what a block adds to its input.
         element: which element, where the module gives a tuple; None: the only tensor in it.
         apart: whether it is one of several tensors, so that a module that gives a single one is refused.
-        layout: order of the module's axes: `BND`, `NBD`, or `BD...` for images and videos.
+        layout: order of the module's axes, one of `LAYOUTS`.
         columns: first and last (excluded) column, for a part of the width: one head.
         reads_text: whether the tokens here are those of an image's prompt.
         argument: name of the module's input, if it is not the first that is given.
@@ -62,28 +81,32 @@ class Site:
 
     @property
     def is_plain(self) -> bool:
-        """Whether a module that gives one tensor gives `x[B, N, D]` itself."""
-        return self.columns is None and LAYOUTS[self.layout] is None
+        """Whether a module that gives one tensor of three axes gives `x[B, N, D]` itself."""
+        return self.columns is None and self.layout in ("BND", "B...D")
 
     def read(self, value: Any) -> Tensor:
         """The tensor `x[B, N, D]` inside a module's output or input; raises `WrongWidth` where there is none."""
         x = value if isinstance(value, Tensor) else value[self.element if self.element is not None else self._only(value)]
-        fits = isinstance(x, Tensor) and (1 < x.ndim < 6 if self.layout == "BD..." else x.ndim == 3)
-        if not fits:
+        least, most, swap = LAYOUTS[self.layout]
+        if not isinstance(x, Tensor) or not least <= x.ndim <= most:
             got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
             raise WrongWidth(
-                f"site {self.name!r} (module {self.module!r}) gives {got}, expected a tensor of three axes "
-                "(rows, tokens, width). Name a module whose output has them, such as a block"
+                f"site {self.name!r} (module {self.module!r}) gives {got}, expected a tensor of "
+                f"{least if least == most else f'{least} to {most}'} axes (rows, tokens, width). "
+                f"Name a module whose output has them, such as a block, or {SAY}"
             )
-        if (swap := LAYOUTS[self.layout]) is not None:
-            x = swap(x)
+        if self.layout == "?" and x.ndim > 2 and x.shape[1] == x.shape[-1]:
+            raise WrongWidth(
+                f"site {self.name!r} gives {tuple(x.shape)}, and nothing tells tokens and width of {self.module!r} apart; {SAY}"
+            )
+        x = x if swap is None else swap(x)
         return x if self.columns is None else x[..., self.columns[0] : self.columns[1]]
 
     def write(self, value: Any, x: Tensor) -> Any:
         """`value` with its tensor replaced; `value` itself is left alone."""
         at = self.element if self.element is not None else self._only(value)
         whole = value if isinstance(value, Tensor) else value[at]
-        swap = LAYOUTS[self.layout]
+        swap = LAYOUTS[self.layout][2]
         if self.columns is not None:
             first, last = self.columns
             full = whole if swap is None else swap(whole)

@@ -310,3 +310,21 @@ def test_a_denoiser_compiled_already_is_refused():
     other.unet = torch.compile(other.unet, backend=BACKEND)
     with pytest.raises(errors.CompiledModel, match="attach"):
         sl.steer(other, bank, {"a": 1.0})
+
+
+def test_texts_packed_by_position_ids_are_counted_as_in_eager_code():
+    """The last token of each text is no pad, and positions begin anew with each."""
+    model = tiny("llama")
+    bank = two_directions(model, "layers.0")
+    ids, places = torch.tensor([[3, 4, 5, 6, 7]]), torch.tensor([[0, 1, 2, 0, 1]])
+    edits = ({"a": sl.Add(2.0, tokens=slice(1, 2))}, {"a": 2.0})
+
+    def run(session):
+        with torch.no_grad():
+            return [session.set(edit) and model(ids, position_ids=places, use_cache=False).logits for edit in edits]
+
+    steering = sl.attach(model, bank)
+    eager = run(steering)
+    model.compile(backend="eager", dynamic=False)
+    torch.testing.assert_close(run(steering), eager, atol=1e-5, rtol=0)
+    steering.detach()

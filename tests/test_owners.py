@@ -238,4 +238,4 @@ class Even(Mask):
 
 def test_a_new_mask_is_one_class(chain):
     with sl.steer(chain, two_concepts(chain), {"a": sl.Add(1.0, mask=Even())}):
-        assert chain(torch.zeros(2, 4, WIDTH))[..., 0].tolist() == [[1, 0, 1, 0]] * 2
+        assert chain(torch.zeros(2, 5, WIDTH))[..., 0].tolist() == [[1, 0, 1, 0, 1]] * 2

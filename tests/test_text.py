@@ -1,6 +1,7 @@
 """The laws for text, on small real models: positions, rows, schedules, caches, padding, beams, guidance, gates, do."""
 
 import threading
+from contextvars import Context
 from typing import Any, cast
 
 import pytest

@@ -100,11 +100,11 @@ def _built(model_type: str, auto: Any, given: dict[str, Any]) -> Any:
     return model
 
 
-def shrunk(config: Any, *, fill: bool = False, **given: Any) -> Any:
+def shrunk(config: Any, *, fill: bool = False, sizes: dict[str, Any] = TINY, **given: Any) -> Any:
     """The same configuration with toy sizes at every depth and one layer of each kind; `fill` gives sizes left at None."""
     fields = vars(config)
     new: dict[str, Any] = {
-        n: TINY[n] for n, old in fields.items() if n in TINY and (isinstance(old, int) or (fill and old is None))
+        n: sizes[n] for n, old in fields.items() if n in sizes and (isinstance(old, int) or (fill and old is None))
     }
     for name in ("layer_types", "layers_block_type"):
         if isinstance(fields.get(name), list):
@@ -113,7 +113,7 @@ def shrunk(config: Any, *, fill: bool = False, **given: Any) -> Any:
             new["num_hidden_layers"] = len(new[name])
     new |= {name: value for name, value in given.items() if name in fields}
     parts = {name: getattr(config, name, None) for name in config.sub_configs}
-    new |= {name: shrunk(part, fill=fill, **given) for name, part in parts.items() if part is not None}
+    new |= {name: shrunk(part, fill=fill, sizes=sizes, **given) for name, part in parts.items() if part is not None}
     return type(config)(**new)
 
 

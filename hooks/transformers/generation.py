@@ -1,9 +1,12 @@
-"""What a call of `generate()` was asked for: the prompt, its pads, beams, guidance."""
+"""What a call of `generate()` was asked for, and where its decoder stands: prompt, pads, beams, guidance."""
 
 import threading
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import update_wrapper
+from functools import cached_property, update_wrapper
+from itertools import takewhile
+from types import FrameType
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -11,18 +14,53 @@ import torch
 from torch import Tensor, nn
 
 from steerlib.contexts import ENTERED
-from steerlib.errors import BadEdit
+from steerlib.errors import BadEdit, Unanswerable
 from steerlib.passes import Branch, TextPass
 
 from ..attach import ASIDE, is_compiled
 from ..copies import StandIn
-from ..modules import frames
+from ..modules import entry_of, frames
+from .families import STACKED, Stacked
 
 ROWS = 64
 """Rows for which a compiled model has room."""
 NEVER = 2**31
 """A prompt that does not end: a bare forward."""
+ARGUMENTS = ("inputs", "generation_config", "logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn")
+"""Of `generate()`, in order."""
+LISTS = {"LogitsProcessorList": "processor", "StoppingCriteriaList": "criteria"}
+"""What `generate()` calls between two passes, and its variable that holds the member that is called."""
+ASIDES: dict[str, tuple[Branch, ...]] = {"UnbatchedClassifierFreeGuidanceLogitsProcessor": ("uncond",)}
+"""Which half of guidance the passes of a logits processor are; unknown for all others."""
+GENERATE = "transformers.generation.utils"
+LOOPS = ("generate", "_sample", "_get_logits_processor")
+"""Methods that decide how a call is guided."""
 _PROMPT_POSITIONS: WeakKeyDictionary[nn.Module, Tensor] = WeakKeyDictionary()
+
+
+@dataclass(eq=False)
+class Text:
+    """One text that is being decoded: columns of its prompt, and columns read so far."""
+
+    prompt: int = 0
+    end: int = 0
+
+    def start(self, length: int, kwargs: dict[str, Any]) -> int:
+        """The column of the first token of a pass that was given no mask."""
+        if (cache := kwargs.get("past_key_values")) is not None:
+            try:
+                read = cache.get_seq_length()
+            except (ValueError, AttributeError):  # caches of models without attention do not count
+                read = None
+            if isinstance(read, Tensor) and self.end:
+                return self.end  # a static cache counts on the device, which would be waited for
+            if read is not None:
+                return int(read)
+        return 0 if length == self.end + 1 and length > 1 else self.end  # without a cache all is read anew
+
+    def begins(self, start: int, length: int, kwargs: dict[str, Any]) -> bool:
+        """Whether a pass is the first over a text: one call decodes several, as where a language is detected first."""
+        return not self.end or (not start and (length != self.end + 1 or kwargs.get("past_key_values") is not None))
 
 
 @dataclass(eq=False)
@@ -31,59 +69,69 @@ class Generation:
 
     Args:
         model: whose method was called.
-        prompt: columns of the prompt, pads included; None until a decoder's first pass.
+        prompt: columns of the prompt as far as arguments tell, for compiled code; None: one start token.
         prompts: rows, before beams repeat them; None where unknown.
         mask: `[prompts, columns]`, 1 on real tokens of the prompt; None without pads.
-        guided: whether each step has a second pass, without the prompt.
+        branches: halves of guidance in each pass of the loop itself; None where unknown.
+        has_asides: whether processors or criteria may run the model between two passes of the loop.
         refuse_twin: why no unsteered twin can run beside it, or "".
-        uncond_prompt: columns of that second pass's prompt.
-        ends: columns read so far, by clock, for models that do not count them.
+        texts: by clock and by who makes the passes.
     """
 
     model: nn.Module
     prompt: int | None
     prompts: int | None
     mask: Tensor | None
-    guided: bool
+    branches: tuple[Branch, ...] | None
+    has_asides: bool
     refuse_twin: str
-    uncond_prompt: int | None = None
-    ends: dict[str, int] = field(default_factory=dict)
+    texts: dict[Any, Text] = field(default_factory=lambda: defaultdict(Text))
 
     def at(
         self, clock: str, tokens: Tensor, length: int, start: int | None, mask: Tensor | None, kwargs: dict[str, Any]
     ) -> TextPass:
         """Where a pass of this call over `tokens` `[B, length, ...]` stands; `start` and `mask` are known together."""
-        branch = _half() if self.guided else None
+        branches, aside = self.branches, None
+        if self.has_asides and (aside := _aside()) is not None:
+            branches = entry_of(ASIDES, aside, None)
+        text = self.texts[clock, aside]
         if start is None:
-            start = self._start(branch, clock, length, kwargs)
-        end = start + length
-        if branch == "uncond":
-            self.uncond_prompt = prompt = self.uncond_prompt or end
-        else:
-            if not ASIDE.running:
-                self.ends[clock] = end
-            if (prompt := self.prompt) is None:
-                prompt = self.prompt = end
-            if mask is None and self.mask is not None:
-                mask = self.mask.repeat_interleave(len(tokens) // len(self.mask), dim=0)
+            start = text.start(length, kwargs)
+        if text.begins(start, length, kwargs):
+            text.prompt = start + length + _to_come()
+        if not ASIDE.running:
+            text.end = start + length
+        if mask is None and aside is None and self.mask is not None:
+            mask = self.mask.repeat_interleave(len(tokens) // len(self.mask), dim=0)
         # arguments by place, since by name this call takes twice as long
-        return TextPass(length, start, prompt, mask, self.prompts, () if branch is None else (branch,), tokens)
+        return TextPass(length, start, text.prompt, mask, self.prompts, branches, tokens)
 
-    def _start(self, branch: Branch | None, clock: str, length: int, kwargs: dict[str, Any]) -> int:
-        """The column of the first token of a pass that was given no mask."""
-        if (cache := kwargs.get("past_key_values")) is not None:
-            try:
-                read = cache.get_seq_length()
-            except (ValueError, AttributeError):  # caches of models without attention do not count
-                read = None
-            if isinstance(read, Tensor) and branch != "uncond" and clock in self.ends:
-                return self.ends[clock]  # a static cache counts on the device, which would be waited for
-            if read is not None:
-                return int(read)
-        if branch == "uncond":
-            return 0 if self.uncond_prompt is None or length > 1 else self.uncond_prompt
-        end = self.ends.get(clock, 0)
-        return 0 if length == end + 1 and length > 1 else end  # without a cache all is read anew
+    @cached_property
+    def encoded(self) -> tuple[Branch, ...] | None:
+        """Halves of guidance in the passes of an encoder."""
+        stacked = self.branches is None or entry_of(STACKED, self.model, Stacked()).encoder
+        return self.branches if stacked else ()
+
+
+def _inside() -> Iterator[FrameType]:
+    """The calls between here and the `generate()` that is followed, the innermost first."""
+    return takewhile(lambda frame: frame.f_code.co_name != "_follow" or frame.f_code.co_filename != __file__, frames())
+
+
+def _aside() -> Any:
+    """The logits processor or stopping criterion that runs this pass; None in the loop itself."""
+    calls = (frame.f_locals for frame in _inside() if frame.f_code.co_name == "__call__")
+    return next((call[name] for call in calls if (name := entry_of(LISTS, call.get("self"), "")) in call), None)
+
+
+def _to_come() -> int:
+    """Columns of the prompt after this pass, the first, where it is read in chunks; less those that an assistant guessed."""
+    for frame in _inside():
+        if "candidate_length" in frame.f_code.co_varnames:
+            return -frame.f_locals["candidate_length"]
+        if "input_chunks" in frame.f_code.co_varnames and (chunks := frame.f_locals.get("input_chunks")):
+            return sum(chunk.shape[1] for chunk in chunks[1:])
+    return 0
 
 
 class _Running(threading.local):
@@ -96,43 +144,59 @@ RUNNING = _Running()
 
 
 class Watched(StandIn):
-    """`generate()` of one model, whose calls are followed; it takes the place of the attribute."""
+    """A method of one model whose calls are followed; it takes the place of the attribute."""
 
-    def __init__(self, model: Any):
-        self.model, self.plain, self.is_open = model, model.generate, True
+    def __init__(self, model: Any, name: str):
+        self.model, self.name, self.plain, self.is_open = model, name, getattr(model, name), True
         update_wrapper(self, self.plain)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not self.is_open:  # someone kept it
             return self.plain(*args, **kwargs)
         entered = ENTERED.get()  # noqa: F841 - read off this frame where the call outlives its session
-        outer, RUNNING.call = RUNNING.call, _generation(self.model, args, kwargs)
-        _write_prompt_positions(self.model, RUNNING.call)
-        try:
-            return self.plain(*args, **kwargs)
-        finally:
-            RUNNING.call = outer
-            _write_prompt_positions(self.model, outer)
+        return FOLLOWED[self.name](self.model, self.plain, args, kwargs)
 
     def __reduce__(self) -> Any:
-        return getattr, (self.model, "generate")
+        return getattr, (self.model, self.name)
 
 
 def watch(model: Any) -> Callable[[], None]:
-    """Follow `generate()` of this one object, by an attribute of it. Returns the function that undoes it."""
-    if not hasattr(type(model), "generate"):
-        return lambda: None
-    own, before, watched = vars(model), vars(model).get("generate"), Watched(model)
-    own["generate"] = watched
+    """Follow `generate()` and `generate_batch()` of this one object, by attributes of it. Returns what undoes it."""
+    own, followed = vars(model), [name for name in FOLLOWED if hasattr(type(model), name)]
+    before = {name: own[name] for name in followed if name in own}
+    watched = {name: Watched(model, name) for name in followed}
+    own.update(watched)
 
     def undo() -> None:
-        watched.is_open = False
-        if own.get("generate") is watched:  # else the user has put another one there meanwhile
-            del own["generate"]
-            if before is not None:
-                own["generate"] = before
+        for name, one in watched.items():
+            one.is_open = False
+            if own.get(name) is one:  # else the user has put another one there meanwhile
+                del own[name]
+                own.update({name: before[name]} if name in before else {})
 
     return undo
+
+
+def _follow(model: Any, plain: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+    """Call `generate()`, and know meanwhile what it was asked for."""
+    outer, RUNNING.call = RUNNING.call, _generation(model, args, kwargs)
+    _write_prompt_positions(model, RUNNING.call)
+    try:
+        return plain(*args, **kwargs)
+    finally:
+        RUNNING.call = outer
+        _write_prompt_positions(model, outer)
+
+
+def _follow_batch(model: Any, plain: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:  # noqa: ARG001
+    """Call `generate_batch()`, and raise what ended its own thread, which keeps it to itself."""
+    results = plain(*args, **kwargs)
+    if results and all(result.error for result in results.values()):
+        raise Unanswerable(f"generate_batch() stopped: {next(iter(results.values())).error}")
+    return results
+
+
+FOLLOWED = {"generate": _follow, "generate_batch": _follow_batch}
 
 
 def cached(kwargs: dict[str, Any]) -> Any:
@@ -163,14 +227,9 @@ def _write_prompt_positions(model: nn.Module, call: Generation | None) -> None:
             raise BadEdit(f"a compiled model has room for {ROWS} padded rows, got {call.prompts}; use a smaller batch")
 
 
-def _half() -> Branch:
-    """The half of guidance that is computed; only the call stack shows it."""
-    return "uncond" if any(frame.f_code.co_name == "get_unconditional_logits" for frame in frames()) else "cond"
-
-
 def _generation(model: Any, args: tuple, kwargs: dict[str, Any]) -> Generation:
     """What `generate(*args, **kwargs)` was asked for."""
-    given = dict(zip(("inputs", "generation_config"), args, strict=False)) | kwargs
+    given = dict(zip(ARGUMENTS, args, strict=False)) | kwargs
     config = given.get("generation_config") or model.generation_config
     asked = {**vars(config), **given}
     is_pair, mask = model.config.is_encoder_decoder, given.get("attention_mask")
@@ -178,8 +237,6 @@ def _generation(model: Any, args: tuple, kwargs: dict[str, Any]) -> Generation:
     main = ids if isinstance(ids, Tensor) and ids.shape[1:] != (0,) else given.get("inputs_embeds")
     if is_pair:
         prompt, mask = None, given.get("decoder_attention_mask")
-        if main is None and (encoded := given.get("encoder_outputs")) is not None:
-            main = encoded[0]
     else:
         prompt = main.shape[1] if isinstance(main, Tensor) else 1
         if isinstance(mask, Tensor):
@@ -188,14 +245,35 @@ def _generation(model: Any, args: tuple, kwargs: dict[str, Any]) -> Generation:
             prompt += int(past.get_seq_length())  # only the new part was given
         if mask is None and isinstance(ids, Tensor) and ids is main:
             mask = _inferred_mask(ids, asked)
+    branches, has_asides = _guidance(model, asked)
     return Generation(
         model=model,
         prompt=prompt,
-        prompts=len(main) if isinstance(main, Tensor) else None,
+        prompts=_prompts(model, main, given),
         mask=mask if isinstance(mask, Tensor) and not mask.all() else None,
-        guided=asked.get("guidance_scale") not in (None, 1),
+        branches=branches,
+        has_asides=has_asides,
         refuse_twin="do='hold' cannot follow an encoder in generate()" if is_pair else _no_twin(asked),
     )
+
+
+def _prompts(model: Any, main: Any, given: dict[str, Any]) -> int | None:
+    """How many rows were asked for: by the tokens, else by whatever else the model mainly reads."""
+    if main is None and (encoded := given.get("encoder_outputs")) is not None:
+        main = encoded[0]
+    main = given.get(model.main_input_name) if main is None else main
+    return len(main) if isinstance(main, Tensor) else None
+
+
+def _guidance(model: Any, asked: dict[str, Any]) -> tuple[tuple[Branch, ...] | None, bool]:
+    """Halves in the passes of the loop itself, and whether a processor or a criterion may make passes of its own."""
+    stacked, guided = entry_of(STACKED, model, Stacked()), asked.get("guidance_scale") not in (None, 1)
+    own = any(asked.get(name) for name in ARGUMENTS[2:])
+    if stacked.when(asked):
+        return stacked.branches, own
+    if guided and any(getattr(type(model), name).__module__ != GENERATE for name in LOOPS):
+        return None, True
+    return ("cond",) if guided or asked.get("logits_processor") else (), guided or own
 
 
 def _inferred_mask(ids: Tensor, asked: dict[str, Any]) -> Tensor | None:

@@ -12,19 +12,33 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from steerlib.errors import BadEdit, MissingExtra, Unanswerable, UnsupportedTarget
+from steerlib.errors import BadEdit, MissingExtra, Unanswerable, UnknownSite, UnsupportedTarget
 from steerlib.hosts import Host
 from steerlib.passes import TextPass, TracedPass
-from steerlib.sites import Site
+from steerlib.sites import Layout, Site
 
 from ..attach import modules_on
-from ..modules import arguments, module_site, named
-from .generation import ROWS, RUNNING, Watched, cached, prompt_positions, watch
-from .sites import Stack, named_sites, order, reads_text, stacks, stream_width
+from ..modules import arguments, module_site
+from .calls import Calls
+from .generation import RUNNING, Watched, prompt_positions, watch
+from .sites import (
+    Stack,
+    axes_at,
+    is_block,
+    is_fed_tokens,
+    lists_of_blocks,
+    named_sites,
+    order,
+    reads,
+    reads_text,
+    stacks,
+    stream_width,
+    tower,
+)
 
-_LAYOUTS: WeakKeyDictionary[nn.Module, tuple[dict[str, Site], tuple[Stack, ...]]] = WeakKeyDictionary()
+_LAYOUTS: WeakKeyDictionary[nn.Module, tuple[dict[str, Site], tuple[Stack, ...], bool]] = WeakKeyDictionary()
 
 
 class TransformersHost(Host):
@@ -39,7 +53,6 @@ class TransformersHost(Host):
         if not hasattr(model, "config"):
             raise UnsupportedTarget(f"expected a transformers model inside {type(target).__name__}, found none")
         self.model: Any = model
-        self._ends = prompt_positions(model)  # made now, so that compiled code finds it made
 
     @classmethod
     def opens(cls, source: str) -> bool:  # noqa: ARG003
@@ -71,10 +84,11 @@ class TransformersHost(Host):
         return AutoModelForCausalLM.from_pretrained(**where, dtype=dtype).eval(), tokenizer
 
     @cached_property
-    def _layout(self) -> tuple[dict[str, Site], tuple[Stack, ...]]:
-        """Named sites, and the stacks; read off the model once."""
+    def _layout(self) -> tuple[dict[str, Site], tuple[Stack, ...], bool]:
+        """Named sites, the stacks, and whether parts read no text; read off the model once."""
         if (known := _LAYOUTS.get(self.model)) is None:
-            known = _LAYOUTS[self.model] = named_sites(self.model), stacks(self.model)
+            is_mixed = any(reads(module) is False for module in self.model.modules())
+            known = _LAYOUTS[self.model] = named_sites(self.model), stacks(self.model), is_mixed
         return known
 
     def sites(self) -> Mapping[str, Site]:
@@ -82,13 +96,34 @@ class TransformersHost(Host):
 
     def site(self, name: str) -> Site:
         sites = self.sites()
-        return sites[name] if name in sites else module_site(self.model, name, tuple(sites))
+        if name in sites:
+            return sites[name]
+        if is_block(name) and (blocks := [f"{path}.0" for path in lists_of_blocks(self.model)]) and not self._layout[1]:
+            raise UnknownSite(
+                f"{type(self.model).__name__} has no site {name!r}: nothing tells which of its lists are the text's blocks; "
+                f"name one, or any module path: {', '.join(blocks)}"
+            )
+        return module_site(self.model, name, tuple(sites), self._layout_at)
+
+    def _layout_at(self, path: str, side: str) -> Layout:
+        """Axes at one side of the module at a path: as a named site's, else by its class or by what is around it."""
+        known = (site for site in self.sites().values() if (site.module, site.side, site.columns) == (path, side, None))
+        return next((site.layout for site in known), None) or axes_at(self.model, path, side, self._layout[1])
 
     def clocks(self, site: Site) -> tuple[str, ...]:
-        """The stack a site lies in, and what calls it where only that is given the padding mask."""
+        paths = self._clocks(site)
+        for path in paths:
+            self._calls.arguments(path)
+        return paths
+
+    def _clocks(self, site: Site) -> tuple[str, ...]:
+        """The stack a site lies in, and what calls it where only that is given the padding mask. Where no text is counted, the
+        tower around it or, beside towers, its own module, which knows what it is given."""
         found = self._layout[1]
         if site.name == "embed" and len(found) > 1:
             return tuple(stack.path for stack in found)  # an encoder and a decoder may share it
+        if not self.counts_tokens(site):
+            return (tower(self.model, site.module) or site.module,)
         for stack in found:
             if inside := tuple(path for path in stack.clocks if site.module.startswith(path + ".") or not path):
                 return inside
@@ -100,7 +135,11 @@ class TransformersHost(Host):
         return order(site, self._layout[1], len(self.sites()))
 
     def counts_tokens(self, site: Site) -> bool:
-        return reads_text(self.model, site.module)
+        if not reads_text(self.model, site.module):
+            return False
+        sites, found, is_mixed = self._layout
+        is_named = not is_mixed or any(known.module == site.module for known in sites.values())
+        return is_named or is_fed_tokens(self.model, site.module, found)
 
     begins_text = counts_tokens
 
@@ -109,42 +148,16 @@ class TransformersHost(Host):
             return stream_width(self.model, site, self._layout[1])
         return super().width(site)
 
-    def state(self, clock: str, args: tuple, kwargs: dict[str, Any]) -> TextPass:
-        if len(args) > 1:  # by place, not by name
-            kwargs = named(self.model.get_submodule(clock), args, kwargs)
-        if (tokens := kwargs.get("input_ids")) is None:
-            tokens = _tokens(args, kwargs)
-        length, mask, call = tokens.shape[1], kwargs.get("attention_mask"), RUNNING.call
-        if isinstance(mask, Tensor) and len(shape := mask.shape) == 2 and shape[1] >= length:
-            start = shape[1] - length
-        else:
-            mask = start = None
-        if call is not None and call.model is self.model and clock != self._encoder:
-            return call.at(clock, tokens, length, start, mask, kwargs)
-        return TextPass(length, int(cached(kwargs)) if start is None else start, None, mask, like=tokens)
-
     @cached_property
-    def _encoder(self) -> str | None:
-        """Path of the encoder, whose input is all prompt."""
-        return next((stack.path for stack in self._layout[1] if stack.prefix == "encoder."), None)
+    def _calls(self) -> Calls:
+        encoder = next((stack.path for stack in self._layout[1] if stack.prefix == "encoder."), None)
+        return Calls(self.model, encoder, prompt_positions(self.model))
 
-    def traced_state(self, clock: str, args: tuple, kwargs: dict[str, Any]) -> TracedPass:  # noqa: ARG002
-        tokens = _tokens(args, kwargs)
-        rows, length = tokens.shape[:2]
-        mask, given = kwargs.get("attention_mask"), kwargs.get("position_ids")
-        real = mask[:, -length:].bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
-        if isinstance(mask, Tensor) and real is not None:
-            positions = (mask.long().cumsum(-1) - 1)[:, -length:]
-        elif given is not None and given.ndim == 2:
-            positions = given.expand(rows, -1)
-        else:
-            positions = (torch.arange(length, device=tokens.device) + cached(kwargs)).expand(rows, -1)
-        ends = self._ends
-        row = (torch.arange(rows, device=tokens.device) * ends[ROWS]) // rows
-        steps = (positions - ends[row][:, None] + 1).clamp(min=0)
-        if real is None and length > 1:  # left pads share position 0 with the first real token; only the last is real
-            real = torch.cat((positions[:, 1:] > positions[:, :-1], torch.ones_like(positions[:, :1]).bool()), dim=1)
-        return TracedPass(positions, steps, real)
+    def state(self, clock: str, args: tuple, kwargs: dict[str, Any]) -> TextPass:
+        return self._calls.state(clock, args, kwargs)
+
+    def traced_state(self, clock: str, args: tuple, kwargs: dict[str, Any]) -> TracedPass:
+        return self._calls.traced_state(clock, args, kwargs)
 
     def is_call(self, frame: FrameType) -> bool:
         owner = frame.f_locals.get("self")
@@ -175,11 +188,3 @@ class TransformersHost(Host):
         text = config.get_text_config(decoder=True)
         sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
         return {"model_type": config.model_type, **{name: getattr(text, name, None) for name in sizes}}
-
-
-def _tokens(args: tuple, kwargs: dict[str, Any]) -> Tensor:
-    """The tensor whose first two axes are rows and tokens."""
-    for name in ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds"):
-        if (value := kwargs.get(name)) is not None:
-            return value
-    return next(value for value in args if isinstance(value, Tensor))

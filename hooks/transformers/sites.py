@@ -16,13 +16,18 @@ from torch import nn
 from steerlib.sites import Layout, Site
 
 from ..attach import modules_on
-from ..modules import arguments
-from .families import AFTER, CHILDREN, HEADS, MIXERS, PROJECTION, TOKENS, family
+from ..modules import arguments, layout_of
+from .families import AFTER, CHILDREN, HEADS, MIXERS, OTHER, PROJECTION, TOKENS, family
 
 PARTS = ("in", "heads", "attn", "mlp.in", "mlp", "update", "out")
 """Of a block, in the order in which it runs them."""
 PART, HEAD = r"(?P<part>in|attn|mlp\.in|mlp|update)", r"(?P<head>\.heads(\.\d+)?)"
 IN_BLOCK = re.compile(rf"(encoder\.|decoder\.)?layers\.(?P<block>\d+)(\.{PART})?{HEAD}?")
+
+
+def is_block(name: str) -> bool:
+    """Whether a name is that of a block or of a part of one."""
+    return IN_BLOCK.fullmatch(name) is not None
 
 
 @dataclass(frozen=True)
@@ -47,7 +52,8 @@ def stacks(model: Any) -> tuple[Stack, ...]:
         if part is not None and (blocks := _blocks(part)) and family(blocks[0]).tokens:
             clocks = dict.fromkeys((names[part],) if prefix else (names[part], names[_caller(model, part)]))
             paths = tuple(names[block] for block in blocks)
-            found.append(Stack(prefix, names[part], paths, tuple(clocks), family(blocks[0]).layout))
+            axes: Layout = next((f.layout for m in (blocks[0], part) if (f := family(m)).layout != "BND"), "BND")
+            found.append(Stack(prefix, names[part], paths, tuple(clocks), axes))
     return tuple(found)
 
 
@@ -61,32 +67,63 @@ def _caller(model: Any, part: nn.Module) -> nn.Module:
 
 def _decoder(model: Any) -> nn.Module:
     """What decodes: transformers' own answer if that takes tokens, else the body, under whatever name."""
-    candidates = [model.base_model, *model.children()]
+    named = [model.base_model]
     with suppress(AttributeError, NotImplementedError):
-        candidates.insert(0, model.get_decoder())
-    bodies = (part for part in candidates if part is not model and "input_ids" in arguments(part))
-    return next((part for part in bodies if hasattr(part, "config") and _blocks(part)), model)
+        named.insert(0, model.get_decoder())
+    own = not any("." not in name for name in lists_of_blocks(model)) and [*model.children()]
+    for candidates in (named, own or []):
+        bodies = (m for m in candidates if m is not model and "input_ids" in arguments(m) and hasattr(m, "config"))
+        if (found := [part for part in bodies if _blocks(part)]) and (candidates is named or len(found) == 1):
+            return found[0]
+    return model
 
 
 def _blocks(stack: Any) -> list[nn.Module]:
-    """The blocks whose outputs are the residual stream: the outermost list of layers that can be checkpointed, else of
-    as many modules as the configuration has layers; never in a tower that reads no text."""
-    if (given := family(stack).blocks) is not None:
+    """The blocks whose outputs are the residual stream: the one list of layers that can be checkpointed, else of as many
+    modules as the configuration has layers; if there are several, the one that the stack holds itself, else none."""
+    special, config = family(stack), getattr(stack, "config", None)
+    if any(getattr(config, field, value) != value for field, value in special.needs):
+        return []
+    if (given := special.blocks or special.within) is not None:
         return list(stack.get_submodule(given))
+    outer, depth = lists_of_blocks(stack), _first(_config(stack), "num_hidden_layers", "n_layer", "num_layers", "n_layers")
+    kinds = {name: {cls.__name__ for cls in type(blocks[0]).__mro__} for name, blocks in outer.items()}
+    lists = [name for name in outer if "GradientCheckpointingLayer" in kinds[name]]
+    is_marked = bool(lists)
+    lists = lists or [name for name, blocks in outer.items() if len(blocks) == depth or config is None]
+    if len(lists if is_marked else outer) > 1:
+        lists = [name for name in lists if "." not in name]
+    return outer[lists[0]] if len(lists) == 1 else []
+
+
+def lists_of_blocks(stack: nn.Module) -> dict[str, list[nn.Module]]:
+    """The outermost lists of modules that project, by path: no convolutions that stand before a stack; in what reads text, none
+    of a part that does not."""
     inner = dict(stack.named_modules())
     lists = {name: list(m) for name, m in inner.items() if isinstance(m, nn.ModuleList) and len(m)}
-    towers = [name for name, m in inner.items() if name and getattr(m, "main_input_name", "input_ids") not in TOKENS]
+    towers = [name for name, m in inner.items() if name and reads(m) is False] if reads(stack) is not False else []
     within = tuple(f"{name}." for name in (*lists, *towers))
-    outer = [blocks for name, blocks in lists.items() if not name.startswith(within)]
-    for blocks in outer:
-        if any(cls.__name__ == "GradientCheckpointingLayer" for cls in type(blocks[0]).__mro__):
-            return blocks
-    depth = _first(_config(stack), "num_hidden_layers", "n_layer", "num_layers", "n_layers")
-    return next((b for b in outer if len(b) == depth and any(b[0].children())), [])
+    return {n: b for n, b in lists.items() if not n.startswith(within) and any(b[0].children()) and _projects(b[0])}
 
 
-def _config(stack: Any) -> Any:
-    return stack.config.get_text_config(decoder=True)
+def _projects(block: nn.Module) -> bool:
+    return any(_first(module, "in_features", "nx") is not None for module in block.modules())
+
+
+def reads(module: nn.Module) -> bool | None:
+    """Whether a module is given a text's tokens, or (False) pictures or sound; None where its arguments do not tell."""
+    given = arguments(module)
+    if {"input_ids", "decoder_input_ids"} & {*given}:
+        return True
+    main = getattr(module, "main_input_name", None)
+    if any(name.startswith(OTHER) for name in given) or (main in given and main not in TOKENS):
+        return False
+    return True if main in TOKENS and "inputs_embeds" in given else None
+
+
+def _config(part: Any) -> Any:
+    """The configuration of a stack's text; None where it has none of its own."""
+    return part.config.get_text_config(decoder=True) if hasattr(part, "config") else None
 
 
 def _first(source: Any, *names: str) -> Any:
@@ -102,16 +139,19 @@ def named_sites(model: nn.Module) -> dict[str, Site]:
             sites |= _block_sites(model, stack, i)
         if (norm := _final_norm(model, stack)) is not None:
             sites[f"{stack.prefix}norm"] = Site(name=f"{stack.prefix}norm", module=norm, layout=found[0].layout)
-    embeddings = _embeddings(model, found).items()
-    return sites | {name: Site(name=name, module=path, layout=found[0].layout) for name, path in embeddings}
+    axes: Layout = "NBD" if found and family(model.get_submodule(found[0].blocks[0])).layout == "NBD" else "BND"
+    return sites | {name: Site(name=name, module=path, layout=axes) for name, path in _embeddings(model, found).items()}
 
 
 def _embeddings(model: Any, found: tuple[Stack, ...]) -> dict[str, str]:
     """Paths of the token embeddings: one for all stacks that read tokens, or each its own."""
     names = {module: name for name, module in model.named_modules()}
     parts: dict[str, Any] = {stack.prefix: model.get_submodule(stack.path) for stack in found}
-    own = {prefix: part.get_input_embeddings() for prefix, part in parts.items() if "input_ids" in arguments(part)}
-    paths = {f"{prefix}embed": names[m] for prefix, m in own.items() if not isinstance(m, nn.ModuleList)}
+    own: dict[str, Any] = {}
+    for prefix, part in parts.items():
+        with suppress(AttributeError, NotImplementedError):  # parts that do not say which they are
+            own |= {f"{prefix}embed": part.get_input_embeddings()} if "input_ids" in arguments(part) else {}
+    paths = {name: names[m] for name, m in own.items() if m in names and not isinstance(m, nn.ModuleList)}
     return {"embed": min(paths.values())} if len({*paths.values()}) == 1 else paths
 
 
@@ -215,6 +255,32 @@ def order(site: Site, found: tuple[Stack, ...], count: int) -> tuple[int, ...]:
 
 
 def reads_text(model: nn.Module, path: str) -> bool:
-    """Whether the innermost part on a path that names its main input reads text: towers for pictures or sound do not."""
-    inputs = [m.main_input_name for m in modules_on(model, path) if hasattr(m, "main_input_name")]
-    return bool(inputs) and inputs[-1] in TOKENS
+    """Whether the innermost part on a path whose arguments tell is given tokens of text."""
+    return next((known for m in reversed(modules_on(model, path)) if (known := reads(m)) is not None), False)
+
+
+def is_fed_tokens(model: Any, path: str, found: tuple[Stack, ...]) -> bool:
+    """Whether a text's tokens flow at a path, in a model that also reads pictures or sound: in its blocks and its head."""
+    if any(path.startswith(f"{block}.") for stack in found for block in stack.blocks):
+        return True
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return head is not None and modules_on(model, path)[-1] is head
+
+
+def tower(model: nn.Module, path: str) -> str | None:
+    """Path of the innermost part around a place whose arguments tell what it is given, if that is no text."""
+    steps, inside = path.split("."), modules_on(model, path)
+    at = next((n for n in reversed(range(len(inside))) if reads(inside[n]) is not None), 0)
+    return None if reads(inside[at]) is not False else ".".join(steps[:at])
+
+
+def axes_at(model: nn.Module, path: str, side: str, found: tuple[Stack, ...]) -> Layout:
+    """Axes at a place that has no name: by torch's own classes; in a tower that packs its rows, none of rows; inside a stack
+    as between its blocks."""
+    inside, own = modules_on(model, path), layout_of(modules_on(model, path)[-1], side)
+    if own in ("BDN", "NBD"):
+        return own
+    if not reads_text(model, path) and any("cu_seqlens" in arguments(module) for module in inside):
+        return "ND"
+    around = next((stack.layout for stack in found if path.startswith(f"{stack.path}.") or not stack.path), None)
+    return around if around == "NBD" else own if own == "B...D" else around or "?"

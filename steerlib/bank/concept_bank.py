@@ -79,7 +79,6 @@ class ConceptBank(Stored):
 
     def with_concepts(self, concepts: Sequence[Concept] | None = None, **changes: Any) -> "ConceptBank":
         """A copy with other concepts, its encoders in memory; `changes` are arguments of `ConceptBank` in place of its own.
-
         `encoders` may be some of them, in place of those of the same id. Raises `BadBank` where card, graph or effects would go
         on to name or describe what the copy does not have, and warns of concepts that it drops.
 

@@ -11,11 +11,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..bank import ConceptBank
+from ..devices import unrounded
 from ..errors import Unanswerable
 from ..hooks.attach import LOCK, attachment
 from ..hosts import Host
 from ..passes import StepState
-from ..precision import unrounded
 from ..schedules import gain
 from .edit import Edit, EditTensors, Given
 from .shares import Section, When

@@ -10,11 +10,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ..devices import placed
+from ..devices import placed, unrounded
 from ..encoders.base import Encoder
 from ..errors import ConflictingEdits, RowMismatch, Unanswerable, WrongWidth
 from ..passes import StepState
-from ..precision import unrounded
 from .edit import Change, Edit, EditTensors, Given, Has
 from .exact import emptied
 from .reading import Key, Note, NoteReader
@@ -87,6 +86,8 @@ class Program:
     def check_rows(self, rows: int, now: StepState) -> None:
         """Raise `RowMismatch` where amounts are not one for each prompt."""
         rows, amounts = rows // now.copies, self.rows
+        if amounts > 1 and now.refused:
+            raise Unanswerable(now.refused)
         expected = now.prompts or rows
         if amounts > 1 and now.branches is None and (now.images or rows) != rows:
             raise Unanswerable(

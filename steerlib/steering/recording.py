@@ -7,9 +7,9 @@ from typing import Any
 from torch import Tensor
 
 from ..bank import ConceptBank
+from ..devices import unrounded
 from ..hosts import host_for
 from ..passes import StepState
-from ..precision import unrounded
 from .dispatch import beside
 from .reading import reader
 

@@ -117,8 +117,9 @@ class Half(Share):
         if now.branches is None:
             raise Unanswerable(
                 f"{self.name!r}: branch={self.branch!r} needs to know which half of guidance this pass computes, and neither "
-                "the source of the pipeline that runs nor what it passes on shows it; call a pipeline of diffusers, enter the "
-                "order of your own in steerlib.hooks.diffusers.families.GUIDANCE, or pass each half alone with branch='both'"
+                "the source of the pipeline that runs nor what it passes on shows it, nor generate(guidance_scale=...): "
+                "processors and loops of your own do not tell. Call a pipeline of diffusers, enter the order of your own in "
+                "steerlib.hooks.diffusers.families.GUIDANCE, or pass each half alone with branch='both'"
             )
         halves = [float(half == self.branch) for half in now.branches or ("cond",)]
         if len({*halves}) == 1:
