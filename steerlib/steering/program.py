@@ -205,10 +205,9 @@ class Run:
 
     def _repeated(self, x: Tensor, now: StepState) -> Tensor:
         """The steered x, counted nowhere."""
-        uncounted = copy(self)
-        uncounted.tally, now = Tally(), copy(now)
-        now.is_again = False
-        return uncounted(x, now)
+        uncounted, then = copy(self), copy(now)
+        uncounted.tally, then.is_again = Tally(), False
+        return uncounted(x, then)
 
     @property
     def counts(self) -> Tally:
@@ -226,9 +225,7 @@ class Run:
     def listen(self, x: Tensor, now: StepState) -> None:
         """Keep what pinned concepts read here, in a pass without edits."""
         with unrounded(x):
-            for edit in self.program.edits:
-                if edit.aim.needs_twin:
-                    self.twin.readings[edit.key] = edit.read(x, now)
+            self.twin.readings |= {edit.key: edit.read(x, now) for edit in self.program.edits if edit.aim.needs_twin}
 
     # -- where the change is the same at every token -----------------------------------------------------------
 
@@ -266,15 +263,14 @@ class Run:
         weights = [edit.weight(x, now) for edit in program.edits]
         if not any(isinstance(weight, Tensor) or weight for weight in weights):
             return x
-        tensors = self.tensors = self._tensors(x.device)
         program.check_rows(len(x), now)
         given = program.given(x, now, weights, self.twin.readings)
-        change = program.change(tensors, x, given)
+        change = program.change(self._tensors(x.device), x, given)
         for k, edit in enumerate(program.edits):
             if edit.leaves is not None:
                 before = now.notes.get(edit.leaves)
                 now.notes[edit.leaves] = change.moved[..., k] + (0 if before is None else before.to(x.device))
-        y, on, swaps = self._replaced(self._kept(x, x + change.delta.to(x.dtype), change), now, weights, given.gains)
+        y, on, swaps = self._replaced(_kept(program, x, x + change.delta.to(x.dtype), change), now, weights, given.gains)
         tally.count(now, on, change.cut)
         state = now.section, [isinstance(weight, Tensor) or weight > 0 for weight in weights]
         if tally.is_due(now, tally.turns) or tally.state != state:
@@ -285,17 +281,11 @@ class Run:
     def _tensors(self, device: torch.device) -> EditTensors:
         """The edits as tensors on a device; what learns as it is now."""
         assert self.tensors is not None
-        assert self.program.tensors is not None
         if self.program.learns:
-            return self.program.tensors.renewed(self.program.edits, device)
-        return self.tensors if self.tensors.read.device == device else self.tensors.to(device)
-
-    def _kept(self, x: Tensor, y: Tensor, change: Change) -> Tensor:
-        """y, where tokens that some edits moved have their old length again."""
-        if not self.program.keeps:
-            return y
-        moved = torch.stack([change.moved[..., k] != 0 for k in self.program.keeps], dim=-1).any(-1, keepdim=True)
-        return torch.where(moved, y * (x.norm(dim=-1, keepdim=True) / y.norm(dim=-1, keepdim=True).clamp(min=1e-30)), y)
+            return self.tensors.renewed(self.program.edits, device)
+        if self.tensors.read.device != device:
+            self.tensors = self.tensors.to(device)
+        return self.tensors
 
     def _replaced(
         self, y: Tensor, now: StepState, weights: "Sequence[float | Tensor]", gains: Tensor | None
@@ -318,7 +308,7 @@ class Run:
     ) -> None:  # fmt: skip
         """Measure what became of the concepts where they were edited; without a `change` it was the constant one."""
         program = self.program
-        tensors = self.tensors = self._tensors(y.device)
+        tensors = self._tensors(y.device)
         with torch.no_grad(), unrounded(y):
             if change is None:
                 moved = tensors.shift * tensors.constant(program.cap)[1]
@@ -333,6 +323,14 @@ class Run:
                 length[..., k] = own
             code = torch.where(tensors.threshold > -inf, before + moved, after)
             self.tally.look(now.on(y.device), placed(program.gauge, y.device), (before, after, code), length, on)
+
+
+def _kept(program: Program, x: Tensor, y: Tensor, change: Change) -> Tensor:
+    """y, where tokens that some edits moved have their old length again."""
+    if not program.keeps:
+        return y
+    moved = torch.stack([change.moved[..., k] != 0 for k in program.keeps], dim=-1).any(-1, keepdim=True)
+    return torch.where(moved, y * (x.norm(dim=-1, keepdim=True) / y.norm(dim=-1, keepdim=True).clamp(min=1e-30)), y)
 
 
 def _gains(x: Tensor, now: StepState, weights: "Sequence[float | Tensor]") -> Float[Tensor, "B N K"] | None:
