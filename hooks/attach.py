@@ -18,7 +18,7 @@ from torch import Tensor, is_grad_enabled, nn
 from torch.compiler import is_compiling
 
 from steerlib.contexts import ENTERED
-from steerlib.errors import CompiledModel, UnknownSite, WrongWidth
+from steerlib.errors import CompiledModel, Unanswerable, UnknownSite, WrongWidth
 from steerlib.hosts import Host
 from steerlib.passes import DenoisingPass, StepState, TextPass
 from steerlib.sites import Site
@@ -27,6 +27,7 @@ from .changes import Link, in_place_of, links
 from .checkpoints import Act, backward_now, is_repeated, steered
 from .copies import Ours, hide
 from .modules import arguments
+from .parallel import why_split
 
 
 class Moment(threading.local):
@@ -297,6 +298,8 @@ class Attachment:
 
     def _plug(self, host: Host, site: Site) -> None:
         inside = modules_on(self.model, site.module)
+        if why := why_split(inside, site):
+            raise Unanswerable(why)
         if is_compiled(inside):
             raise CompiledModel(
                 f"{type(self.model).__name__} is compiled already, and torch would ignore a hook added now at "

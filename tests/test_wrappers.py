@@ -1,5 +1,7 @@
 """Modules around and inside a model that come while it is steered: adapters, other wrappers, shards, processes."""
 
+import os
+
 import pytest
 import torch
 from tiny_models import tiny
@@ -7,7 +9,7 @@ from tiny_pipelines import PIPELINES, run
 from torch import nn
 
 import steerlib as sl
-from steerlib.errors import SiteNotReached, UnknownSite, UnsupportedTarget
+from steerlib.errors import SiteNotReached, Unanswerable, UnknownSite, UnsupportedTarget
 from steerlib.hosts import REFUSED, host_for
 
 IDS = torch.tensor([[3, 5, 7, 9], [2, 4, 6, 8]])
@@ -242,3 +244,44 @@ def test_a_model_prepared_by_accelerate_is_steered():
     with torch.no_grad(), sl.steer(prepared, bank, {"a": sl.Set(2.0)}), sl.record(prepared, bank) as tape:
         prepared(IDS)
     torch.testing.assert_close(tape["a"][0][1], torch.full((2, 4), 2.0), rtol=1e-5, atol=1e-5)
+
+
+TOGETHER = ("layers.0", "layers.0.attn", "layers.0.mlp", "layers.0.mlp.in", "embed", "norm", "lm_head")
+APART = ("layers.0.attn.heads", "layers.0.attn.heads.0", "layers.0.attn.heads.1", "model.layers.0.mlp.up_proj")
+APART += ("model.layers.0.mlp.down_proj.in", "model.layers.0.self_attn.q_proj")
+
+
+def on_a_process(rank, folder, results):
+    """Steers a model that two processes run together, and one of its own."""
+    import warnings
+
+    from transformers import AutoModelForCausalLM
+
+    warnings.simplefilter("ignore")
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), OMP_NUM_THREADS="1")
+    whole = AutoModelForCausalLM.from_pretrained(f"{folder}/model").eval()
+    split = AutoModelForCausalLM.from_pretrained(f"{folder}/model", tp_plan="auto").eval()
+    found = {}
+    with torch.no_grad():
+        for site in (*TOGETHER, *APART):
+            bank = bank_at(whole, site)
+            with sl.steer(whole, bank, {"a": sl.Set(2.0)}):
+                expected = whole(IDS).logits
+            try:
+                with sl.steer(split, bank, {"a": sl.Set(2.0)}):
+                    found[site] = float((split(IDS).logits - expected).abs().max())
+            except Unanswerable as error:
+                found[site] = str(error)
+    torch.save(found, results / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_tensor_parallel_models_are_steered_where_a_tensor_is_whole(tmp_path):
+    """Two processes; elsewhere, each head on its own process included, the site is refused on both."""
+    tiny("llama").save_pretrained(tmp_path / "model")
+    torch.multiprocessing.spawn(on_a_process, (str(tmp_path), tmp_path), nprocs=2)
+    for rank in range(2):
+        found = torch.load(tmp_path / f"{rank}.pt")
+        assert all(found[site] < 1e-4 for site in TOGETHER), found
+        assert all("split over processes" in found[site] for site in APART), found
