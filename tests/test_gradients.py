@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import torch
 from tiny_models import tiny
+from tiny_pipelines import PIPELINES
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -17,6 +18,7 @@ from steerlib.steering.compiled import why_not
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad"),  # of nested parts, in their first run
 ]
 
@@ -337,3 +339,48 @@ def test_what_learns_is_saved_as_it_is_and_refused_where_it_cannot_work(tmp_path
     assert torch.equal(saved, v.detach()) and not saved.requires_grad
     (edit,) = sl.steer(model, bank, {"v": 1.0}).plan.edits
     assert "requires gradients" in why_not(edit, blind=False)  # what a compiled site is refused with
+
+
+PLACES = ("mid_block.attentions.0.transformer_blocks.0.attn1", "down_blocks.0.resnets.0", "mid_block.resnets.0.conv1")
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_denoisers_run_again_as_they_ran(place, reentrant):
+    """Two noise levels before one backward, as a loss over steps has, in another thread; edits by level and by image."""
+
+    def gradients(is_checkpointed):
+        pipe = PIPELINES["sd1"].build()
+        unet, generator = pipe.unet.train(), torch.Generator().manual_seed(5)
+        if is_checkpointed:
+            unet.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=reentrant))
+        with torch.no_grad(), sl.record(pipe, [f"unet.{place}"]) as tape:
+            unet(torch.randn(2, 4, 16, 16), 900, torch.randn(2, 6, 16))
+        vector = torch.randn(tape[f"unet.{place}"][0][1].shape[-1], generator=generator)
+        bank = sl.ConceptBank.from_directions({"a": vector}, site=f"unet.{place}", base=pipe)
+        x, words = torch.randn(2, 4, 16, 16, generator=generator), torch.randn(2, 6, 16, generator=generator)
+        edits = {"a": sl.Set([2.0, -1.0], when=sl.Window(0.0, 0.5))}
+        with sl.steer(pipe, bank, edits), sl.steer(pipe, bank, {"a": sl.Add(1.0, when=sl.Window(0.3, 1.0))}):
+            losses = [unet(x.requires_grad_(), level, words)[0].square().sum() for level in (900, 600, 100)]
+            in_thread(sum(losses).backward)
+        return grads(unet)
+
+    plain, found = gradients(False), gradients(True)
+    torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-5 * float(plain.abs().max()))
+
+
+def test_a_trainer_that_checkpoints_gets_the_gradients_of_one_that_does_not(tmp_path):
+    pytest.importorskip("accelerate")
+    from transformers import Trainer, TrainingArguments
+
+    rows, after = [{"input_ids": row, "labels": row} for row in FIRST["input_ids"]], []
+    for is_checkpointed in (False, True):
+        model = tiny("llama")
+        bank = bank_of(model, "layers.0.mlp", model.config.hidden_size)
+        options = {"max_steps": 2, "use_cpu": True, "report_to": [], "disable_tqdm": True, "save_strategy": "no", "seed": 0}
+        arguments = TrainingArguments(str(tmp_path), gradient_checkpointing=is_checkpointed, **options)
+        with sl.steer(model, bank, {"a": sl.Set(2.0, tokens=slice(1, 4))}) as session:
+            Trainer(model=model, args=arguments, train_dataset=rows).train()
+        after.append((torch.cat([p.detach().flatten() for p in model.parameters()]), str(session.report())))
+    torch.testing.assert_close(after[0][0], after[1][0], rtol=1e-4, atol=1e-5)
+    assert after[0][1] == after[1][1]
