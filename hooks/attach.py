@@ -186,7 +186,7 @@ class Socket(Ours):
             learns = state.learns
             if state.length != (length := x.shape[1]):
                 state = state.at(length)
-        if learns or is_grad_enabled():
+        if (learns or is_grad_enabled()) and not is_compiling():  # a function around the model may be
             return steered(self.key, edit, x, state, self.moment.task)
         return edit(x, state)
 

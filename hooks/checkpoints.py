@@ -136,6 +136,6 @@ def unfinished(site: Any) -> bool:
 
 def uncheckpointed() -> AbstractContextManager[Any]:
     """A context in which what is kept for backward is no part of what is run again: it happens in the first run alone."""
-    if hooks_now(True) is None:
+    if torch.compiler.is_compiling() or hooks_now(True) is None:
         return nullcontext()
     return torch.autograd.graph.saved_tensors_hooks(lambda x: x.detach(), lambda x: x)

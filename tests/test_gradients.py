@@ -4,6 +4,7 @@ import gc
 import threading
 import warnings
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import steerlib as sl
+from steerlib import encoders
 from steerlib.errors import Outlived, Unanswerable
 from steerlib.steering.compiled import why_not
 
@@ -162,7 +164,7 @@ def test_parts_are_known_whoever_checkpoints_them(way):
             steering.clear()
             in_thread((one.square().sum() + two.square().sum()).backward)
         steering.detach()
-        return torch.cat([grads(model), x.grad.flatten()])
+        return torch.cat([grads(model), torch.as_tensor(x.grad).flatten()])
 
     calls = {
         "the model": lambda model, x: model(x),
@@ -247,7 +249,8 @@ def test_a_vector_learns_through_steer_as_through_a_hook_by_hand(kind, source):
         v = (start.half() if source == "half vector" else start.clone()).requires_grad_()
         if source == "encoder":
             bank = sl.ConceptBank.from_encoder(sl.Directions(v[None].detach().requires_grad_()), site="layers.0", base=model)
-            v, name = bank.encoder("layers.0").decoder, "layers.0/0"
+            learnt: Any = bank.encoder("layers.0")
+            v, name = learnt.decoder, "layers.0/0"
         else:
             bank, name = sl.ConceptBank.from_directions({"v": v, "w": other}, site="layers.0", base=model), "v"
         if kind == "gate" and source == "encoder":
@@ -269,7 +272,7 @@ def test_a_vector_learns_through_steer_as_through_a_hook_by_hand(kind, source):
                     loss = model(FIRST["input_ids"]).logits.logsumexp(-1).sum()
                 assert session.report().ran
             loss.backward()
-            found.append((loss.detach(), v.grad.clone()))
+            found.append((loss.detach(), torch.as_tensor(v.grad).clone()))
             optimizer.step()
     for (loss, gradient), (loss_too, gradient_too) in zip(found[:3], found[3:], strict=True):
         torch.testing.assert_close(loss_too, loss, rtol=1e-5, atol=1e-4)
@@ -280,15 +283,14 @@ def test_a_vector_learns_through_steer_as_through_a_hook_by_hand(kind, source):
 @pytest.mark.parametrize("kind", ["relu", "topk", "jumprelu"])
 def test_an_encoder_of_latents_learns_through_steer(kind):
     """Finite differences of the loss along a random direction of its tensors, with the cap binding too."""
-    from steerlib.encoders import KINDS
-
+    kinds: Any = encoders.KINDS
     model, generator = tiny("llama").requires_grad_(False).double(), torch.Generator().manual_seed(4)
     rows = torch.randn(64, 32, generator=generator)
     extra = {"topk": {"k": 8}, "jumprelu": {"threshold": torch.zeros(64)}}.get(kind, {})
     tensors = {"encoder": rows, "bias": torch.full((64,), 0.1), "decoder": rows / 32}
     tensors = {name: tensor.clone().requires_grad_() for name, tensor in tensors.items()}
     for norm in (None, 0.5):
-        bank = sl.ConceptBank.from_encoder(KINDS[kind](**tensors, **extra), site="layers.0", base=model, norm=norm)
+        bank = sl.ConceptBank.from_encoder(kinds[kind](**tensors, **extra), site="layers.0", base=model, norm=norm)
         edits = {"layers.0/3": sl.Scale(3.0), "layers.0/5": sl.Add(4.0), "layers.0/7": sl.Set(2.0)}
 
         def loss(bank=bank, edits=edits):
@@ -299,7 +301,7 @@ def test_an_encoder_of_latents_learns_through_steer(kind):
 
         gradients = torch.autograd.grad(loss(), list(tensors.values()))
         ways = [torch.randn(tensor.shape, generator=generator) for tensor in tensors.values()]
-        along = sum((g * way).sum() for g, way in zip(gradients, ways, strict=True))
+        along = torch.stack([(g * way).sum() for g, way in zip(gradients, ways, strict=True)]).sum()
         ends = []
         for step in (2e-3, -4e-3):
             with torch.no_grad():
@@ -325,7 +327,7 @@ def test_a_vector_learns_beside_checkpointing(way):
         other = sl.ConceptBank.from_directions({"w": w, "g": w.detach()}, site="blocks.3", base=model)
         with sl.steer(model, bank, {"v": sl.Set(1.0)}), sl.steer(model, other, {"w": sl.Add(1.0, tokens=slice(1, None))}):
             model(torch.randn(2, 3, 8, requires_grad=True)).square().sum().backward()
-        gradients.append(torch.stack([v.grad, w.grad]))
+        gradients.append(torch.stack([torch.as_tensor(v.grad), torch.as_tensor(w.grad)]))
     torch.testing.assert_close(*gradients)
 
 
@@ -335,7 +337,8 @@ def test_what_learns_is_saved_as_it_is_and_refused_where_it_cannot_work(tmp_path
     with torch.no_grad():
         v *= 2
     bank.save_pretrained(tmp_path / "bank")
-    saved = sl.ConceptBank.from_pretrained(tmp_path / "bank").encoder("layers.0").decoder[0]
+    whole: Any = sl.ConceptBank.from_pretrained(tmp_path / "bank").encoder("layers.0")
+    saved = whole.decoder[0]
     assert torch.equal(saved, v.detach()) and not saved.requires_grad
     (edit,) = sl.steer(model, bank, {"v": 1.0}).plan.edits
     assert "requires gradients" in why_not(edit, blind=False)  # what a compiled site is refused with
@@ -362,7 +365,7 @@ def test_checkpointed_denoisers_run_again_as_they_ran(place, reentrant):
         edits = {"a": sl.Set([2.0, -1.0], when=sl.Window(0.0, 0.5))}
         with sl.steer(pipe, bank, edits), sl.steer(pipe, bank, {"a": sl.Add(1.0, when=sl.Window(0.3, 1.0))}):
             losses = [unet(x.requires_grad_(), level, words)[0].square().sum() for level in (900, 600, 100)]
-            in_thread(sum(losses).backward)
+            in_thread(torch.stack(losses).sum().backward)
         return grads(unet)
 
     plain, found = gradients(False), gradients(True)
@@ -373,7 +376,8 @@ def test_a_trainer_that_checkpoints_gets_the_gradients_of_one_that_does_not(tmp_
     pytest.importorskip("accelerate")
     from transformers import Trainer, TrainingArguments
 
-    rows, after = [{"input_ids": row, "labels": row} for row in FIRST["input_ids"]], []
+    rows: Any = [{"input_ids": row, "labels": row} for row in FIRST["input_ids"]]
+    after = []
     for is_checkpointed in (False, True):
         model = tiny("llama")
         bank = bank_of(model, "layers.0.mlp", model.config.hidden_size)

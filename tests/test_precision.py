@@ -1,11 +1,13 @@
 """Edits and readings are float32 whatever the model is computed in."""
 
+from typing import Any
+
 import pytest
 import torch
 from tiny_models import tiny
 
 import steerlib as sl
-from steerlib.encoders import KINDS
+from steerlib import encoders
 from steerlib.steering.recording import replacing
 
 IDS = torch.tensor([[0, 0, 3, 5, 7, 9], [4, 6, 8, 10, 12, 14]])
@@ -20,10 +22,11 @@ def directions(model):
 
 
 def latents(model, kind="topk"):
+    kinds: Any = encoders.KINDS
     generator = torch.Generator().manual_seed(3)
     rows = torch.randn(64, WIDTH, generator=generator)
     extra = {"k": 8} if kind == "topk" else {}
-    encoder = KINDS[kind](encoder=rows, bias=torch.zeros(64), decoder=rows / rows.square().sum(-1, keepdim=True), **extra)
+    encoder = kinds[kind](encoder=rows, bias=torch.zeros(64), decoder=rows / rows.square().sum(-1, keepdim=True), **extra)
     return sl.ConceptBank.from_encoder(encoder, site=SITE, base=model)
 
 

@@ -15,7 +15,7 @@ from tiny_pipelines import PIPELINES, run
 from torch import nn
 
 import steerlib as sl
-from steerlib.encoders import KINDS
+from steerlib import encoders
 from steerlib.hosts import host_for
 
 CASES, PICTURES, SEED, TOKENS = 200, 24, 20260, 7
@@ -127,9 +127,10 @@ def concept_of(case, model, width, generator):
         return sl.ConceptBank.from_directions({"c": d}, site=case.site, base=model), "c", lambda x: x @ d / d.dot(d), d
     rows, bias = torch.randn(24, width, generator=generator), 0.1 * torch.rand(24, generator=generator)
     out = torch.randn(24, width, generator=generator) / width**0.5
+    kinds: Any = encoders.KINDS
     k = {"k": 6} if case.concepts == "topk" else {}
     bank = sl.ConceptBank.from_encoder(
-        KINDS[case.concepts](encoder=rows, bias=bias, decoder=out, **k), site=case.site, base=model
+        kinds[case.concepts](encoder=rows, bias=bias, decoder=out, **k), site=case.site, base=model
     )
 
     def encode(x):

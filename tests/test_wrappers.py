@@ -187,9 +187,10 @@ class TestParallel:
 
     @pytest.mark.parametrize("is_inside", [False, True])
     def test_sharded_blocks_whose_classes_have_other_names(self, is_inside):
+        from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
-        mesh = torch.distributed.init_device_mesh("cpu", (1,))
+        mesh = init_device_mesh("cpu", (1,))
 
         def shard(model):
             for block in model.model.layers:
@@ -240,6 +241,7 @@ def test_a_model_prepared_by_accelerate_is_steered():
     accelerate = pytest.importorskip("accelerate")
     model = tiny("llama")
     bank = bank_at(model, "layers.0")
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)  # of other tests
     prepared = accelerate.Accelerator(cpu=True, mixed_precision="bf16").prepare(model)
     with torch.no_grad(), sl.steer(prepared, bank, {"a": sl.Set(2.0)}), sl.record(prepared, bank) as tape:
         prepared(IDS)
@@ -280,7 +282,9 @@ def on_a_process(rank, folder, results):
 def test_tensor_parallel_models_are_steered_where_a_tensor_is_whole(tmp_path):
     """Two processes; elsewhere, each head on its own process included, the site is refused on both."""
     tiny("llama").save_pretrained(tmp_path / "model")
-    torch.multiprocessing.spawn(on_a_process, (str(tmp_path), tmp_path), nprocs=2)
+    from torch.multiprocessing.spawn import spawn
+
+    spawn(on_a_process, (str(tmp_path), tmp_path), nprocs=2)
     for rank in range(2):
         found = torch.load(tmp_path / f"{rank}.pt")
         assert all(found[site] < 1e-4 for site in TOGETHER), found

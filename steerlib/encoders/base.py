@@ -44,7 +44,8 @@ class Rows(NamedTuple):
         """Their values now, on the CPU."""
         if not any(tensor.requires_grad for tensor in self[:4]):
             return self
-        return Rows(*(tensor.detach().cpu() for tensor in self[:4]), self.norm)
+        read, bias, write, threshold = (tensor.detach().cpu() for tensor in self[:4])
+        return Rows(read, bias, write, threshold, self.norm)
 
     def reading(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch K"]:
         """z of activations, float32."""

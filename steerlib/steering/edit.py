@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from ..bank.concepts import Gate, Place
 from ..devices import placed
@@ -247,8 +248,9 @@ class EditTensors:
             own = share * (taken - less @ self.read.T)
             less, coded = less + self._least_change(own, share.expand_as(own)), coded + own
         more = change.delta - less
-        length = more.norm(dim=-1, keepdim=True)
-        kept = (self.cap / length.clamp(min=1e-30)).clamp(max=1)
+        # compiled code has caps that are infinite, through which gradients are not numbers
+        length = (more.detach() if is_compiling() else more).norm(dim=-1, keepdim=True)
+        kept = (self.cap / length.clamp(min=1e-12)).clamp(max=1)
         delta = torch.where(kept < 1, less + more * kept, change.delta)
         moved = torch.where(kept < 1, coded + (change.moved - coded) * kept, change.moved)
         return Change(delta, z, moved, (kept < 1 / 1.0001) & ~takes & (total != 0))
