@@ -10,25 +10,24 @@ import threading
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
-from copy import deepcopy
 from threading import get_ident
-from types import MethodType
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from torch import Tensor, nn
+from torch import Tensor, is_grad_enabled, nn
 from torch.compiler import is_compiling
 
 from steerlib.contexts import ENTERED
-from steerlib.errors import CompiledModel, WrongWidth
+from steerlib.errors import CompiledModel, Unanswerable, UnknownSite, WrongWidth
 from steerlib.hosts import Host
 from steerlib.passes import DenoisingPass, StepState, TextPass
 from steerlib.sites import Site
 
+from .changes import Link, in_place_of, links
+from .checkpoints import Act, backward_now, is_repeated, steered
+from .copies import Ours, hide
 from .modules import arguments
-
-Act = Callable[[Tensor, StepState], Tensor]
-"""What is done with `x[B, N, D]` at a site."""
+from .parallel import why_split
 
 
 class Moment(threading.local):
@@ -36,6 +35,8 @@ class Moment(threading.local):
 
     state: StepState | None = None
     clock: str | None = None
+    task: int = -1
+    """The backward pass in which the model was called; -1: in none."""
 
 
 class Aside(threading.local):
@@ -47,7 +48,7 @@ class Aside(threading.local):
 ASIDE = Aside()
 
 
-class Clock:
+class Clock(Ours):
     """A pre-hook that reads where the pass stands."""
 
     def __init__(self, host: Host, path: str):
@@ -60,6 +61,10 @@ class Clock:
         """Passes so far, by what was entered in their context."""
         self.threads: dict[int, Any] = {}
         """What was entered in the context of each thread's last pass."""
+        self.links: tuple[Link, ...] = ()
+        """The steps to the modules of its sockets."""
+        self.follow: Callable[[], None] = lambda: None
+        """Called where one of them leads elsewhere now."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Clock:  # noqa: ARG002
         """Deep copies carry no sessions."""
@@ -70,18 +75,27 @@ class Clock:
         if is_compiling():
             self.traced = self.host.traced_state(self.path, args, kwargs)
             return
+        if (task := backward_now()) != -1 and is_repeated():
+            return
+        for table, name, child in self.links:
+            if table.get(name) is not child:
+                self.follow()
+                break
         self.threads[get_ident()] = entered = ENTERED.get()
         self.passes[entered] += 1
         state = None
         for moment in self.moments:
             if not self.outer or moment.clock not in self.outer:
-                state = moment.state = state or self.host.state(self.path, args, kwargs)
+                if state is None:
+                    state = self.host.state(self.path, args, kwargs)
+                    state.learns = is_grad_enabled() or (state.like is not None and state.like.requires_grad)
+                moment.state, moment.task = state, task
             moment.clock = self.path
         if type(state) is DenoisingPass:  # blocks may be compiled where what calls them is not
             self.traced = state.into_tensors(self.traced)
 
 
-class Socket:
+class Socket(Ours):
     """A hook at one site whose contents can be swapped while it stays.
 
     Attributes:
@@ -93,6 +107,7 @@ class Socket:
     def __init__(self, model: nn.Module, site: Site, clocks: tuple[Clock, ...], moment: Moment):
         self.model, self.site, self.clocks, self.moment = model, site, clocks, moment
         self.is_plain, self.module = site.is_plain, modules_on(model, site.module)[-1]
+        self.key = (model, site.name)
         self.owners: list[Any] = []
         self.edit: Any = None
         self.traced: Act | None = None
@@ -166,8 +181,13 @@ class Socket:
         state = self.moment.state
         if state is None:  # called by hand, outside the model's own forward
             state = TextPass(x.shape[1], like=x)
-        elif state.length != (length := x.shape[1]):
-            state = state.at(length)
+            learns = True
+        else:
+            learns = state.learns
+            if state.length != (length := x.shape[1]):
+                state = state.at(length)
+        if (learns or is_grad_enabled()) and not is_compiling():  # a function around the model may be
+            return steered(self.key, edit, x, state, self.moment.task)
         return edit(x, state)
 
     def _act_by_rows(self, edit: Act | None, x: Tensor) -> Tensor:
@@ -175,6 +195,8 @@ class Socket:
         state = self.moment.state
         if edit is None:
             raise CompiledModel(f"site {self.site.name!r} has no axis of rows, which compiled code needs; do not compile it")
+        if backward_now() != -1:
+            return steered(self.key, edit, x, state or TextPass(x.shape[1], like=x), self.moment.task, has_rows=False)
         if state is None or not state.length or state.like is None:
             return self._act(edit, x)
         rows = len(state.like)
@@ -219,6 +241,7 @@ class Attachment:
                 if site.name not in self.sockets:
                     self._plug(host, site)
             stack.pop_all()
+        self._link()
 
     def release(self, host: Host, sites: Iterable[Site]) -> None:
         """Remove the sockets and clocks that no session needs any more, and after the last one everything else."""
@@ -252,12 +275,31 @@ class Attachment:
             del _ATTACHED[self.model]
             self.kin.remove(self)
 
+    def follow(self) -> None:
+        """Move sockets to modules that wrap theirs now, or were inside of them."""
+        for name, socket in sorted(self.sockets.items(), key=lambda item: item[1].site.side == "update"):
+            now = in_place_of(socket.module, self.model, socket.site.module)
+            if now is not None and now is not socket.module:
+                self._undo[f"site {name}"]()
+                socket.module = now
+                self._undo[f"site {name}"] = _hook(socket.clocks[0].host, now, socket)
+        self._link()
+
+    def _link(self) -> None:
+        """Let clocks see where a module is put in place of one of theirs."""
+        for clock in self.clocks.values():
+            paths = {socket.site.module for socket in self.sockets.values() if clock in socket.clocks}
+            steps = {(id(link[0]), link[1]): link for path in paths for link in links(self.model, path)}
+            clock.links = tuple(steps.values())
+
     def uses(self, site: Site) -> int:
         """How many sessions need the socket at a site."""
         return self._uses[site.name]
 
     def _plug(self, host: Host, site: Site) -> None:
         inside = modules_on(self.model, site.module)
+        if why := why_split(inside, site):
+            raise Unanswerable(why)
         if is_compiled(inside):
             raise CompiledModel(
                 f"{type(self.model).__name__} is compiled already, and torch would ignore a hook added now at "
@@ -269,6 +311,7 @@ class Attachment:
         for path in paths:
             if path not in self.clocks:
                 clock = self.clocks[path] = Clock(host, path)
+                clock.follow = self.follow
                 # last among the pre-hooks, after all that change the inputs
                 module = self.model.get_submodule(path)
                 handle = module.register_forward_pre_hook(clock.on_call, with_kwargs=True)
@@ -309,7 +352,7 @@ def _both(first: Callable[[], None], second: Callable[[], None]) -> Callable[[],
     return undo
 
 
-class Before:
+class Before(Ours):
     """A pre-hook that does something before every pass of a module."""
 
     def __init__(self, action: Callable[[tuple, dict[str, Any]], None]):
@@ -323,72 +366,6 @@ def before_forward(model: nn.Module, action: Callable[[tuple, dict[str, Any]], N
     """Do something before every pass of the whole model. Returns what undoes it."""
     handle = model.register_forward_pre_hook(Before(action).on_call, with_kwargs=True, prepend=True)
     return _both(handle.remove, hide(model))
-
-
-# -- copies ------------------------------------------------------------------------------------------------------
-
-
-class StandIn:
-    """What takes the place of a method of one module; `plain` is that method, and what a copy gets."""
-
-    plain: Any
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        return deepcopy(self.plain, memo)
-
-
-class Hidden:
-    """The `__reduce_ex__` of a hooked module: its copies and pickles are what they would be without steerlib."""
-
-    def __init__(self, module: nn.Module):
-        self.module, self.users, self.forward = module, 0, MethodType(type(module).forward, module)
-        # torch compiles anew what it compiled before: it looks whether a module has a forward of its own, not at hooks
-        vars(module).setdefault("forward", self.forward)
-
-    def __call__(self, protocol: Any) -> Any:
-        """What `copy` and `pickle` make the module anew from."""
-        made = type(self.module).__reduce_ex__(self.module, protocol)
-        if not isinstance(made, tuple) or len(made) < 3 or not isinstance(made[2], dict):
-            return made
-        state = {name: _plain(value) for name, value in made[2].items() if value is not self}
-        state = {name: value for name, value in state.items() if not self._is_given(name, value)}
-        for name in ("_forward_hooks", "_forward_pre_hooks"):
-            ours = [k for k, hook in state.get(name, {}).items() if isinstance(getattr(hook, "__self__", None), OURS)]
-            for table in (name, f"{name}_with_kwargs", f"{name}_always_called") if ours else ():
-                if (hooks := state.get(table)) is not None:
-                    state[table] = type(hooks)((k, hook) for k, hook in hooks.items() if k not in ours)
-        return (*made[:2], state, *made[3:])
-
-    def _is_given(self, name: str, value: Any) -> bool:
-        """Whether an attribute is the method that its class gives the module anyway."""
-        mine, given = self.module, getattr(type(self.module), name, None)
-        return isinstance(value, MethodType) and value.__self__ is mine and value.__func__ is given
-
-    def leave(self) -> None:
-        """One who hooked the module is gone."""
-        self.users -= 1
-        if not self.users:
-            own = vars(self.module)
-            own.pop("__reduce_ex__", None)
-            if own.get("forward") is self.forward:
-                del own["forward"]
-
-
-OURS = (Clock, Socket, Before)
-
-
-def hide(module: nn.Module) -> Callable[[], None]:
-    """Keep what is hooked to a module out of its copies and pickles. Returns what undoes it."""
-    if (hidden := vars(module).get("__reduce_ex__")) is None:
-        hidden = vars(module)["__reduce_ex__"] = Hidden(module)
-    hidden.users += 1
-    return hidden.leave
-
-
-def _plain(value: Any) -> Any:
-    while isinstance(value, StandIn):
-        value = value.plain
-    return value
 
 
 _ATTACHED: WeakKeyDictionary[nn.Module, Attachment] = WeakKeyDictionary()
@@ -421,7 +398,9 @@ def modules_on(model: nn.Module, path: str) -> list[nn.Module]:
     """The modules that a path leads through, the model first."""
     inside = [model]
     for name in filter(None, path.split(".")):
-        inside.append(inside[-1]._modules[name])  # type: ignore[arg-type]  # getattr would take ten times as long
+        if (child := inside[-1]._modules.get(name)) is None:  # getattr would take ten times as long
+            raise UnknownSite(f"{type(model).__name__} has no module {path!r} any more; name what stands there now by its path")
+        inside.append(child)
     return inside
 
 

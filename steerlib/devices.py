@@ -1,5 +1,9 @@
-"""Where things lie. What the host has is copied to a device once, since the host waits for the device at every copy."""
+"""Where things lie. What the host has is copied to a device once, since the host waits for the device at every copy.
 
+Edits and readings are computed in float32, also where autocast computes a model in bfloat16 or float16.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any
 
@@ -37,3 +41,11 @@ def numbers(values: tuple[float, ...], device: torch.device) -> Tensor:
     """Some numbers as a tensor on a device."""
     with torch.inference_mode(False):
         return torch.tensor(values, device=device)
+
+
+def unrounded(x: Tensor) -> AbstractContextManager[object]:
+    """A context in which autocast changes nothing on the device of x."""
+    kind = x.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
+    return nullcontext()

@@ -24,8 +24,26 @@ HOSTS = {
 }
 """`package.Class` of a target, or of a class that it inherits from -> `module:Host`. For an object the nearest class wins;
 `load` tries the last entry first. A further library is one more entry."""
-WRAPPED = {"transformers.Pipeline": "model"}
+WRAPPED = {"transformers.Pipeline": "model", "torch.DistributedDataParallel": "module"}
 """Objects that hold what is steered, and in which attribute."""
+REFUSED: dict[str, tuple[type[Exception], str]] = {
+    "torch.OptimizedModule": (
+        CompiledModel,
+        "torch.compile(model) gives a wrapper; sl.attach(model, bank) to the model itself before compiling it, "
+        "and steering.set(...) acts on the wrapper too",
+    ),
+    "torch.DataParallel": (
+        UnsupportedTarget,
+        "DataParallel runs copies of the model on parts of the batch, whose rows nobody can tell; steer its .module, or use "
+        "DistributedDataParallel",
+    ),
+    "torch.FullyShardedDataParallel": (
+        UnsupportedTarget,
+        "FullyShardedDataParallel wraps blocks under other names and flattens their weights; shard with "
+        "torch.distributed.fsdp.fully_shard, which leaves modules in place",
+    ),
+}
+"""What cannot be steered as it is: the error, and what to do."""
 
 
 class Host(ABC):
@@ -145,11 +163,9 @@ def host_for(target: object) -> Host:
     """
     for cls in type(target).__mro__:
         name = f"{cls.__module__.partition('.')[0]}.{cls.__qualname__}"
-        if name == "torch.OptimizedModule":
-            raise CompiledModel(
-                "torch.compile(model) gives a wrapper; sl.attach(model, bank) to the model itself before compiling it, "
-                "and steering.set(...) acts on the wrapper too"
-            )
+        if name in REFUSED:
+            kind, text = REFUSED[name]
+            raise kind(text)
         if name in WRAPPED:
             return host_for(getattr(target, WRAPPED[name]))
         if name in HOSTS:

@@ -75,6 +75,10 @@ class StepState(ABC):
     copies: Any = 1
     section: Section = "prompt"
     is_plain: bool = True
+    learns: bool = False
+    """Whether gradients are kept in this pass."""
+    is_again: bool = False
+    """Whether backward() runs a checkpointed part of it a second time, where nothing is counted or shown."""
     grid: Grid | None = None
     """Of the latent."""
     film: int | None = None
@@ -142,6 +146,14 @@ class StepState(ABC):
             return torch.arange(rows, device=self.device) % amounts
         each = rows // self.copies  # prompts, which beams and images per prompt repeat, one copy after the other
         return (torch.arange(rows, device=self.device) % each * amounts) // each
+
+    def again(self) -> "StepState":
+        """The same for a second run of a checkpointed part, with the notes there are now."""
+        there: Any = copy(self)
+        there.is_again, there.notes = True, dict(self.notes)
+        if "_sizes" in vars(there):
+            there._sizes = {}
+        return there
 
     def detached(self) -> "StepState":
         """The same for a tape, which must not keep a pipeline or its activations alive."""

@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import nn
 
-from ..attach import Socket, StandIn
+from ..attach import Socket
+from ..copies import StandIn
 
 
 class Plugged(StandIn):

@@ -17,7 +17,8 @@ from steerlib.contexts import ENTERED
 from steerlib.errors import BadEdit, Unanswerable
 from steerlib.passes import Branch, TextPass
 
-from ..attach import ASIDE, StandIn, is_compiled
+from ..attach import ASIDE, is_compiled
+from ..copies import StandIn
 from ..modules import entry_of, frames
 from .families import STACKED, Stacked
 

@@ -106,6 +106,10 @@ class Bank(ABC):
         """
         return self._shelf.rows(concept, self.sites)
 
+    def learns(self, concept: Concept | Place) -> bool:
+        """Whether its rows require gradients, so that every pass uses their values at that time."""
+        return self._shelf.learns(concept.encoder)
+
     def count(self, encoder: str) -> int:
         """Rows of an encoder; each is a concept, `encoder/index`."""
         return self._shelf.count(encoder)

@@ -104,7 +104,7 @@ class ConceptBank(Stored):
 
         Args:
             directions: vectors `[D]` by name of concept, as tensors, arrays or lists; one unit of a concept is its vector. For
-                one a site, give a concept its vectors by site: `{"royal": {"layers.3": v3, "layers.5": v5}}`.
+                one a site: `{"royal": {"layers.3": v3, "layers.5": v5}}`. What requires gradients learns in each pass.
             site: name of the site, such as `layers.15`, or the number of a block; several: the concept moves at each of them.
             base: the model or pipeline.
             name: name of the bank.

@@ -127,7 +127,7 @@ def _write(folder: Path, bank: Mapping[str, Any]) -> None:
     (folder / "sites").mkdir()
     for id, facts in sorted(shelf.facts.items()):
         tensors = shelf.encoder(id).to_tensors()
-        save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, folder / facts.file)
+        save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, folder / facts.file)
         blocks = bytearray(trust.block_hashes(folder / facts.file))
         hashes[facts.file] = torch.frombuffer(blocks, dtype=torch.uint8).reshape(-1, 32)
     save_file(hashes, folder / trust.HASHES)

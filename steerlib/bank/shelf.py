@@ -58,6 +58,10 @@ class Shelf:
         where = {id: facts.site for id, facts in self.facts.items()}
         return Shelf.of(made, where, {id: facts.reads for id, facts in self.facts.items()})
 
+    def learns(self, id: str) -> bool:
+        """Whether an encoder has tensors that require gradients."""
+        return id in self._made and self._made[id].learns
+
     def encoder(self, id: str) -> Encoder:
         """A whole encoder, kept once it was read."""
         if id not in self._made:
@@ -86,7 +90,7 @@ class Shelf:
 
     def rows(self, at: Concept | Place, sites: Mapping[str, SiteFacts]) -> Rows:
         """What steering needs of one coordinate, on the CPU, read when first asked for, and checked; `sites` are the bank's."""
-        if (found := self._rows.get(at.id)) is None:
+        if (found := self._rows.get(at.id)) is None or self.learns(at.encoder):
             found, facts = self._read(at).to(torch.device("cpu")), self.facts[at.encoder]
             for site, tensor in ((facts.reads or facts.site, found.read), (facts.site, found.write)):
                 if (width := sites[site].width) != tensor.shape[-1]:

@@ -39,7 +39,7 @@ def gathered(directions: Vectors, where: Where) -> tuple[dict[str, Directions], 
             places.append(Part(encoder=site, index=len(rows[site]) - 1, unit=1.0))
         first, *parts = places
         concepts.append(Concept(name=name, encoder=first.encoder, index=first.index, parts=tuple(parts)))
-    return {site: Directions(_stacked(site, some)) for site, some in rows.items()}, concepts
+    return {site: Directions(_together(site, some)) for site, some in rows.items()}, concepts
 
 
 def _by_site(name: object, given: object, where: Where) -> dict[str, Tensor]:
@@ -66,17 +66,12 @@ def _vector(name: str, given: Any) -> Tensor:
         vector = given if isinstance(given, Tensor) else torch.as_tensor(np.asarray(given, dtype=np.float32))
     except (TypeError, ValueError) as error:
         raise BadBank(f"expected {name!r} as a vector of numbers, got {given!r:.80}: {error}") from None
-    if vector.requires_grad:
-        raise BadBank(
-            f"{name!r} requires gradients, and a bank keeps the values of its vectors alone, so that none would reach it; "
-            "give vector.detach()"
-        )
     if vector.ndim != 1 or vector.is_complex():
         raise WrongWidth(f"expected vectors of one axis, got {tuple(vector.shape)} of {vector.dtype} for {name!r}")
-    return vector.float().cpu()
+    return vector if vector.requires_grad else vector.float().cpu()  # one that learns is looked at in every pass
 
 
-def _stacked(site: str, rows: Sequence[Tensor]) -> Tensor:
+def _together(site: str, rows: Sequence[Tensor]) -> Tensor | Sequence[Tensor]:
     if len({row.shape for row in rows}) > 1:
         raise WrongWidth(f"expected vectors of equal width at {site!r}, got widths {sorted({len(row) for row in rows})}")
-    return torch.stack(list(rows))
+    return rows if any(row.requires_grad for row in rows) else torch.stack(list(rows))

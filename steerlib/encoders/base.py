@@ -40,6 +40,13 @@ class Rows(NamedTuple):
         """The same elsewhere."""
         return Rows(*(tensor.to(device) for tensor in self[:4]), norm=self.norm)
 
+    def detached(self) -> "Rows":
+        """Their values now, on the CPU."""
+        if not any(tensor.requires_grad for tensor in self[:4]):
+            return self
+        read, bias, write, threshold = (tensor.detach().cpu() for tensor in self[:4])
+        return Rows(read, bias, write, threshold, self.norm)
+
     def reading(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch K"]:
         """z of activations, float32."""
         return fired(self.potential(x), placed(self.threshold, x.device))
@@ -109,6 +116,11 @@ class Encoder(ABC):
     def of_rows(cls, settings: Mapping[str, Any], rows: int) -> dict[str, Any]:  # noqa: ARG003
         """The settings of an encoder that is made of some rows only."""
         return dict(settings)
+
+    @property
+    def learns(self) -> bool:
+        """Whether some of its tensors require gradients: then every pass uses their values at that time."""
+        return any(tensor.requires_grad for tensor in self.to_tensors().values())
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -115,7 +115,10 @@ class AsTwin(Aim):
 
     def target(self, x: Tensor, now: StepState, twin: dict[Key, Tensor]) -> Tensor:  # noqa: ARG002
         if self.key not in twin:
-            raise Unanswerable("do='hold' needs the whole model to be called, not a part of it: its twin did not run")
+            raise Unanswerable(
+                "do='hold' needs the whole model to be called, not a part of it (by hand, or by gradient checkpointing): its "
+                "twin did not run"
+            )
         return twin.pop(self.key)
 
 

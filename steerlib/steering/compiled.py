@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..bank import ConceptBank
+from ..devices import unrounded
 from ..errors import Unanswerable
 from ..hooks.attach import LOCK, attachment
 from ..hosts import Host
@@ -97,7 +98,8 @@ class CompiledEdit:
         self.acts.add_((gains > 0).flatten(0, 1).any(0))
         self.tokens.add_((gains > 0).sum((0, 1)) / len(x))
         row = now.row(self.prompts.long(), len(x)).to(x.device)
-        change = self.tensors.change(x, Given(gains=gains, row=row))
+        with unrounded(x):
+            change = self.tensors.change(x, Given(gains=gains, row=row))
         return x + change.delta.to(x.dtype)
 
     def fill(self, edits: Sequence[Edit], cap: float) -> None:
@@ -168,6 +170,11 @@ def why_not(edit: Edit, *, blind: bool) -> str:
             f"{edit.name!r}: gates, PerStep, when= at several levels, match_norm, keep_norm, masks, branches, patches, "
             "Ablate(exact=True) of latents, do='hold' and 'graph' need Python at every pass, which a compiled model leaves "
             "out; use them on one that is not compiled"
+        )
+    if edit.now is not None:
+        return (
+            f"{edit.name!r} requires gradients: its values may change between passes, and a compiled model keeps them; train "
+            "it on one that is not compiled, and steer with vector.detach()"
         )
     if blind and any(share.clock == "steps" for share in edit.shares):
         return (

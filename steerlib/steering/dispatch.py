@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..contexts import ENTERED, Entry, acting
 from ..errors import CompiledModel, Unanswerable
 from ..hooks.attach import ASIDE, LOCK, Act, Attachment, Socket, attachment, is_compiled, modules_on
+from ..hooks.checkpoints import uncheckpointed, unfinished
 from ..hosts import Host
 from ..passes import StepState
 from ..sites import Site
@@ -115,7 +116,8 @@ def rewire(place: Attachment) -> None:
     for kin in place.kin:
         shared = is_shared(kin)
         for socket in kin.sockets.values():
-            socket.edit = ByContext(socket.owners, present, is_shared=shared) if socket.owners else None
+            has_work = socket.owners or unfinished(socket.key)
+            socket.edit = ByContext(socket.owners, present, is_shared=shared) if has_work else None
     for socket in place.sockets.values():
         if isinstance(socket.traced, CompiledEdit):
             _fill(socket, socket.traced)
@@ -219,9 +221,10 @@ class Observing:
         self.observers = observers
 
     def __call__(self, x: Tensor, now: StepState) -> Tensor:
-        if not ASIDE.running:
-            for observe in self.observers:
-                observe(x, now)
+        if not ASIDE.running and not now.is_again:
+            with uncheckpointed():
+                for observe in self.observers:
+                    observe(x, now)
         return x
 
 
@@ -244,7 +247,7 @@ class Joined:
             run.joined.append((self.run, slice(end - len(run.program.edits), end)))
 
     def __call__(self, x: Tensor, now: StepState) -> Tensor:
-        for run in self.runs:
+        for run in self.runs if not now.is_again else ():
             run.tally.passes += 1
         return self.run(x, now)
 

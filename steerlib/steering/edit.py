@@ -17,14 +17,15 @@ beyond, that is a *removal*. Only what is added is capped. Together it is as lon
 forces are met as far as it goes.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
 from math import inf
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from ..bank.concepts import Gate, Place
 from ..devices import placed
@@ -51,6 +52,7 @@ class Edit:
         aim: what it does.
         shares: what it is multiplied by.
         leaves: the note of how far it moved the concept, for later sites; None: none is needed.
+        now: tells the rows of a concept that learns, in the pass that runs; None: they never change.
         natural: raw readings between which 99 % of reference data lie; None where that was not measured.
         cut: whether its amount was cut to natural readings before the first pass.
     """
@@ -63,6 +65,7 @@ class Edit:
     aim: Aim
     shares: tuple[Share, ...] = ()
     leaves: Key | None = None
+    now: Callable[[], Rows] | None = None
     natural: tuple[float, float] | None = None
     cut: bool = False
 
@@ -187,6 +190,12 @@ class EditTensors:
         """The same contents elsewhere, copied once for all sessions."""
         return EditTensors(**{f.name: placed(getattr(self, f.name), device) for f in fields(self)})
 
+    def renewed(self, edits: Sequence[Edit], device: torch.device) -> "EditTensors":
+        """The same elsewhere, with the rows that concepts have now."""
+        rows = zip(*((edit.rows if edit.now is None else edit.now())[:4] for edit in edits), strict=True)
+        read, bias, write, threshold = (torch.cat([one.to(device, torch.float32) for one in column]) for column in rows)
+        return replace(self.to(device), read=read, bias=bias, write=write, threshold=threshold)
+
     def constant(self, cap: float) -> tuple[Float[Tensor, "R D"], Float[Tensor, "R 1"]]:
         """The change of every token where all edits are constant, cut to a length, and the share of it that is left."""
         delta = self.shift @ self.write
@@ -239,8 +248,9 @@ class EditTensors:
             own = share * (taken - less @ self.read.T)
             less, coded = less + self._least_change(own, share.expand_as(own)), coded + own
         more = change.delta - less
-        length = more.detach().norm(dim=-1, keepdim=True)  # a measure, not a part of the edit that is learned through
-        kept = (self.cap / length.clamp(min=1e-30)).clamp(max=1)
+        # compiled code has caps that are infinite, through which gradients are not numbers
+        length = (more.detach() if is_compiling() else more).norm(dim=-1, keepdim=True)
+        kept = (self.cap / length.clamp(min=1e-12)).clamp(max=1)
         delta = torch.where(kept < 1, less + more * kept, change.delta)
         moved = torch.where(kept < 1, coded + (change.moved - coded) * kept, change.moved)
         return Change(delta, z, moved, (kept < 1 / 1.0001) & ~takes & (total != 0))

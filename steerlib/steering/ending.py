@@ -7,6 +7,8 @@ from typing import Any
 
 from ..contexts import outward
 from ..errors import Outlived, OutOfRange, SiteNotReached, SteeringWarning
+from ..hooks.changes import in_place_of
+from ..hooks.checkpoints import unfinished
 from .dispatch import is_shared
 from .stay import Stay
 
@@ -15,6 +17,12 @@ def said_of(stay: Stay) -> Iterator[Exception]:
     """Warnings, and, last, an error."""
     if any(run.counts.capped for run in stay.runs.values()):
         yield OutOfRange("edits were capped in length at run time; see report()")
+    left = [socket for socket, _ in stay.one.owners if stay.place.uses(socket.site) == 1]
+    if names := ", ".join(repr(socket.site.name) for socket in left if unfinished(socket.key)):
+        yield Outlived(
+            f"gradient checkpointing will run parts of this block's passes again, at {names}, where they are then unsteered: "
+            "gradients will be wrong. Call backward() inside the block, or keep the edits with sl.attach"
+        )
     if is_running(stay):
         yield Outlived(
             "a generation that began in this block goes on after it, in another thread; the rest of it is not steered. End the "
@@ -77,7 +85,11 @@ def replaced(stay: Stay) -> str:
     """Names of sites whose module is another one now, and not one that wraps it."""
     found = []
     for socket, _ in stay.one.owners:
-        module = stay.host.module(socket.site.module)
-        if module is not socket.module and (module is None or socket.module not in [*module.modules()]):
-            found.append(repr(socket.site.name))
+        top, _, _ = socket.site.module.partition(".")
+        part = stay.host.module(top)
+        if top and part is not stay.place.model._modules.get(top):  # another component of the pipeline
+            is_lost = part is None or socket.module not in [*part.modules()]
+        else:
+            is_lost = in_place_of(socket.module, stay.place.model, socket.site.module) is None
+        found += [repr(socket.site.name)] if is_lost else []
     return ", ".join(found)

@@ -8,6 +8,7 @@ import torch
 
 from ..bank import ConceptBank
 from ..bank.concepts import Concept, Gate, Place
+from ..encoders import Rows
 from ..errors import BadEdit, Unanswerable
 from ..hosts import Host
 from ..passes import Branch
@@ -121,16 +122,20 @@ class Lowering:
     def _made(
         self, concept: Concept, place: Place, read: Reader, aim: Any, shares: Sequence[Share], leaves: Key | None
     ) -> Edit:  # fmt: skip
-        rows = self.bank.rows(place)
-        if isinstance(read, NoteReader):
-            rows = rows._replace(read=torch.zeros_like(rows.write), bias=torch.zeros(1), norm="")
-        elif read.code is not None:  # alone it tells one thing: at 0 or below a latent reads 0 whatever the others do
-            rows = rows._replace(threshold=torch.zeros(1))
+
+        def rows() -> Rows:
+            found = self.bank.rows(place)
+            if isinstance(read, NoteReader):
+                return found._replace(read=torch.zeros_like(found.write), bias=torch.zeros(1), norm="")
+            # alone a row that competes tells one thing: at 0 or below a latent reads 0 whatever the others do
+            return found if read.code is None else found._replace(threshold=torch.zeros(1))
+
         return Edit(
             key=self.key(place),
             name=concept.name,
             place=place,
-            rows=rows,
+            rows=rows().detached(),
+            now=rows if self.bank.learns(place) else None,
             read=read,
             aim=aim,
             shares=tuple(shares),

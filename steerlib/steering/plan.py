@@ -53,6 +53,7 @@ class Plan:
 
 
 @torch.inference_mode(False)  # plans are kept, and may be used with gradients later
+@torch.autocast("cpu", enabled=False)
 def resolve(bank: ConceptBank, host: Host, edits: Edits, options: Options) -> Plan:
     """Everything that can be known, and refused, before the first pass."""
     _check_options(options)

@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable, Sequence
+from copy import copy
 from math import inf
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ..devices import placed
+from ..devices import placed, unrounded
 from ..encoders.base import Encoder
 from ..errors import ConflictingEdits, RowMismatch, Unanswerable, WrongWidth
 from ..passes import StepState
@@ -36,7 +37,8 @@ class Program:
             directions=any(edit.is_target and not edit.rows.is_sparse for edit in edits),
             cap=cap < inf and not all(edit.aim.is_removal for edit in edits),
         )
-        self.is_constant = bool(edits) and not notes and all(edit.is_constant for edit in edits)
+        self.learns = any(edit.now is not None for edit in edits)
+        self.is_constant = bool(edits) and not (notes or self.learns) and all(edit.is_constant for edit in edits)
         self.is_unconditional = not any(edit.shares for edit in edits)
         self.is_scheduled = not notes and all(any(share.clock for share in edit.shares) for edit in edits)
         self.is_normed = any(edit.rows.norm for edit in edits)
@@ -185,6 +187,8 @@ class Run:
 
     def __call__(self, x: Tensor, now: StepState) -> Tensor:
         """The steered x."""
+        if now.is_again:
+            return self._repeated(x, now)
         tally, program = self.tally, self.program
         tally.passes += 1
         tally.seen += now.length
@@ -196,7 +200,14 @@ class Run:
                 return self._added(x, now)
             if weight == 0.0:
                 return x
-        return self._edited(x, now)
+        with unrounded(x):
+            return self._edited(x, now)
+
+    def _repeated(self, x: Tensor, now: StepState) -> Tensor:
+        """The steered x, counted nowhere."""
+        uncounted, then = copy(self), copy(now)
+        uncounted.tally, then.is_again = Tally(), False
+        return uncounted(x, then)
 
     @property
     def counts(self) -> Tally:
@@ -213,9 +224,8 @@ class Run:
 
     def listen(self, x: Tensor, now: StepState) -> None:
         """Keep what pinned concepts read here, in a pass without edits."""
-        for edit in self.program.edits:
-            if edit.aim.needs_twin:
-                self.twin.readings[edit.key] = edit.read(x, now)
+        with unrounded(x):
+            self.twin.readings |= {edit.key: edit.read(x, now) for edit in self.program.edits if edit.aim.needs_twin}
 
     # -- where the change is the same at every token -----------------------------------------------------------
 
@@ -238,7 +248,8 @@ class Run:
         """The change of every token like x, `[D]` or `[R, 1, D]`."""
         assert self.program.tensors is not None
         self.program.check_width(x)
-        delta = self.program.tensors.constant(self.program.cap)[0].to(x.device, x.dtype)
+        with unrounded(self.program.tensors.write):
+            delta = self.program.tensors.constant(self.program.cap)[0].to(x.device, x.dtype)
         return delta[0] if len(delta) == 1 else delta[:, None]
 
     # -- in general --------------------------------------------------------------------------------------------
@@ -252,17 +263,14 @@ class Run:
         weights = [edit.weight(x, now) for edit in program.edits]
         if not any(isinstance(weight, Tensor) or weight for weight in weights):
             return x
-        if self.tensors is not None and self.tensors.read.device != x.device:
-            self.tensors = self.tensors.to(x.device)
-        assert self.tensors is not None
         program.check_rows(len(x), now)
         given = program.given(x, now, weights, self.twin.readings)
-        change = program.change(self.tensors, x, given)
+        change = program.change(self._tensors(x.device), x, given)
         for k, edit in enumerate(program.edits):
             if edit.leaves is not None:
                 before = now.notes.get(edit.leaves)
                 now.notes[edit.leaves] = change.moved[..., k] + (0 if before is None else before.to(x.device))
-        y, on, swaps = self._replaced(self._kept(x, x + change.delta.to(x.dtype), change), now, weights, given.gains)
+        y, on, swaps = self._replaced(_kept(program, x, x + change.delta.to(x.dtype), change), now, weights, given.gains)
         tally.count(now, on, change.cut)
         state = now.section, [isinstance(weight, Tensor) or weight > 0 for weight in weights]
         if tally.is_due(now, tally.turns) or tally.state != state:
@@ -270,12 +278,14 @@ class Run:
         tally.state = state
         return y
 
-    def _kept(self, x: Tensor, y: Tensor, change: Change) -> Tensor:
-        """y, where tokens that some edits moved have their old length again."""
-        if not self.program.keeps:
-            return y
-        moved = torch.stack([change.moved[..., k] != 0 for k in self.program.keeps], dim=-1).any(-1, keepdim=True)
-        return torch.where(moved, y * (x.norm(dim=-1, keepdim=True) / y.norm(dim=-1, keepdim=True).clamp(min=1e-30)), y)
+    def _tensors(self, device: torch.device) -> EditTensors:
+        """The edits as tensors on a device; what learns as it is now."""
+        assert self.tensors is not None
+        if self.program.learns:
+            return self.tensors.renewed(self.program.edits, device)
+        if self.tensors.read.device != device:
+            self.tensors = self.tensors.to(device)
+        return self.tensors
 
     def _replaced(
         self, y: Tensor, now: StepState, weights: "Sequence[float | Tensor]", gains: Tensor | None
@@ -298,11 +308,8 @@ class Run:
     ) -> None:  # fmt: skip
         """Measure what became of the concepts where they were edited; without a `change` it was the constant one."""
         program = self.program
-        assert program.tensors is not None
-        if self.tensors is None or self.tensors.read.device != y.device:
-            self.tensors = program.tensors.to(y.device)
-        tensors = self.tensors
-        with torch.no_grad():
+        tensors = self._tensors(y.device)
+        with torch.no_grad(), unrounded(y):
             if change is None:
                 moved = tensors.shift * tensors.constant(program.cap)[1]
                 moved = moved[0] if program.rows == 1 else moved[now.row(program.rows, len(y)).to(y.device), None]
@@ -316,6 +323,14 @@ class Run:
                 length[..., k] = own
             code = torch.where(tensors.threshold > -inf, before + moved, after)
             self.tally.look(now.on(y.device), placed(program.gauge, y.device), (before, after, code), length, on)
+
+
+def _kept(program: Program, x: Tensor, y: Tensor, change: Change) -> Tensor:
+    """y, where tokens that some edits moved have their old length again."""
+    if not program.keeps:
+        return y
+    moved = torch.stack([change.moved[..., k] != 0 for k in program.keeps], dim=-1).any(-1, keepdim=True)
+    return torch.where(moved, y * (x.norm(dim=-1, keepdim=True) / y.norm(dim=-1, keepdim=True).clamp(min=1e-30)), y)
 
 
 def _gains(x: Tensor, now: StepState, weights: "Sequence[float | Tensor]") -> Float[Tensor, "B N K"] | None:

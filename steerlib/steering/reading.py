@@ -1,8 +1,9 @@
 """Who tells what a concept reads: its own row, the whole code it competes in, or a note from an earlier site."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 from jaxtyping import Float
@@ -38,10 +39,12 @@ class RowReader(Reader):
     """By the concept's own row of its encoder."""
 
     rows: Rows
+    now: Callable[[], Rows] | None = None
+    """Tells the row of a concept that learns."""
     is_own: bool = True
 
     def __call__(self, x: Float[Tensor, "B N D"], now: StepState) -> Float[Tensor, "B N"]:  # noqa: ARG002
-        return self.rows.reading(x)[..., 0]
+        return (self.rows if self.now is None else self.now()).reading(x)[..., 0]
 
     @property
     def is_traceable(self) -> bool:  # type: ignore[override]
@@ -105,7 +108,7 @@ def reader(bank: ConceptBank, place: Place | Concept, name: str, *, exact: bool 
     With `exact=False` a latent that competes is read by its calibrated threshold. Raises `BadEdit` where the bank has none.
     """
     if not bank.competes(place):
-        return RowReader(bank.rows(place))
+        return _row_reader(bank, place)
     if exact:
         return CodeReader(bank.encoder(place.encoder), place.index)
     if "threshold" not in bank.encoders[place.encoder].settings:
@@ -113,4 +116,8 @@ def reader(bank: ConceptBank, place: Place | Concept, name: str, *, exact: bool 
             f"{name!r} is one of the largest latents of a token or silent, and bank {bank.name!r} has no threshold by "
             "which to tell without the others; leave out exact=False, or calibrate the encoder"
         )
-    return RowReader(bank.rows(place))
+    return _row_reader(bank, place)
+
+
+def _row_reader(bank: ConceptBank, place: Place | Concept) -> Reader:
+    return RowReader(bank.rows(place).detached(), partial(bank.rows, place) if bank.learns(place) else None)

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from ..bank import ConceptBank
+from ..devices import unrounded
 from ..hosts import host_for
 from ..passes import StepState
 from .dispatch import beside
@@ -80,4 +81,8 @@ def _acting(target: object, role: Any, acts: Mapping[str, Callable[[Tensor, Step
 
 
 def _keeper(out: list[tuple[StepState, Tensor]], read: Callable[[Tensor, StepState], Tensor]) -> Observe:
-    return lambda x, state: out.append((state.detached(), read(x, state)))
+    def keep(x: Tensor, state: StepState) -> None:
+        with unrounded(x):
+            out.append((state.detached(), read(x, state)))
+
+    return keep
