@@ -52,7 +52,11 @@ def roles(model: Any, tokenizer: Any, bank: sl.ConceptBank, recipe: Any) -> dict
     table = {}
     for role, x in found.items():
         z = bank.rows(gate).reading(x[None])[0, :, 0] / gate.unit
-        table[role] = {"mean reading": float(z.mean()), "opens": float((z > gate.present).float().mean()), "tokens": len(z)}
+        table[role] = {
+            "mean reading": float(z.mean()),
+            "opens": float((z > (gate.present or 0.5)).float().mean()),
+            "tokens": len(z),
+        }
     return table
 
 

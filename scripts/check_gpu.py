@@ -29,7 +29,7 @@ from steerlib.encoders import TopK
 from steerlib.training.fit.encoder_recipe import EncoderRecipe
 from steerlib.training.fit.learner import Learner
 
-SHAPE: dict[str, int] = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
+SHAPE: dict[str, Any] = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
 LATENTS, K, ROWS = 16_384, 32, (1, 32)
 SIZES = ((576, 18_432, 32), (2048, 65_536, 64))
 """Width, latents and k of the autoencoders that are trained."""
@@ -54,7 +54,8 @@ class Device:
         """A Llama of random weights that never ends a text by itself."""
         torch.manual_seed(0)
         config = LlamaConfig(**SHAPE, num_hidden_layers=layers, vocab_size=vocabulary, pad_token_id=0)
-        model: Any = LlamaForCausalLM(config).eval().to(self.device, dtype)
+        model: Any = LlamaForCausalLM(config)
+        model = model.eval().to(self.device, dtype)
         model.generation_config.eos_token_id = None
         return model
 

@@ -118,14 +118,14 @@ def put(section: str, content: str) -> None:
 
 def from_banks() -> None:
     """The parts that need no file: the first example, new concepts, and levers of pictures; draws the pictures, too."""
-    from steerlib.cli import demo, recipe_of
+    from steerlib.cli import Half, demo, recipe_of
 
     bank = sl.ConceptBank.from_pretrained("smollm2-135m-instruct")
     put("output", output(bank, recipe_of(bank, None).source))
     for name in ("fresh", "unseen"):
         put(name, unseen(json.loads((RECIPES / name / "measured.json").read_text(encoding="utf-8"))))
     put("scenes-levers", scene_card.by_factor(sl.ConceptBank.from_pretrained("scenes-32")))
-    demo(only="images", out=ROOT / ".assets" / "scenes.png")
+    demo(only=Half("images"), out=ROOT / ".assets" / "scenes.png")
 
 
 def main(

@@ -1,6 +1,7 @@
 """The causal graph, against the full matrix."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -74,7 +75,8 @@ MEASURED = sl.Edge(
 
 def test_an_edge_is_verified_only_with_what_verified_it():
     assert sl.Edge(src="a", dst="b", weight=9.0).evidence == "observed"
-    for lacking in ({}, {"tau": 1.0}, {"n_verify": 3}):
+    lackings: list[dict[str, Any]] = [{}, {"tau": 1.0}, {"n_verify": 3}]
+    for lacking in lackings:
         with pytest.raises(BadBank, match="'a' -> 'b': a verified edge needs tau and n_verify"):
             sl.Edge(src="a", dst="b", weight=9.0, evidence="verified", **lacking)
 

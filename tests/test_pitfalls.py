@@ -151,8 +151,8 @@ def test_a_pipeline_tells_how_many_frames_its_latent_holds():
     with sl.steer(pipe, bank, {"a": sl.Add(1.0, mask=mask)}), sl.record(pipe, [block]) as after:
         pipe(**given | {"generator": torch.Generator().manual_seed(0)})
     (state, x), (_, y) = before[block][0], after[block][0]
+    assert state.grid is not None and state.grid.frames == 3 and state.film == 9
     moved = (y - x)[0].norm(dim=-1).view(state.grid.frames, -1).mean(1)
-    assert state.grid.frames == 3 and state.film == 9
     torch.testing.assert_close(moved / moved.max(), torch.tensor([0.0, 1.0, 2 / 3]), rtol=1e-3, atol=1e-3)
 
 

@@ -225,7 +225,8 @@ def test_virtual_tokens_are_part_of_the_prompt(kind, virtual):
     peft = pytest.importorskip("peft", reason="needs peft, of the extra dev")
     wrapped = peft.get_peft_model(tiny("llama"), getattr(peft, kind)(task_type="CAUSAL_LM", num_virtual_tokens=4)).eval()
     bank = bank_at(wrapped, "layers.0", 32)
-    block = host_for(wrapped).model.model.layers[0]
+    inner: Any = host_for(wrapped).model
+    block = inner.model.layers[0]
     mask = torch.ones_like(IDS)
     mask[0, :2] = 0  # pads, after the virtual tokens
 
@@ -257,7 +258,7 @@ def test_passes_of_a_users_own_processor_are_not_those_of_the_prompt():
     """What half they are is unknown; transformers' own processor, given by the user, is recognised."""
     model = tiny("llama")
     bank, block = bank_at(model, "layers.0", 32), model.model.layers[0]
-    theirs = UnbatchedClassifierFreeGuidanceLogitsProcessor
+    theirs: Any = UnbatchedClassifierFreeGuidanceLogitsProcessor
 
     def run(make):
         made = LogitsProcessorList([make()])
@@ -278,7 +279,8 @@ def test_passes_of_a_users_own_processor_are_not_those_of_the_prompt():
 
 @pytest.fixture(scope="module")
 def musicgen():
-    text: Any = T5Config(vocab_size=50, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, decoder_start_token_id=0)
+    text: Any = T5Config(vocab_size=50, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
+    text.decoder_start_token_id = 0
     sizes: Any = {"upsampling_ratios": [2, 2], "num_residual_layers": 1, "num_lstm_layers": 1, "target_bandwidths": [120.0]}
     audio = EncodecConfig(hidden_size=8, num_filters=4, codebook_size=32, codebook_dim=8, **sizes)
     sizes = {"num_hidden_layers": 2, "num_attention_heads": 2, "ffn_dim": 32, "max_position_embeddings": 64}

@@ -35,7 +35,7 @@ class Bank(ABC):
     levels: dict[str, Window]
     graph: CausalGraph
     concepts: dict[str, Concept]
-    files: Mapping[str, bytes]
+    files: Mapping[str, str | PathLike[str] | bytes]
     _by_id: dict[str, Concept]
     _shelf: Shelf
 
@@ -74,6 +74,11 @@ class Bank(ABC):
 
     def _ipython_key_completions_(self) -> list[str]:
         return list(self.concepts)
+
+    def content(self, name: str) -> bytes:
+        """What is in a file that comes with the bank, fetched and checked; nothing if it has none of that name."""
+        found = self.files.get(name, b"")
+        return found if isinstance(found, bytes) else Path(found).read_bytes()
 
     def find(self, words: str, limit: int = 5) -> list[Concept]:
         """At most `limit` concepts that share words with these in name, label or examples, or mean much the same, best first.
@@ -151,7 +156,6 @@ class Stored(Bank):
     license: str
     provenance: dict[str, Any]
     pictures: dict[str, bytes]
-    files: dict[str, str | PathLike[str]]
     extra: dict[str, Any]
 
     @property
@@ -170,11 +174,6 @@ class Stored(Bank):
             home.fetch({key: self._shelf.records[key] for key in own if key in self._shelf.records})
         places = [(Path(path), key.removeprefix(name).count("/")) for key, path in own.items() if not isinstance(path, bytes)]
         return next((path.parents[depth - 1] if depth else path for path, depth in places), None)
-
-    def content(self, name: str) -> bytes:
-        """What is in a file that comes with the bank, fetched and checked; nothing if it has none of that name."""
-        found = self.files.get(name, b"")
-        return found if isinstance(found, bytes) else Path(found).read_bytes()
 
     def contents(self) -> dict[str, Any]:
         """The arguments of `ConceptBank` that make this bank; `encoders` are read when needed."""

@@ -109,16 +109,22 @@ def write(target: Path, bank: Mapping[str, Any], key: str | PathLike[str] | None
 
 def _put(content: str | PathLike[str] | bytes, folder: Path, name: str) -> None:
     """Write bytes, or copy a file or all files of a folder, into that of a bank."""
-    place = None if isinstance(content, bytes) else Path(content)
-    found = sorted(place.rglob("*")) if place is not None and place.is_dir() else [place]
-    for path in found:
-        own = name if path is None or path == place else f"{name}/{path.relative_to(place).as_posix()}"
-        if path is not None and path.is_dir():
-            continue
-        if (target := folder / trust.checked_name(own)).exists():
-            raise BadBank(f"files= names {own!r}, which every bank writes itself; give it another name")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(content) if isinstance(content, bytes) else shutil.copyfile(str(path), target)
+    if isinstance(content, bytes):
+        _room(folder, name).write_bytes(content)
+        return
+    place = Path(content)
+    for path in sorted(place.rglob("*")) if place.is_dir() else [place]:
+        if not path.is_dir():
+            own = f"{name}/{path.relative_to(place).as_posix()}" if place.is_dir() else name
+            shutil.copyfile(path, _room(folder, own))
+
+
+def _room(folder: Path, name: str) -> Path:
+    """Where a file goes, in a folder that is there; raises `BadBank` where a bank's own file is."""
+    if (target := folder / trust.checked_name(name)).exists():
+        raise BadBank(f"files= names {name!r}, which every bank writes itself; give it another name")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    return target
 
 
 def _write(folder: Path, bank: Mapping[str, Any]) -> None:
