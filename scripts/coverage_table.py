@@ -94,7 +94,8 @@ def halves() -> None:
     found: dict[str, list[str]] = {}
     for name, cls in exported().items():
         found.setdefault(evidence(cls), []).append(name)
-    print(f"\n| all {sum(map(len, found.values()))} pipeline classes: `branch=` and amounts an image, by their source (those that build are also run and compared) | classes |\n|---|---|")
+    count, how = sum(map(len, found.values())), "by their source (those that build are also run and compared)"
+    print(f"\n| all {count} pipeline classes: `branch=` and amounts an image, {how} | classes |\n|---|---|")
     for how, label in HALVES.items():
         named = f": {', '.join(found[how])}" if len(found.get(how, ())) < 10 and how in ("", "guider") else ""
         print(f"| {label}{named} | {len(found.get(how, ()))} |")
