@@ -10,7 +10,6 @@ import threading
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
-from threading import get_ident
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -59,8 +58,6 @@ class Clock(Ours):
         self.traced: Any = None
         self.passes: dict[Any, int] = defaultdict(int)  # which counts faster than a Counter
         """Passes so far, by what was entered in their context."""
-        self.threads: dict[int, Any] = {}
-        """What was entered in the context of each thread's last pass."""
         self.links: tuple[Link, ...] = ()
         """The steps to the modules of its sockets."""
         self.follow: Callable[[], None] = lambda: None
@@ -81,7 +78,7 @@ class Clock(Ours):
             if table.get(name) is not child:
                 self.follow()
                 break
-        self.threads[get_ident()] = entered = ENTERED.get()
+        entered = ENTERED.get()
         self.passes[entered] += 1
         state = None
         for moment in self.moments:

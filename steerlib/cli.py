@@ -279,7 +279,7 @@ def verify(bank: BankName, revision: Revision = None, key: Key = None, as_json: 
 def migrate(bank: BankName, folder: Annotated[Path, typer.Argument(help="where the new bank goes")]) -> None:
     """Write a bank of an older format in the newest one; the old bank stays as it is."""
     opened = sl.ConceptBank.from_pretrained(bank)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if (there := folder.resolve()).exists() and (not there.is_dir() or any(there.iterdir())):
         raise BadBank(f"{str(folder)!r} is there already and stays as it is; give a new or empty folder")
     opened.verify()
     typer.echo(str(opened.save_pretrained(folder)))

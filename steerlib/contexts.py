@@ -32,7 +32,7 @@ class Entry:
     Attributes:
         within: this and what was entered around it, the outermost first.
         home: the generator in which it was entered; None: outside of any.
-        origin: thread, task and generator; busy: what other threads were doing meanwhile.
+        origin: thread, task and generator; busy: threads that were there already.
         is_first: whether the context was one of a plain thread in which nothing had been entered.
     """
 
@@ -40,7 +40,7 @@ class Entry:
         self.standing, self.is_open = standing, True
         self.home = None if standing else _generator()
         self.origin = (threading.get_ident(), _task(), self.home)
-        self.busy = WeakSet(_jobs())
+        self.busy = WeakSet(threading.enumerate()) if threading.active_count() > 1 else WeakSet()
         entered = ENTERED.get()
         self.is_first = entered is None
         self.within = (*opened(entered), self)
@@ -132,18 +132,6 @@ def _task() -> Any:
         return asyncio.current_task()
     except RuntimeError:  # no loop runs in this thread
         return None
-
-
-def _jobs() -> Iterator[Any]:
-    """What other threads are doing."""
-    if threading.active_count() == 1:
-        return
-    frames, own = sys._current_frames(), (threading.get_ident(), threading.main_thread().ident)
-    for thread in threading.enumerate():
-        if thread.ident not in own and (frame := frames.get(thread.ident or 0)) is not None:
-            job = _job(thread, frame)
-            if job is not None:
-                yield job
 
 
 def _own_job() -> Any:

@@ -4,7 +4,6 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from importlib import import_module
-from types import FrameType
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -137,9 +136,9 @@ class Host(ABC):
         except AttributeError:
             return None
 
-    def is_call(self, frame: FrameType) -> bool:
-        """Whether this is a call of the model that is running. Its local `entered`, if any, is what was entered around it."""
-        return frame.f_locals.get("self") is self.model
+    def under_way(self) -> list[tuple[int, Any]]:
+        """Calls such as `generate()` that have not ended: their thread, and what was entered where they began."""
+        return []
 
     def passes(self) -> tuple[str, ...]:
         """Paths of the modules whose call is one pass of the model: what an unsteered twin repeats."""

@@ -217,7 +217,7 @@ encoders = [{{ site = "unet.mid_block.attentions.0", level = 500, kind = "topk",
 @pytest.mark.real
 def test_a_prompt_is_answered_with_and_without_steering():
     text = run("steer", "smollm2-135m-instruct", "How are you?", "-e", "french=1", "--tokens", "8")
-    assert "unsteered" in text and "layers." in text
+    assert "unsteered" in text and "passes" in text
 
 
 def test_scripts_explain_themselves():

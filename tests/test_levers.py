@@ -476,7 +476,7 @@ def test_hold_keeps_a_descendant_at_every_place(llama, bank, generated):
 
 
 def test_a_concept_held_by_name_is_held_at_every_place(llama, bank):
-    held = observe(llama, prompts(), bank, {"topic": 3.0}, do="hold", hold=["effect"]).at
+    held = observe(llama, prompts(), bank, {"topic": 3.0}, do="hold", hold=["effect"], allow_ood=True).at
     for ours, theirs in zip(
         readings(bank, held, "effect"), readings(bank, observe(llama, prompts()).at, "effect"), strict=True
     ):

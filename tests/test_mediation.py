@@ -52,7 +52,7 @@ def test_a_decoder_of_pictures_shows_latents_through_its_channels():
     vae = autoencoder().eval()
     z = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(0))
     axes = {f"channel{i}": axis for i, axis in enumerate(torch.eye(4))}
-    bank = sl.ConceptBank.from_directions(axes, site="decoder.in", base=vae)
+    bank = sl.ConceptBank.from_directions(axes, site="decoder.in:BDN", base=vae)
 
     def run(latents):
         with torch.no_grad():

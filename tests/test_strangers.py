@@ -42,6 +42,7 @@ def court():
     return Court()
 
 
+@pytest.mark.filterwarnings("ignore:.*that bank.json does not list:steerlib.errors.SteeringWarning")
 @settings(max_examples=DRAWN, deadline=None, database=None, derandomize=True)
 @given(st.binary(min_size=8, max_size=48))
 def test_no_bad_bank_crashes_hangs_reaches_out_or_gets_in(court, draw):

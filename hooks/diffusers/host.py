@@ -4,7 +4,6 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
-from types import FrameType
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -101,11 +100,6 @@ class PipelineHost(Host):
         component, _, _ = path.partition(".")
         is_here = getattr(self.pipe, component, None) is self.model._modules.get(component)
         return super().module(path) if is_here else getattr(self.pipe, component, None)
-
-    def is_call(self, frame: FrameType) -> bool:
-        owner, parts = frame.f_locals.get("self"), {name: self.model.get_submodule(name) for name in self.denoisers}
-        is_turning = "t" in frame.f_locals and hasattr(owner, "components")
-        return is_turning and any(getattr(owner, name, None) is part for name, part in parts.items())
 
     begins_text = counts_tokens
 

@@ -143,6 +143,10 @@ class _Running(threading.local):
 RUNNING = _Running()
 
 
+UNDER_WAY: dict[object, tuple[Any, int, Any]] = {}
+"""Calls that have not ended: model, thread, and what was entered where they began."""
+
+
 class Watched(StandIn):
     """A method of one model whose calls are followed; it takes the place of the attribute."""
 
@@ -153,8 +157,12 @@ class Watched(StandIn):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not self.is_open:  # someone kept it
             return self.plain(*args, **kwargs)
-        entered = ENTERED.get()  # noqa: F841 - read off this frame where the call outlives its session
-        return FOLLOWED[self.name](self.model, self.plain, args, kwargs)
+        key = object()
+        UNDER_WAY[key] = self.model, threading.get_ident(), ENTERED.get()
+        try:
+            return FOLLOWED[self.name](self.model, self.plain, args, kwargs)
+        finally:
+            del UNDER_WAY[key]
 
     def __reduce__(self) -> Any:
         return getattr, (self.model, self.name)

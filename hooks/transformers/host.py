@@ -7,7 +7,6 @@ from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from pkgutil import iter_modules
-from types import FrameType
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -22,7 +21,7 @@ from steerlib.sites import Layout, Site
 from ..attach import modules_on
 from ..modules import arguments, module_site
 from .calls import Calls
-from .generation import RUNNING, Watched, prompt_positions, watch
+from .generation import RUNNING, UNDER_WAY, prompt_positions, watch
 from .sites import (
     Stack,
     axes_at,
@@ -159,9 +158,8 @@ class TransformersHost(Host):
     def traced_state(self, clock: str, args: tuple, kwargs: dict[str, Any]) -> TracedPass:
         return self._calls.traced_state(clock, args, kwargs)
 
-    def is_call(self, frame: FrameType) -> bool:
-        owner = frame.f_locals.get("self")
-        return owner is self.model or (isinstance(owner, Watched) and owner.model is self.model)
+    def under_way(self) -> list[tuple[int, Any]]:
+        return [(ident, entered) for model, ident, entered in [*UNDER_WAY.values()] if model is self.model]
 
     def watch(self) -> Callable[[], None]:
         return watch(self.model)

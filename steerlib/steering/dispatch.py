@@ -14,7 +14,7 @@ from weakref import WeakSet
 from torch import Tensor, nn
 
 from ..contexts import ENTERED, Entry, acting
-from ..errors import CompiledModel, Unanswerable
+from ..errors import CompiledModel, NoSession, Unanswerable
 from ..hooks.attach import ASIDE, LOCK, Act, Attachment, Socket, attachment, is_compiled, modules_on
 from ..hooks.checkpoints import uncheckpointed, unfinished
 from ..hosts import Host
@@ -49,13 +49,14 @@ class Present:
     Attributes:
         entry: where.
         plan: what a session edits, and the `Stay` that it makes here; None: this replaces or observes.
-        owners: what it does at sockets.
+        owners: what it does at sockets; was_asked: whether a pass was refused since it could have been of this or of another.
     """
 
     entry: Entry
     plan: Any = None
     stay: Any = None
     owners: list[tuple[Socket, Owner]] = field(default_factory=list)
+    was_asked: bool = False
 
     @property
     def is_idle(self) -> bool:
@@ -152,7 +153,12 @@ class ByContext:
     def find(self) -> Act | None:
         """What to do in the pass that runs here; None: nothing."""
         entered = ENTERED.get()
-        found = acting(self.alive, is_shared=self.is_shared)
+        try:
+            found = acting(self.alive, is_shared=self.is_shared)
+        except NoSession:
+            for one in self.present.values():
+                one.was_asked = True
+            raise
         if found not in self.acts:
             self.acts[found] = self._compose(found)
         if entered is not None and not self.in_generators:

@@ -1,11 +1,9 @@
 """What happened while a session was in a model, and what is to be said of it when its block ends."""
 
-import sys
 import threading
 from collections.abc import Iterator
 from typing import Any
 
-from ..contexts import outward
 from ..errors import Outlived, OutOfRange, SiteNotReached, SteeringWarning
 from ..hooks.changes import in_place_of
 from ..hooks.checkpoints import unfinished
@@ -66,19 +64,13 @@ def _is_served(stay: Stay, entered: Any) -> bool:
     entry = stay.one.entry
     others = [one.entry for kin in stay.place.kin for one in kin.present if one is not stay.one and not one.is_idle]
     is_alone = all(other.origin == entry.origin for other in others) and not is_shared(stay.place)
-    return entry in entered if entered else is_alone and (entered is None or entry.standing)
+    return entry in entered if entered else is_alone and not stay.one.was_asked and (entered is None or entry.standing)
 
 
 def is_running(stay: Stay) -> bool:
     """Whether a call of the model that began in this session goes on in another thread."""
-    last = {ident: entered for clock in stay.place.clocks.values() for ident, entered in clock.threads.items()}
-    for ident, frame in sys._current_frames().items():
-        calls = [one.f_locals for one in outward(frame) if stay.host.is_call(one)] if ident != threading.get_ident() else []
-        if calls and ("entered" in calls[-1] or ident in last):  # what was entered where it began, or where it ran last
-            entered = calls[-1].get("entered", last.get(ident))
-            if _is_served(stay, entered):
-                return True
-    return False
+    own = threading.get_ident()
+    return any(ident != own and _is_served(stay, entered) for ident, entered in stay.host.under_way())
 
 
 def replaced(stay: Stay) -> str:
