@@ -373,7 +373,7 @@ def test_checkpointed_denoisers_run_again_as_they_ran(place, reentrant):
 
 
 def test_a_trainer_that_checkpoints_gets_the_gradients_of_one_that_does_not(tmp_path):
-    pytest.importorskip("accelerate")
+    pytest.importorskip("accelerate", reason="needs accelerate, of the extra dev")
     from transformers import Trainer, TrainingArguments
 
     rows: Any = [{"input_ids": row, "labels": row} for row in FIRST["input_ids"]]

@@ -187,11 +187,12 @@ def test_the_prompt_is_what_the_first_pass_reads_in_every_class_that_generates(n
     seen = []
     for kwargs in texts(model):
         try:
-            seen = passes(model, site, lambda kwargs=kwargs: model.generate(**kwargs))
-            break
-        except Exception as error:  # whatever a foreign class raises
-            assert not isinstance(error, StopIteration)
+            model.generate(**kwargs)
+        except Exception as error:  # whatever a foreign class raises without steerlib
             reason = error
+            continue
+        seen = passes(model, site, lambda kwargs=kwargs: model.generate(**kwargs))
+        break
     if not seen:
         pytest.skip(f"{name}: {reason!r:.160}")
     if not host.counts_tokens(host.site(site)):

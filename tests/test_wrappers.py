@@ -69,13 +69,13 @@ def wrapped_by(path):
 
 
 def lora(model):
-    peft = pytest.importorskip("peft")
+    peft = pytest.importorskip("peft", reason="needs peft, of the extra dev")
     torch.manual_seed(2)
     peft.get_peft_model(model, peft.LoraConfig(target_modules=PROJECTIONS, init_lora_weights=False, r=4)).eval()
 
 
 def adapter(model):
-    peft = pytest.importorskip("peft")
+    peft = pytest.importorskip("peft", reason="needs peft, of the extra dev")
     torch.manual_seed(2)
     model.add_adapter(peft.LoraConfig(target_modules=PROJECTIONS, init_lora_weights=False, r=4))
     model.eval()
@@ -115,7 +115,7 @@ def test_a_wrapper_that_comes_inside_a_session_is_steered_as_one_that_was_there(
 @pytest.mark.parametrize("ending", ["unload", "merge_and_unload"])
 def test_an_adapter_that_goes_inside_a_session_leaves_what_was_there(ending):
     """Whether it came before the session or inside of it."""
-    peft = pytest.importorskip("peft")
+    peft = pytest.importorskip("peft", reason="needs peft, of the extra dev")
     config = peft.LoraConfig(target_modules=PROJECTIONS[:-2], init_lora_weights=False, r=4)
     for name in SITES:
         models = tiny("llama"), tiny("llama")
@@ -136,7 +136,7 @@ def test_an_adapter_that_goes_inside_a_session_leaves_what_was_there(ending):
 @pytest.mark.parametrize("ending", ["attn1.to_q", "attn1.to_out.0.in", "attn2.to_k.in", "attn1"])
 def test_a_lora_that_a_pipeline_gets_inside_a_session_is_steered(ending):
     """On the very projections at which concepts are moved; switched off and on it is steered, too."""
-    peft = pytest.importorskip("peft")
+    peft = pytest.importorskip("peft", reason="needs peft, of the extra dev")
     config = peft.LoraConfig(r=2, target_modules=["to_q", "to_k", "to_out.0"], init_lora_weights=False)
     site, pictures = f"unet.mid_block.attentions.0.transformer_blocks.0.{ending}", []
 
@@ -238,7 +238,7 @@ def test_wrappers_are_unwrapped_or_refused_with_the_reason():
 
 
 def test_a_model_prepared_by_accelerate_is_steered():
-    accelerate = pytest.importorskip("accelerate")
+    accelerate = pytest.importorskip("accelerate", reason="needs accelerate, of the extra dev")
     model = tiny("llama")
     bank = bank_at(model, "layers.0")
     accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)  # of other tests
