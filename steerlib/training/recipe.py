@@ -246,7 +246,7 @@ class DirectionRecipe(Recipe):
                 raise BadRecipe(f"{self.prompts} has {len(self.read_prompts(split))} {split} prompts, expected {count}")
 
     def quick(self) -> "DirectionRecipe":
-        few = {"train_prompts": 8, "dev_prompts": 4, "evaluation_prompts": 4, "new_tokens": 16, "budget": 60, "seeds": 1}
+        few = {"train_prompts": 8, "dev_prompts": 4, "evaluation_prompts": 4, "new_tokens": 16, "budget": 80, "seeds": 1}
         smaller = {name: min(count, getattr(self, name)) for name, count in few.items()}
         concepts = tuple(replace(concept, methods=concept.methods[:1]) for concept in self.concepts)
         return replace(self, **smaller, concepts=concepts, methods=self.methods[:1], layers=self.layers[:2], is_quick=True)
