@@ -148,6 +148,10 @@ def answer_twice(
     console.print(str(session), markup=False, soft_wrap=True)
 
 
+SEEN = 256
+"""Pixels that a picture is high at least when it is saved for a person to look at."""
+
+
 def draw_both(
     pipe: Any,
     bank: ConceptBank,
@@ -167,7 +171,9 @@ def draw_both(
     with steer(pipe, bank, edits, branch="cond") as session:
         steered = draw_as_told(pipe, [prompt] * samples, **how)
     rows = [strip_of(both) for both in zip(plain, steered, strict=True)]
-    pipe.numpy_to_pil(np.concatenate(rows) / 255)[0].save(out)
+    times = max(1, SEEN // len(rows[0]))  # tiny pictures are shown larger, pixel by pixel
+    shown = np.concatenate(rows).repeat(times, 0).repeat(times, 1)
+    pipe.numpy_to_pil(shown / 255)[0].save(out)
     console.print(str(session), markup=False, soft_wrap=True)
     console.print(f"drawn to {out}: unsteered on the left, steered on the right", markup=False, soft_wrap=True)
 

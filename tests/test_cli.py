@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from hub_server import Hub
+from PIL import Image
 from test_bank import make
 from tiny_models import tiny, toy_tokenizer
 
@@ -143,6 +144,8 @@ def test_pictures_are_drawn_with_and_without_steering(tmp_path):
     out = tmp_path / "steered.png"
     text = run("steer", "scenes-32", "a red square at night", "-e", "blue=1", "--out", out)
     assert "blue" in text and out.read_bytes().startswith(b"\x89PNG")
+    with Image.open(out) as picture:  # two of 32 pixels, large enough to be looked at
+        assert picture.height >= 256 and picture.width > 2 * 256
 
 
 @pytest.mark.parametrize(("arguments", "said", "code"), [

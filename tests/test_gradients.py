@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 import steerlib as sl
 from steerlib import encoders
 from steerlib.errors import Outlived, Unanswerable
+from steerlib.hooks.attach import attachment
 from steerlib.steering.compiled import why_not
 
 pytestmark = [
@@ -175,6 +176,18 @@ def test_parts_are_known_whoever_checkpoints_them(way):
         for edits in EDITS.values():
             plain, found = (gradients(run, edits, call) for run in (lambda run, *args: run(*args), WAYS[way]))
             torch.testing.assert_close(found, plain)
+
+
+def test_a_model_that_is_run_again_as_a_whole_is_one_pass():
+    """Where its pass stands is not looked up again, which the caller's frames would not show then."""
+    model = tiny("llama")
+    bank = bank_of(model, "layers.0", 32)
+    with sl.steer(model, bank, {"a": 2.0}) as session:
+        looked: list[Any] = []
+        (host,) = {clock.host for clock in attachment(session.host).clocks.values()}
+        state, host.state = host.state, lambda *args: looked.append(args) or state(*args)
+        checkpoint(lambda ids: model(ids).logits, FIRST["input_ids"], use_reentrant=False).sum().backward()
+        assert len(looked) == 1 and session.report().lines[0].passes == 1
 
 
 def test_a_block_that_ends_before_backward_is_noticed():
