@@ -537,3 +537,29 @@ def test_a_forecast_over_two_edges_is_done_and_said(llama):
     with pytest.warns(errors.Unmeasured, match="'c' over two edges or more"):
         sl.steer(llama, bank, {"a": 1.0}, do="graph")
     sl.steer(llama, bank, {"b": 1.0}, do="graph")
+
+
+def test_the_name_of_a_factor_stands_for_its_values(llama):
+    sites = [f"layers.{k}" for k in range(2)]
+    rows = torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
+    values = [("night", "", 0), ("red", "color", 0), ("blue", "color", 1), ("stone", "ground", 2)]
+    concepts = [
+        sl.Concept(name=name, factor=factor, encoder=sites[name != "night"], index=index) for name, factor, index in values
+    ]
+    encoders = {sites[0]: sl.Directions(rows[:1]), sites[1]: sl.Directions(rows[1:])}
+    graph = sl.CausalGraph([sl.Edge(src="night", dst=name, weight=1.0) for name in ("red", "blue")])
+    facts = {site: SiteFacts(width=32) for site in sites}
+    bank = sl.ConceptBank("scene", concepts, encoders, base=sl.BaseModel(), sites=facts, graph=graph)
+
+    def pinned(**options):
+        session = sl.steer(llama, bank, {"night": 1.0}, do="hold", **options)
+        return {edit.name for edit in session.plan.edits if edit.aim.needs_twin}
+
+    assert pinned() == {"red", "blue"} and pinned(free=["color"]) == set() and pinned(free=["red"]) == {"blue"}
+    assert pinned(hold=["ground"]) == {"red", "blue", "stone"}
+    with pytest.raises(errors.BadEdit, match="free= 'stone' changes nothing: it does not follow what is edited"):
+        pinned(free=["stone"])
+    with pytest.raises(errors.BadEdit, match="free= 'ground' changes nothing"):
+        pinned(free=["ground"])
+    with pytest.raises(errors.BadEdit, match="hold= 'night' changes nothing: it is edited itself"):
+        pinned(hold=["night"])
