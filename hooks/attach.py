@@ -104,7 +104,7 @@ class Socket(Ours):
     def __init__(self, model: nn.Module, site: Site, clocks: tuple[Clock, ...], moment: Moment):
         self.model, self.site, self.clocks, self.moment = model, site, clocks, moment
         self.is_plain, self.module = site.is_plain, modules_on(model, site.module)[-1]
-        self.key = (model, site.name)
+        self.key, self.is_in_stream = (model, site.name), ".layers." in f".{site.name}"
         self.owners: list[Any] = []
         self.edit: Any = None
         self.traced: Act | None = None
@@ -182,7 +182,7 @@ class Socket(Ours):
         else:
             learns = state.learns
             if state.length != (length := x.shape[1]):
-                state = state.at(length)
+                state = state.beside(length) if self.is_in_stream and length > state.length else state.at(length)
         if (learns or is_grad_enabled()) and not is_compiling():  # a function around the model may be
             return steered(self.key, edit, x, state, self.moment.task)
         return edit(x, state)

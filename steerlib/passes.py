@@ -113,6 +113,10 @@ class StepState(ABC):
     def at(self, count: int) -> "StepState":
         """This pass at a site with `count` tokens."""
 
+    def beside(self, count: int) -> "StepState":
+        """This pass in a stream of more tokens than were given, such as those of an image that the model puts in front."""
+        return self.at(count)
+
     def on(self, device: torch.device) -> "StepState":
         """This pass at a site on a device, where a model is split over several: its tensors are there, its notes are shared."""
         if self.like is None or self.like.device == device:
@@ -216,6 +220,15 @@ class TextPass(StepState):
         last = TextPass(count, start, self.prompt, self.mask, self.prompts, self.branches, self.like)
         last.refused, last.places = self.refused, None if self.places is None else self.places[:, -count:]
         return last
+
+    def beside(self, count: int) -> "TextPass":
+        more = count - self.length
+        if self.prompt is None or self.start or self.places is not None:
+            return self.at(count)
+        mask = None if self.mask is None else torch.cat((self.mask.new_ones(len(self.mask), more), self.mask), dim=1)
+        whole = TextPass(count, 0, self.prompt + more, mask, self.prompts, self.branches, self.like)
+        whole.refused = self.refused
+        return whole
 
     def row(self, amounts: "int | Tensor", rows: int) -> Int[Tensor, " rows"]:
         if self.refused or self.branches is None:

@@ -14,6 +14,8 @@ from transformers import (
     ContinuousBatchingConfig,
     EncodecConfig,
     GenerationConfig,
+    GitConfig,
+    GitForCausalLM,
     LogitsProcessor,
     LogitsProcessorList,
     MusicgenConfig,
@@ -401,3 +403,28 @@ def test_experts_and_routers_have_no_axis_of_rows():
             model, site, lambda: model(IDS), (bank_at(model, site, width), {"a": sl.Add([2.0, 0.0], tokens=slice(1, 2))})
         )
         assert ((after[0][1] - plain).norm(dim=-1).reshape(2, 5) > 1e-4).int().tolist() == [[0, 1, 0, 0, 0], [0] * 5]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_an_image_that_a_decoder_puts_in_front_by_itself_is_prompt(use_cache):
+    """Git is given text and pixels, and its blocks read four tokens of the image and one for its class before the text."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    tower = {**sizes, "hidden_size": 16, "intermediate_size": 32, "image_size": 16, "patch_size": 8}
+    config: Any = GitConfig(vision_config=tower, vocab_size=60, bos_token_id=1, pad_token_id=0, **sizes)
+    config.eos_token_id = None
+    model: Any = GitForCausalLM(config).eval()
+    model.generation_config.eos_token_id = None
+    pixels = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    ids = torch.tensor([[1, 5, 6]])
+
+    def run():
+        given = {"input_ids": ids, "pixel_values": pixels, "attention_mask": torch.ones_like(ids), "use_cache": use_cache}
+        model.generate(**given, max_new_tokens=3, min_new_tokens=3, do_sample=False)
+
+    states = [state for state, _ in passes(model, "layers.0", run)]
+    assert [state.length for state in states] == ([8, 1, 1] if use_cache else [8, 9, 10])
+    for new, state in enumerate(states):
+        last = state.steps.expand(1, state.length)[0].tolist()
+        assert last == ([new] if use_cache and new else [0] * 8 + [*range(1, new + 1)])
+        assert state.positions[0].tolist() == list(range(8 + new))[-state.length :]

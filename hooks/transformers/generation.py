@@ -99,6 +99,8 @@ class Generation:
             start = text.start(length, kwargs)
         if text.begins(start, length, kwargs):
             text.prompt = start + length + _to_come()
+        elif start > text.end:  # the first pass put tokens of its own in front, such as those of an image
+            text.prompt += start - text.end
         if not ASIDE.running:
             text.end = start + length
         if mask is None and aside is None and self.mask is not None:
