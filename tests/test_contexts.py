@@ -16,11 +16,13 @@ import diffusers
 import pytest
 import torch
 from conftest import two_directions
+from diffusers.hooks import HookRegistry, ModelHook
 from tiny_models import tiny
 from tiny_pipelines import PIPELINES, WITH_TEXT, run
 
 import steerlib as sl
 from steerlib import errors
+from steerlib.hooks.copies import StandIn
 
 IDS = torch.tensor([[3, 5, 7, 9]])
 MID = "unet.mid_block.attentions.0"
@@ -382,6 +384,21 @@ def test_a_copy_is_unsteered_and_its_own(kind, make):
         for weight in model.parameters():
             weight.zero_()
     assert torch.equal(place.call(), plain) and left_on(model) == before
+
+
+def test_a_copy_of_a_module_with_hooks_of_diffusers_is_unsteered_too():
+    """Where sockets stand inside those hooks."""
+    place = Image()
+    module = place.model.unet.mid_block.attentions[0]
+    HookRegistry.check_if_exists_or_initialize(module).register_hook(ModelHook(), "of the user")
+    plain = place.call()
+    with sl.steer(place.model, place.bank, {"a": 2.0}):
+        assert not torch.equal(place.call(), plain)
+        other = copy.deepcopy(place.model.unet)
+    refs = other.mid_block.attentions[0]._diffusers_hook._fn_refs
+    assert not any(isinstance(kept, StandIn) for ref in refs for kept in vars(ref).values())
+    place.model.unet = other
+    assert torch.equal(place.call(), plain)
 
 
 @pytest.mark.parametrize("when", ["before", "inside", "after"])
