@@ -409,7 +409,7 @@ def test_experts_and_routers_have_no_axis_of_rows():
 @pytest.mark.parametrize("use_cache", [True, False])
 def test_an_image_that_a_decoder_puts_in_front_by_itself_is_prompt(use_cache):
     """Git is given text and pixels, and its blocks read four tokens of the image and one for its class before the text."""
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    sizes: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
     tower = {**sizes, "hidden_size": 16, "intermediate_size": 32, "image_size": 16, "patch_size": 8}
     config: Any = GitConfig(vision_config=tower, vocab_size=60, bos_token_id=1, pad_token_id=0, **sizes)
     config.eos_token_id = None
