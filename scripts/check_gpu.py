@@ -120,7 +120,10 @@ def recorded(model: Any) -> Iterator[None]:
 
 
 def parity(on: Device) -> tuple[Table, list[str]]:
-    """The largest difference between the device and the processor, whose greedy texts have to be the same."""
+    """The largest difference between the device and the processor, whose greedy texts have to be the same.
+
+    Convolutions in full precision: by default torch rounds what they read to ten bits, which moves images by 0.17.
+    """
     here = on.model(4, torch.float32, 2048).cpu()
     there = copy.deepcopy(here).to(on.device)
     table: Table = {}
@@ -142,11 +145,10 @@ def parity(on: Device) -> tuple[Table, list[str]]:
         drawn = {what: made(pipe, condition) for what, condition in chosen.items()}
         pipe.to(on.device)
         chosen = diffusion.conditions(pipe, sites)
-        for what in ("plain", "a direction at three sites", "in a window, one half of guidance"):
-            apart = float((made(pipe, chosen[what]) - drawn[what]).abs().max())
-            table[f"{name}, {what}: latents"] = {APART: apart * 1e6}
-            if apart > 1e-3:
-                failed.append(f"{name}, {what}: latents {apart:.1e} apart")
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            far = {what: float((made(pipe, condition) - drawn[what]).abs().max()) for what, condition in chosen.items()}
+        table |= {f"{name}, {what}: latents": {APART: apart * 1e6} for what, apart in far.items()}
+        failed += [f"{name}, {what}: latents {apart:.1e} apart" for what, apart in far.items() if apart > 1e-3]
     return table, failed
 
 
