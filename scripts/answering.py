@@ -18,7 +18,9 @@ from torch import Tensor
 import steerlib as sl
 from steerlib.bank.concepts import Gate
 from steerlib.cli import recipe_of
-from steerlib.evaluation.comparison import Condition, answer, joint, ratios
+from steerlib.evaluation.comparison import Condition, answer
+from steerlib.evaluation.report import UNDEFINED
+from steerlib.evaluation.score import joint, ratios
 from steerlib.evaluation.text import judge_for
 from steerlib.text import progress
 from steerlib.training.calibrate.measure import ANSWERING
@@ -88,8 +90,9 @@ def table(figures: dict[str, Any]) -> str:
     names = ("steered", "in chats only", "in answers only")
     lines += ["", "| concept | ratio to prompting, everywhere | in chats only | in answers only |", "|---|---|---|---|"]
     for record in figures["concepts"]:
-        plain, told, *others = (np.mean(record["joint"][name]) for name in ("unsteered", "prompted", *names))
-        lines.append(f"| {record['concept']} | {' | '.join(f'{(x - plain) / (told - plain):.2f}' for x in others)} |")
+        found = ratios({name: np.array(cells) for name, cells in record["joint"].items()})
+        shown = (f"{found[name]['ratio']:.2f}" if found[name] else UNDEFINED for name in names)
+        lines.append(f"| {record['concept']} | {' | '.join(shown)} |")
     spread = (figures["together"][name] for name in names)
     lines.append(f"| together | {' | '.join('**{ratio:.2f}** ({low:.2f} to {high:.2f})'.format(**one) for one in spread)} |")
     return "\n".join(lines)

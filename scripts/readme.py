@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import typer
 from answering import table as answering
+from check_score import table as read_table
 from scenes import card as scene_card
 
 import steerlib as sl
@@ -138,6 +139,7 @@ def main(
     whole: Annotated[Path | None, typer.Option(help="figures of bench_text_to_encoder.py")] = None,
     gpu: Annotated[Path | None, typer.Option(help="figures of check_gpu.py")] = None,
     answers: Annotated[Path | None, typer.Option(help="figures of answering.py")] = None,
+    score: Annotated[Path | None, typer.Option(help="figures of check_score.py")] = None,
     graph: Annotated[Path | None, typer.Option(help="figures of bench_graph.py")] = None,
     scale: Annotated[Path | None, typer.Option(help="figures of bench_graph.py --scale; both or none")] = None,
     coverage: Annotated[Path | None, typer.Option(help="output of coverage_table.py text")] = None,
@@ -151,7 +153,9 @@ def main(
     costs = {"cost": steering, "latents": latents, "diffusion": diffusion, "rebuilt": rebuilt, "record": record, "whole": whole}
     costs["gpu"] = gpu
     tables: dict[str, tuple[Callable[..., str], Path | None]] = {name: (cost, path) for name, path in costs.items()}
-    for section, (table, path) in (tables | {"sae": (training, sae), "answering": (answering, answers)}).items():
+    for section, (table, path) in (
+        tables | {"sae": (training, sae), "answering": (answering, answers), "score": (read_table, score)}
+    ).items():
         if path is not None:
             put(section, table(json.loads(path.read_text(encoding="utf-8"))))
     if graph is not None and scale is not None:

@@ -16,8 +16,9 @@ from torch.nn.functional import kl_div
 import steerlib as sl
 from steerlib import errors
 from steerlib.evaluation import comparison, report, text
-from steerlib.evaluation.comparison import Condition, Scores, Unrelated, best_prompt, joint, ratios
-from steerlib.evaluation.text import Judge, counter, distinct, embed, judge_for, relevance
+from steerlib.evaluation.comparison import Condition, Unrelated
+from steerlib.evaluation.score import Scores, best_prompt, joint, ratios, specificity
+from steerlib.evaluation.text import Judge, counter, distinct, embed, foreign, judge_for, language, relevance, repeated
 from steerlib.text import chat, complete
 from steerlib.training.directions.levers import Lever, bank_of
 from steerlib.training.directions.readouts import Readout
@@ -48,11 +49,12 @@ def counted():
 # -- the joint score -----------------------------------------------------------------------------------------
 
 
-def scores(concept, relevance: Any = 1.0, nll: Any = 1.0, distinct: Any = 1.0):
-    """One seed and one concept; numbers by condition and prompt."""
+def scores(concept, relevance: Any = 1.0, nll: Any = 1.0, distinct: Any = 1.0, repeated: Any = 0.0, foreign: Any = 0.0):
+    """One seed and one concept, asked for in the language of the requests; numbers by condition and prompt."""
     c = np.array(concept, float)[:, None, :]
-    full = [np.broadcast_to(np.array(v, float), c[:, 0].shape)[:, None] for v in (relevance, nll, distinct)]
-    return Scores(c[..., None], *full, texts=[[[""]] for _ in concept])
+    numbers = (relevance, nll, distinct, repeated, foreign)
+    *full, strange = (np.broadcast_to(np.array(v, float), c[:, 0].shape)[:, None] for v in numbers)
+    return Scores(c[..., None], *full, foreign=np.stack([strange] * 2, -1), texts=[[[""]] for _ in concept])
 
 
 def test_joint_scores_follow_their_formula():
@@ -62,6 +64,8 @@ def test_joint_scores_follow_their_formula():
             [[0.5, 0.5], [0.4, 0.6], [0.25, 0.5], [0.25, -0.1]],
             [[1.0, 1.0], [2.0, 2.0], [2 + np.log(2), 0], [0, 2]],
             [[0.7, 0.9], [1.0, 1.0], [0.4, 0.8], [1.0, 1.0]],
+            [[0.0, 0.1], [0.0, 0.0], [0.05, 0.0], [0.175, 0.3]],
+            [[0.2, 0.0], [0.0, 0.0], [0.1, 0.55], [0.0, 1.0]],
         ),
         0,
     )
@@ -69,7 +73,11 @@ def test_joint_scores_follow_their_formula():
     np.testing.assert_allclose(found.concept[2:, 0], [[0.5, 0], [1, 0.5]])
     np.testing.assert_allclose(found.relevance[2:, 0], [[0.5, 1], [0.5, 0]])
     np.testing.assert_allclose(found.fluency[2:, 0], [[0.25, 1], [1, 1]])
-    np.testing.assert_allclose(found.total[2:, 0], [[3 / (2 + 2 + 4), 0], [3 / (1 + 2 + 1), 0]])
+    np.testing.assert_allclose(found.before[2:, 0], [[3 / (2 + 2 + 4), 0], [3 / (1 + 2 + 1), 0]])
+    # repeated 0.05 and in another language 0.1, as unsteered texts are on average; half of 0.25 more, and more than that
+    np.testing.assert_allclose(found.variety[2:, 0], [[1, 1], [0.5, 0]])
+    np.testing.assert_allclose(found.language[2:, 0], [[1, 0.5], [1, 0]])
+    np.testing.assert_allclose(found.total, found.before * found.variety * found.language)
 
 
 def test_the_best_prompt_is_the_one_with_the_best_joint_score_not_the_loudest():
@@ -94,7 +102,13 @@ def test_ratios_are_0_unsteered_1_prompted_and_linear_between():
     for name, value in {"unsteered": 0, "half": 0.5, "prompted": 1, "less": -0.25}.items():
         # cells are drawn together, so what is the same share of every cell has no spread at all
         assert found[name] == pytest.approx({"ratio": value, "low": value, "high": value}, abs=1e-12)
-    assert all(line["ratio"] == 0 for line in ratios({"unsteered": p, "prompted": u, "steered": p + 1}).values())
+
+
+def test_a_ratio_to_a_prompt_that_does_not_surely_help_is_undefined():
+    u, p = np.array([0.1, 0.3, 0.0, 0.4]), np.array([0.6, 0.5, 0.9, 0.4])
+    assert ratios({"unsteered": p, "prompted": u, "steered": p + 1}) == {"unsteered": {}, "prompted": {}, "steered": {}}
+    unsure = u + np.array([-0.2, 0.3, -0.1, 0.1])  # better on average, and as often worse
+    assert not any(ratios({"unsteered": u, "prompted": unsure, "steered": u + 1}).values())
 
 
 def test_intervals_contain_their_ratio_and_are_those_of_the_mean():
@@ -115,7 +129,7 @@ def test_specificity_is_the_own_share_of_all_that_rises():
     def of(*gains):
         table = np.zeros((2, 2, 3, len(gains)))
         table[1] = gains
-        return comparison.specificity(Scores(table, *[table[..., 0]] * 3, texts=[]), 0, 1)
+        return specificity(Scores(table, *[table[..., 0]] * 4, foreign=table, texts=[]), 0, 1)
 
     assert of(0.4, 0.1, -0.2) == pytest.approx(0.8) and of(0.4, -0.1) == 1 and of(0.0, 0.3) == of(-0.1, -0.3) == 0
 
@@ -132,6 +146,18 @@ def test_counting_scorers_count():
 def test_distinct_is_the_share_of_different_word_pairs():
     assert distinct("a b a B a b") == 2 / 5 and distinct("a b c d") == 1 and distinct("a a a a a", n=3) == 1 / 3
     assert distinct("") == distinct("word") == 1
+
+
+def test_repeated_is_the_share_of_trigrams_said_before():
+    assert repeated("a b c a b c") == 1 / 4 and repeated("A b, c. a b, c.") == 3 / 8 and repeated("one two") == 0
+    assert repeated("It is late.\n" * 2) == pytest.approx(2 / 6)
+
+
+def test_texts_in_another_language_are_told_from_texts_in_the_one_asked_for():
+    texts = ["The kettle is boiling over and nobody cares.", "La bouilloire déborde et personne ne s'en soucie.", ""]
+    english, french = (foreign(texts, tongue).tolist() for tongue in ("en", "fr"))
+    assert english == pytest.approx([0, 1, 0], abs=0.1) and french == pytest.approx([1, 0, 0], abs=0.1)
+    assert language(texts[:1]) == "en"
 
 
 def test_relevance_is_the_own_cosine_less_the_mean_of_the_others():
@@ -410,7 +436,7 @@ def test_the_summary_is_over_all_cells_of_all_concepts():
 def test_tables_say_what_the_records_say():
     lines = report.table(RECORDS).splitlines()
     assert lines[2].startswith("| tea | pca | +2.00 |") and " ".join(re.findall(r"[\d.]+%?", lines[2])) == (
-        "2.00 0.00 0.50 0.38 0.05 0.50 80% 1.25 1.25 1.25 0.20 0.20 0.75 10%"
+        "2.00 0.00 0.50 0.38 0.05 0.75 80% 1.25 1.25 1.25 0.20 0.20 0.75 10%"
     )
     assert len(lines) == 4 and len({line.count("|") for line in lines}) == 1
     lines = report.summary_table(RECORDS).splitlines()

@@ -3,25 +3,27 @@
 A concept has the keys of one kind. All that a bank's reader may rely on is that a key which is there has this type.
 """
 
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 
 class Example(TypedDict):
-    """A prompt and its answers."""
+    """A prompt and its answers; `reversed` is that with the concept moved the other way, where its range allows."""
 
     prompt: str
     unsteered: str
     prompted: str
     steered: str
+    reversed: NotRequired[str]
 
 
 class MeasuredEffects(TypedDict):
-    """Of a concept of a language model at its useful `amount`, in units (`training.calibrate.measure`).
+    """Of a concept of a language model at its useful `amount`, and at the `least` one, in units (`training.calibrate.measure`).
 
-    By condition (unsteered, prompted, steered, controls, methods), `conditions` holds mean scores and side effects, and `joint`
-    the joint score of each prompt. `moved` is the share of prompts on which steering raises the concept, `response` a
-    `comparison.Response`, `tried` every setting with its joint score. `passes` and `also` say whether it clears each bar: those
-    that a shipped concept has to clear, and those that are only reported.
+    By condition (unsteered, prompted, steered, controls, methods), `conditions` holds mean scores and side effects, `joint` the
+    joint score of each prompt, `before` the same without its terms for repetition and language, `greedy` that of greedy
+    answers, and `loops` their share of repeated trigrams. `moved` is the share of prompts on which steering raises the concept,
+    `response` a `comparison.Response`, `tried` every setting with its joint score. `passes` and `also` say whether it clears
+    each bar: those that a shipped concept has to clear, and those that are only reported.
     """
 
     concept: str
@@ -29,11 +31,15 @@ class MeasuredEffects(TypedDict):
     site: str
     method: str
     amount: float | None
+    least: float
     instruction: str
     answers: int
     moved: float
     conditions: dict[str, dict[str, float]]
     joint: dict[str, list[float]]
+    before: dict[str, list[float]]
+    greedy: dict[str, list[float]]
+    loops: dict[str, float]
     response: dict[str, Any]
     examples: list[Example]
     tried: list[list[Any]]

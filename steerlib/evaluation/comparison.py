@@ -1,19 +1,4 @@
-"""Steering and prompting on one scale, without a language model as judge.
-
-For each text: c, the probability of the concept; rel, how much closer it is to its own request than to others; nll, its
-negative log-likelihood per token under the *unsteered* model that was asked the plain request; d2, its share of distinct
-word pairs. With U for the unsteered model and P for a prompt that asks for the concept:
-
-    C = clip((c - c_U) / (c_P - c_U), 0, 1)
-    R = clip(rel / rel_P, 0, 1)
-    F = exp(-max(0, nll - max(nll_U, nll_P))) * clip(d2 / d2_U, 0, 1)
-    JFS = harmonic mean of C, R, F; 0 where one of them is 0
-    ratio = (JFS - JFS_U) / (JFS_P - JFS_U)
-
-so that an unsteered text has ratio 0, prompting 1; where prompting does not help, all ratios are 0. Anchors are means over a
-concept's texts. The harmonic mean of three scores,
-and strengths chosen on other prompts than those reported on, follow AxBench (Wu et al. 2025, arXiv 2501.17148).
-"""
+"""Answers under every way of asking and steering, and what edits do to other text and with their dose."""
 
 import copy
 import warnings
@@ -35,14 +20,13 @@ from ..errors import OutOfRange
 from ..steering.interventions import Add
 from ..steering.session import steer
 from ..text import Completions, chat, complete, progress
-from .text import Judge, distinct, nll, relevance
+from .score import Scores, scored
+from .text import Judge, nll
 
 ROWS = 128
 """Answers written at once."""
 TEMPERATURE = 0.7
 RANDOM_DIRECTIONS = 3
-DRAWS = 2000
-"""Of the bootstrap."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -60,36 +44,6 @@ class Condition:
     tokens: Literal["all", "generated"] = "all"
 
 
-class Scores(NamedTuple):
-    """What was measured of every answer, each `[conditions, seeds, prompts]`."""
-
-    concepts: Float[np.ndarray, "conditions seeds prompts concepts"]
-    relevance: Float[np.ndarray, "conditions seeds prompts"]
-    nll: Float[np.ndarray, "conditions seeds prompts"]
-    distinct: Float[np.ndarray, "conditions seeds prompts"]
-    texts: list[list[list[str]]]
-
-    def of(self, conditions: Sequence[int], seeds: slice = slice(None)) -> "Scores":
-        """Some conditions only, in the order asked for, and some seeds."""
-        chosen = list(conditions)
-        return Scores(*(values[chosen, seeds] for values in self[:4]), texts=[self.texts[i][seeds] for i in chosen])
-
-
-def stacked(*several: Scores) -> Scores:
-    """The conditions of several measurements of the same prompts and seeds."""
-    numbers = ([scores[k] for scores in several] for k in range(4))
-    return Scores(*map(np.concatenate, numbers), texts=[text for scores in several for text in scores.texts])
-
-
-class Joint(NamedTuple):
-    """The three scores between their anchors and their harmonic mean, each `[conditions, seeds, prompts]`."""
-
-    concept: Float[np.ndarray, "conditions seeds prompts"]
-    relevance: Float[np.ndarray, "conditions seeds prompts"]
-    fluency: Float[np.ndarray, "conditions seeds prompts"]
-    total: Float[np.ndarray, "conditions seeds prompts"]
-
-
 def answer(
     model: Any,
     tokenizer: Any,
@@ -97,11 +51,11 @@ def answer(
     prompts: Sequence[str],
     judge: Judge,
     *,
-    seeds: Sequence[int],
+    seeds: Sequence[int | None],
     new_tokens: int = 40,
     temperature: float = TEMPERATURE,
 ) -> Scores:
-    """Answer every request under every condition and seed, and score the answers.
+    """Answer every request under every condition and seed, and score the answers. A seed of None stands for greedy answers.
 
     Many conditions share a batch, each acting on rows of its own; those that ask in more words share others, which are longer.
     """
@@ -114,21 +68,14 @@ def answer(
     for g, s in progress([(g, s) for g in range(len(groups)) for s in range(len(seeds))], "answers"):
         some = [conditions[k] for k in groups[g]]
         asked = [chat(tokenizer, prompt, c.instruction) for c in some for prompt in prompts]
+        how: dict[str, Any] = {"temperature": 0.0} if (seed := seeds[s]) is None else {"temperature": temperature, "seed": seed}
         with together(model, some, len(prompts)):
-            done = complete(model, tokenizer, asked, new_tokens=new_tokens, temperature=temperature, seed=seeds[s])
+            done = complete(model, tokenizer, asked, new_tokens=new_tokens, **how)
         found = nll_behind(model, tokenizer, done, plain).reshape(len(some), len(prompts))
         for i, k in enumerate(groups[g]):
             texts[k][s] = done.texts[i * len(prompts) : (i + 1) * len(prompts)]
             likelihood[k, s] = found[i]
-    flat = [text for by_seed in texts for by_prompt in by_seed for text in by_prompt]
-    shape = likelihood.shape
-    return Scores(
-        concepts=judge(flat).reshape(*shape, -1),
-        relevance=relevance(prompts, flat, [i for _ in range(shape[0] * shape[1]) for i in range(shape[2])]).reshape(shape),
-        nll=likelihood,
-        distinct=np.array([distinct(text) for text in flat]).reshape(shape),
-        texts=texts,
-    )
+    return scored(texts, likelihood, prompts, judge)
 
 
 @contextmanager
@@ -171,41 +118,6 @@ def nll_behind(model: Any, tokenizer: Any, done: Completions, requests: Sequence
     return torch.cat(out).cpu().numpy()
 
 
-def joint(scores: Scores, concept: int, *, prompted: Sequence[int] = (1,)) -> Joint:
-    """C, R, F and their harmonic mean (formulas above), anchored by the first condition, unsteered, and by those that are
-    `prompted`: with several prompts, each score is on the scale of the one that does best at it."""
-    c, u, p = scores.concepts[..., concept], 0, list(prompted)
-    c_p, rel_p = (values[p].mean((1, 2)).max() for values in (c, scores.relevance))
-    nll_p = scores.nll[p].mean((1, 2)).min()
-    reach = c_p - c[u].mean()
-    if reach <= 0:  # a model that cannot be asked: its own spread is the scale
-        reach = max(c[u].std(), 1e-3)
-    C = np.clip((c - c[u].mean()) / reach, 0, 1)
-    R = np.clip(scores.relevance / max(rel_p, 1e-3), 0, 1)
-    worn = np.maximum(0, scores.nll - max(scores.nll[u].mean(), nll_p))
-    F = np.exp(-worn) * np.clip(scores.distinct / scores.distinct[u].mean(), 0, 1)
-    with np.errstate(divide="ignore"):
-        total = 3 / (1 / C + 1 / R + 1 / F)
-    return Joint(C, R, F, total)
-
-
-def ratios(totals: Mapping[str, Float[np.ndarray, " cells"]]) -> dict[str, dict[str, float]]:
-    """Ratio to prompting of each condition and its 95 % interval, by paired bootstrap over cells (concept and prompt).
-
-    `totals` holds JFS by condition, the same cells in the same order, `unsteered` and `prompted` among them.
-    """
-    table = np.stack(list(totals.values()))
-    u, p = (list(totals).index(name) for name in ("unsteered", "prompted"))
-    picks = np.random.default_rng(0).integers(0, table.shape[1], (DRAWS, table.shape[1]))
-    means = np.stack([row[picks].mean(1) for row in table])
-    drawn, whole = excess(means, means[u], means[p]), table.mean(1)
-    found = excess(whole, whole[u], whole[p])
-    ends = np.quantile(drawn, [0.025, 0.975], axis=1)
-    return {
-        name: {"ratio": float(found[i]), "low": float(ends[0, i]), "high": float(ends[1, i])} for i, name in enumerate(totals)
-    }
-
-
 def random_bank(concept: Concept, bank: ConceptBank, *, count: int = RANDOM_DIRECTIONS, seed: int = 0) -> ConceptBank:
     """Random directions wherever a concept is moved, as long as its own, sharing its units and its gate."""
     generator = torch.Generator().manual_seed(seed)
@@ -234,29 +146,6 @@ def random_bank(concept: Concept, bank: ConceptBank, *, count: int = RANDOM_DIRE
         sites.setdefault(site, SiteFacts(width=read.shape[1]))
         concepts.append(Concept(name=gate.name, encoder=f"{site}#gate", index=0, unit=gate.unit, present=gate.present))
     return ConceptBank("random", concepts, encoders, base=BaseModel(), sites=sites, where=where)
-
-
-def best_prompt(scores: Scores, concept: int) -> int:
-    """Which condition after the first, unsteered one asks best for the concept, by the joint score of all of them.
-
-    The concept's score alone would pick a prompt that forgets the request.
-    """
-    prompted = range(1, len(scores.concepts))
-    return 1 + int(joint(scores, concept, prompted=prompted).total[1:].mean((1, 2)).argmax())
-
-
-def excess(joint: Any, unsteered: Any, prompted: Any) -> Any:
-    """The ratio above, element by element."""
-    gain = np.asarray(prompted - unsteered)
-    return np.where(gain > 0, (joint - unsteered) / np.where(gain > 0, gain, 1), 0.0)
-
-
-def specificity(scores: Scores, concept: int, condition: int) -> float:
-    """Gain of the concept over that gain plus the gains of all others: 1 where nothing else rises; 0 without a gain."""
-    gains = scores.concepts[condition].mean((0, 1)) - scores.concepts[0].mean((0, 1))
-    own = max(0.0, float(gains[concept]))
-    others = float(np.maximum(0, np.delete(gains, concept)).sum())
-    return own / (own + others) if own > 0 else 0.0
 
 
 class SideEffects(NamedTuple):

@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 
 from ..errors import MissingExtra
-from .comparison import ratios
+from .score import ratios
 
 Record = Mapping[str, Any]
 UNSTEERED, PROMPTED, BASELINE, RANDOM = "unsteered", "prompted", "difference-of-means", "random direction"
 SHOWN = {"steered": "chosen per concept", "steered, gated": "chosen, acting in chats only"}
-HELPLESS = "– (prompting does not help)"
-"""In place of a ratio to prompting: the scale would have no length."""
+UNDEFINED = "undefined"
+"""In place of a ratio to prompting where prompting does not surely help: the scale would have no sure length."""
 CONTROLS = ("no-op", "shuffled labels", "wrong concept", RANDOM)
 
 
@@ -25,28 +25,39 @@ def markdown(head: str, rows: Iterable[Sequence[str]]) -> str:
 
 
 def table(records: Sequence[Record]) -> str:
-    """One line a concept, as Markdown."""
-    head = (
-        "concept | made by | amount | score: unsteered | prompted | **steered** | best random | ratio to prompting "
-        "| prompts moved | nats/token: unsteered, prompted, **steered** | KL on unrelated text, gated | specificity "
-        "| anti-steerable"
-    )
-    return markdown(head, map(_concept_line, records))
+    """One line a concept, as Markdown. Greedy answers have columns where they were measured."""
+    greedy = all("loops" in record for record in records)
+    head = [
+        "concept | made by | amount | score: unsteered | prompted | **steered** | best random | ratio to prompting",
+        *["greedy | as scored before"] * greedy,
+        "prompts moved",
+        *["repeated trigrams, greedy: unsteered, prompted, **steered**"] * greedy,
+        "nats/token: unsteered, prompted, **steered** | KL on unrelated text, gated | specificity | anti-steerable",
+    ]
+    return markdown(" | ".join(head), [_concept_line(record, greedy) for record in records])
 
 
-def _concept_line(r: Record) -> list[str]:
+def _concept_line(r: Record, greedy: bool) -> list[str]:
     t = r["conditions"]
-    base, told, steered = (t[name] for name in ("unsteered", "prompted", "steered"))
+    base, told, steered = (t[name] for name in (UNSTEERED, PROMPTED, "steered"))
     random = max(t[name]["score"] for name in t if name.startswith("random-"))
     gated = t.get("steered, gated", steered)["kl"]
-    helps = np.mean(r["joint"][PROMPTED]) > np.mean(r["joint"][UNSTEERED])
-    ratio = f"**{steered['ratio']:.2f}**" if helps else HELPLESS
+    loops = [f"{r['loops'][name]:.2f}" for name in (UNSTEERED, PROMPTED, "steered")] if greedy else []
     return [
         *(r["concept"], r["method"], f"{r['amount']:+.2f}", f"{base['score']:.2f}", f"{told['score']:.2f}"),
-        *(f"**{steered['score']:.2f}**", f"{random:.2f}", ratio, f"{r['moved']:.0%}"),
+        *(f"**{steered['score']:.2f}**", f"{random:.2f}", f"**{of(r['joint'])}**"),
+        *([of(r["greedy"]), of(r["before"])] if greedy else []),
+        f"{r['moved']:.0%}",
+        *(["{}, {}, **{}**".format(*loops)] if greedy else []),
         f"{base['nll']:.2f}, {told['nll']:.2f}, **{steered['nll']:.2f}**",
         *(f"{steered['kl']:.2f}, {gated:.2f}", f"{steered['specificity']:.2f}", f"{r['response']['anti_steerable']:.0%}"),
     ]
+
+
+def of(totals: Mapping[str, Sequence[float]]) -> str:
+    """The ratio of the steered to the prompted answers, from scores by prompt, as a card says it."""
+    found = ratios({name: np.array(totals[name]) for name in (UNSTEERED, PROMPTED, "steered")})["steered"]
+    return f"{found['ratio']:.2f}" if found else UNDEFINED
 
 
 def summary(records: Sequence[Record]) -> dict[str, dict[str, float]]:
@@ -61,8 +72,8 @@ def summary(records: Sequence[Record]) -> dict[str, dict[str, float]]:
 def _over(records: Sequence[Record], name: str) -> dict[str, float]:
     wanted = [n for n in dict.fromkeys((UNSTEERED, PROMPTED, BASELINE, name)) if all(n in _joint(r) for r in records)]
     found = ratios({n: np.concatenate([_joint(record)[n] for record in records]) for n in wanted})
-    line = {**found[name], "concepts": len(records), "helps": found[PROMPTED]["ratio"] > 0}
-    if BASELINE in found:
+    line = {**found[name], "concepts": len(records)}
+    if found.get(BASELINE):
         line["baseline"] = found[BASELINE]["ratio"]
     for key in ("kl", "agreement", "specificity"):
         values = [_line(record, name)[key] for record in records if key in _line(record, name)]
@@ -94,18 +105,17 @@ def summary_table(records: Sequence[Record]) -> str:
     """One line a condition, as Markdown: controls first, then methods from the weakest to the strongest."""
     found = summary(records)
     last = {UNSTEERED: -3, PROMPTED: -2, "steered, gated": 8, "steered": 9}
-    order = sorted(found, key=lambda name: (last.get(name, -1 if name in CONTROLS else 0), found[name]["ratio"]))
+    order = sorted(found, key=lambda name: (last.get(name, -1 if name in CONTROLS else 0), found[name].get("ratio", 0)))
     rows = [_summary_line(f"**{SHOWN[name]}**" if name in SHOWN else name, found[name]) for name in order]
     head = "concepts | ratio to prompting (95 %) | difference of means on the same | specificity | KL on unrelated text"
     return markdown(f"| {head} | next-token agreement", rows)
 
 
 def _summary_line(name: str, line: Mapping[str, float]) -> list[str]:
-    interval = "" if name in (UNSTEERED, PROMPTED) else f" ({line['low']:.2f} to {line['high']:.2f})"
+    interval = "" if name in (UNSTEERED, PROMPTED) else " ({low:.2f} to {high:.2f})"
+    ratio = ("{ratio:.2f}" + interval).format(**line) if "ratio" in line else UNDEFINED
     keys = ("baseline", "specificity", "kl", "agreement")
-    rest = [f"{line[key]:.2f}" if key in line else "–" for key in keys]
-    ratio = f"{line['ratio']:.2f}{interval}" if line["helps"] else HELPLESS
-    return [name, str(line["concepts"]), ratio, *([*rest] if line["helps"] else ["–", *rest[1:]])]
+    return [name, str(line["concepts"]), ratio, *(f"{line[key]:.2f}" if key in line else "–" for key in keys)]
 
 
 def missed(records: Sequence[Mapping[str, Any]]) -> str:
@@ -217,11 +227,11 @@ def picture(records: Sequence[Record]) -> bytes:
     left.axvline(0, color="0.8", zorder=0)
     left.set(xlabel="dose (1 = useful amount)", ylabel="propensity, nats", title="Dose and response")
     left.legend(fontsize=8, ncols=2, frameon=False)
-    found = {name: line for name, line in summary(records).items() if name not in (UNSTEERED, PROMPTED)}
+    found = {n: line for n, line in summary(records).items() if "ratio" in line and n not in (UNSTEERED, PROMPTED)}
     order = sorted(found, key=lambda name: found[name]["ratio"])
     middle = [found[name]["ratio"] for name in order]
     ends = np.array([[found[name]["low"], found[name]["high"]] for name in order])
-    errors = np.abs(ends - np.array(middle)[:, None]).T
+    errors = np.abs(ends - np.array(middle)[:, None]).T if order else None
     colours = ["C3" if name in CONTROLS else "C2" if name in SHOWN else "C0" for name in order]
     counts = [f" ({found[n]['concepts']})" if found[n]["concepts"] < len(records) else "" for n in order]
     names = [SHOWN.get(name, name) + count for name, count in zip(order, counts, strict=True)]

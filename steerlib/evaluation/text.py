@@ -7,6 +7,7 @@ texts of its own, or a count of words. Fluency is the likelihood of a text under
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -61,13 +62,15 @@ class Judge:
     """How much of each concept a text has: P(concept | text) over all concepts at once, by logistic regression on sentence
     embeddings; for some concepts a count.
 
-    `names` lists the `classes` of the regression first, counted concepts after them.
+    `names` lists the `classes` of the regression first, counted concepts after them. `languages` holds those that texts of a
+    concept are in.
     """
 
     names: tuple[str, ...]
     classes: int
     model: Any
     counters: Mapping[str, Scorer]
+    languages: Mapping[str, str]
 
     @classmethod
     def fit(
@@ -96,7 +99,8 @@ class Judge:
         model = LogisticRegression(C=10.0, max_iter=5000, random_state=seed)
         if texts:
             model.fit(embed([text for group in groups for text in group]), labels)
-        return cls((*texts, *counters), len(texts), model, counters)
+        spoken = {name: language(own) for name, own in texts.items()}
+        return cls((*texts, *counters), len(texts), model, counters, spoken)
 
     def __call__(self, texts: Sequence[str]) -> Float[np.ndarray, "texts concepts"]:
         """Scores by concept."""
@@ -152,6 +156,35 @@ def distinct(text: str, n: int = 2) -> float:
     words = text.lower().split()
     grams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
     return len(set(grams)) / len(grams) if grams else 1.0
+
+
+def repeated(text: str, n: int = 3) -> float:
+    """Share of a text's n-grams of words and marks that it has said before: 0 for a text that never repeats itself, 0.5 for a
+    sentence said twice."""
+    words = re.findall(r"\w+(?:['’]\w+)*|[^\w\s]", text.lower())
+    grams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+@cache
+def _languages() -> Any:
+    try:
+        from py3langid.langid import MODEL_FILE, LanguageIdentifier
+    except ImportError:
+        raise MissingExtra("telling languages apart needs py3langid: pip install 'steerlib[eval]'") from None
+    return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
+
+
+def language(texts: Sequence[str]) -> str:
+    """The language of some texts together, as an ISO 639-1 code."""
+    return _languages().classify("\n".join(texts))[0]
+
+
+def foreign(texts: Sequence[str], language: str) -> Float[np.ndarray, " texts"]:
+    """How much more a text is in another language than in one: the probability of the likeliest less that of this one. It is 0
+    where this one is the likeliest, and small where none is sure, as for a text of one word."""
+    found = [dict(_languages().rank(text)) for text in texts]
+    return np.array([max(of.values()) - of[language] for of in found])
 
 
 @torch.no_grad()

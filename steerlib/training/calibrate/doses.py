@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ...bank.concept_bank import ConceptBank
 from ...errors import BadRecipe
-from ...evaluation.comparison import Condition, Scores, Unrelated, best_prompt, joint, stacked
+from ...evaluation.comparison import Condition, Unrelated
+from ...evaluation.score import Scores, best_prompt, joint, specificity, stacked
 from ...evaluation.text import Judge
 from ...steering.lowering import SHARE
 from ..directions.studio import Studio
@@ -23,8 +24,11 @@ DOSES = (-1.5, -0.75, 1.5, 2.0)
 """Multiples of the chosen strength at which the text is looked at for its range."""
 WORN = 1.0
 """Nats per token below prompted text at which steered text counts as damaged."""
-DEV_SEEDS = (1001, 1002)
-"""Seeds of answers to choose with; the evaluation uses others."""
+DEV_SEEDS = (1001, None)
+"""Seeds of answers to choose with, the second round greedy: that is how most people first try a concept, and where loops show.
+The evaluation uses others."""
+SPECIFIC = 0.9
+"""Share of all gains that should be the concept's own; what has less counts for less."""
 FINALISTS = 3
 DISTURBANCE = 0.3
 """Nats per token by which a setting may change the model's predictions on ordinary text."""
@@ -106,7 +110,8 @@ def room_for(recipe: DirectionRecipe, concept: ConceptRecipe) -> int:
 
 
 class Trial(NamedTuple):
-    """A method, site and strength that was tried, and its joint score on the prompts used to choose."""
+    """A method, site and strength that was tried, and its joint score on the prompts used to choose, less where other concepts
+    rise with this one."""
 
     method: str
     site: str
@@ -152,10 +157,10 @@ class Search:
     """Choose a method, a site and a strength for one concept by what they do to answers to development prompts.
 
     First the best prompt; then every method at the middle site; then the best of them at further sites, coarse to fine; then
-    the methods at the best site, the best first, at other strengths; then the best few once more on other answers; then the
-    range of the best. Best is the highest joint score. Strengths are shares of the strongest that leaves ordinary text nearly
-    as it is, so sites and methods are compared where they disturb it alike. Of the recipe's budget, enough is kept for the
-    last two; `untried` says what the rest does not reach.
+    the methods at the best site, the best first, at other strengths; then the best few once more on greedy answers; then the
+    range of the best. Best is the highest joint score, in proportion less where other concepts rise too. Strengths are shares
+    of the strongest that leaves ordinary text nearly as it is, so sites and methods are compared where they disturb it alike.
+    Of the recipe's budget, enough is kept for the last two; `untried` says what the rest does not reach.
     """
 
     def __init__(self, studio: Studio, concept: ConceptRecipe, judge: Judge):
@@ -201,7 +206,7 @@ class Search:
     def _condition(self, method: str, site: str, strength: float) -> Condition:
         return Condition(name=f"{method} {strength:g}", bank=self.bank(method, site), edits={"lever": strength})
 
-    def _answers(self, conditions: Sequence[Condition], seeds: Sequence[int]) -> Scores:
+    def _answers(self, conditions: Sequence[Condition], seeds: Sequence[int | None]) -> Scores:
         self.answers += len(conditions) * len(seeds) * len(self.prompts)
         return self.studio.scored(conditions, self.prompts, self.judge, seeds)
 
@@ -237,8 +242,10 @@ class Search:
     def _scored(self, settings: Sequence[tuple[str, str, float]], seed: int) -> list[Trial]:
         """Settings with their joint scores on answers of one seed."""
         scores = self._answers([self._condition(*setting) for setting in settings], DEV_SEEDS[seed : seed + 1])
-        found = joint(stacked(self.anchors[seed], scores), self.column).total
-        return [Trial(*setting, joint=float(found[2 + i].mean())) for i, setting in enumerate(settings)]
+        both = stacked(self.anchors[seed], scores)
+        found = joint(both, self.column).total[2:].mean((1, 2))
+        own = [min(1.0, specificity(both, self.column, 2 + i) / SPECIFIC) for i in range(len(settings))]
+        return [Trial(*setting, joint=float(found[i]) * own[i]) for i, setting in enumerate(settings)]
 
     def _final(self) -> Trial:
         """The best of the first round's best, by both rounds together."""

@@ -9,15 +9,16 @@ from ...bank.concept_bank import ConceptBank
 from ...bank.concepts import Concept, Gate
 from ...bank.effects import Example, MeasuredEffects
 from ...evaluation import comparison
-from ...evaluation.comparison import Condition, Joint, Response, Scores
+from ...evaluation.comparison import Condition, Response
+from ...evaluation.score import Joint, Scores, joint, ratios, specificity
 from ...evaluation.text import Judge
 from ..directions.studio import Studio
 from ..entries import ConceptRecipe
 from .doses import Choice, Search
 
 ANSWERING = "answering"
-GATED = "steered, gated"
-"""The condition of the chosen lever with a gate that lets it act only in chats."""
+GATED, REVERSED = "steered, gated", "reversed"
+"""The chosen lever with a gate that lets it act only in chats, and moved the other way."""
 EXAMPLES = 3
 DOSES = (-1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5)
 """Multiples of the useful amount in the dose–response."""
@@ -35,11 +36,13 @@ def measure(bank: ConceptBank, concept: ConceptRecipe, judge: Judge, studio: Stu
         *methods,
     ]
     prompts, seeds = recipe.read_prompts("evaluation"), range(recipe.seed, recipe.seed + recipe.seeds)
-    scores = studio.scored(conditions, prompts, judge, seeds)
-    found, rows = comparison.joint(scores, column), {c.name: i for i, c in enumerate(conditions)}
+    every, rows = studio.scored(conditions, prompts, judge, [*seeds, None]), {c.name: i for i, c in enumerate(conditions)}
+    scores, greedy = (every.of(range(len(conditions)), part) for part in (slice(-1), slice(-1, None)))
+    found, firm = joint(scores, column), joint(greedy, column)
     effects = _side_effects(studio, conditions)
     for name in same:  # what was steered, under another name
         rows[name], effects[name] = rows["steered"], effects["steered"]
+    ratio = ratios({name: found.total[i].mean(0) for name, i in rows.items()})
     before, after = (scores.concepts[rows[name], ..., column].mean(0) for name in ("unsteered", "steered"))
     record: dict[str, Any] = {
         "concept": concept.name,
@@ -47,13 +50,17 @@ def measure(bank: ConceptBank, concept: ConceptRecipe, judge: Judge, studio: Stu
         "site": " ".join(bank.site_of(place) for place in fact.places),
         "method": choice.method if choice else fact.source.partition(",")[0],
         "amount": fact.useful,
+        "least": _least(fact),
         "instruction": concept.asked[which],
         "answers": scores.nll[0].size,
         "moved": float((after > before).mean()),
-        "conditions": {name: _line(scores, found, column, i) | effects.get(name, {}) for name, i in rows.items()},
+        "conditions": {n: _line(scores, found, column, i) | ratio[n] | effects.get(n, {}) for n, i in rows.items()},
         "joint": {name: found.total[i].mean(0).tolist() for name, i in rows.items()},
+        "before": {name: found.before[i].mean(0).tolist() for name, i in rows.items()},
+        "greedy": {name: firm.total[i].mean(0).tolist() for name, i in rows.items()},
+        "loops": {name: float(greedy.repeated[i].mean()) for name, i in rows.items()},
         "response": _response(bank, fact, studio, concept, prompts)._asdict(),
-        "examples": _examples(prompts, scores),
+        "examples": _examples(prompts, greedy, rows),
         "tried": [[*trial] for trial in choice.trials] if choice else [],
     }
     return _rounded({**record, "passes": _passes(record), "also": _also(record)})
@@ -88,7 +95,14 @@ def _steered_and_controls(
         found.append(Condition(name="wrong concept", bank=bank, edits={wrong: bank[wrong].useful or 0.0}))
     randoms = [name for name in controls if name.startswith("random-")]
     found += [Condition(name=name, bank=controls, edits={name: fact.useful or 0.0}) for name in randoms]
+    if least := _least(fact):
+        found.append(Condition(name=REVERSED, bank=bank, edits={fact.name: least}))
     return found + [Condition(name=GATED, bank=bank, edits=amount, gate=Gate(ANSWERING))] * (ANSWERING in bank.concepts)
+
+
+def _least(fact: Concept) -> float:
+    """The amount by which a concept is moved the other way: as far as it is moved, where its range allows."""
+    return max(-(fact.useful or 0.0), fact.range[0] if fact.range else 0.0)
 
 
 def _methods(studio: Studio, concept: ConceptRecipe, choice: Choice | None) -> tuple[list[Condition], list[str]]:
@@ -114,17 +128,17 @@ def _side_effects(studio: Studio, conditions: Sequence[Condition]) -> dict[str, 
 
 
 def _line(scores: Scores, found: Joint, column: int, i: int) -> dict[str, float]:
-    spread = found.total.mean((1, 2))
     return {
         "score": float(scores.concepts[i, ..., column].mean()),
         "concept": float(found.concept[i].mean()),
         "relevance": float(found.relevance[i].mean()),
         "fluency": float(found.fluency[i].mean()),
-        "joint": float(spread[i]),
-        "ratio": float(comparison.excess(spread[i], spread[0], spread[1])),
+        "variety": float(found.variety[i].mean()),
+        "language": float(found.language[i].mean()),
+        "joint": float(found.total[i].mean()),
         "nll": float(scores.nll[i].mean()),
-        "distinct": float(scores.distinct[i].mean()),
-        "specificity": comparison.specificity(scores, column, i),
+        "repeated": float(scores.repeated[i].mean()),
+        "specificity": specificity(scores, column, i),
     }
 
 
@@ -139,13 +153,15 @@ def _passes(record: Mapping[str, Any]) -> dict[str, bool]:
         ),
         "at most 0.5 nats worse than prompting": steered["nll"] - prompted["nll"] <= 0.5,
         "at least half as good as prompting": _is_half_as_good(table),
+        "repeats itself at most 0.05 more than unsteered, in greedy answers": record["loops"]["steered"]
+        <= record["loops"]["unsteered"] + 0.05,
     }
 
 
 def _is_half_as_good(table: Mapping[str, Mapping[str, float]]) -> bool:
-    """By the ratio to prompting; where asking in words does not help, steering has to be as good as that."""
-    told, plain = table["prompted"]["joint"], table["unsteered"]["joint"]
-    return table["steered"]["ratio"] >= 0.5 if told > plain else table["steered"]["joint"] >= told
+    """By the ratio to prompting; where asking in words does not surely help, steering has to be as good as that."""
+    steered = table["steered"]
+    return steered["ratio"] >= 0.5 if "ratio" in steered else steered["joint"] >= table["prompted"]["joint"]
 
 
 def _also(record: Mapping[str, Any]) -> dict[str, bool]:
@@ -159,12 +175,9 @@ def _also(record: Mapping[str, Any]) -> dict[str, bool]:
     }
 
 
-def _examples(prompts: Sequence[str], scores: Scores) -> list[Example]:
-    unsteered, prompted, steered = (scores.texts[i][0] for i in range(3))
-    return [
-        {"prompt": prompt, "unsteered": unsteered[k], "prompted": prompted[k], "steered": steered[k]}
-        for k, prompt in enumerate(prompts[:EXAMPLES])
-    ]
+def _examples(prompts: Sequence[str], greedy: Scores, rows: Mapping[str, int]) -> list[Example]:
+    shown = {name: greedy.texts[rows[name]][0] for name in ("unsteered", "prompted", "steered", REVERSED) if name in rows}
+    return [{"prompt": prompt, **{n: texts[k] for n, texts in shown.items()}} for k, prompt in enumerate(prompts[:EXAMPLES])]  # type: ignore[typeddict-item]
 
 
 def _rounded(value: Any) -> Any:

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ...bank.concept_bank import ConceptBank
 from ...bank.effects import DetectorEffects
-from ...evaluation.comparison import Condition, Scores, Unrelated, answer
+from ...evaluation.comparison import Condition, Unrelated, answer
+from ...evaluation.score import Scores
 from ...evaluation.text import Judge
 from ...text import progress
 from ..entries import ConceptRecipe
@@ -87,7 +88,9 @@ class Studio:
         """Ordinary text on which side effects are measured."""
         return Unrelated(self.model, self.tokenizer, self.recipe.read_texts(self.recipe.unrelated))
 
-    def scored(self, conditions: Sequence[Condition], prompts: Sequence[str], judge: Judge, seeds: Sequence[int]) -> Scores:
+    def scored(
+        self, conditions: Sequence[Condition], prompts: Sequence[str], judge: Judge, seeds: Sequence[int | None]
+    ) -> Scores:
         """Answers to prompts under conditions, as long as the recipe says, and their scores."""
         new = self.recipe.new_tokens
         return answer(self.model, self.tokenizer, conditions, prompts, judge, seeds=seeds, new_tokens=new)

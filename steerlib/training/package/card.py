@@ -11,14 +11,17 @@ from ...evaluation.report import latents_table, markdown, missed, summary_table,
 from ..recipe import DirectionRecipe, PipelineEncoderRecipe, Recipe, TextEncoderRecipe
 
 PICTURE = "effects.png"
-CONTROLS = """*Ratio to prompting* is a joint score of concept, relevance and fluency, 0 for the unsteered model and 1
-for the one of the recipe's prompts that has the best joint score on other requests (`steerlib/evaluation/comparison.py` has the
-formula). *Best random* is the best of three random
-directions as long as the concept's own, at the same sites. Nats per token are the text's negative log-likelihood under the
-unsteered model that was asked the plain request. KL is what steering does to next-token distributions of text that has nothing
-to do with it; *gated* the same with `gate=sl.Gate("answering")`. Every method was given the best of its strengths that changes
-ordinary text by at most 0.3 nats per token. *Anti-steerable* is the share of
-prompts on which a higher dose means less of the concept."""
+CONTROLS = """*Ratio to prompting* is a joint score of concept, relevance, fluency, variety and language, 0 for the
+unsteered model and 1 for the one of the recipe's prompts that has the best joint score on other requests
+(`steerlib/evaluation/score.py` has the formula); *undefined* where asking in words does not surely help, so that the
+scale has no sure length. *Greedy*: that of greedy answers. *As scored before*: by the score without variety and language,
+by which banks were chosen before; it does not see a sentence that is said over and over. *Best random* is the best of
+three random directions as long as the concept's own, at the same sites. *Repeated trigrams*: the share of word trigrams
+that an answer has said before. Nats per token are the text's negative log-likelihood under the unsteered model that was
+asked the plain request. KL is what steering does to next-token distributions of text that has nothing to do with it;
+*gated* the same with `gate=sl.Gate("answering")`. Every method was given the best of its strengths that changes ordinary
+text by at most 0.3 nats per token. *Anti-steerable* is the share of prompts on which a higher dose means less of the
+concept."""
 
 
 def card(bank: ConceptBank, recipe: DirectionRecipe, records: Sequence[MeasuredEffects], trust: str) -> str:
@@ -180,9 +183,13 @@ def _gates(bank: ConceptBank) -> str:
 
 
 def _example(record: MeasuredEffects) -> str:
-    e = record["examples"][0]
-    lines = [f"> {name}: {' '.join(e[name].split())}" for name in ("unsteered", "prompted", "steered")]
-    return f"**{record['concept']} {record['amount']:+.2f}** — {e['prompt']}\n\n" + "\n>\n".join(lines)
+    """Greedy answers as they are, steered and beside them the plain one, and steered the other way."""
+    low, parts = record.get("least"), []
+    for e in record["examples"]:
+        amounts = {"unsteered": "", "steered": f" {record['amount']:+.2f}", "reversed": f" {low:+.2f}" if low else ""}
+        lines = [f"> {name}{amount}: {' '.join(e[name].split())}" for name, amount in amounts.items() if name in e]
+        parts.append(f"*{e['prompt']}*\n\n" + "\n>\n".join(lines))
+    return f"**{record['concept']}**\n\n" + "\n\n".join(parts)
 
 
 MADE = """Made by `steerlib train` from the recipe in `recipe.jsonl`, by which `steerlib eval` measures it again."""
