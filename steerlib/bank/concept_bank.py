@@ -80,16 +80,14 @@ class ConceptBank(Stored):
     def with_concepts(self, concepts: algebra.Concepts | None = None, **changes: Any) -> "ConceptBank":
         """A copy with other concepts, its encoders in memory; `changes` are arguments of `ConceptBank` in place of its own.
         `encoders` may be some of them. Concepts given by name are called so; combinations become directions. Raises `BadBank`
-        where card, graph or effects would tell of what the copy does not have, and warns of concepts that it drops.
+        where card, graph or effects would tell of what it does not have, and warns of concepts that it drops.
 
         >>> bank.with_concepts({**bank.concepts, "mere a": bank["a"] - bank["b"]}, card="# Mine").keys()
         dict_keys(['a', 'b', 'mere a'])
         """
         given, more = algebra.stored(self, self.concepts if concepts is None else concepts)
-        own: dict[str, Any] = {**self.contents(), "concepts": given}
-        made = ConceptBank(**{**own, **changes, "encoders": self._shelf.whole(changes.get("encoders", {}), more)})
-        check_copy(self, made, changes)
-        return made
+        changed = {"concepts": given, **changes, "encoders": self._shelf.whole(changes.get("encoders", {}), more)}
+        return check_copy(self, ConceptBank(**{**self.contents(), **changed}), changes)
 
     @classmethod
     def from_directions(
