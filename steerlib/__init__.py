@@ -32,6 +32,7 @@ if TYPE_CHECKING:  # what HOMES says, for type checkers and editors
     from .steering.recording import record
     from .steering.session import Steering, attach, detach, share, steer
     from .steering.swapping import Swap
+    from .training.linting import lint
     from .training.pipeline import train
     from .training.recipe import Recipe
 
@@ -40,7 +41,7 @@ if TYPE_CHECKING:  # what HOMES says, for type checkers and editors
 __all__ = [
     "Ablate", "Add", "BaseModel", "CausalGraph", "Clamp", "Concept", "ConceptBank", "Directions", "Edge", "Encoder",
     "Gate", "Host", "Intervention", "Part", "Patch", "PerStep", "Ramp", "Recipe", "Scale", "Schedule", "Set", "Site",
-    "Steering", "StepState", "Steps", "Swap", "Window", "Word", "attach", "detach", "list_banks", "load", "read_bank",
+    "Steering", "StepState", "Steps", "Swap", "Window", "Word", "attach", "detach", "lint", "list_banks", "load", "read_bank",
     "record", "share", "steer", "train",
 ]  # fmt: skip
 
@@ -61,6 +62,7 @@ HOMES = {
     "steering.recording": ("record",),
     "steering.session": ("Steering", "attach", "detach", "share", "steer"),
     "steering.swapping": ("Swap",),
+    "training.linting": ("lint",),
     "training.pipeline": ("train",),
     "training.recipe": ("Recipe",),
 }

@@ -148,6 +148,13 @@ def answer_twice(
     console.print(str(session), markup=False, soft_wrap=True)
 
 
+def check_picture(path: Path) -> None:
+    """Raise `BadEdit` for a file that cannot become a picture, before anything is drawn."""
+    if path.suffix.lower() != ".png" or path.is_dir():
+        raise BadEdit(f"expected --out to name a .png file, got {str(path)!r}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+
+
 SEEN = 256
 """Pixels that a picture is high at least when it is saved for a person to look at."""
 
