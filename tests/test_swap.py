@@ -5,6 +5,9 @@ from typing import Any
 
 import pytest
 import torch
+from test_beside import bank_for
+from test_pipelines import PIPELINES, site_of
+from tiny_pipelines import run
 from torch import nn
 
 import steerlib as sl
@@ -217,6 +220,41 @@ def test_held_concepts_are_those_that_follow_either(llama):
     torch.testing.assert_close(held["effect"], plain["effect"], atol=1e-5, rtol=0)
     torch.testing.assert_close(held["new"], plain["new"] + plain["old"], atol=1e-5, rtol=0)
     assert (free["effect"] - plain["effect"]).abs().max() > 1e-3
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return PIPELINES["sd1"].build()
+
+
+def test_in_images_concepts_are_swapped_in_the_half_and_the_window_of_the_edit(pipe):
+    site = site_of("sd1")
+    bank, scope = bank_for(pipe, site, 16), {"when": sl.Window(0.4, 1.0), "branch": "cond"}
+
+    def read(edits: Any):
+        with sl.steer(pipe, bank, edits), sl.record(pipe, bank) as tape:
+            run(pipe, steps=4)
+        return tape
+
+    plain, found = read({}), read({"a": sl.Swap("b", **scope)})
+    late = next(k for k, (state, _) in enumerate(plain["a"]) if state.progress >= 0.4)
+    for k in range(late + 1):  # further on the image itself has changed
+        before, after = ({n: tape[n][k][1] for n in "ab"} for tape in (plain, found))
+        on = torch.tensor([half == "cond" for half in plain["a"][k][0].branches or ()]).float()[:, None] * (k == late)
+        taken = before["a"] * on.repeat_interleave(len(before["a"]) // len(on), 0)
+        torch.testing.assert_close(after["a"], before["a"] - taken, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(after["b"], before["b"] + taken, atol=1e-4, rtol=1e-4)
+
+
+def test_concepts_of_other_noise_levels_are_refused(pipe):
+    site, levels = site_of("sd1"), {"high": sl.Window(0.0, 0.5), "low": sl.Window(0.5, 1.0)}
+    drawn = torch.randn(2, 16, generator=torch.Generator().manual_seed(1))
+    encoders = {f"{site}@{level}": sl.Directions(drawn[k : k + 1]) for k, level in enumerate(levels)}
+    concepts = [sl.Concept(name=level, encoder=f"{site}@{level}", index=0) for level in levels]
+    sites = {site: SiteFacts(width=16)}
+    bank = sl.ConceptBank("levels", concepts, encoders, base=sl.BaseModel.of(pipe), sites=sites, levels=levels)
+    with pytest.raises(errors.Unanswerable, match="'high' and 'low' are moved at other noise levels"):
+        sl.steer(pipe, bank, {"high": sl.Swap("low")})
 
 
 # -- refused -----------------------------------------------------------------------------------------------------

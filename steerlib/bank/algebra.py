@@ -89,14 +89,12 @@ def _sum(bank: Any, place: Place) -> Sum:
 
 
 def _beside(bank: Any, place: Place, other: Concept) -> Place:
-    """Where another concept lies at the site and level of a place."""
-    for at in other.places:
-        if (bank.site_of(at), bank.window_of(at)) == (bank.site_of(place), bank.window_of(place)):
-            return at
-    raise BadEdit(
-        f"{other.name!r} is not moved at {bank.site_of(place)!r}, so that nothing says what a direction there shares with it; "
-        "combine concepts of the same sites"
-    )
+    if (at := bank.beside(place, other)) is None:
+        raise BadEdit(
+            f"{other.name!r} is not moved at {bank.site_of(place)!r}, so nothing says what a direction there shares with it; "
+            "combine concepts of the same sites"
+        )
+    return at
 
 
 def stored(bank: Any, concepts: Concepts) -> tuple[list[Concept], dict[str, tuple[str, Directions]]]:

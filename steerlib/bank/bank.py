@@ -139,6 +139,11 @@ class Bank(ABC):
         """When a concept is moved unless an edit says otherwise: near the noise level of its encoder, if it has one."""
         return self.levels.get(concept.encoder.partition("@")[2].partition("#")[0])
 
+    def beside(self, place: Place, concept: Concept) -> Place | None:
+        """The place of a concept at the site and noise level of a place of another one; None where it has none."""
+        there = self.site_of(place), self.window_of(place)
+        return next((at for at in concept.places if (self.site_of(at), self.window_of(at)) == there), None)
+
     def competes(self, concept: Concept | Place) -> bool:
         """Whether the reading of a concept depends on the other latents of its encoder, as with TopK."""
         facts = self.encoder_facts[concept.encoder]

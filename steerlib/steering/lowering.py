@@ -161,7 +161,8 @@ class Lowering:
 
     def _gated(self, name: str, place: Place, gate: Gate, *, closed: bool = False) -> Gated:
         """A gate, read at the very place of the edit if its concept has a part there."""
-        where = _beside(place, self.bank[gate.concept])
+        other = self.bank[gate.concept]
+        where = self.bank.beside(place, other) or other.places[0]
         read = reader(self.bank, where, gate.concept, exact=self.options.exact)
         note = Note(("gate", self.key(place), gate), read, where.unit)
         return Gated(gate, note, self.bank.read_at(where), name, closed)
@@ -194,7 +195,7 @@ def _other(lower: Lowering, concept: Concept, place: Place, name: str | Concept,
         )
     if {*map(bank.window_of, old.places)} != {*map(bank.window_of, concept.places)}:
         raise Unanswerable(f"{old.name!r} and {concept.name!r} are moved at other noise levels; swap concepts of one level")
-    where, site = _beside(place, old), bank.site_of(place)
+    where, site = bank.beside(place, old) or old.places[0], bank.site_of(place)
     read, told = bank.read_at(where), reader(bank, where, old.name, exact=lower.options.exact)
     if read == site:
         return Other(told, where.unit)
@@ -204,12 +205,6 @@ def _other(lower: Lowering, concept: Concept, place: Place, name: str | Concept,
         )
     key = "reading", lower.key(where)
     return Other(NoteReader(key, old.name), where.unit, ((read, Note(key, told)),))
-
-
-def _beside(place: Place, concept: Concept) -> Place:
-    """Where a concept is read for an edit at a place: at that very place if it has a part there, else at its own."""
-    own = place.encoder.partition("#")[0]
-    return next((at for at in concept.places if at.encoder.partition("#")[0] == own), concept.places[0])
 
 
 UNREAD = (
