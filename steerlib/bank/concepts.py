@@ -146,8 +146,9 @@ class Concept:
 
     Directions can be combined: `a - b` is `a` without what it shares with `b`, its part at right angles to it, and `a & b` is
     what it shares, its part along `b` or against it; together they make up `a`. `a - b - c` is at right angles to `b` and `c`.
-    One unit is what is left of one of `a`. Nothing of a combination was measured, so it has no range and no useful amount; it keeps sites,
-    gate and `match_norm` of `a`. It is a key of edits, `{bank["a"] - bank["b"]: 2.0}`, and gets a name by `with_concepts`.
+    One unit is what is left of one of `a`. Nothing of a combination was measured, so it has no range and no useful amount; it
+    keeps sites, gate and `match_norm` of `a`. It is a key of edits, `{bank["a"] - bank["b"]: 2.0}`, and gets a name by
+    `with_concepts`.
 
     Args:
         name: what users call it.
