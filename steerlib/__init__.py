@@ -31,6 +31,8 @@ if TYPE_CHECKING:  # what HOMES says, for type checkers and editors
     from .steering.masks import Word
     from .steering.recording import record
     from .steering.session import Steering, attach, detach, share, steer
+    from .steering.swapping import Swap
+    from .training.linting import lint
     from .training.pipeline import train
     from .training.recipe import Recipe
 
@@ -39,8 +41,8 @@ if TYPE_CHECKING:  # what HOMES says, for type checkers and editors
 __all__ = [
     "Ablate", "Add", "BaseModel", "CausalGraph", "Clamp", "Concept", "ConceptBank", "Directions", "Edge", "Encoder",
     "Gate", "Host", "Intervention", "Part", "Patch", "PerStep", "Ramp", "Recipe", "Scale", "Schedule", "Set", "Site",
-    "Steering", "StepState", "Steps", "Window", "Word", "attach", "detach", "list_banks", "load", "read_bank", "record",
-    "share", "steer", "train",
+    "Steering", "StepState", "Steps", "Swap", "Window", "Word", "attach", "detach", "lint", "list_banks", "load", "read_bank",
+    "record", "share", "steer", "train",
 ]  # fmt: skip
 
 HOMES = {
@@ -59,6 +61,8 @@ HOMES = {
     "steering.masks": ("Word",),
     "steering.recording": ("record",),
     "steering.session": ("Steering", "attach", "detach", "share", "steer"),
+    "steering.swapping": ("Swap",),
+    "training.linting": ("lint",),
     "training.pipeline": ("train",),
     "training.recipe": ("Recipe",),
 }

@@ -1,4 +1,4 @@
-"""The command line: `steerlib demo | steer | train | eval | concepts | info | graph | examples | list | pull | push | ...`.
+"""The command line: `steerlib demo | steer | train | lint | eval | concepts | info | examples | list | pull | push | ...`.
 
 Nothing here imports torch before a command needs it: `sl` loads each name when it is first used.
 """
@@ -38,9 +38,8 @@ Key = Annotated[Path | None, typer.Option(help="Ed25519 key in PEM: public to ve
 Model = Annotated[str, typer.Option(help="folder, Hub id or package:<name>/<file>.gguf (default: the bank's own)")]
 Tokens = Annotated[int, typer.Option(help="new tokens of each answer", min=1)]
 TEMPLATE = "write a recipe to start from: steerlib train --template [text|latents|graph|pictures] [--out recipe.toml]"
-EDITS = "concept=amount in its units, or concept=useful, set:1.5, scale:0.5, clamp:-1:1, ablate; may be repeated"
+EDITS = "concept=amount in its units, or concept=useful, set:1.5, scale:0.5, clamp:-1:1, ablate, swap:other; may be repeated"
 Threads = Annotated[int, typer.Option(help="processor threads (0: as many as a trial of 0.2 s finds fastest)", min=0)]
-
 
 Half = StrEnum("Half", ["text", "images"])
 """What `demo` can show alone."""
@@ -119,7 +118,7 @@ def demo(
     from . import terminal
     from .evaluation.text import judge_for
 
-    check_picture(out)
+    terminal.check_picture(out)
     if only != Half.images:
         bank = sl.ConceptBank.from_pretrained(terminal.TEXT_BANK)
         model, tokenizer = loaded(source_of(bank), threads)
@@ -150,7 +149,7 @@ def steer(
 
     opened = sl.ConceptBank.from_pretrained(bank)
     edits = terminal.read_edits(opened, edit)
-    check_picture(out)
+    terminal.check_picture(out)
     target, tokenizer = loaded(model or source_of(opened), threads)
     if tokenizer is None:
         terminal.draw_both(target, opened, prompt, edits, out, samples=samples, seed=seed, steps=steps, guidance=guidance)
@@ -160,13 +159,6 @@ def steer(
         how = {"new_tokens": tokens, "temperature": temperature}
         asked = terminal.asked(tokenizer, prompt, opened.provenance.get("chat") if chat is None else chat)
         terminal.answer_twice(target, tokenizer, opened, asked, edits, range(seed, seed + samples), **how)
-
-
-def check_picture(path: Path) -> None:
-    """Raise `BadEdit` for a file that cannot become a picture, before anything is drawn."""
-    if path.suffix.lower() != ".png" or path.is_dir():
-        raise BadEdit(f"expected --out to name a .png file, got {str(path)!r}")
-    path.parent.mkdir(parents=True, exist_ok=True)
 
 
 def said(values: Any, text: str, as_json: bool) -> None:
@@ -331,6 +323,14 @@ def train(
     console.print(repr(bank), markup=False, soft_wrap=True)
     corpus = getattr(read, "read_corpus", list)() if tokenizer is None else []
     terminal.finish(bank, folder, places, clean, str(next(iter(corpus), "Tell me about the place where you live.")))
+
+
+@app.command()
+def lint(recipe: Annotated[Path, typer.Argument(help="recipe.toml")], as_json: AsJson = False) -> None:
+    """Find what spoils a recipe's contrast data, without a model. Exit code 1: errors; 0: nothing, or only advice."""
+    found = sl.lint(sl.Recipe.from_file(recipe, to_train=False))
+    said([asdict(one) for one in found], "\n".join(map(str, found)) or "nothing found", as_json)
+    raise typer.Exit(int(any(one.level == "error" for one in found)))
 
 
 @app.command("eval")

@@ -20,6 +20,7 @@ from .evaluation.pictures import draw_as_told, edit_of, grid, strip_of
 from .evaluation.text import Judge
 from .steering.interventions import Ablate, Add, Clamp, Intervention, Scale, Set
 from .steering.session import steer
+from .steering.swapping import Swap
 from .text import begun, chat, complete, progress
 
 TEXT_BANK, SCENES_BANK = "smollm2-135m-instruct", "scenes-32"
@@ -77,6 +78,8 @@ def read_edits(bank: ConceptBank, texts: Sequence[str]) -> dict[str, Interventio
 
 def _intervention(text: str, amount: str) -> Intervention:
     kind, *given = amount.split(":")
+    if kind == "swap" and any(given):
+        return Swap(":".join(given))
     if kind not in KINDS:
         kind, given = "add", [kind, *given]
     make, count = KINDS[kind]
@@ -86,7 +89,7 @@ def _intervention(text: str, amount: str) -> Intervention:
         numbers = []
     if len(numbers) != count or len(given) != count or not all(map(isfinite, numbers)):
         ways = ", ".join(":".join((name, *["NUMBER"] * n)) for name, (_, n) in KINDS.items())
-        raise BadEdit(f"expected --edit concept=amount, a number or one of {ways}, {USEFUL}; got {text!r}")
+        raise BadEdit(f"expected --edit concept=amount, a number or one of {ways}, swap:CONCEPT, {USEFUL}; got {text!r}")
     return make(*numbers)
 
 
@@ -146,6 +149,13 @@ def answer_twice(
             console.print(f"[bold]{title}[/bold]{f' (seed {seed})' if len(texts) > 1 else ''}: ", end="")
             console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
     console.print(str(session), markup=False, soft_wrap=True)
+
+
+def check_picture(path: Path) -> None:
+    """Raise `BadEdit` for a file that cannot become a picture, before anything is drawn."""
+    if path.suffix.lower() != ".png" or path.is_dir():
+        raise BadEdit(f"expected --out to name a .png file, got {str(path)!r}")
+    path.parent.mkdir(parents=True, exist_ok=True)
 
 
 SEEN = 256

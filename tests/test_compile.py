@@ -60,6 +60,14 @@ def test_changing_settings_on_a_compiled_model_recompiles_nothing_and_equals_eag
     assert not torch.allclose(expected[0], expected[1])
 
 
+def test_a_compiled_model_swaps_nothing_and_says_why(attached):
+    model, _, steering = attached
+    model.compile(backend=BACKEND)
+    logits(model)
+    with pytest.raises(errors.Unanswerable, match="swaps.*one that is not compiled"):
+        steering.set({"a": sl.Swap("b")})
+
+
 def test_generation_on_a_compiled_model(attached):
     """Prompt and new tokens, schedules over steps and padded rows, with a static cache."""
     model, _, steering = attached

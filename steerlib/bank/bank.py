@@ -13,7 +13,7 @@ from ..errors import BadBank, CorruptBank, NotReached, UnknownConcept, WrongMode
 from ..graph.causal_graph import CausalGraph
 from ..hosts import Host, digest_of
 from ..schedules import Window
-from . import card, hub, layout, signature
+from . import algebra, card, hub, layout, signature
 from .concepts import Concept, Place, printable
 from .manifest import SAID, BaseModel, EncoderFacts, SiteFacts
 from .search import LABELS, ranked
@@ -39,8 +39,11 @@ class Bank(ABC):
     _by_id: dict[str, Concept]
     _shelf: Shelf
 
-    def __getitem__(self, name: str) -> Concept:
-        """A concept by its name or `encoder/index`; raises `UnknownConcept` with the nearest names."""
+    def __getitem__(self, name: str | Concept) -> Concept:
+        """A concept by its name or `encoder/index`, or one that is made of others; raises `UnknownConcept` with the nearest
+        names."""
+        if isinstance(name, Concept):
+            return algebra.check(self, name)
         concept = self.concepts.get(name) or self._by_id.get(name)
         if concept is None and isinstance(name, str) and (concept := self._shelf.concept(name)) is not None:
             concept = self._by_id.setdefault(concept.id, concept)
@@ -109,10 +112,14 @@ class Bank(ABC):
         >>> bank.rows(bank["a"]).write.shape == (1, model.config.hidden_size)
         True
         """
+        if concept.blend is not None:
+            return algebra.rows(self, concept)
         return self._shelf.rows(concept, self.sites)
 
     def learns(self, concept: Concept | Place) -> bool:
         """Whether its rows require gradients, so that every pass uses their values at that time."""
+        if concept.blend is not None:
+            return any(self._shelf.learns(at.encoder) for leaf in algebra.leaves(concept) for at in leaf.places)
         return self._shelf.learns(concept.encoder)
 
     def count(self, encoder: str) -> int:
@@ -131,6 +138,11 @@ class Bank(ABC):
     def window_of(self, concept: Concept | Place) -> Window | None:
         """When a concept is moved unless an edit says otherwise: near the noise level of its encoder, if it has one."""
         return self.levels.get(concept.encoder.partition("@")[2].partition("#")[0])
+
+    def beside(self, place: Place, concept: Concept) -> Place | None:
+        """The place of a concept at the site and noise level of a place of another one; None where it has none."""
+        there = self.site_of(place), self.window_of(place)
+        return next((at for at in concept.places if (self.site_of(at), self.window_of(at)) == there), None)
 
     def competes(self, concept: Concept | Place) -> bool:
         """Whether the reading of a concept depends on the other latents of its encoder, as with TopK."""

@@ -9,7 +9,7 @@ from ..errors import BadBank, WrongWidth
 from ..graph.causal_graph import CausalGraph
 from ..hosts import host_for
 from ..schedules import Window
-from . import hub, layout
+from . import algebra, hub, layout
 from .bank import Stored, by_name
 from .concepts import Concept
 from .consistency import check_copy
@@ -77,18 +77,17 @@ class ConceptBank(Stored):
         self.concepts = by_name(concepts, self._shelf.facts)
         self._by_id = {concept.id: concept for concept in concepts}
 
-    def with_concepts(self, concepts: Sequence[Concept] | None = None, **changes: Any) -> "ConceptBank":
+    def with_concepts(self, concepts: algebra.Concepts | None = None, **changes: Any) -> "ConceptBank":
         """A copy with other concepts, its encoders in memory; `changes` are arguments of `ConceptBank` in place of its own.
-        `encoders` may be some of them, in place of those of the same id. Raises `BadBank` where card, graph or effects would go
-        on to name or describe what the copy does not have, and warns of concepts that it drops.
+        `encoders` may be some of them. Concepts given by name are called so; combinations become directions. Raises `BadBank`
+        where card, graph or effects would tell of what it does not have, and warns of concepts that it drops.
 
-        >>> bank.with_concepts([*bank.concepts.values()], card="# Mine").keys()
-        dict_keys(['a', 'b'])
+        >>> bank.with_concepts({**bank.concepts, "mere a": bank["a"] - bank["b"]}, card="# Mine").keys()
+        dict_keys(['a', 'b', 'mere a'])
         """
-        own = self.contents() | ({} if concepts is None else {"concepts": concepts})
-        made = ConceptBank(**{**own, **changes, "encoders": self._shelf.whole(changes.get("encoders", {}))})
-        check_copy(self, made, changes)
-        return made
+        given, more = algebra.stored(self, self.concepts if concepts is None else concepts)
+        changed = {"concepts": given, **changes, "encoders": self._shelf.whole(changes.get("encoders", {}), more)}
+        return check_copy(self, ConceptBank(**{**self.contents(), **changed}), changes)
 
     @classmethod
     def from_directions(

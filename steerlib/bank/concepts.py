@@ -1,6 +1,6 @@
 """What is steered: a named coordinate of an encoder."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from math import inf, isfinite
 from typing import Any
@@ -110,16 +110,45 @@ class Place:
     index: int
     unit: float
     natural: tuple[float, float] | None = None
+    blend: "Blend | None" = None
+    """What its direction is made of, where no encoder has it."""
 
     @property
     def id(self) -> str:
         """`encoder/index`."""
-        return f"{self.encoder}/{self.index}"
+        own = f"{self.encoder}/{self.index}"
+        return own if self.blend is None else f"{own}: {self.blend.formula(lambda concept: concept.id)}"
+
+
+@dataclass(frozen=True)
+class Blend:
+    """A concept without what it shares with others, or only that.
+
+    Args:
+        of: the concept.
+        others: the others.
+        only: whether what it shares is all that is left.
+    """
+
+    of: "Concept"
+    others: "tuple[Concept, ...]"
+    only: bool
+
+    def formula(self, word: "Callable[[Concept], str]") -> str:
+        """How it is written."""
+        words = [word(one) if one.blend is None else f"({word(one)})" for one in (self.of, *self.others)]
+        return (" & " if self.only else " - ").join(words)
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Concept:
     """A named coordinate of an encoder, with what was measured about it.
+
+    Directions can be combined: `a - b` is `a` without what it shares with `b`, its part at right angles to it, and `a & b` is
+    what it shares, its part along `b` or against it; together they make up `a`. `a - b - c` is at right angles to `b` and `c`.
+    One unit is what is left of one of `a`. Nothing of a combination was measured, so it has no range and no useful amount; it
+    keeps sites, gate and `match_norm` of `a`. It is a key of edits, `{bank["a"] - bank["b"]: 2.0}`, and gets a name by
+    `with_concepts`.
 
     Args:
         name: what users call it.
@@ -140,9 +169,14 @@ class Concept:
         factor: what it is a value of, as "red" is one of "hue"; `hold=` and `free=` take all values of a factor by its name.
         examples: texts in which it is strong.
         effects: measured effects; `steerlib/bank/effects.py` names the keys.
+        blend: what it is made of; `-` and `&` make one.
 
     >>> bank["a"].id, bank["a"].unit
     ('layers.0/0', 1.0)
+    >>> with sl.steer(model, bank, {bank["a"] - bank["b"]: 2.0}) as session:
+    ...     _ = model(torch.ones(1, 4, dtype=torch.long))
+    >>> session.report().lines[0].concept
+    'a - b'
     """
 
     name: str
@@ -163,17 +197,29 @@ class Concept:
     factor: str = ""
     examples: tuple[str, ...] = ()
     effects: Mapping[str, Any] = field(default_factory=dict)
+    blend: Blend | None = None
+
+    def __hash__(self) -> int:
+        return hash(self.id)
+
+    def __sub__(self, other: "Concept") -> "Concept":
+        if self.blend is not None and not self.blend.only:
+            return _blended(self.blend.of, (*self.blend.others, other), only=False)
+        return _blended(self, (other,), only=False)
+
+    def __and__(self, other: "Concept") -> "Concept":
+        return _blended(self, (other,), only=True)
 
     @property
     def id(self) -> str:
         """The name that always works: `encoder/index`."""
-        return f"{self.encoder}/{self.index}"
+        return f"{self.encoder}/{self.index}" if self.blend is None else self.blend.formula(lambda concept: concept.id)
 
     @property
     def places(self) -> tuple[Place, ...]:
         """Every coordinate that moves with the concept: first its own, then its parts."""
-        own = Place(self.encoder, self.index, self.unit, self.natural)
-        return own, *(Place(part.encoder, part.index, part.unit, self._natural_of(part)) for part in self.parts)
+        own = Place(self.encoder, self.index, self.unit, self.natural, self.blend)
+        return own, *(Place(part.encoder, part.index, part.unit, self._natural_of(part), self.blend) for part in self.parts)
 
     def _natural_of(self, part: Part) -> tuple[float, float] | None:
         if self.natural is None:
@@ -202,6 +248,7 @@ class Concept:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON, defaults left out."""
+        assert self.blend is None, "a combination is a concept of no bank"
         plain = {f.name: f.default for f in fields(self)}
         values = {key: value for key, value in asdict(self).items() if value not in (plain[key], (), {})}
         if self.gate is not None:
@@ -214,7 +261,7 @@ class Concept:
         try:
             if not isinstance(values, dict) or not isinstance(values.get("examples", []), list):
                 raise TypeError("examples are a list")
-            given = {f.name: values[f.name] for f in fields(cls) if f.name in values}
+            given = {f.name: values[f.name] for f in fields(cls) if f.name in values and f.name != "blend"}
             for key in ("natural", "range"):
                 if given.get(key) is not None:
                     low, high = given[key]
@@ -224,7 +271,7 @@ class Concept:
             if given.get("gate") is not None:
                 given["gate"] = Gate(**given["gate"])
             concept = cls(**given)
-            sound = concept._is_sound()
+            sound = _is_sound(concept)
         except (TypeError, ValueError, OverflowError, BadEdit) as error:
             raise CorruptBank(f"expected a concept's fields, got {values!r:.200}: {error}") from None
         if not sound:
@@ -234,22 +281,42 @@ class Concept:
             )
         return concept
 
-    def _is_sound(self) -> bool:
-        """Whether a stranger's values can be used."""
-        places = self, *self.parts
-        names = [self.name, *(place.encoder for place in places), *([self.gate.concept] if self.gate else ())]
-        numbers = [*(self.natural or ()), *(self.range or ()), *(place.unit for place in places)]
-        numbers += [number for number in (self.useful, self.present) if number is not None]
-        return (
-            all(isinstance(name, str) and 0 < len(name) <= MAX_NAME and name.isprintable() for name in names)
-            and all(
-                isinstance(t, str) and len(t) <= MAX_TEXT
-                for t in (self.beyond, self.label, self.source, self.factor, *self.examples)
-            )
-            and self.useful_as in ("Add", "Set")
-            and isinstance(self.effects, dict)
-            and all(type(place.index) is int and place.index >= 0 and place.unit > 0 for place in places)
-            and type(self.match_norm) is bool
-            and all(type(number) in (int, float) and isfinite(number) for number in numbers)
-            and all(low <= high for low, high in (self.natural or (0, 0), self.range or (0, 0)))
+
+def _blended(of: Concept, others: tuple[Concept, ...], *, only: bool) -> Concept:
+    """A concept that is made of others, of which nothing was measured."""
+    blend = Blend(of, others, only)
+    shown = " and ".join(repr(other.name) for other in others)
+    label = f"what {of.name!r} shares with {shown}" if only else f"{of.name!r} without what it shares with {shown}"
+    return Concept(
+        name=blend.formula(lambda concept: concept.name),
+        encoder=of.encoder,
+        index=of.index,
+        unit=of.unit,
+        parts=of.parts,
+        gate=of.gate,
+        match_norm=of.match_norm,
+        label=label,
+        source="made of other concepts; nothing was measured of it",
+        blend=blend,
+    )
+
+
+def _is_sound(concept: Concept) -> bool:
+    """Whether a stranger's values can be used."""
+    places = concept, *concept.parts
+    names = [concept.name, *(place.encoder for place in places), *([concept.gate.concept] if concept.gate else ())]
+    numbers = [*(concept.natural or ()), *(concept.range or ()), *(place.unit for place in places)]
+    numbers += [number for number in (concept.useful, concept.present) if number is not None]
+    return (
+        all(isinstance(name, str) and 0 < len(name) <= MAX_NAME and name.isprintable() for name in names)
+        and all(
+            isinstance(t, str) and len(t) <= MAX_TEXT
+            for t in (concept.beyond, concept.label, concept.source, concept.factor, *concept.examples)
         )
+        and concept.useful_as in ("Add", "Set")
+        and isinstance(concept.effects, dict)
+        and all(type(place.index) is int and place.index >= 0 and place.unit > 0 for place in places)
+        and type(concept.match_norm) is bool
+        and all(type(number) in (int, float) and isfinite(number) for number in numbers)
+        and all(low <= high for low, high in (concept.natural or (0, 0), concept.range or (0, 0)))
+    )

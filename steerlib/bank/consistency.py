@@ -31,8 +31,8 @@ def check_said(concepts: Mapping[str, Concept], graph: Any, card: str) -> None:
         raise BadBank(f"the card has figures of {sorted(missing)[0]!r}, which is none of the bank's concepts; give card=")
 
 
-def check_copy(bank: Any, copy: Any, given: Collection[str]) -> None:
-    """Raise where a copy of a bank would go on to say what it does not have; warn of concepts that are dropped.
+def check_copy(bank: Any, copy: Any, given: Collection[str]) -> Any:
+    """The copy of a bank; raises where it would go on to say what it does not have, and warns of concepts that are dropped.
 
     `given` names what the copy has in place of the bank's own.
     """
@@ -58,6 +58,7 @@ def check_copy(bank: Any, copy: Any, given: Collection[str]) -> None:
             SteeringWarning,
             stacklevel=4,
         )
+    return copy
 
 
 def _is_named(name: str, card: str) -> bool:

@@ -52,10 +52,11 @@ class Shelf:
             encoders,
         )
 
-    def whole(self, others: Mapping[str, Encoder]) -> "Shelf":
-        """All encoders in memory, `others` in place of those of the same id."""
+    def whole(self, others: Mapping[str, Encoder], more: Mapping[str, tuple[str, Encoder]]) -> "Shelf":
+        """All encoders in memory, `others` in place of those of the same id, and `more` with their sites."""
         made = {id: others[id] if id in others else self.encoder(id) for id in self.facts}
-        where = {id: facts.site for id, facts in self.facts.items()}
+        made |= {id: encoder for id, (_, encoder) in more.items()}
+        where = {id: facts.site for id, facts in self.facts.items()} | {id: site for id, (site, _) in more.items()}
         return Shelf.of(made, where, {id: facts.reads for id, facts in self.facts.items()})
 
     def learns(self, id: str) -> bool:

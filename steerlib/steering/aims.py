@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..errors import Unanswerable
 from ..passes import StepState
-from .reading import Key, Reader, laid
+from .reading import Key, Note, Reader, laid
 from .replay import Replay
 
 Amount = float | Sequence[float]
@@ -53,6 +53,10 @@ class Aim:
     """Whether it does nothing but bring readings nearer to 0, so that what is left of them is reported."""
     is_exact: bool = False
     """Whether a latent has to read what is left of it, and not only its code."""
+    is_relative: bool = False
+    """Whether what the concept has to read is told by `beyond`, not by `target`."""
+    notes: tuple[tuple[str, Note], ...] = ()
+    """What it has to know, and the sites at which that is read."""
 
     def shift(self, x: Tensor, now: StepState) -> Float[Tensor, "B N"] | None:  # noqa: ARG002
         """What is added to the rule's shift."""
@@ -60,6 +64,10 @@ class Aim:
 
     def target(self, x: Tensor, now: StepState, twin: dict[Key, Tensor]) -> Float[Tensor, "B N"] | None:  # noqa: ARG002
         """What the concept has to read, in place of the rule's bounds; `twin` holds the readings of an unsteered pass."""
+        return None
+
+    def beyond(self, x: Tensor, now: StepState) -> Float[Tensor, "B N"] | None:  # noqa: ARG002
+        """What the concept has to read beyond what it read before any edit, in place of the rule's bounds."""
         return None
 
     def whole(self, x: Tensor, now: StepState) -> Float[Tensor, "B N D"] | None:  # noqa: ARG002
@@ -133,6 +141,25 @@ class Recorded(Aim):
     def target(self, x: Tensor, now: StepState, twin: dict[Key, Tensor]) -> Tensor:  # noqa: ARG002
         values = self.tape.at(now, x)
         return torch.where(values.isnan(), self.read(x, now), values)
+
+
+@dataclass(frozen=True, eq=False)
+class Traded(Aim):
+    """The readings of other concepts before any edit, each times a number, beside its own reading or in place of it."""
+
+    given: tuple[tuple[Reader, float], ...]
+    is_relative: bool
+    notes: tuple[tuple[str, Note], ...] = ()
+    is_target: bool = True
+
+    def target(self, x: Tensor, now: StepState, twin: dict[Key, Tensor]) -> Tensor | None:  # noqa: ARG002
+        return None if self.is_relative else self._received(x, now)
+
+    def beyond(self, x: Tensor, now: StepState) -> Tensor | None:
+        return self._received(x, now) if self.is_relative else None
+
+    def _received(self, x: Tensor, now: StepState) -> Tensor:
+        return sum((times * read(x, now) for read, times in self.given), x.new_zeros(x.shape[:2], dtype=torch.float32))
 
 
 @dataclass(frozen=True, eq=False)

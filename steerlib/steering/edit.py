@@ -117,6 +117,8 @@ class Given(NamedTuple):
     """Added to shifts."""
     wanted: Float[Tensor, "B N K"] | None = None
     """Targets in place of the bounds; NaN: none."""
+    beyond: Float[Tensor, "B N K"] | None = None
+    """Such targets less what was read before any edit; NaN: none."""
     known: Float[Tensor, "B N K"] | None = None
     """Readings in place of those by one row; NaN: none."""
     lengths: Float[Tensor, "B N K"] | None = None
@@ -220,16 +222,17 @@ class EditTensors:
             moved = self._floored(moved, z)
         delta, total, share = _sum(moved, written), moved, None
         if has.targets:
+            wanted = _wanted(z, given)
             share = self.target if g is None else self.target * (g > 0)
             gains = 1.0 if g is None else g
             if has.latents:
                 coded, others = share * (self.threshold > -inf), moved @ self.same
-                miss = _miss(z + others, low.clamp(min=0), high.clamp(min=0), given.wanted, coded * gains)
+                miss = _miss(z + others, low.clamp(min=0), high.clamp(min=0), wanted, coded * gains)
                 delta, moved, total = delta + _sum(miss, written), moved + miss, total + coded * others + miss
                 share = share - coded
             if has.directions:
                 others = delta @ self.read.T
-                miss = _miss(z + others, low, high, given.wanted, share * gains)
+                miss = _miss(z + others, low, high, wanted, share * gains)
                 total = total + share * others + miss
                 delta, moved = delta + self._least_change(miss, share.expand_as(z)), moved + miss
         change = Change(delta, z, moved, None)
@@ -272,6 +275,14 @@ class EditTensors:
         both = active[..., :, None] * active[..., None, :]
         system = gram * both + torch.diag_embed(1 - active)
         return torch.linalg.solve_ex(system, miss[..., None])[0][..., 0] @ self.read  # unchecked: the host would wait
+
+
+def _wanted(z: Float[Tensor, "B N K"], given: Given) -> Float[Tensor, "B N K"] | None:
+    """Targets in place of the bounds, where concepts read z before any edit."""
+    if given.beyond is None:
+        return given.wanted
+    held = z + given.beyond
+    return held if given.wanted is None else torch.where(held.isnan(), given.wanted, held)
 
 
 def _miss(z: Tensor, low: Tensor, high: Tensor, wanted: Tensor | None, share: Tensor) -> Float[Tensor, "B N K"]:

@@ -4,19 +4,29 @@ Each lowers itself to an aim in raw coordinates.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from math import inf, isfinite
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
-from ..bank.concepts import Gate
+from ..bank.concepts import Concept, Gate
 from ..errors import BadEdit, Unanswerable
 from ..passes import Branch
 from ..schedules import Schedule
 from .aims import Aim, Amount, Numbers, Recorded, Rule, Swapped, each
 from .masks import mask_of
-from .reading import Reader
+from .reading import Note, Reader
 from .replay import Replay
+
+
+class Other(NamedTuple):
+    """What another concept reads, as an intervention has to know it."""
+
+    read: Reader
+    unit: float
+    """One unit, raw."""
+    notes: tuple[tuple[str, Note], ...] = ()
+    """What is read at an earlier site, and the site."""
 
 
 class Coordinate(NamedTuple):
@@ -34,6 +44,8 @@ class Coordinate(NamedTuple):
     """Coordinates that move with the concept, this one included."""
     is_latent: bool = False
     """Whether it is a latent of a sparse code."""
+    other: "Callable[[str | Concept], Other] | None" = None
+    """Who tells what other concepts read."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +76,8 @@ class Intervention(ABC):
     branch: Literal["both"] | Branch | None = field(default=None, kw_only=True)
     gate: Gate | Literal["open"] | None = field(default=None, kw_only=True)
     mask: Any = field(default=None, kw_only=True, compare=False)
+    spares_first: ClassVar[bool] = False
+    """Whether it leaves the first token of a text alone unless `tokens` says otherwise."""
 
     def __init_subclass__(cls) -> None:
         """What `help` shows of an intervention lists the arguments that all have, too."""
@@ -75,7 +89,7 @@ class Intervention(ABC):
             ends = (self.tokens.start or 0, self.tokens.stop if self.tokens.stop is not None else inf)
             if self.tokens.step not in (None, 1) or not 0 <= ends[0] < ends[1]:
                 raise BadEdit(f"expected a slice of positions with 0 <= start < stop and no step, got {self.tokens}")
-        elif self.tokens not in ("all", "prompt", "generated") and not (self.tokens is None and isinstance(self, Ablate)):
+        elif self.tokens not in ("all", "prompt", "generated") and self.tokens is not type(self).tokens:
             raise BadEdit(f"expected tokens 'all', 'prompt', 'generated' or a slice, got {self.tokens!r}")
         if self.unit not in ("concept", "raw"):
             raise BadEdit(f"expected unit 'concept' or 'raw', got {self.unit!r}")
@@ -91,6 +105,14 @@ class Intervention(ABC):
     @abstractmethod
     def aim(self, at: Coordinate) -> Aim:
         """This intervention in the raw coordinates of one of the places that it moves."""
+
+    def parts(self, name: "str | Concept") -> "list[tuple[str | Concept, Intervention]]":
+        """What it does to each concept, where it was given for the concept `name`."""
+        return [(name, self)]
+
+    def joined(self, other: "Intervention") -> "Intervention | None":  # noqa: ARG002
+        """What does to one concept what this and another do to it; None: nothing can."""
+        return None
 
     @property
     def amounts(self) -> tuple[float, ...]:
@@ -116,7 +138,12 @@ class Intervention(ABC):
         given = [getattr(self, f.name) for f in fields(self) if f.name != "mask"]
         return {len(amounts) for amounts in given if isinstance(amounts, tuple)}
 
-    def _raw(self, unit: float) -> float:
+    @property
+    def scope(self) -> dict[str, Any]:
+        """The arguments that all interventions have."""
+        return {f.name: getattr(self, f.name) for f in fields(Intervention)}
+
+    def raw(self, unit: float) -> float:
         """What amounts are multiplied by."""
         return unit if self.unit == "concept" else 1.0
 
@@ -170,7 +197,7 @@ class Add(Intervention):
         object.__setattr__(self, "amount", _amount(self.amount))
 
     def aim(self, at: Coordinate) -> Aim:
-        return Numbers(Rule(shift=_times(self.amount, self._raw(at.unit))), self.keep_norm)
+        return Numbers(Rule(shift=_times(self.amount, self.raw(at.unit))), self.keep_norm)
 
     @property
     def amounts(self) -> tuple[float, ...]:
@@ -224,12 +251,12 @@ class Set(Intervention):
         object.__setattr__(self, "value", _amount(self.value))
 
     def aim(self, at: Coordinate) -> Aim:
-        value = _times(self.value, self._raw(at.unit))
+        value = _times(self.value, self.raw(at.unit))
         value = value if at.natural is None else _within(value, *at.natural)
         return Numbers(Rule(low=value, high=value))
 
     def is_capped(self, unit: float, natural: tuple[float, float]) -> bool:
-        value = _times(self.value, self._raw(unit))
+        value = _times(self.value, self.raw(unit))
         return value != _within(value, *natural)
 
 
@@ -285,13 +312,13 @@ class Clamp(Intervention):
         object.__setattr__(self, "high", high)
 
     def aim(self, at: Coordinate) -> Aim:
-        low, high = (_times(end, self._raw(at.unit)) for end in (self.low, self.high))
+        low, high = (_times(end, self.raw(at.unit)) for end in (self.low, self.high))
         if at.natural is not None:
             low, high = _within(low, -inf, at.natural[1]), _within(high, at.natural[0], inf)
         return Numbers(Rule(low=low, high=high))
 
     def is_capped(self, unit: float, natural: tuple[float, float]) -> bool:
-        low, high = (_times(end, self._raw(unit)) for end in (self.low, self.high))
+        low, high = (_times(end, self.raw(unit)) for end in (self.low, self.high))
         return max(each(low)) > natural[1] or min(each(high)) < natural[0]
 
 

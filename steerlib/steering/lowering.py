@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ from ..schedules import Schedule, Within
 from . import masks
 from .aims import AsTwin, Forecast
 from .edit import Edit
-from .interventions import Ablate, Coordinate, Intervention
+from .interventions import Ablate, Coordinate, Intervention, Other
 from .reading import Key, Note, NoteReader, Reader, reader
 from .shares import Gated, Half, Masked, OwnLength, Section, Share, When
 
@@ -53,13 +54,14 @@ class Lowering:
         _check(concept, self.host, site, intervention, when)
         read, natural = self._reader(concept, place), None if self.options.allow_ood else reach(place.natural)
         is_latent, given = self.bank.rows(place).is_sparse, intervention.gate
-        at = Coordinate(concept.name, site, place.unit, read, natural, len(concept.places), is_latent)
+        other = partial(_other, self, concept, place, is_open=given == "open")
+        at = Coordinate(concept.name, site, place.unit, read, natural, len(concept.places), is_latent, other)
         aim, cut = intervention.aim(at), natural is not None and intervention.is_capped(place.unit, natural)
         if aim.is_exact and isinstance(read, NoteReader):
             raise Unanswerable(UNREAD.format(concept.name, self.bank.read_at(place), site))
         gates = [gate for gate in (None if given == "open" else concept.gate, given) if isinstance(gate, Gate)]
         shares: list[Share] = [When(when)] if when is not None else []
-        shares += _section(self.host, site, intervention.tokens, is_latent)
+        shares += _section(self.host, site, intervention.tokens, is_latent or intervention.spares_first)
         branch: Any = intervention.branch or self.options.branch
         shares += [Half(branch, concept.name)] if branch != "both" else []
         shares += [self._gated(concept.name, place, self._bounded(gate)) for gate in gates]
@@ -88,7 +90,7 @@ class Lowering:
 
     def notes(self, edit: Edit) -> list[tuple[str, Note]]:
         """What an edit has to know, and the sites at which that is read."""
-        found = [note for share in edit.shares for note in share.notes]
+        found = [*edit.aim.notes, *(note for share in edit.shares for note in share.notes)]
         if isinstance(edit.read, NoteReader):
             read = reader(self.bank, edit.place, edit.name, exact=self.options.exact)
             found.append((self.bank.read_at(edit.place), Note(edit.read.key, read)))
@@ -159,8 +161,8 @@ class Lowering:
 
     def _gated(self, name: str, place: Place, gate: Gate, *, closed: bool = False) -> Gated:
         """A gate, read at the very place of the edit if its concept has a part there."""
-        places, own = self.bank[gate.concept].places, place.encoder.partition("#")[0]
-        where = next((at for at in places if at.encoder.partition("#")[0] == own), places[0])
+        other = self.bank[gate.concept]
+        where = self.bank.beside(place, other) or other.places[0]
         read = reader(self.bank, where, gate.concept, exact=self.options.exact)
         note = Note(("gate", self.key(place), gate), read, where.unit)
         return Gated(gate, note, self.bank.read_at(where), name, closed)
@@ -181,6 +183,28 @@ class Lowering:
         if (norm := self.bank.sites[site].norm) is None:
             raise BadEdit(f"match_norm needs the median length of activations at {site!r}, which bank {self.bank.name!r} lacks")
         return norm
+
+
+def _other(lower: Lowering, concept: Concept, place: Place, name: str | Concept, *, is_open: bool) -> Other:
+    """How an edit at one of a concept's places learns what another concept reads, whose place the concept takes."""
+    bank, old = lower.bank, lower.bank[name]
+    if old.gate != concept.gate and not is_open:
+        raise Unanswerable(
+            f"{old.name!r} and {concept.name!r} act on other tokens, by the gates that bank {bank.name!r} stores with "
+            "them, so one cannot take the other's place; lift both with gate='open'"
+        )
+    if {*map(bank.window_of, old.places)} != {*map(bank.window_of, concept.places)}:
+        raise Unanswerable(f"{old.name!r} and {concept.name!r} are moved at other noise levels; swap concepts of one level")
+    where, site = bank.beside(place, old) or old.places[0], bank.site_of(place)
+    read, told = bank.read_at(where), reader(bank, where, old.name, exact=lower.options.exact)
+    if read == site:
+        return Other(told, where.unit)
+    if not lower._is_before(read, site):
+        raise Unanswerable(
+            f"{old.name!r} is read at {read!r}, which is not before {site!r}, where {concept.name!r} takes its place"
+        )
+    key = "reading", lower.key(where)
+    return Other(NoteReader(key, old.name), where.unit, ((read, Note(key, told)),))
 
 
 UNREAD = (

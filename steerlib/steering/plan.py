@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from ..bank import ConceptBank
+from ..bank.algebra import leaves
 from ..bank.concepts import Concept
-from ..errors import BadBank, BadEdit, ConflictingEdits, OtherWeights, OutOfRange, RowMismatch, Unmeasured
+from ..errors import BadBank, BadEdit, ConflictingEdits, OtherWeights, OutOfRange, RowMismatch, Unanswerable, Unmeasured
 from ..hosts import Host
 from ..sites import Site
 from .edit import Edit, EditTensors
@@ -22,7 +23,8 @@ from .lowering import Do as Do
 from .program import Program
 from .reading import Note
 
-Edits = Mapping[str, float | Sequence[float] | Intervention]
+Edits = Mapping[Any, float | Sequence[float] | Intervention]
+"""By concept, or by the name of one."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,23 +62,17 @@ def resolve(bank: ConceptBank, host: Host, edits: Edits, options: Options) -> Pl
     notices: list[tuple[str, type[Warning]]] = [(notice, OtherWeights)] if (notice := bank.check(host)) else []
     wanted = {name: _intervention(name, value) for name, value in edits.items()}
     _check_rows(wanted)
-    chosen = {name: bank[name] for name in wanted}
-    if len({concept.id for concept in chosen.values()}) < len(chosen):
-        raise ConflictingEdits(f"one concept is named twice among {', '.join(map(repr, chosen))}")
-    for name, concept in chosen.items():
-        if concept.present is not None and concept.range is None and not options.allow_ood:
-            raise BadEdit(
-                f"{name!r} is a gate: it reads where something is present and was never measured as a lever; give it to "
-                f"another edit as gate=sl.Gate({name!r}), or move it all the same with allow_ood=True"
-            )
+    moved = _moved(bank, wanted, options)
     lower, scope = Lowering(bank, host, options), object()
     made = []
-    for name, concept in chosen.items():
+    for concept, intervention in moved:
         for place in concept.places:
             leaves = (scope, lower.key(place)) if options.do == "graph" else None
-            made.append(lower.edit(concept, place, wanted[name], leaves))
-        notices += [(text, OutOfRange) for text in _beyond(concept, wanted[name], options)]
-    pinned = _pinned(lower, chosen.values()) if options.do == "hold" else []
+            made.append(lower.edit(concept, place, intervention, leaves))
+        notices += [(text, OutOfRange) for text in _beyond(concept, intervention, options)]
+        notices += [(text, Unmeasured) for text in _combined(concept, options)]
+    chosen = [concept for concept, _ in moved]
+    pinned = _pinned(lower, chosen) if options.do == "hold" else []
     made = [lower.beside(edit, pinned) for edit in made] + pinned
     if options.do == "graph":
         made += _forecasts(lower, made, scope)
@@ -105,20 +101,52 @@ def _check_options(options: Options) -> None:
         raise BadEdit(f"hold= and free= belong to do='hold', got do={options.do!r}")
 
 
-def _intervention(name: str, value: Any) -> Intervention:
+def _intervention(name: Any, value: Any) -> Intervention:
     if isinstance(value, Intervention):
         return value
     try:
         return Add(value)
     except (TypeError, ValueError) as error:
-        raise BadEdit(f"expected a number, one per row, or an intervention for {name!r}, got {value!r}: {error}") from None
+        said = f"expected a number, one per row, or an intervention for {_called(name)}, got {value!r}: {error}"
+        raise BadEdit(said) from None
 
 
-def _check_rows(wanted: Mapping[str, Intervention]) -> None:
+def _called(name: Any) -> str:
+    """A key of edits, as errors call it."""
+    return repr(getattr(name, "name", name))
+
+
+def _moved(bank: ConceptBank, wanted: Mapping[Any, Intervention], options: Options) -> list[tuple[Concept, Intervention]]:
+    """What is done to each concept, also to those that an edit moves beside its own."""
+    chosen = {name: bank[name] for name in wanted}
+    if len({concept.id for concept in chosen.values()}) < len(chosen):
+        raise ConflictingEdits(f"one concept is named twice among {', '.join(repr(c.name) for c in chosen.values())}")
+    found: dict[str, tuple[Concept, Intervention]] = {}
+    for name, concept in chosen.items():
+        parts = [(bank[other], part) for other, part in wanted[name].parts(name)]
+        if len({other.id for other, _ in parts}) < len(parts):
+            raise BadEdit(f"{concept.name!r} cannot take its own place; name another concept")
+        for other, part in parts:
+            if other.present is not None and other.range is None and not options.allow_ood:
+                raise BadEdit(
+                    f"{other.name!r} is a gate: it reads where something is present and was never measured as a lever; give it "
+                    f"to another edit as gate=sl.Gate({other.name!r}), or move it all the same with allow_ood=True"
+                )
+            both = found[other.id][1].joined(part) if other.id in found else part
+            if both is None:
+                raise ConflictingEdits(
+                    f"{other.name!r} takes the place of another concept and is edited otherwise in the same call; edits of one "
+                    "call swap it under the same when, tokens, unit, branch, gate and mask, or leave it out"
+                )
+            found[other.id] = other, both
+    return [*found.values()]
+
+
+def _check_rows(wanted: Mapping[Any, Intervention]) -> None:
     """Raise where edits of one call count different numbers of rows: the same prompts cannot have both."""
     counts = {count: name for name, intervention in wanted.items() for count in intervention.rows}
     if len(counts) > 1:
-        listing = " and ".join(f"{count} of {name!r}" for count, name in sorted(counts.items()))
+        listing = " and ".join(f"{count} of {_called(name)}" for count, name in sorted(counts.items(), key=lambda one: one[0]))
         raise RowMismatch(f"expected as many amounts as prompts in every edit, got {listing}")
 
 
@@ -134,6 +162,19 @@ def _beyond(concept: Concept, intervention: Intervention, options: Options) -> I
     if min(amounts) < low or max(amounts) > high:
         seen, given = concept.beyond or "nothing was measured there", amounts[0] if len(amounts) == 1 else amounts
         yield f"{concept.name!r} was measured to be safe from {low:+.2f} to {high:+.2f}, got {given}; beyond: {seen}"
+
+
+def _combined(concept: Concept, options: Options) -> Iterator[str]:
+    """What to say of a concept that is made of others; raises where the graph would have to know it."""
+    if concept.blend is None:
+        return
+    if options.do != "model":
+        raise Unanswerable(
+            f"do={options.do!r} needs what follows {concept.name!r}, and the graph knows nothing of a combination of concepts; "
+            "use do='model'"
+        )
+    if (of := leaves(concept)[0]).range is not None:
+        yield f"nothing was measured of {concept.name!r}, whose unit is what is left of one of {of.name!r}: it has no range"
 
 
 def _cap(bank: ConceptBank, site: str, options: Options) -> float:
@@ -200,9 +241,9 @@ def _forecasts(lower: Lowering, made: Sequence[Edit], scope: object) -> list[Edi
     return found
 
 
-def _compounded(bank: ConceptBank, chosen: Iterable[str]) -> Iterator[tuple[str, type[Warning]]]:
+def _compounded(bank: ConceptBank, chosen: Iterable[Concept]) -> Iterator[tuple[str, type[Warning]]]:
     """What to say of concepts that a forecast reaches over more than one edge."""
-    if far := bank.graph.forecast(dict.fromkeys((bank[name].name for name in chosen), 1.0)).unmeasured:
+    if far := bank.graph.forecast(dict.fromkeys((concept.name for concept in chosen), 1.0)).unmeasured:
         shown = ", ".join(map(repr, far[:3])) + (f" and {len(far) - 3} more" if len(far) > 3 else "")
         yield f"do='graph' moves {shown} over two edges or more; effects along a whole path were not measured", Unmeasured
 
@@ -218,7 +259,8 @@ def plan_for(bank: ConceptBank, host: Host, edits: Edits, options: Options) -> P
         raise BadBank(f"expected a ConceptBank, got {bank!r:.200}{opened}")
     if not isinstance(edits, Mapping):
         raise BadEdit(f"expected edits as a mapping from concept names, got {type(edits).__name__}")
-    if any(isinstance(i, Intervention) and not i.is_plain for i in edits.values()):
+    plain = all(not isinstance(i, Intervention) or i.is_plain for i in edits.values())
+    if not plain or any(isinstance(name, Concept) for name in edits):  # of which two may be equal and of two banks
         return resolve(bank, host, edits, options)
     known = _PLANS.setdefault(host.model, OrderedDict())
     try:

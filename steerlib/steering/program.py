@@ -14,6 +14,7 @@ from ..devices import placed, unrounded
 from ..encoders.base import Encoder
 from ..errors import ConflictingEdits, RowMismatch, Unanswerable, WrongWidth
 from ..passes import StepState
+from .aims import Aim
 from .edit import Change, Edit, EditTensors, Given, Has
 from .exact import emptied
 from .reading import Key, Note, NoteReader
@@ -43,6 +44,7 @@ class Program:
         self.is_scheduled = not notes and all(any(share.clock for share in edit.shares) for edit in edits)
         self.is_normed = any(edit.rows.norm for edit in edits)
         self.is_exact = any(edit.aim.is_exact for edit in edits)
+        self.is_relative = any(edit.aim.is_relative for edit in edits)
         self.keeps = [k for k, edit in enumerate(edits) if edit.aim.keeps_norm]
         self.codes, self.gauge, self.cut = self._by_encoder(), gauge(edits), self._cut()
         self._refuse_dependent()
@@ -107,7 +109,8 @@ class Program:
             forecast=_stacked([0.0 if s is None else s for s in shifts], x, shape)
             if any(s is not None for s in shifts)
             else None,
-            wanted=self._wanted(x, now, twin),
+            wanted=self._targets(x, lambda aim: aim.target(x, now, twin)),
+            beyond=self._targets(x, lambda aim: aim.beyond(x, now)) if self.is_relative else None,
             known=self._known(x, now),
             lengths=self.lengths(x),
         )
@@ -141,11 +144,11 @@ class Program:
                 z[..., k] = torch.nan if coded is None else coded[..., k]
         return z
 
-    def _wanted(self, x: Tensor, now: StepState, twin: dict[Key, Tensor]) -> Tensor | None:
+    def _targets(self, x: Tensor, of: "Callable[[Aim], Tensor | None]") -> Tensor | None:
         """Targets that differ from token to token, NaN where there is none."""
         if not self.has_targets:
             return None
-        wanted = [edit.aim.target(x, now, twin) for edit in self.edits]
+        wanted = [of(edit.aim) for edit in self.edits]
         if all(target is None for target in wanted):
             return None
         return _stacked([torch.nan if target is None else target for target in wanted], x, x.shape[:2])

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from ..bank import ConceptBank
+from ..bank.concepts import Concept
 from ..devices import unrounded
 from ..hosts import host_for
 from ..passes import StepState
@@ -19,13 +20,15 @@ Tape = dict[str, list[tuple[StepState, Tensor]]]
 
 
 @contextmanager
-def record(target: object, bank_or_sites: ConceptBank | Sequence[str], concepts: Sequence[str] | None = None) -> Iterator[Tape]:
+def record(
+    target: object, bank_or_sites: ConceptBank | Sequence[str], concepts: Sequence[str | Concept] | None = None
+) -> Iterator[Tape]:
     """Record every pass inside a `with` block.
 
     Args:
         target: what `sl.steer` takes.
         bank_or_sites: a bank, or names of sites.
-        concepts: of the bank; None: all.
+        concepts: of the bank, by name, or combinations of them; None: all.
 
     Gives a tape: `tape[name]` lists `(state, values)`, one for each pass, where `state` says where the pass stands. With a
     bank, values are the concepts' readings `z[B, N]`, in raw coordinates and after any edit; with names of sites, the

@@ -143,7 +143,8 @@ def steer(
     Args:
         target: a transformers or PEFT model, a diffusers pipeline, or any `torch.nn.Module`. Compiled ones: `sl.attach` first.
         bank: whose concepts are edited; it must have been made for this architecture.
-        edits: name, or `encoder/index`, -> an addition in units of the concept, one for each prompt, or an intervention.
+        edits: name, `encoder/index` or a combination such as `bank["a"] - bank["b"]` -> an addition in units of the concept,
+            one for each prompt, or an intervention.
         branch: the half of guidance that is edited: "both", "cond" (with the prompt) or "uncond".
         do: "model": the network carries an edit on. "hold": each pass runs unsteered too, and descendants in the bank's graph
             are pinned to their values there; edits are skipped on tokens where a stored gate of a pinned concept is open
