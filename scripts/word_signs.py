@@ -68,7 +68,7 @@ class Later:
 def main(
     out: Annotated[Path | None, typer.Option()] = None, count: int = 200, seed: int = 0, texts: int = 4, length: int = 32
 ) -> None:
-    """Measure, and write the figures as JSON. Directions are made from `texts` texts, cut to `length` tokens."""
+    """Measure, and write the figures as JSON; directions are made from `texts` texts, cut to `length` tokens."""
     torch.set_num_threads(1)
     model, tokenizer = sl.load(SOURCE)
     read = [json.loads(line)["text"] for line in (COMMON / "reference.jsonl").read_text().splitlines()]
@@ -92,7 +92,7 @@ def main(
         "seed": seed,
         "texts": texts,
         "tokens of each": length,
-        **found,
+        "added": found,
         "of the other sign": wrong,
     }
     text = json.dumps(figures, indent=1)
