@@ -77,9 +77,10 @@ def test_padding_and_batches_change_nothing(tokenizer):
         torch.testing.assert_close(direction, mean, rtol=1e-4, atol=1e-6)
 
 
-def test_the_first_order_effect_on_the_logit_is_the_inner_product(tokenizer):
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bloom", "mixtral", "recurrent_gemma"])
+def test_the_first_order_effect_on_the_logit_is_the_inner_product(family, tokenizer):
     """Added everywhere from position `skip` on, a small step moves the summed logit by what the direction says."""
-    model, skip, epsilon = causal("llama", tokenizer), 1, 1e-2
+    model, skip, epsilon = causal(family, tokenizer), 1, 1e-2
     rows, text = model.lm_head.weight.detach(), TEXTS[0]
     found = word_directions(model, tokenizer, ["river"], [text], skip=skip)["river"]["layers.0"]
     step = torch.randn(len(found), generator=torch.Generator().manual_seed(0))
@@ -169,6 +170,8 @@ def test_units_and_amounts_are_those_of_every_other_direction(lazy, tokenizer):
 
 def test_words_steer_together_and_a_saved_bank_has_those_made_so_far(lazy, tmp_path):
     model, bank = lazy
+    with pytest.raises(BadBank, match="nothing to keep yet"):
+        bank.save_pretrained(tmp_path / "words")
     ids, edits = torch.arange(4, 12)[None], {" moon": 2.0, "river": -1.0}
     with sl.steer(model, bank, edits):
         steered = model(ids).logits

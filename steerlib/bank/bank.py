@@ -179,6 +179,8 @@ class Stored(Bank):
 
     def contents(self) -> dict[str, Any]:
         """The arguments of `ConceptBank` that make this bank; `encoders` are read when needed."""
+        if self._shelf.maker is not None and not self.concepts:
+            raise BadBank(f"bank {self.name!r} has nothing to keep yet; ask for its concepts first, each by bank[name]")
         own = {key: getattr(self, key) for key in (*SAID, "graph", "card", "pictures", "files")}
         return {**own, "concepts": list(self.concepts.values()), "encoders": self._shelf}
 
