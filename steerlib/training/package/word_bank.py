@@ -53,14 +53,15 @@ def words(model: Any, tokenizer: Any = None) -> ConceptBank:
         ...     model.generate(**inputs, max_new_tokens=60)
     """
     made = _Words(model, host_for(model).tokenizer() if tokenizer is None else tokenizer)
-    width, what = made.rows.shape[1], "and every other word that is one token of the model, made when it is asked for"
     shelf = Shelf(
         {made.site: EncoderFacts(site=made.site, kind="directions", file=file_of(made.site))},
-        {made.site: Directions(torch.empty(0, width))},
-        maker=Maker(what, made.can, made.make),
+        {made.site: Directions(torch.empty(0, made.width))},
+        maker=Maker("and every other word that is one token of the model, made when it is asked for", made.can, made.make),
     )
-    sites = {made.site: SiteFacts(width=width, norm=round(made.norm, 4))}
-    return ConceptBank("words", [], shelf, base=BaseModel.of(made.model), sites=sites, provenance={"method": "words"})
+    sites = {made.site: SiteFacts(width=made.width)}
+    bank = ConceptBank("words", [], shelf, base=BaseModel.of(made.model), sites=sites, provenance={"method": "words"})
+    made.sites = bank.sites  # which get their norm with the first word
+    return bank
 
 
 class _Words:
@@ -71,7 +72,8 @@ class _Words:
         self.rows: Tensor = unembedding(self.model)[1].weight
         if len(tokenizer) > len(self.rows):
             raise BadBank(f"the tokenizer has {len(tokenizer)} tokens, and the model {len(self.rows)}; give the model's own")
-        self.site = site_for(host_for(model))
+        self.site, self.width = site_for(host_for(model)), self.rows.shape[1]
+        self.sites: dict[str, SiteFacts] = {}
         self._made: dict[str, tuple[Concept, Directions]] = {}
 
     @cached_property
@@ -101,6 +103,7 @@ class _Words:
             found = word_directions(self.model, self.tokenizer, [word], self.texts[:TEXTS], sites=[self.site])[word][self.site]
             direction = found / found.norm()
             fact = statistics(direction, self.reference)
+            self.sites[self.site] = SiteFacts(width=self.width, norm=round(self.norm, 4))
             concept = Concept(
                 name=word,
                 encoder=self.site,
