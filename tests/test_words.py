@@ -155,6 +155,14 @@ def test_a_word_is_made_when_asked_for_and_kept(lazy, monkeypatch):
     assert "every other word" in repr(bank)
 
 
+def test_a_tokenizer_without_a_token_for_pads_will_do(tokenizer, monkeypatch):
+    monkeypatch.setattr(word_bank._Words, "texts", TEXTS * 6)
+    model, bare = causal("gpt2", tokenizer), toy_tokenizer()
+    bare.pad_token = None
+    found, same = sl.words(model, bare)["river"], sl.words(model, tokenizer)["river"]
+    assert found == same
+
+
 def test_units_and_amounts_are_those_of_every_other_direction(lazy, tokenizer):
     model, bank = lazy
     (site,), concept = bank.sites, bank["river"]

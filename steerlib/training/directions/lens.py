@@ -86,7 +86,7 @@ def pulled_back(
     names = list(sites) if sites is not None else [site for site in host.sites() if site.removeprefix("layers.").isdigit()]
     sums: dict[str, Any] = dict.fromkeys(names, 0)
     count = 0
-    for ids, mask in progress([*_batches(tokenizer, texts, length)], "gradients of words"):
+    for ids, mask in progress([*batches(tokenizer, texts, length)], "gradients of words"):
         ids, mask = ids.to(model.device), mask.to(model.device)
         source = mask.clone()
         source[:, :skip] = False
@@ -103,8 +103,8 @@ def pulled_back(
     return {site: total / count for site, total in sums.items()}
 
 
-def _batches(tokenizer: Any, texts: Sequence[str], length: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Token ids and which are real, pads on the right."""
+def batches(tokenizer: Any, texts: Sequence[str], length: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Token ids and which are real, `BATCH` texts at a time, pads on the right; the tokenizer needs no token for them."""
     read = [torch.tensor(tokenizer(text, truncation=True, max_length=length)["input_ids"]) for text in texts]
     for i in range(0, len(read), BATCH):
         some = read[i : i + BATCH]

@@ -15,16 +15,19 @@ from ...bank.shelf import Maker, Shelf
 from ...encoders import Directions
 from ...errors import BadBank
 from ...hosts import host_for
+from ...text import progress
 from ...vocabulary import forms, site_for, unembedding
 from ..calibrate.doses import statistics
-from ..directions.lens import word_directions
+from ..directions.lens import batches, word_directions
 from ..recipe import COMMON
-from ..record.activations import tokens
+from ..record.activations import reading
 
 USEFUL = 0.16
 """Length of a useful amount, as a share of the median length of an activation there: the mean of these amounts."""
 TEXTS = 16
 """Texts from which a direction is made."""
+MOST = 512
+"""Tokens that are read of a text at most."""
 
 
 def words(model: Any, tokenizer: Any = None) -> ConceptBank:
@@ -84,8 +87,13 @@ class _Words:
 
     @cached_property
     def reference(self) -> Tensor:
-        """Activations of its tokens at the site."""
-        return tokens(self.model, self.tokenizer, self.texts, [self.site], what="reference text")[self.site]
+        """Activations of its tokens at the site, those of first tokens left out."""
+        found = []
+        with reading(self.model, [self.site]) as read:
+            for ids, mask in progress([*batches(self.tokenizer, self.texts, MOST)], "reference text"):
+                x = read(ids.to(self.model.device), mask.long().to(self.model.device))[self.site].float().cpu()
+                found.append(x[:, 1:][mask[:, 1:]])
+        return torch.cat(found)
 
     @cached_property
     def norm(self) -> float:
