@@ -105,7 +105,7 @@ def pulled_back(
 
 def batches(tokenizer: Any, texts: Sequence[str], length: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Token ids and which are real, `BATCH` texts at a time, pads on the right; the tokenizer needs no token for them."""
-    read = [torch.tensor(tokenizer(text, truncation=True, max_length=length)["input_ids"]) for text in texts]
+    read = [torch.tensor(tokenizer(text, truncation=True, max_length=length)["input_ids"], dtype=torch.long) for text in texts]
     for i in range(0, len(read), BATCH):
         some = read[i : i + BATCH]
         real = pad_sequence([torch.ones_like(ids) for ids in some], batch_first=True)
