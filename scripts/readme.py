@@ -109,6 +109,16 @@ def bars(figures: Mapping[str, Any], scale: Mapping[str, Any]) -> str:
     return "\n".join([*lines, "", f"{about}, at scale one."])
 
 
+def signs(figures: Mapping[str, Any]) -> str:
+    """How often a direction moved its word's logit as foretold."""
+    lines = ["| added | of the foretold sign | mean change of the logit |", "|---|---|---|"]
+    lines += [
+        f"| {n} | {v['predicted sign']:.1%} | {v['mean change of the logit']:+.3f} |" for n, v in figures["added"].items()
+    ]
+    said = f"at `{figures['site']}`, directions from {figures['texts']} texts of {figures['tokens of each']} tokens"
+    return "\n".join([*lines, "", f"{figures['words tested']} words, seed {figures['seed']}, {said}."])
+
+
 def put(section: str, content: str) -> None:
     """Replace what stands between a section's marks, in the README that has them."""
     marks = re.compile(rf"(<!-- begin: {section} -->\n).*?(<!-- end: {section} -->)", re.DOTALL)
@@ -145,6 +155,7 @@ def main(
     coverage: Annotated[Path | None, typer.Option(help="output of coverage_table.py text")] = None,
     pipelines: Annotated[Path | None, typer.Option(help="output of coverage_table.py images")] = None,
     damage: Annotated[Path | None, typer.Option(help="table that harness.py printed")] = None,
+    words: Annotated[Path | None, typer.Option(help="figures of word_signs.py")] = None,
     banks: Annotated[bool, typer.Option(help="run the first example, and read the shipped banks")] = True,
 ) -> None:
     """Write the measured parts of the READMEs."""
@@ -154,7 +165,8 @@ def main(
     costs["gpu"] = gpu
     tables: dict[str, tuple[Callable[..., str], Path | None]] = {name: (cost, path) for name, path in costs.items()}
     for section, (table, path) in (
-        tables | {"sae": (training, sae), "answering": (answering, answers), "score": (read_table, score)}
+        tables
+        | {"sae": (training, sae), "answering": (answering, answers), "score": (read_table, score), "words": (signs, words)}
     ).items():
         if path is not None:
             put(section, table(json.loads(path.read_text(encoding="utf-8"))))
