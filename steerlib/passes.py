@@ -15,12 +15,17 @@ from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Int
 from torch import Tensor
 
 from .errors import Unanswerable
 
 Section = Literal["prompt", "generated", "mixed"]
+UNKNOWN_TOKENS = (
+    "parts of a text such as tokens='answer' need all tokens of the text so far, and {}; use generate(input_ids=...), one "
+    "text a row, or a forward over the whole text"
+)
 Branch = Literal["cond", "uncond"]
 
 
@@ -134,6 +139,23 @@ class StepState(ABC):
         """What earlier sites of this pass leave for later ones."""
         return {}
 
+    @cached_property
+    def memory(self) -> dict[Hashable, Any]:
+        """What passes over one text leave for later ones; a pass that is not one of several has its own."""
+        return {}
+
+    @property
+    def lacks_prompt(self) -> str:
+        """Why this pass does not see the whole prompt at this site; empty if it does."""
+        return "this is no pass over a text"
+
+    def ids(self) -> Int[Tensor, "B T"]:
+        """Tokens of each row from its first column to the end of this pass, on the host, -1 on pads.
+
+        A device is waited for. Raises `Unanswerable` where they are not known.
+        """
+        raise Unanswerable(UNKNOWN_TOKENS.format("this pass reads none"))
+
     @property
     def moment(self) -> "float | Tensor":
         """What `Steps` counts: one number where the whole pass is at one step."""
@@ -155,6 +177,7 @@ class StepState(ABC):
         """The same for a second run of a checkpointed part, with the notes there are now."""
         there: Any = copy(self)
         there.is_again, there.notes = True, dict(self.notes)
+        there.__dict__.pop("_own", None)
         if "_sizes" in vars(there):
             there._sizes = {}
         return there
@@ -185,9 +208,12 @@ class TextPass(StepState):
 
     Attributes:
         places: `[B, N]`, the positions of texts that lie packed in one row; None where columns tell them.
+        text: what the host knows of the text that is read in several passes: its `memory`, and `ids(state)`, tokens up to the
+            end of a pass; None: this pass is all that is known.
     """
 
     places: Tensor | None = None
+    text: Any = None
 
     def __init__(
         self,
@@ -219,6 +245,7 @@ class TextPass(StepState):
         start = self.start + self.length - count
         last = TextPass(count, start, self.prompt, self.mask, self.prompts, self.branches, self.like)
         last.refused, last.places = self.refused, None if self.places is None else self.places[:, -count:]
+        last.text = self.text
         return last
 
     def beside(self, count: int) -> "TextPass":
@@ -227,13 +254,51 @@ class TextPass(StepState):
             return self.at(count)
         mask = None if self.mask is None else torch.cat((self.mask.new_ones(len(self.mask), more), self.mask), dim=1)
         whole = TextPass(count, 0, self.prompt + more, mask, self.prompts, self.branches, self.like)
-        whole.refused = self.refused
+        whole.refused, whole.text = self.refused, self.text
         return whole
 
     def row(self, amounts: "int | Tensor", rows: int) -> Int[Tensor, " rows"]:
         if self.refused or self.branches is None:
             raise Unanswerable(self.refused or "nothing tells how this generate() stacks its rows; give one number for all")
         return super().row(amounts, rows)
+
+    @property
+    def memory(self) -> dict[Hashable, Any]:  # type: ignore[override]
+        return self._own if self.text is None else self.text.memory
+
+    @property
+    def lacks_prompt(self) -> str:
+        if self.refused or self.places is not None:
+            return self.refused or "several texts lie in one row; pass one text a row"
+        if self.start or self.length < (self.prompt or 0):
+            return (
+                "this one has a part of it; leave out prefill_chunk_size, logits_to_keep and caches that were filled before, "
+                "and enter the session before generate()"
+            )
+        return ""
+
+    @cached_property
+    def _own(self) -> dict[Hashable, Any]:
+        return {}
+
+    def ids(self) -> Int[Tensor, "B T"]:
+        if self.refused or self.places is not None:
+            raise Unanswerable(self.refused or UNKNOWN_TOKENS.format("several texts lie in one row"))
+        end, given = self.start + self.length, self.like
+        if given is None or given.ndim != 2 or given.is_floating_point():
+            raise Unanswerable(UNKNOWN_TOKENS.format("this pass is given embeddings"))
+        ids = given if given.shape[1] == end else None if self.text is None else self.text.ids(self)
+        if ids is not None and self.mask is not None:
+            real = self.mask[:, :end].bool()
+            ids = torch.where(F.pad(real, (0, end - real.shape[1]), value=True), ids, -1)
+        if ids is not None:
+            both = torch.cat((ids, given), dim=1).cpu()  # the device is waited for once
+            ids, last = both[:, :end], both[:, end:]
+        if ids is None or ((ids[:, -last.shape[1] :] != last) & (ids[:, -last.shape[1] :] >= 0)).any():
+            raise Unanswerable(
+                UNKNOWN_TOKENS.format("those before this pass are not known, as where a cache was filled earlier")
+            )
+        return ids
 
     @cached_property
     def real(self) -> Bool[Tensor, "B N"] | None:

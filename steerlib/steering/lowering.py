@@ -16,8 +16,9 @@ from ..schedules import Schedule, Within
 from . import masks
 from .aims import AsTwin, Forecast
 from .edit import Edit
-from .interventions import Ablate, Coordinate, Intervention
-from .reading import Key, Note, NoteReader, Reader, reader
+from .interventions import Ablate, Coordinate, Intervention, words_in
+from .passages import passage
+from .reading import Key, Note, NoteReader, PromptReader, Reader, reader
 from .shares import Gated, Half, Masked, OwnLength, Section, Share, When
 
 Do = Literal["model", "hold", "graph"]
@@ -32,6 +33,7 @@ class Options(NamedTuple):
     free: tuple[str, ...] = ()
     allow_ood: bool = False
     exact: bool = True
+    tokenizer: Any = None
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,8 @@ class Lowering:
             raise Unanswerable(UNREAD.format(concept.name, self.bank.read_at(place), site))
         gates = [gate for gate in (None if given == "open" else concept.gate, given) if isinstance(gate, Gate)]
         shares: list[Share] = [When(when)] if when is not None else []
-        shares += _section(self.host, site, intervention.tokens, is_latent)
+        shares += _sections(self.host, site, intervention.tokens, is_latent)
+        shares += [passage(word, self.options.tokenizer, concept.name) for word in words_in(intervention.tokens)]
         branch: Any = intervention.branch or self.options.branch
         shares += [Half(branch, concept.name)] if branch != "both" else []
         shares += [self._gated(concept.name, place, self._bounded(gate)) for gate in gates]
@@ -162,7 +165,15 @@ class Lowering:
         places, own = self.bank[gate.concept].places, place.encoder.partition("#")[0]
         where = next((at for at in places if at.encoder.partition("#")[0] == own), places[0])
         read = reader(self.bank, where, gate.concept, exact=self.options.exact)
-        note = Note(("gate", self.key(place), gate), read, where.unit)
+        key = "gate", self.key(place), gate
+        if gate.over == "prompt":
+            if not self.host.counts_tokens(self.host.site(self.bank.read_at(where))):
+                raise Unanswerable(
+                    f"{name!r}: a gate over the prompt on {gate.concept!r} is read at {self.bank.read_at(where)!r}, which "
+                    "reads no text tokens; use over='token', and when= for a part of the run"
+                )
+            read = PromptReader(read, key, gate.concept)
+        note = Note(key, read, where.unit)
         return Gated(gate, note, self.bank.read_at(where), name, closed)
 
     def _bounded(self, gate: Gate) -> Gate:
@@ -189,11 +200,13 @@ UNREAD = (
 )
 
 
-def _section(host: Host, site: str, tokens: Any, is_latent: bool) -> list[Share]:
-    """What of a text an edit acts on. Unless it says so, the ablation of a latent leaves first tokens alone."""
+def _sections(host: Host, site: str, tokens: Any, is_latent: bool) -> list[Share]:
+    """What of a text an edit acts on, by position. Unless it says so, the ablation of a latent leaves first tokens alone."""
     if tokens is None and is_latent and host.begins_text(host.site(site)):
         return [Section(slice(1, None))]
-    return [] if tokens in ("all", None) else [Section(tokens)]
+    given = tokens if isinstance(tokens, tuple) else (tokens,)
+    found: list[Any] = [part for part in given if isinstance(part, slice) or part in ("prompt", "generated")]
+    return [Section(part, is_traceable=len(found) == 1) for part in found]
 
 
 def _check(concept: Concept, host: Host, site: str, intervention: Intervention, when: Schedule | None) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -90,6 +91,35 @@ class Note(NamedTuple):
     def of(self, x: Float[Tensor, "B N D"], now: StepState) -> Tensor:
         """Its value in this pass."""
         return x if self.read is None else self.read(x, now) / self.unit
+
+
+@dataclass(frozen=True, eq=False)
+class PromptReader(Reader):
+    """By another reader, over each row's prompt: the mean of what it reads there, but for the first token, read once."""
+
+    each: Reader
+    key: Key
+    name: str
+    """Of the concept."""
+
+    def __call__(self, x: Float[Tensor, "B N D"], now: StepState) -> Float[Tensor, "B 1"]:
+        """The mean; raises `Unanswerable` where it is not known in this pass."""
+        if (mean := now.memory.get(self.key)) is None:
+            if why := now.lacks_prompt:
+                raise Unanswerable(f"a gate over the prompt on {self.name!r} needs the whole of it in one pass, and {why}")
+            mean = now.memory[self.key] = self._mean(x, now)
+        if len(mean) != len(x):
+            raise Unanswerable(
+                f"a gate over the prompt on {self.name!r} was decided for {len(mean)} rows, and this pass has {len(x)}"
+            )
+        return mean.to(x.device)
+
+    def _mean(self, x: Float[Tensor, "B N D"], now: StepState) -> Float[Tensor, "B 1"]:
+        counted = ((now.steps == 0) & (now.positions >= 0)).expand(x.shape[:2])
+        counted = counted if now.real is None else counted & now.real
+        later = counted & (now.positions > 0)
+        counted = torch.where(later.any(1, keepdim=True), later, counted).float()  # a prompt may be one token
+        return (self.each(x, now) * counted).sum(1, keepdim=True) / counted.sum(1, keepdim=True)
 
 
 def laid(z: Float[Tensor, "B M"], x: Float[Tensor, "B N D"], read: str, moved: str) -> Float[Tensor, "B M"]:

@@ -1,0 +1,88 @@
+"""Edits in parts of a text, as a chat template or delimiters tell them apart: an answer, thinking, code."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ..errors import BadEdit
+from ..passes import StepState
+from .dialect import DELIMITERS, ROLES, Dialect, State, dialect
+from .shares import Section, Share
+
+
+@dataclass(eq=False)
+class Read:
+    """How far a text was read: its tokens, and for each row and column whether a part has it, and what is known then."""
+
+    ids: Int[Tensor, "B T"]
+    rows: list[list[tuple[bool, State]]]
+
+
+@dataclass(frozen=True, eq=False)
+class Passage(Share):
+    """Parts of a text by name: tokens that any of them has.
+
+    Attributes:
+        answers: take new tokens that none of them has, in their place.
+        rest: take all tokens but those.
+    """
+
+    dialect: Dialect
+    names: tuple[str, ...]
+    answers: bool = False
+    rest: bool = False
+
+    def weight(self, x: Float[Tensor, "B N D"], now: StepState) -> Tensor:
+        key = "passage", self.dialect, self.names
+        if (inside := now.notes.get(key)) is None:
+            read = now.memory[key] = self._followed(now.ids(), now.memory.get(key))
+            table = [[touched for touched, _ in row[-now.length :]] for row in read.rows]
+            inside = now.notes[key] = torch.tensor(table, dtype=torch.float32).to(x.device, non_blocking=True)
+        if self.answers:
+            inside = (1 - inside) * (now.steps > 0)
+        return 1 - inside if self.rest else inside
+
+    def _followed(self, ids: Int[Tensor, "B T"], before: Read | None) -> Read:
+        """The text read on, from where it is as it was."""
+        if before is None or len(before.ids) != len(ids):
+            before = Read(ids[:, :0], [[] for _ in ids])
+        both = min(ids.shape[1], before.ids.shape[1])
+        same = (ids[:, :both] == before.ids[:, :both]).long().cumprod(1).sum(1).tolist()
+        parts = [part for name in self.names for part in self.dialect.parts(name)]
+        for row, kept, tokens in zip(before.rows, same, ids, strict=True):
+            del row[kept:]
+            state = row[-1][1] if row else self.dialect.begin(parts)
+            for token in tokens[kept:].tolist():
+                touched, state = self.dialect.step(parts, state, self.dialect.text(token))
+                row.append((touched, state))
+        return Read(ids, before.rows)
+
+    def why_closed(self, progress: tuple[float, float] | None, halves: frozenset[str]) -> str:  # noqa: ARG002
+        return f"no token lay in its part of the text, {' or '.join(map(repr, self.names))}"
+
+
+def passage(word: str, tokenizer: Any, name: str) -> Share:
+    """The share that a word for a part of a text means in an edit of the concept `name`.
+
+    Raises `BadEdit` where no tokenizer is given, and where it does not tell the part.
+    """
+    part, rest = word.removeprefix("not-"), word.startswith("not-")
+    if tokenizer is None:
+        raise BadEdit(
+            f"{name!r}: tokens={word!r} is told by the text, which only the tokenizer can write; give it: "
+            "sl.steer(model, bank, edits, tokenizer=tokenizer)"
+        )
+    own = dialect(getattr(tokenizer, "tokenizer", tokenizer))  # a processor has one
+    if part == "answer":
+        known = tuple(other for other in DELIMITERS if own.parts(other))
+        return Passage(own, known, answers=True, rest=rest) if known else Section("prompt" if rest else "generated")
+    if not own.parts(part):
+        shown = "chat template" if part in ROLES else "tokens or its chat template"
+        raise BadEdit(
+            f"{name!r}: tokens={word!r} cannot be told: this tokenizer's {shown} delimits no {part}; name what does, as "
+            "tokens='<begin>...<end>'"
+        )
+    return Passage(own, (part,), rest=rest)
