@@ -15,17 +15,12 @@ from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Int
 from torch import Tensor
 
 from .errors import Unanswerable
 
 Section = Literal["prompt", "generated", "mixed"]
-UNKNOWN_TOKENS = (
-    "parts of a text such as tokens='answer' need all tokens of the text so far, and {}; use generate(input_ids=...), one "
-    "text a row, or a forward over the whole text"
-)
 Branch = Literal["cond", "uncond"]
 
 
@@ -148,13 +143,6 @@ class StepState(ABC):
     def lacks_prompt(self) -> str:
         """Why this pass does not see the whole prompt at this site; empty if it does."""
         return "this is no pass over a text"
-
-    def ids(self) -> Int[Tensor, "B T"]:
-        """Tokens of each row from its first column to the end of this pass, on the host, -1 on pads.
-
-        A device is waited for. Raises `Unanswerable` where they are not known.
-        """
-        raise Unanswerable(UNKNOWN_TOKENS.format("this pass reads none"))
 
     @property
     def moment(self) -> "float | Tensor":
@@ -280,25 +268,6 @@ class TextPass(StepState):
     @cached_property
     def _own(self) -> dict[Hashable, Any]:
         return {}
-
-    def ids(self) -> Int[Tensor, "B T"]:
-        if self.refused or self.places is not None:
-            raise Unanswerable(self.refused or UNKNOWN_TOKENS.format("several texts lie in one row"))
-        end, given = self.start + self.length, self.like
-        if given is None or given.ndim != 2 or given.is_floating_point():
-            raise Unanswerable(UNKNOWN_TOKENS.format("this pass is given embeddings"))
-        ids = given if given.shape[1] == end else None if self.text is None else self.text.ids(self)
-        if ids is not None and self.mask is not None:
-            real = self.mask[:, :end].bool()
-            ids = torch.where(F.pad(real, (0, end - real.shape[1]), value=True), ids, -1)
-        if ids is not None:
-            both = torch.cat((ids, given), dim=1).cpu()  # the device is waited for once
-            ids, last = both[:, :end], both[:, end:]
-        if ids is None or ((ids[:, -last.shape[1] :] != last) & (ids[:, -last.shape[1] :] >= 0)).any():
-            raise Unanswerable(
-                UNKNOWN_TOKENS.format("those before this pass are not known, as where a cache was filled earlier")
-            )
-        return ids
 
     @cached_property
     def real(self) -> Bool[Tensor, "B N"] | None:

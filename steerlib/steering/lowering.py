@@ -165,16 +165,10 @@ class Lowering:
         places, own = self.bank[gate.concept].places, place.encoder.partition("#")[0]
         where = next((at for at in places if at.encoder.partition("#")[0] == own), places[0])
         read = reader(self.bank, where, gate.concept, exact=self.options.exact)
-        key = "gate", self.key(place), gate
+        key, site = ("gate", self.key(place), gate), self.bank.read_at(where)
         if gate.over == "prompt":
-            if not self.host.counts_tokens(self.host.site(self.bank.read_at(where))):
-                raise Unanswerable(
-                    f"{name!r}: a gate over the prompt on {gate.concept!r} is read at {self.bank.read_at(where)!r}, which "
-                    "reads no text tokens; use over='token', and when= for a part of the run"
-                )
-            read = PromptReader(read, key, gate.concept)
-        note = Note(key, read, where.unit)
-        return Gated(gate, note, self.bank.read_at(where), name, closed)
+            read = _over_prompt(self.host, site, PromptReader(read, key, gate.concept))
+        return Gated(gate, Note(key, read, where.unit), site, name, closed)
 
     def _bounded(self, gate: Gate) -> Gate:
         """The gate, with the bank's threshold where it names none."""
@@ -207,6 +201,16 @@ def _sections(host: Host, site: str, tokens: Any, is_latent: bool) -> list[Share
     given = tokens if isinstance(tokens, tuple) else (tokens,)
     found: list[Any] = [part for part in given if isinstance(part, slice) or part in ("prompt", "generated")]
     return [Section(part, is_traceable=len(found) == 1) for part in found]
+
+
+def _over_prompt(host: Host, site: str, read: PromptReader) -> PromptReader:
+    """What reads a prompt at a site, refused where there is none."""
+    if not host.counts_tokens(host.site(site)):
+        raise Unanswerable(
+            f"the gate over the prompt on {read.name!r} counts tokens of text, and those of {site!r} are none; leave out "
+            "over='prompt'"
+        )
+    return read
 
 
 def _check(concept: Concept, host: Host, site: str, intervention: Intervention, when: Schedule | None) -> None:

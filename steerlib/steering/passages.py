@@ -4,11 +4,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..errors import BadEdit
-from ..passes import StepState
+from ..errors import BadEdit, Unanswerable
+from ..passes import StepState, TextPass
 from .dialect import DELIMITERS, ROLES, Dialect, State, dialect
 from .shares import Section, Share
 
@@ -38,7 +39,7 @@ class Passage(Share):
     def weight(self, x: Float[Tensor, "B N D"], now: StepState) -> Tensor:
         key = "passage", self.dialect, self.names
         if (inside := now.notes.get(key)) is None:
-            read = now.memory[key] = self._followed(now.ids(), now.memory.get(key))
+            read = now.memory[key] = self._followed(tokens_of(now), now.memory.get(key))
             table = [[touched for touched, _ in row[-now.length :]] for row in read.rows]
             inside = now.notes[key] = torch.tensor(table, dtype=torch.float32).to(x.device, non_blocking=True)
         if self.answers:
@@ -53,6 +54,7 @@ class Passage(Share):
         same = (ids[:, :both] == before.ids[:, :both]).long().cumprod(1).sum(1).tolist()
         parts = [part for name in self.names for part in self.dialect.parts(name)]
         for row, kept, tokens in zip(before.rows, same, ids, strict=True):
+            kept = min(kept, len(row))
             del row[kept:]
             state = row[-1][1] if row else self.dialect.begin(parts)
             for token in tokens[kept:].tolist():
@@ -62,6 +64,33 @@ class Passage(Share):
 
     def why_closed(self, progress: tuple[float, float] | None, halves: frozenset[str]) -> str:  # noqa: ARG002
         return f"no token lay in its part of the text, {' or '.join(map(repr, self.names))}"
+
+
+UNKNOWN = (
+    "parts of a text such as tokens='answer' need all tokens of the text so far, and {}; use generate(input_ids=...), one text "
+    "a row, or a forward over whole texts"
+)
+
+
+def tokens_of(now: StepState) -> Int[Tensor, "B T"]:
+    """Tokens of each row from its first column to the end of a pass, on the host, -1 on pads; a device is waited for once.
+
+    Raises `Unanswerable` where they are not known.
+    """
+    if not isinstance(now, TextPass) or now.refused or now.places is not None:
+        raise Unanswerable(now.refused or UNKNOWN.format("several texts lie in one row"))
+    end, given = now.start + now.length, now.like
+    if given is None or given.ndim != 2 or given.is_floating_point():
+        raise Unanswerable(UNKNOWN.format("this pass is given embeddings"))
+    whole = given if given.shape[1] == end else None if now.text is None else now.text.ids(now)
+    if whole is None:
+        raise Unanswerable(UNKNOWN.format("those before this pass are not known, as where a cache was filled earlier"))
+    real = torch.ones_like(whole) if now.mask is None else now.mask[:, :end]
+    real = F.pad(real.bool(), (0, end - real.shape[1]), value=True)  # the mask may be that of the prompt alone
+    ids, last = torch.cat((torch.where(real, whole, -1), given), dim=1).cpu().split((end, given.shape[1]), dim=1)
+    if ((ids[:, -last.shape[1] :] != last) & (ids[:, -last.shape[1] :] >= 0)).any():
+        raise Unanswerable(UNKNOWN.format("those that generate() keeps are not those of this pass"))
+    return ids
 
 
 def passage(word: str, tokenizer: Any, name: str) -> Share:
