@@ -210,7 +210,7 @@ SAID = ("alpha", "bravo", "charlie", "delta")
 
 def _without(text: str, front: str) -> str:
     """A delimiter behind what closes the turn before; both where they are one."""
-    return (text.removeprefix(front) or text).lstrip()
+    return text.removeprefix(front).lstrip() or text.lstrip()
 
 
 def _turn(role: str, turns: dict[str, tuple[str, str]]) -> Between:

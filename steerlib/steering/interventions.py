@@ -138,12 +138,6 @@ def _check_tokens(tokens: Any) -> None:
             )
 
 
-def words_in(tokens: Any) -> list[str]:
-    """Parts of the text that `tokens=` names."""
-    given = tokens if isinstance(tokens, tuple) else (tokens,)
-    return [one for one in given if isinstance(one, str) and is_word(one)]
-
-
 def _amount(value: Any) -> Amount:
     """One finite float, or a tuple of them."""
     if getattr(value, "requires_grad", False):

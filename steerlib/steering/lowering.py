@@ -15,8 +15,9 @@ from ..passes import Branch
 from ..schedules import Schedule, Within
 from . import masks
 from .aims import AsTwin, Forecast
+from .dialect import is_word
 from .edit import Edit
-from .interventions import Ablate, Coordinate, Intervention, words_in
+from .interventions import Ablate, Coordinate, Intervention
 from .passages import passage
 from .reading import Key, Note, NoteReader, PromptReader, Reader, reader
 from .shares import Gated, Half, Masked, OwnLength, Section, Share, When
@@ -61,8 +62,7 @@ class Lowering:
             raise Unanswerable(UNREAD.format(concept.name, self.bank.read_at(place), site))
         gates = [gate for gate in (None if given == "open" else concept.gate, given) if isinstance(gate, Gate)]
         shares: list[Share] = [When(when)] if when is not None else []
-        shares += _sections(self.host, site, intervention.tokens, is_latent)
-        shares += [passage(word, self.options.tokenizer, concept.name) for word in words_in(intervention.tokens)]
+        shares += _sections(self.host, site, concept.name, intervention.tokens, is_latent, self.options.tokenizer)
         branch: Any = intervention.branch or self.options.branch
         shares += [Half(branch, concept.name)] if branch != "both" else []
         shares += [self._gated(concept.name, place, self._bounded(gate)) for gate in gates]
@@ -194,13 +194,14 @@ UNREAD = (
 )
 
 
-def _sections(host: Host, site: str, tokens: Any, is_latent: bool) -> list[Share]:
-    """What of a text an edit acts on, by position. Unless it says so, the ablation of a latent leaves first tokens alone."""
+def _sections(host: Host, site: str, name: str, tokens: Any, is_latent: bool, tokenizer: Any) -> list[Share]:
+    """What of a text an edit acts on. Unless it says so, the ablation of a latent leaves first tokens alone."""
     if tokens is None and is_latent and host.begins_text(host.site(site)):
         return [Section(slice(1, None))]
     given = tokens if isinstance(tokens, tuple) else (tokens,)
     found: list[Any] = [part for part in given if isinstance(part, slice) or part in ("prompt", "generated")]
-    return [Section(part, is_traceable=len(found) == 1) for part in found]
+    words = [passage(word, tokenizer, name) for word in given if isinstance(word, str) and is_word(word)]
+    return [*(Section(part, is_traceable=len(found) == 1) for part in found), *words]
 
 
 def _over_prompt(host: Host, site: str, read: PromptReader) -> PromptReader:

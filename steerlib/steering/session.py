@@ -127,18 +127,9 @@ def notify(plan: Plan, stacklevel: int) -> None:
 
 
 def steer(
-    target: object,
-    bank: ConceptBank,
-    edits: Edits,
-    *,
-    branch: Literal["both"] | Branch = "both",
-    do: Do = "model",
-    hold: Sequence[str] = (),
-    free: Sequence[str] = (),
-    allow_ood: bool = False,
-    exact: bool = True,
-    tokenizer: Any = None,
-) -> Steering:
+    target: object, bank: ConceptBank, edits: Edits, *, branch: Literal["both"] | Branch = "both", do: Do = "model",
+    hold: Sequence[str] = (), free: Sequence[str] = (), allow_ood: bool = False, exact: bool = True, tokenizer: Any = None,
+) -> Steering:  # fmt: skip
     """Change concepts of a model inside a `with` block.
 
     Args:
