@@ -196,8 +196,8 @@ class TextPass(StepState):
 
     Attributes:
         places: `[B, N]`, the positions of texts that lie packed in one row; None where columns tell them.
-        text: what the host knows of the text that is read in several passes: its `memory`, and `ids(state)`, tokens up to the
-            end of a pass; None: this pass is all that is known.
+        text: what the host knows of the text that is read in several passes: its `memory`, `ids(state)`, tokens up to the end
+            of a pass, and `is_aside`, whether `generate()` reads it beside its own; None: this pass is all that is known.
     """
 
     places: Tensor | None = None
@@ -258,9 +258,11 @@ class TextPass(StepState):
     def lacks_prompt(self) -> str:
         if self.refused or self.places is not None:
             return self.refused or "several texts lie in one row; pass one text a row"
+        if self.text is not None and self.text.is_aside:
+            return "guidance and processors make passes of their own over other prompts; use branch='cond'"
         if self.start or self.length < (self.prompt or 0):
             return (
-                "this one has a part of it; leave out prefill_chunk_size, logits_to_keep and caches that were filled before, "
+                "this pass has a part; leave out prefill_chunk_size, logits_to_keep and caches that were filled before, "
                 "and enter the session before generate()"
             )
         return ""
