@@ -273,3 +273,17 @@ def test_turns_are_learned_from_the_template(tokenizer, family):
     own.chat_template = template
     found = {role: opener for role, (opener, _) in Dialect(own).turns.items()}
     assert {role: opener.rstrip(" ") for role, opener in found.items()} == {r: o.rstrip(" ") for r, o in openers.items()}
+
+
+def test_the_real_models_chat_is_told_apart_by_its_template(real):
+    model, tokenizer = real
+    bank = two_directions(model)
+    chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is a fjord?"}]
+    given = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    out = model.generate(**given, max_new_tokens=6, do_sample=False)
+    said = {"system": "\nBe brief.<|im_end|>", "user": "\nWhat is a fjord?<|im_end|>"}  # with what delimits them
+    said["assistant"] = "\n" + tokenizer.decode(out[0, given["input_ids"].shape[1] :])
+    for role, text in said.items():
+        with torch.no_grad():
+            (found,) = moved(model, bank, lambda: model(out), role, tokenizer)
+        assert tokenizer.decode(out[0, found[0]]) == text

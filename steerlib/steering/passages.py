@@ -35,23 +35,34 @@ class Passage(Share):
     names: tuple[str, ...]
     answers: bool = False
     rest: bool = False
+    is_constant: bool = True
 
-    def weight(self, x: Float[Tensor, "B N D"], now: StepState) -> Tensor:
+    def weight(self, x: Float[Tensor, "B N D"], now: StepState) -> "float | Tensor":
+        if self.answers and now.section == "prompt":
+            return float(self.rest)
+        inside = self._inside(x, now)
+        if self.answers:
+            inside = (1 - inside) * (1.0 if now.section == "generated" else (now.steps > 0).float())
+        return 1 - inside if self.rest else inside
+
+    def _inside(self, x: Float[Tensor, "B N D"], now: StepState) -> "float | Tensor":
+        """Whether each token lies in one of the parts; one number where all agree, as a new token of one row does."""
         key = "passage", self.dialect, self.names
         if (inside := now.notes.get(key)) is None:
             read = now.memory[key] = self._followed(tokens_of(now), now.memory.get(key))
-            table = [[touched for touched, _ in row[-now.length :]] for row in read.rows]
-            inside = now.notes[key] = torch.tensor(table, dtype=torch.float32).to(x.device, non_blocking=True)
-        if self.answers:
-            inside = (1 - inside) * (now.steps > 0)
-        return 1 - inside if self.rest else inside
+            table = [[float(touched) for touched, _ in row[-now.length :]] for row in read.rows]
+            first, *others = {one for row in table for one in row}
+            inside = now.notes[key] = torch.tensor(table).to(x.device, non_blocking=True) if others else first
+        return inside
 
     def _followed(self, ids: Int[Tensor, "B T"], before: Read | None) -> Read:
         """The text read on, from where it is as it was."""
         if before is None or len(before.ids) != len(ids):
             before = Read(ids[:, :0], [[] for _ in ids])
         both = min(ids.shape[1], before.ids.shape[1])
-        same = (ids[:, :both] == before.ids[:, :both]).long().cumprod(1).sum(1).tolist()
+        same = (
+            (ids[:, :both] == before.ids[:, :both]).cumprod(1).sum(1).tolist()
+        )  # beams change places, and guesses are dropped
         parts = [part for name in self.names for part in self.dialect.parts(name)]
         for row, kept, tokens in zip(before.rows, same, ids, strict=True):
             kept = min(kept, len(row))
@@ -85,9 +96,12 @@ def tokens_of(now: StepState) -> Int[Tensor, "B T"]:
     whole = given if given.shape[1] == end else None if now.text is None else now.text.ids(now)
     if whole is None:
         raise Unanswerable(UNKNOWN.format("those before this pass are not known, as where a cache was filled earlier"))
-    real = torch.ones_like(whole) if now.mask is None else now.mask[:, :end]
-    real = F.pad(real.bool(), (0, end - real.shape[1]), value=True)  # the mask may be that of the prompt alone
-    ids, last = torch.cat((torch.where(real, whole, -1), given), dim=1).cpu().split((end, given.shape[1]), dim=1)
+    if now.mask is not None:
+        real = now.mask[:, :end].bool()
+        whole = torch.where(F.pad(real, (0, end - real.shape[1]), value=True), whole, -1)  # it may be that of the prompt alone
+    if given.shape[1] == end:
+        return whole.cpu()
+    ids, last = torch.cat((whole, given), dim=1).cpu().split((end, given.shape[1]), dim=1)
     if ((ids[:, -last.shape[1] :] != last) & (ids[:, -last.shape[1] :] >= 0)).any():
         raise Unanswerable(UNKNOWN.format("those that generate() keeps are not those of this pass"))
     return ids
