@@ -134,6 +134,16 @@ class StepState(ABC):
         """What earlier sites of this pass leave for later ones."""
         return {}
 
+    @cached_property
+    def memory(self) -> dict[Hashable, Any]:
+        """What passes over one text leave for later ones; a pass that is not one of several has its own."""
+        return {}
+
+    @property
+    def lacks_prompt(self) -> str:
+        """Why this pass does not see the whole prompt at this site; empty if it does."""
+        return "this is no pass over a text"
+
     @property
     def moment(self) -> "float | Tensor":
         """What `Steps` counts: one number where the whole pass is at one step."""
@@ -155,6 +165,7 @@ class StepState(ABC):
         """The same for a second run of a checkpointed part, with the notes there are now."""
         there: Any = copy(self)
         there.is_again, there.notes = True, dict(self.notes)
+        there.__dict__.pop("_own", None)
         if "_sizes" in vars(there):
             there._sizes = {}
         return there
@@ -185,9 +196,12 @@ class TextPass(StepState):
 
     Attributes:
         places: `[B, N]`, the positions of texts that lie packed in one row; None where columns tell them.
+        text: what the host knows of the text that is read in several passes: its `memory`, `ids(state)`, tokens up to the end
+            of a pass, and `is_aside`, whether `generate()` reads it beside its own; None: this pass is all that is known.
     """
 
     places: Tensor | None = None
+    text: Any = None
 
     def __init__(
         self,
@@ -219,6 +233,7 @@ class TextPass(StepState):
         start = self.start + self.length - count
         last = TextPass(count, start, self.prompt, self.mask, self.prompts, self.branches, self.like)
         last.refused, last.places = self.refused, None if self.places is None else self.places[:, -count:]
+        last.text = self.text
         return last
 
     def beside(self, count: int) -> "TextPass":
@@ -227,13 +242,34 @@ class TextPass(StepState):
             return self.at(count)
         mask = None if self.mask is None else torch.cat((self.mask.new_ones(len(self.mask), more), self.mask), dim=1)
         whole = TextPass(count, 0, self.prompt + more, mask, self.prompts, self.branches, self.like)
-        whole.refused = self.refused
+        whole.refused, whole.text = self.refused, self.text
         return whole
 
     def row(self, amounts: "int | Tensor", rows: int) -> Int[Tensor, " rows"]:
         if self.refused or self.branches is None:
             raise Unanswerable(self.refused or "nothing tells how this generate() stacks its rows; give one number for all")
         return super().row(amounts, rows)
+
+    @property
+    def memory(self) -> dict[Hashable, Any]:  # type: ignore[override]
+        return self._own if self.text is None else self.text.memory
+
+    @property
+    def lacks_prompt(self) -> str:
+        if self.refused or self.places is not None:
+            return self.refused or "several texts lie in one row; pass one text a row"
+        if self.text is not None and self.text.is_aside:
+            return "guidance and processors make passes of their own over other prompts; use branch='cond'"
+        if self.start or self.length < (self.prompt or 0):
+            return (
+                "this pass has a part; leave out prefill_chunk_size, logits_to_keep and caches that were filled before, "
+                "and enter the session before generate()"
+            )
+        return ""
+
+    @cached_property
+    def _own(self) -> dict[Hashable, Any]:
+        return {}
 
     @cached_property
     def real(self) -> Bool[Tensor, "B N"] | None:

@@ -32,6 +32,8 @@ LISTS = {"LogitsProcessorList": "processor", "StoppingCriteriaList": "criteria"}
 """What `generate()` calls between two passes, and its variable that holds the member that is called."""
 ASIDES: dict[str, tuple[Branch, ...]] = {"UnbatchedClassifierFreeGuidanceLogitsProcessor": ("uncond",)}
 """Which half of guidance the passes of a logits processor are; unknown for all others."""
+TOKENS = ("candidate_input_ids", "flat_running_sequences", "input_ids")
+"""Variables of the loops of `generate()` that hold prompt and new tokens together."""
 GENERATE = "transformers.generation.utils"
 LOOPS = ("generate", "_sample", "_get_logits_processor")
 """Methods that decide how a call is guided."""
@@ -44,6 +46,10 @@ class Text:
 
     prompt: int = 0
     end: int = 0
+    is_aside: bool = False
+    """Whether a processor or a criterion makes its passes."""
+    memory: dict[Any, Any] = field(default_factory=dict)
+    """What its passes leave for later ones."""
 
     def start(self, length: int, kwargs: dict[str, Any]) -> int:
         """The column of the first token of a pass that was given no mask."""
@@ -61,6 +67,20 @@ class Text:
     def begins(self, start: int, length: int, kwargs: dict[str, Any]) -> bool:
         """Whether a pass is the first over a text: one call decodes several, as where a language is detected first."""
         return not self.end or (not start and (length != self.end + 1 or kwargs.get("past_key_values") is not None))
+
+    def ids(self, state: TextPass) -> Tensor | None:
+        """Tokens of each row up to the end of a pass, as the loop of `generate()` has them; None where it does not."""
+        assert state.like is not None
+        rows, end, names = len(state.like), state.start + state.length, () if self.is_aside else TOKENS
+        calls = ((frame, name) for frame in _inside() for name in names if name in frame.f_code.co_varnames)
+        found: Iterator[Any] = (frame.f_locals.get(name) for frame, name in calls)
+        whole = next((ids for ids in found if _reaches(ids, rows, end)), None)
+        return None if whole is None else whole[:, :end]
+
+
+def _reaches(ids: Any, rows: int, end: int) -> bool:
+    """Whether a variable holds a table of so many rows, with all columns before `end`."""
+    return isinstance(ids, Tensor) and ids.ndim == 2 and len(ids) == rows and ids.shape[1] >= end
 
 
 @dataclass(eq=False)
@@ -98,7 +118,9 @@ class Generation:
         if start is None:
             start = text.start(length, kwargs)
         if text.begins(start, length, kwargs):
-            text.prompt = start + length + _to_come()
+            text.prompt, text.is_aside = start + length + _to_come(), aside is not None
+            if not ASIDE.running:
+                text.memory = {}
         elif start > text.end:  # the first pass put tokens of its own in front, such as those of an image
             text.prompt += start - text.end
         if not ASIDE.running:
@@ -106,7 +128,9 @@ class Generation:
         if mask is None and aside is None and self.mask is not None:
             mask = self.mask.repeat_interleave(len(tokens) // len(self.mask), dim=0)
         # arguments by place, since by name this call takes twice as long
-        return TextPass(length, start, text.prompt, mask, self.prompts, branches, tokens)
+        state = TextPass(length, start, text.prompt, mask, self.prompts, branches, tokens)
+        state.text = text
+        return state
 
     @cached_property
     def encoded(self) -> tuple[Branch, ...] | None:

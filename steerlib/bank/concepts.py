@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from math import inf, isfinite
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -31,10 +31,13 @@ class Gate:
     With neither bound the gate opens where its concept is present, by the threshold that the bank stores (`present`).
 
     Args:
-        concept: name of the concept that is read, token by token.
+        concept: name of the concept that is read.
         above: the gate is open at readings above this, in units of that concept.
         below: and below this.
         full: let the edit grow linearly from none at `above` to all of it at `full`; only without `below`.
+        over: "token": each token decides for itself. "prompt": the mean reading over a row's prompt decides once for the row,
+            its prompt included, from the site on at which the concept is read. The mean leaves out the first token, on which
+            attention rests whatever it is.
 
     Raises:
         BadEdit: the bounds leave nothing between them, or `full` is not above a finite `above`.
@@ -50,8 +53,11 @@ class Gate:
     above: float = -inf
     below: float = inf
     full: float | None = None
+    over: Literal["token", "prompt"] = "token"
 
     def __post_init__(self) -> None:
+        if self.over not in ("token", "prompt"):
+            raise BadEdit(f"expected a gate over 'token' or 'prompt', got {self.over!r:.80}")
         if not isinstance(self.concept, str):
             raise BadEdit(
                 f"expected the name of one concept for a gate, got {self.concept!r:.80}; an edit takes one gate, beside the "
@@ -252,7 +258,7 @@ class Concept:
         plain = {f.name: f.default for f in fields(self)}
         values = {key: value for key, value in asdict(self).items() if value not in (plain[key], (), {})}
         if self.gate is not None:
-            values["gate"] = {key: value for key, value in asdict(self.gate).items() if value not in (None, inf, -inf)}
+            values["gate"] = {key: value for key, value in asdict(self.gate).items() if value not in (None, inf, -inf, "token")}
         return values
 
     @classmethod

@@ -167,9 +167,9 @@ def why_not(edit: Edit, *, blind: bool) -> str:
     shares = [share for share in edit.shares if not share.is_traceable]
     if shares or not edit.aim.is_traceable or edit.aim.keeps_norm:
         return (
-            f"{edit.name!r}: gates, PerStep, when= at several levels, match_norm, keep_norm, masks, branches, patches, "
-            "swaps, Ablate(exact=True) of latents, do='hold' and 'graph' need Python at every pass, which a compiled model "
-            "leaves out; use them on one that is not compiled"
+            f"{edit.name!r}: gates, parts of the text in tokens=, PerStep, when= at several levels, match_norm, keep_norm, "
+            "masks, branches, patches, swaps, Ablate(exact=True) of latents, do='hold' and 'graph' need Python at every pass, "
+            "which a compiled model leaves out; use them on one that is not compiled"
         )
     if edit.now is not None:
         return (

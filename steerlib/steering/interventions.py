@@ -14,9 +14,12 @@ from ..errors import BadEdit, Unanswerable
 from ..passes import Branch
 from ..schedules import Schedule
 from .aims import Aim, Amount, Numbers, Recorded, Rule, Swapped, each
+from .dialect import WORDS, is_word
 from .masks import mask_of
 from .reading import Note, Reader
 from .replay import Replay
+
+Tokens = str | slice | tuple[str | slice, ...]
 
 
 class Other(NamedTuple):
@@ -59,6 +62,10 @@ class Intervention(ABC):
         when: a schedule (`Window`, `Steps`, `Ramp`, `PerStep`); None: always, or the window of the concept's noise level.
         tokens: positions to edit, of text: "all", "prompt" (what the model reads in its first pass), "generated" (the input
             positions after it, so the first new token is not moved), or a slice that counts prompt and new tokens together.
+            Or a part of the text, which `sl.steer(..., tokenizer=tokenizer)` tells: "system", "user", "assistant" (turns of a
+            chat), "answer" (new tokens without thinking and tool calls), "thinking", "tool-call", "code" (between ```), "json"
+            (that begins a line), or two delimiters, "<a>...</a>", which belong to their part; "not-code" all but it. A tuple:
+            tokens for which all of these hold.
         unit: what amounts count: "concept", units of the concept, or "raw", coordinates of its encoder.
         branch: the half of guidance, "both", "cond" or "uncond"; None: what `steer` says.
         gate: a `Gate` on what another concept reads, beside the one stored with the concept; "open" lifts the stored one.
@@ -71,7 +78,7 @@ class Intervention(ABC):
     """
 
     when: Schedule | None = field(default=None, kw_only=True)
-    tokens: Literal["all", "prompt", "generated"] | slice | None = field(default="all", kw_only=True)
+    tokens: Tokens | None = field(default="all", kw_only=True)
     unit: Literal["concept", "raw"] = field(default="concept", kw_only=True)
     branch: Literal["both"] | Branch | None = field(default=None, kw_only=True)
     gate: Gate | Literal["open"] | None = field(default=None, kw_only=True)
@@ -85,12 +92,8 @@ class Intervention(ABC):
         cls.__doc__ = f"{(cls.__doc__ or '').rstrip()}\n\n    Arguments of every intervention, by keyword:{shared}"
 
     def __post_init__(self) -> None:
-        if isinstance(self.tokens, slice):
-            ends = (self.tokens.start or 0, self.tokens.stop if self.tokens.stop is not None else inf)
-            if self.tokens.step not in (None, 1) or not 0 <= ends[0] < ends[1]:
-                raise BadEdit(f"expected a slice of positions with 0 <= start < stop and no step, got {self.tokens}")
-        elif self.tokens not in ("all", "prompt", "generated") and self.tokens is not type(self).tokens:
-            raise BadEdit(f"expected tokens 'all', 'prompt', 'generated' or a slice, got {self.tokens!r}")
+        if self.tokens is not type(self).tokens:
+            _check_tokens(self.tokens)
         if self.unit not in ("concept", "raw"):
             raise BadEdit(f"expected unit 'concept' or 'raw', got {self.unit!r}")
         if self.branch not in (None, "both", "cond", "uncond"):
@@ -135,7 +138,7 @@ class Intervention(ABC):
     @property
     def rows(self) -> set[int]:
         """For how many prompts its amounts are; empty where they are for all."""
-        given = [getattr(self, f.name) for f in fields(self) if f.name != "mask"]
+        given = [getattr(self, f.name) for f in fields(self) if f.name not in ("mask", "tokens")]
         return {len(amounts) for amounts in given if isinstance(amounts, tuple)}
 
     @property
@@ -146,6 +149,20 @@ class Intervention(ABC):
     def raw(self, unit: float) -> float:
         """What amounts are multiplied by."""
         return unit if self.unit == "concept" else 1.0
+
+
+def _check_tokens(tokens: Any) -> None:
+    """Raise `BadEdit` for what names no tokens of a text."""
+    for one in tokens if isinstance(tokens, tuple) and tokens else (tokens,):
+        if isinstance(one, slice):
+            start, stop = one.start or 0, inf if one.stop is None else one.stop
+            if one.step not in (None, 1) or not 0 <= start < stop:
+                raise BadEdit(f"expected a slice of positions with 0 <= start < stop and no step, got {one}")
+        elif one not in ("all", "prompt", "generated") and not (isinstance(one, str) and is_word(one)):
+            raise BadEdit(
+                f"expected tokens 'all', 'prompt', 'generated', a slice, a part of the text ({', '.join(map(repr, WORDS))}, or "
+                f"two delimiters, '<a>...</a>'), 'not-' and a part, or a tuple of these that must all hold, got {one!r:.80}"
+            )
 
 
 def _amount(value: Any) -> Amount:
@@ -278,7 +295,7 @@ class Ablate(Intervention):
     ('prompt', True)
     """
 
-    tokens: Literal["all", "prompt", "generated"] | slice | None = field(default=None, kw_only=True)
+    tokens: Tokens | None = field(default=None, kw_only=True)
     exact: bool = field(default=False, kw_only=True)
 
     def aim(self, at: Coordinate) -> Aim:

@@ -16,9 +16,11 @@ from ..passes import Branch
 from ..schedules import Schedule, Within
 from . import masks
 from .aims import AsTwin, Forecast
+from .dialect import is_word
 from .edit import Edit
 from .interventions import Ablate, Coordinate, Intervention, Other
-from .reading import Key, Note, NoteReader, Reader, reader
+from .passages import passage
+from .reading import Key, Note, NoteReader, PromptReader, Reader, reader
 from .shares import Gated, Half, Masked, OwnLength, Section, Share, When
 
 Do = Literal["model", "hold", "graph"]
@@ -33,6 +35,7 @@ class Options(NamedTuple):
     free: tuple[str, ...] = ()
     allow_ood: bool = False
     exact: bool = True
+    tokenizer: Any = None
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,8 @@ class Lowering:
             raise Unanswerable(UNREAD.format(concept.name, self.bank.read_at(place), site))
         gates = [gate for gate in (None if given == "open" else concept.gate, given) if isinstance(gate, Gate)]
         shares: list[Share] = [When(when)] if when is not None else []
-        shares += _section(self.host, site, intervention.tokens, is_latent or intervention.spares_first)
+        spares = is_latent or intervention.spares_first
+        shares += _sections(self.host, site, concept.name, intervention.tokens, spares, self.options.tokenizer)
         branch: Any = intervention.branch or self.options.branch
         shares += [Half(branch, concept.name)] if branch != "both" else []
         shares += [self._gated(concept.name, place, self._bounded(gate)) for gate in gates]
@@ -164,8 +168,10 @@ class Lowering:
         other = self.bank[gate.concept]
         where = self.bank.beside(place, other) or other.places[0]
         read = reader(self.bank, where, gate.concept, exact=self.options.exact)
-        note = Note(("gate", self.key(place), gate), read, where.unit)
-        return Gated(gate, note, self.bank.read_at(where), name, closed)
+        key, site = ("gate", self.key(place), gate), self.bank.read_at(where)
+        if gate.over == "prompt":
+            read = _over_prompt(self.host, site, PromptReader(read, key, gate.concept))
+        return Gated(gate, Note(key, read, where.unit), site, name, closed)
 
     def _bounded(self, gate: Gate) -> Gate:
         """The gate, with the bank's threshold where it names none."""
@@ -213,11 +219,24 @@ UNREAD = (
 )
 
 
-def _section(host: Host, site: str, tokens: Any, is_latent: bool) -> list[Share]:
+def _sections(host: Host, site: str, name: str, tokens: Any, is_latent: bool, tokenizer: Any) -> list[Share]:
     """What of a text an edit acts on. Unless it says so, the ablation of a latent leaves first tokens alone."""
     if tokens is None and is_latent and host.begins_text(host.site(site)):
         return [Section(slice(1, None))]
-    return [] if tokens in ("all", None) else [Section(tokens)]
+    given = tokens if isinstance(tokens, tuple) else (tokens,)
+    found: list[Any] = [part for part in given if isinstance(part, slice) or part in ("prompt", "generated")]
+    words = [passage(word, tokenizer, name) for word in given if isinstance(word, str) and is_word(word)]
+    return [*(Section(part, is_traceable=len(found) == 1) for part in found), *words]
+
+
+def _over_prompt(host: Host, site: str, read: PromptReader) -> PromptReader:
+    """What reads a prompt at a site, refused where there is none."""
+    if not host.counts_tokens(host.site(site)):
+        raise Unanswerable(
+            f"the gate over the prompt on {read.name!r} counts tokens of text, and those of {site!r} are none; leave out "
+            "over='prompt'"
+        )
+    return read
 
 
 def _check(concept: Concept, host: Host, site: str, intervention: Intervention, when: Schedule | None) -> None:

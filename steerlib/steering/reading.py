@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -79,17 +80,45 @@ class NoteReader(Reader):
         return laid(now.notes[self.key].to(x.device), x, repr(self.name), "its edit")
 
 
+@dataclass(frozen=True, eq=False)
+class PromptReader:
+    """By another reader, over each row's prompt: the mean of what it reads there, but for the first token, once for a text."""
+
+    each: Reader
+    key: Key
+    name: str
+    """Of the concept."""
+
+    def __call__(self, x: Float[Tensor, "B N D"], now: StepState) -> Float[Tensor, "B 1"] | None:
+        """The mean; None where no pass saw the whole prompt."""
+        if (mean := now.memory.get(self.key)) is None and not now.lacks_prompt:
+            mean = now.memory[self.key] = self._mean(x, now)
+        if mean is not None and len(mean) != len(x):
+            raise Unanswerable(
+                f"the gate over the prompt on {self.name!r} was decided for {len(mean)} rows, and this pass has {len(x)}"
+            )
+        return None if mean is None else mean.to(x.device)
+
+    def _mean(self, x: Float[Tensor, "B N D"], now: StepState) -> Float[Tensor, "B 1"]:
+        counted = (now.steps == 0).expand(x.shape[:2])
+        counted = counted if now.real is None else counted & now.real
+        later = counted & (now.positions > 0)
+        counted = torch.where(later.any(1, keepdim=True), later, counted).float()  # a prompt may be one token
+        return (self.each(x, now) * counted).sum(1, keepdim=True) / counted.sum(1, keepdim=True)
+
+
 class Note(NamedTuple):
     """What a site leaves for edits there and at later sites: a reading in units, or whole activations."""
 
     key: Key
-    read: Reader | None
+    read: Reader | PromptReader | None
     """None: the activations."""
     unit: float = 1.0
 
-    def of(self, x: Float[Tensor, "B N D"], now: StepState) -> Tensor:
-        """Its value in this pass."""
-        return x if self.read is None else self.read(x, now) / self.unit
+    def of(self, x: Float[Tensor, "B N D"], now: StepState) -> Tensor | None:
+        """Its value in this pass; None where it is not known."""
+        value = x if self.read is None else self.read(x, now)
+        return value if value is None or self.read is None else value / self.unit
 
 
 def laid(z: Float[Tensor, "B M"], x: Float[Tensor, "B N D"], read: str, moved: str) -> Float[Tensor, "B M"]:

@@ -55,7 +55,7 @@ class Steering:
 
         Args:
             edits: as for `sl.steer`.
-            options: `branch`, `do`, `hold`, `free`, `allow_ood` and `exact` of `sl.steer`; those left out stay as they were.
+            options: `branch`, `do`, `hold`, `free`, `allow_ood`, `exact` and `tokenizer` of `sl.steer`; those left out stay.
 
         Returns this session. Raises what `sl.steer` raises, and then edits what it edited before.
 
@@ -127,17 +127,9 @@ def notify(plan: Plan, stacklevel: int) -> None:
 
 
 def steer(
-    target: object,
-    bank: ConceptBank,
-    edits: Edits,
-    *,
-    branch: Literal["both"] | Branch = "both",
-    do: Do = "model",
-    hold: Sequence[str] = (),
-    free: Sequence[str] = (),
-    allow_ood: bool = False,
-    exact: bool = True,
-) -> Steering:
+    target: object, bank: ConceptBank, edits: Edits, *, branch: Literal["both"] | Branch = "both", do: Do = "model",
+    hold: Sequence[str] = (), free: Sequence[str] = (), allow_ood: bool = False, exact: bool = True, tokenizer: Any = None,
+) -> Steering:  # fmt: skip
     """Change concepts of a model inside a `with` block.
 
     Args:
@@ -153,6 +145,8 @@ def steer(
         allow_ood: allow changes of any length and values outside the natural range ("out of distribution"): no caps.
         exact: read latents that compete (TopK) beside all others; False: by the bank's threshold, as cheap as a direction.
             `Ablate(exact=True)` is about what is read afterwards.
+        tokenizer: the model's, for edits of parts of the text, as with `tokens="answer"`. Each pass then waits for the device
+            once, to read the tokens so far.
 
     Returns a `Steering`; its `report()` says what happened. Raises before the model is touched: `UnknownConcept`,
     `UnknownSite`, `UnsupportedTarget`, `BadEdit`, `BadBank`, `CompiledModel`. From the run: `RowMismatch` where amounts are
@@ -163,16 +157,20 @@ def steer(
     >>> session.report().ran
     True
     """
-    session = Steering(target, bank, edits=edits, options=Options(branch, do, tuple(hold), tuple(free), allow_ood, exact))
+    session = Steering(
+        target, bank, edits=edits, options=Options(branch, do, tuple(hold), tuple(free), allow_ood, exact, tokenizer)
+    )
     notify(session.plan, 3)
     return session
 
 
-def attach(target: object, bank: ConceptBank, *, allow_ood: bool = False, exact: bool = True) -> Steering:
+def attach(
+    target: object, bank: ConceptBank, *, allow_ood: bool = False, exact: bool = True, tokenizer: Any = None
+) -> Steering:  # fmt: skip
     """Put sockets at every site of a bank that stay until `detach()`. Do this before compiling; edit with `set`.
 
     Args:
-        target, bank, allow_ood, exact: as for `sl.steer`.
+        target, bank, allow_ood, exact, tokenizer: as for `sl.steer`.
 
     Returns a `Steering` that edits nothing yet. Raises `CompiledModel` where torch has compiled the model already, since it
     ignores hooks that are added later, and what `sl.steer` raises about bank and model.
@@ -180,7 +178,7 @@ def attach(target: object, bank: ConceptBank, *, allow_ood: bool = False, exact:
     >>> steering = sl.attach(model, bank)
     >>> steering.set({"a": 2.0}).detach()
     """
-    session = Steering(target, bank, edits={}, options=Options(allow_ood=allow_ood, exact=exact))
+    session = Steering(target, bank, edits={}, options=Options(allow_ood=allow_ood, exact=exact, tokenizer=tokenizer))
     notify(session.plan, 3)
     return session.attach()
 

@@ -156,6 +156,10 @@ class Gated(Share):
 
     def weight(self, x: Tensor, now: StepState) -> Tensor:
         if (reading := now.notes.get(self.note.key)) is None:
+            if self.note.key in now.notes:
+                raise Unanswerable(
+                    f"the gate over the prompt on {self.on.concept!r} needs all of it in one pass, and {now.lacks_prompt}"
+                )
             raise Unanswerable(
                 f"the gate on {self.on.concept!r} is read after {self.name!r} is edited; "
                 "gate with a concept of an earlier site, or of the same one"

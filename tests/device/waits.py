@@ -12,7 +12,7 @@ from pretend_device import waits
 from test_beside import bank_for
 from test_encoders import MADE
 from test_encoders import bank_of as latents_of
-from tiny_models import tiny
+from tiny_models import tiny, toy_tokenizer
 from tiny_pipelines import PIPELINES, run
 
 import steerlib as sl
@@ -36,6 +36,7 @@ TEXT: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "each step, no cache": ({"a": sl.Add(2.0, when=sl.PerStep((1.0, 0.5, 0.2)))}, {"use_cache": False}),
     "ramp, no cache": ({"a": sl.Add(2.0, when=RAMP)}, {"use_cache": False}),
     "gate": ({"a": sl.Add(2.0, gate=sl.Gate("b", above=0.0))}, {}),
+    "gate over the prompt": ({"a": sl.Add(2.0, gate=sl.Gate("b", above=0.0, over="prompt"))}, {}),
     "mask": ({"a": sl.Add(2.0, mask=torch.rand(1, 30).cpu())}, {}),
     "match_norm": ({"a": sl.Add(2.0, match_norm=True)}, {}),
     "keep_norm": ({"a": sl.Add(2.0, keep_norm=True)}, {}),
@@ -95,6 +96,18 @@ def test_no_token_waits_for_an_edit(llama, capsys, case, pads):
             written(llama, n, pads, **settings)
 
     assert not per_unit(make, capsys, f"text: {case}{', padded' if pads else ''}")
+
+
+@pytest.mark.parametrize("pads", [0, 3])
+def test_a_part_of_the_text_waits_once_a_token_for_the_tokens_themselves(llama, capsys, pads):
+    bank, edits = two_directions(llama), {name: sl.Add(1.0, tokens="not-sun...moon") for name in "ab"}
+
+    def make(n):
+        with sl.steer(llama, bank, edits, tokenizer=toy_tokenizer()):
+            written(llama, n, pads)
+
+    more = per_unit(make, capsys, f"text: part of the text{', padded' if pads else ''}")
+    assert [line.endswith("copy to the host") for line in more] == [True] and sum(more.values()) == N
 
 
 @pytest.mark.parametrize(("kind", "edit"), [*((kind, "set") for kind in MADE), *(("topk", edit) for edit in [*LATENT][1:])])
