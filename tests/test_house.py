@@ -23,7 +23,7 @@ ORDER = (
     ("readers",),
     ("evaluation",),
     ("training",),
-    ("page", "serving", "terminal"),
+    ("origins", "page", "serving", "terminal"),
     ("cli",),
     ("steerlib", "__main__"),
 )

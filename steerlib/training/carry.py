@@ -5,7 +5,7 @@ Left out are files that come with steerlib, and the corpus of encoders of a lang
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -67,3 +67,25 @@ def recipe_in(bank: ConceptBank) -> Recipe | None:
         return replace(made_of(kind_of(values, RECIPE), values, RECIPE), texts=texts)
     except (BadRecipe, ValueError, TypeError, KeyError, AttributeError) as error:
         raise CorruptBank(f"{RECIPE} of bank {bank.name!r} is no recipe that this steerlib reads: {error}") from None
+
+
+def ported(recipe: Recipe, bank: ConceptBank, source: str, concepts: Sequence[str] = (), **others: Any) -> DirectionRecipe:
+    """The recipe of a bank for another model, with all concepts or some: its layers become shares of the model's depth.
+
+    `others` are what `Recipe.on` takes. Raises `BadRecipe` for latents, which belong to their model, `UnknownConcept`.
+    """
+    if not isinstance(recipe, DirectionRecipe):
+        raise BadRecipe(
+            f"bank {bank.name!r} has latents, which are found in a model and not asked for; train those of {source!r} by a "
+            f"recipe with a corpus: steerlib train recipe.toml --model {source}"
+        )
+    names = [bank[name].name for name in concepts] or [concept.name for concept in recipe.concepts]
+    if strange := {*names} - {concept.name for concept in recipe.concepts}:
+        raise BadRecipe(f"the recipe of bank {bank.name!r} has no concepts {', '.join(sorted(strange))}")
+    depth = bank.base.fingerprint.get("num_hidden_layers")
+    chosen = {
+        "concepts": tuple(concept for concept in recipe.concepts if concept.name in names),
+        "layers": tuple(layer and round(layer / depth, 4) for layer in recipe.layers) if isinstance(depth, int) else (),
+        "description": f"The concepts of the bank {bank.name}, made anew for this model by its recipe.",
+    }
+    return recipe.on(source, **{**chosen, **others})

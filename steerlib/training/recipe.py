@@ -111,6 +111,17 @@ class Recipe(ABC):
     def quick(self: R) -> R:
         """A rough version of it, for about two minutes: fewer texts, sites and steps. The card says that it is rough."""
 
+    def on(self: R, source: str, *, base: str = "", **others: Any) -> R:
+        """The same for another model, of which nothing is known but its source: a folder, a Hub id or a package's file.
+
+        Args:
+            base: Its id, as the bank will record it. Default: `source`, or the name of that folder or file.
+            others: Fields that change with it, such as `license`, which is that of another bank then. Default: left empty.
+        """
+        named = Path(source).stem if source.startswith("package:") else Path(source).resolve().name
+        known = base or (source if not source.startswith("package:") and not Path(source).exists() else named)
+        return replace(self, **{"source": source, "base": known, "license": "", "description": "", **others})
+
     @property
     def weights(self) -> str:
         """What is loaded: `source`, or the folder of that name beside the recipe."""
@@ -200,7 +211,8 @@ class DirectionRecipe(Recipe):
             no such file: it learns from the examples themselves, and the card says so.
         held_out: A file of lines of `text` and `concept`, on which the scorer is tested.
         prompts: A file of lines of `prompt` and `split`: `train` (to learn from), `dev` (to choose with) or `evaluation`.
-        layers: Layers to try. Default: six spread over the first two thirds of the model.
+        layers: Layers to try, or, between 0 and 1, their depths as shares of the model's. Default: six spread over the first two
+            thirds of the model.
         methods: Methods to try, of those in `steerlib/training/directions/methods`. All are compared at the
             middle site, and further sites by the best of them.
         budget: Answers that the search may generate for each concept. Where it does not reach everything, a warning says what
@@ -218,7 +230,7 @@ class DirectionRecipe(Recipe):
     scoring: str = "scoring"
     held_out: str = "held_out.jsonl"
     prompts: str = "prompts.jsonl"
-    layers: tuple[int, ...] = ()
+    layers: tuple[float, ...] = ()
     methods: tuple[str, ...] = ("difference-of-means", "several-layers")
     budget: int = 400
     train_prompts: int = 24
@@ -235,8 +247,11 @@ class DirectionRecipe(Recipe):
             raise BadRecipe("expected a positive budget and positive numbers of prompts, seeds and new tokens")
         if self.ship not in ("all", "clearing"):
             raise BadRecipe(f"expected ship to be 'all' or 'clearing', got {self.ship!r}")
-        if self.layers and (min(self.layers) < 0 or len({*self.layers}) < len(self.layers)):
-            raise BadRecipe(f"expected layers from 0 up, each once, got {list(self.layers)}")
+        wrong = [layer for layer in self.layers if layer < 0 or (isinstance(layer, float) and not 0 < layer < 1)]
+        if wrong or len({*self.layers}) < len(self.layers):
+            raise BadRecipe(
+                f"expected layers from 0 up, or shares of the depth such as 0.4, each once, got {list(self.layers)}"
+            )
         for concept in self.concepts:
             self._check_concept(concept)
         for name in (self.reference, self.unrelated):
