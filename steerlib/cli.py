@@ -1,4 +1,4 @@
-"""The command line: `steerlib demo | steer | train | port | eval | concepts | info | graph | examples | list | pull | push | ...`.
+"""The command line: `steerlib demo | steer | train | port | eval | concepts | info | graph | list | pull | push | ...`.
 
 Nothing here imports torch before a command needs it: `sl` loads each name when it is first used.
 """

@@ -14,10 +14,9 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-
-FRAME = """Question: What makes a good chair?
-Answer: It is as high as your knees and holds your back without pushing it. You stop noticing it after a minute, and you can \
-still get up from it after a long evening.
+FRAME = """Question: What did you do with the old table?
+Answer: I gave it to my neighbour, who needed one for her hall. It took two of us to carry it down the stairs, and it looks \
+better there than it ever did here.
 
 Question: {asked}
 Answer:"""
@@ -32,7 +31,7 @@ class Completions(NamedTuple):
 
     texts: list[str]
     ids: Tensor
-    """`[rows, prompt + new]`, padded on both sides; of an encoder-decoder those of its decoder, whose prompt is a start token."""
+    """`[rows, prompt + new]`, padded on both sides; of an encoder-decoder those of its decoder, which starts from one token."""
     mask: Tensor
     """Real tokens."""
     prompt: int
@@ -158,8 +157,8 @@ def _reaching(tokenizer: Any, new: Tensor, length: int) -> int:
 
 
 def ordinary(model: Any, tokenizer: Any, texts: Sequence[str], length: int) -> Completions:
-    """Text to be continued, of at most `length` tokens, from its second token on; of an encoder-decoder, what it writes greedily
-    when its encoder reads the text."""
+    """Text to be continued, of at most `length` tokens, from its second token on; of an encoder-decoder, what it writes when
+    its encoder reads the text."""
     if is_pair(model):
         return complete(model, tokenizer, texts, new_tokens=length)
     how: dict[str, Any] = {"padding": True, "truncation": True, "max_length": length, "padding_side": "right"}

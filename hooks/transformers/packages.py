@@ -56,8 +56,8 @@ def _sha256(folder: Path, file: str) -> str:
             if re.fullmatch(rf"[0-9a-f]{{64}} [ *]{re.escape(file)}", line):
                 return line[:64]
     raise UnsupportedTarget(
-        f"package {folder.name!r} has parts of {file!r} and no SHA256SUMS that says what they are together; join them yourself, "
-        "and give the folder of the file"
+        f"package {folder.name!r} has parts of {file!r} and no SHA256SUMS that says what they are together; join them "
+        "yourself, and give the folder of the file"
     )
 
 

@@ -211,8 +211,8 @@ class DirectionRecipe(Recipe):
             no such file: it learns from the examples themselves, and the card says so.
         held_out: A file of lines of `text` and `concept`, on which the scorer is tested.
         prompts: A file of lines of `prompt` and `split`: `train` (to learn from), `dev` (to choose with) or `evaluation`.
-        layers: Layers to try, or, between 0 and 1, their depths as shares of the model's. Default: six spread over the first two
-            thirds of the model.
+        layers: Layers to try, or, between 0 and 1, their depths as shares of the model's. Default: six spread over the first
+            two thirds of the model.
         methods: Methods to try, of those in `steerlib/training/directions/methods`. All are compared at the
             middle site, and further sites by the best of them.
         budget: Answers that the search may generate for each concept. Where it does not reach everything, a warning says what

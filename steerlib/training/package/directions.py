@@ -71,7 +71,7 @@ def _left_out(recipe: DirectionRecipe, sites: Sequence[str]) -> dict[str, list[s
 
 
 def sites_to_try(model: Any, recipe: DirectionRecipe) -> list[str]:
-    """The recipe's layers, or six spread over the first two thirds of the model; of its decoder, where it has an encoder too."""
+    """The recipe's layers, or six spread over the first two thirds of the model; in its decoder, beside an encoder."""
     where = "decoder.layers." if is_pair(model) else "layers."
     depth = sum(name.removeprefix(where).isdigit() for name in host_for(model).sites())
     layers = recipe.layers or tuple(sorted({round(depth * (0.2 + 0.1 * i)) for i in range(6)}))[:: 2 if recipe.is_quick else 1]

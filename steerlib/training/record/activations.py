@@ -89,8 +89,8 @@ def answers(
 def _decoded(
     model: Any, tokenizer: Any, asked: Sequence[str], answers: Sequence[str], sites: Sequence[str], what: str
 ) -> dict[str, list[Float[Tensor, "tokens D"]]]:
-    """Activations of a decoder over the tokens of each answer, its encoder having read what was asked; without answers, over what
-    the model writes itself."""
+    """Activations of a decoder over the tokens of each answer, its encoder having read what was asked; without answers, over
+    what the model writes itself."""
     found: dict[str, list[Tensor]] = {site: [] for site in sites}
     for i in progress(range(0, len(asked), BATCH), what):
         some = asked[i : i + BATCH]
