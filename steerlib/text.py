@@ -14,6 +14,8 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from .errors import UnsupportedTarget
+
 FRAME = """Question: What did you do with the old table?
 Answer: I gave it to my neighbour, who needed one for her hall. It took two of us to carry it down the stairs, and it looks \
 better there than it ever did here.
@@ -102,9 +104,13 @@ def tokens_of(
 
 def starts(model: Any) -> int:
     """The token that a decoder starts from."""
-    given = (getattr(config, "decoder_start_token_id", None) for config in (model.generation_config, model.config))
-    found = next((token for token in given if token is not None), None)
-    return model.generation_config.bos_token_id if found is None else found
+    given = [getattr(config, "decoder_start_token_id", None) for config in (model.generation_config, model.config)]
+    found = next((token for token in (*given, model.generation_config.bos_token_id) if token is not None), None)
+    if found is None:
+        raise UnsupportedTarget(
+            f"{type(model).__name__} does not say its decoder_start_token_id; set it in its generation_config"
+        )
+    return found
 
 
 def logits(model: Any, done: Completions, **how: Any) -> Float[Tensor, "rows new vocab"]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from ...bank.concept_bank import BaseModel, ConceptBank, SiteFacts
 from ...bank.concepts import Concept, Gate, Part
 from ...bank.effects import MeasuredEffects
-from ...errors import BadRecipe, Unmeasured
+from ...errors import BadRecipe, Unmeasured, UnsupportedTarget
 from ...evaluation.report import picture
 from ...evaluation.text import Judge, judge_for, trust
 from ...hosts import host_for
@@ -72,6 +72,10 @@ def _left_out(recipe: DirectionRecipe, sites: Sequence[str]) -> dict[str, list[s
 
 def sites_to_try(model: Any, recipe: DirectionRecipe) -> list[str]:
     """The recipe's layers, or six spread over the first two thirds of the model; in its decoder, beside an encoder."""
+    if (reads := getattr(model, "main_input_name", "input_ids")) != "input_ids":
+        writers = [name for name, part in model.named_children() if hasattr(part, "generate")]
+        own = f"its text side is a model of its own: sl.train(model.{writers[-1]}, …)" if writers else "train a model of text"
+        raise UnsupportedTarget(f"{type(model).__name__} answers to {reads}, and a recipe asks in words; {own}")
     where = "decoder.layers." if is_pair(model) else "layers."
     depth = sum(name.removeprefix(where).isdigit() for name in host_for(model).sites())
     layers = recipe.layers or tuple(sorted({round(depth * (0.2 + 0.1 * i)) for i in range(6)}))[:: 2 if recipe.is_quick else 1]
