@@ -78,7 +78,7 @@ def steer(
     temperature: Annotated[float, typer.Option(help="of sampled answers (0: the likeliest token every time)", min=0)] = 0.0,
     samples: Annotated[int, typer.Option(help="how many answers or pictures", min=1, max=64)] = 1,
     seed: Annotated[int, typer.Option(help="of the first answer or picture; the next ones follow", min=0)] = 0,
-    chat: Annotated[bool | None, typer.Option(help="ask in a chat, or continue the prompt (default: as the bank says)")] = None,
+    chat: Annotated[bool | None, typer.Option(help="ask, or continue the prompt (default: as the bank says)")] = None,
     steps: Annotated[int, typer.Option(help="scheduler steps of a picture", min=1)] = 20,
     guidance: Annotated[float, typer.Option(help="guidance of a picture towards its prompt", min=0)] = 2.0,
     threads: Threads = 0,
@@ -97,7 +97,7 @@ def steer(
         raise BadEdit(f"expected --temperature above 0 beside --samples {samples}: greedy answers are all the same")
     else:
         how = {"new_tokens": tokens, "temperature": temperature}
-        asked = terminal.asked(tokenizer, prompt, opened.provenance.get("chat") if chat is None else chat)
+        asked = terminal.asked(target, tokenizer, prompt, opened.provenance.get("chat") if chat is None else chat)
         terminal.answer_twice(target, tokenizer, opened, asked, edits, range(seed, seed + samples), **how)
 
 

@@ -249,6 +249,12 @@ def test_side_effects_on_a_decoder_are_seen_in_what_it_writes(pair):
     assert nothing == (0.0, 0.0, 1.0) and much.kl > 0
 
 
+def test_an_encoder_decoder_is_loaded_by_its_name_with_its_encoder(pair, tmp_path):
+    pair.save_pretrained(tmp_path)
+    chatless(**EOS).save_pretrained(tmp_path)
+    assert type(sl.load(str(tmp_path))[0]) is type(pair)
+
+
 def test_an_encoder_decoder_is_trained_for(pair, tmp_path):
     bank = sl.train(pair, few(tmp_path), tokenizer=chatless(**EOS))
     assert {*bank.sites} == {"decoder.layers.1"} and bank["tea"].useful and bank.base.id == "toy/llama"
@@ -320,7 +326,7 @@ def test_a_recipe_on_another_model_names_it_by_its_place(tmp_path):
 
 
 def test_a_bank_is_made_anew_for_another_model_by_one_command(tmp_path):
-    """Of a bank that carries its recipe, for a model of another depth and without a template; it ends with a command that works."""
+    """Of a bank that carries its recipe, for a model of another depth and without a template; it ends with a command to use."""
     own = sl.train(toy(), few(tmp_path), tokenizer=toy_tokenizer()).save_pretrained(tmp_path / "own")
     other = tiny("llama", vocab_size=len(chatless()), num_hidden_layers=5)
     other.save_pretrained(tmp_path / "other")

@@ -58,14 +58,17 @@ class TransformersHost(Host):
     @classmethod
     def load(cls, source: str, *, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
         try:
-            from transformers import AutoModelForCausalLM, AutoTokenizer
+            from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+            from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
         except ImportError:
             raise MissingExtra("language models need transformers: pip install 'steerlib[transformers]'") from None
         where: dict[str, Any] = {"pretrained_model_name_or_path": source}
         if source.startswith("package:"):
             where = packaged(source.removeprefix("package:"))
-        tokenizer = AutoTokenizer.from_pretrained(**where)
-        return AutoModelForCausalLM.from_pretrained(**where, dtype=dtype).eval(), tokenizer
+        tokenizer, auto = AutoTokenizer.from_pretrained(**where), AutoModelForCausalLM
+        if "gguf_file" not in where and (config := AutoConfig.from_pretrained(**where)).is_encoder_decoder:
+            auto = AutoModelForSeq2SeqLM if config.model_type in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES else auto
+        return auto.from_pretrained(**where, dtype=dtype).eval(), tokenizer
 
     @cached_property
     def _layout(self) -> tuple[dict[str, Site], tuple[Stack, ...], bool]:
