@@ -257,7 +257,10 @@ def train(
     if recipe is None:
         raise BadRecipe("expected a recipe: steerlib train recipe.toml; steerlib train --template writes one to start from")
     read = sl.Recipe.from_file(recipe)
-    read = read.on(model, name=out.name if out else f"{read.name}-on-{Path(model).stem}") if model else read
+    if model:
+        from .training.carry import on
+
+        read = on(read, model, name=out.name if out else f"{read.name}-on-{Path(model).stem.lower()}")
     _trained(read.quick() if quick else read, out, work, clean, threads)
 
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from steerlib import errors
 from steerlib.evaluation import comparison, text
 from steerlib.evaluation.comparison import Condition, Unrelated
 from steerlib.text import ENDS, FRAME, behind, called, chat, complete, ordinary, tokens_of
-from steerlib.training.carry import ported, recipe_in
+from steerlib.training.carry import on, ported, recipe_in
 from steerlib.training.package.directions import sites_to_try
 from steerlib.training.recipe import DirectionRecipe, TextEncoderRecipe
 from steerlib.training.record.activations import answers
@@ -172,7 +173,7 @@ def test_what_follows_an_answer_does_not_count():
     done = complete(model, tokenizer, [chat(tokenizer, "Why?")] * 4, new_tokens=30)
     assert done.texts == expected
     ids, mask = done.new
-    kept = [tokenizer.decode(row[some], skip_special_tokens=True).strip() for row, some in zip(ids, mask, strict=True)]
+    kept = [str(tokenizer.decode(row[some], skip_special_tokens=True)).strip() for row, some in zip(ids, mask, strict=True)]
     assert kept == expected
     plain = complete(model, tokenizer, ["Once"] * 4, new_tokens=30)  # a beginning of a text is continued to its end
     assert plain.texts[0] == ends[0].strip() and ENDS.search("a\nb") is None
@@ -261,7 +262,7 @@ def test_an_encoder_decoder_is_trained_for(pair, tmp_path):
     ids = torch.arange(3, 8)[None]
     with torch.no_grad():
         plain = pair(input_ids=ids, decoder_input_ids=ids).logits
-        with sl.steer(pair, bank, {"tea": bank["tea"].useful}):
+        with sl.steer(pair, bank, {"tea": bank["tea"].useful or 0.0}):
             assert not torch.equal(pair(input_ids=ids, decoder_input_ids=ids).logits, plain)
 
 
@@ -269,16 +270,16 @@ def test_the_text_side_of_a_captioner_is_trained_for_and_acts_when_it_sees_a_pic
     from transformers import BlipConfig, BlipForConditionalGeneration
 
     torch.manual_seed(0)
-    config = shrunk(BlipConfig(), vocab_size=len(chatless()), sep_token_id=2, max_position_embeddings=512)
+    config: Any = shrunk(BlipConfig(), vocab_size=len(chatless()), sep_token_id=2, max_position_embeddings=512)
     model = BlipForConditionalGeneration(config).eval()
     with pytest.raises(errors.UnsupportedTarget, match=r"answers to pixel_values.* sl.train\(model.text_decoder, …\)"):
         sl.train(model, few(tmp_path), tokenizer=chatless())
     bank = sl.train(model.text_decoder, few(tmp_path), tokenizer=chatless())
-    size = model.config.vision_config.image_size
+    size = config.vision_config.image_size
     seen = {"pixel_values": torch.ones(1, 3, size, size), "input_ids": torch.arange(3, 7)[None]}
     with torch.no_grad():
         plain = model(**seen).logits
-        with sl.steer(model.text_decoder, bank, {"tea": bank["tea"].useful}):
+        with sl.steer(model.text_decoder, bank, {"tea": bank["tea"].useful or 0.0}):
             found = model(**seen)
     assert not torch.equal(found.logits, plain)
 
@@ -321,8 +322,8 @@ def test_a_recipe_on_another_model_names_it_by_its_place(tmp_path):
         str(tmp_path / "own-model"): "own-model",
         "package:some_weights/model-7b.gguf": "model-7b",
     }.items():
-        assert (recipe.on(source).base, recipe.on(source).source, recipe.on(source).license) == (base, source, "")
-    assert recipe.on("org/model", base="a/b").base == "a/b"
+        assert (on(recipe, source).base, on(recipe, source).source, on(recipe, source).license) == (base, source, "")
+    assert on(recipe, "org/model", base="a/b").base == "a/b"
 
 
 def test_a_bank_is_made_anew_for_another_model_by_one_command(tmp_path):

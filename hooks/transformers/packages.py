@@ -101,7 +101,7 @@ def _dequantise(folder: Path, file: str) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(str(folder), gguf_file=file)
-    model = AutoModelForCausalLM.from_pretrained(str(folder), gguf_file=file, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(str(folder), gguf_file=file, dtype=torch.float32)
     model.hf_quantizer = None  # transformers refuses to save what it calls quantised; these weights are not any more
     del model.config.quantization_config
     model.save_pretrained(str(folder))

@@ -156,7 +156,7 @@ def nll_behind(model: Any, tokenizer: Any, done: Completions, requests: Sequence
     cache: Any = getattr(first, "past_key_values", None)
     layers = getattr(cache, "layers", [])
     if first is None or not layers or not all(hasattr(layer, "batch_select_indices") for layer in layers):
-        asks = [requests[i] for i in index.tolist()]
+        asks: list[str] = [requests[int(i)] for i in index]
         return nll(model, tokens_of(model, tokenizer, asks, done.new))
     out = []
     for rows in index.new_tensor(range(len(new))).split(at_once(model, new.shape[1])):

@@ -7,13 +7,15 @@ Left out are files that come with steerlib, and the corpus of encoders of a lang
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 from ..bank.concept_bank import ConceptBank
 from ..errors import BadRecipe, CorruptBank
 from .fields import UNSAID, made_of
 from .recipe import DirectionRecipe, PipelineEncoderRecipe, Recipe, TextEncoderRecipe, kind_of
 
+R = TypeVar("R", bound=Recipe)
 RECIPE = "recipe.jsonl"
 LARGEST = 4 << 20
 """Most bytes of prompts that a bank of pictures carries."""
@@ -69,10 +71,21 @@ def recipe_in(bank: ConceptBank) -> Recipe | None:
         raise CorruptBank(f"{RECIPE} of bank {bank.name!r} is no recipe that this steerlib reads: {error}") from None
 
 
+def on(recipe: R, source: str, *, base: str = "", **others: Any) -> R:
+    """A recipe for another model, of which nothing is known but its source: a folder, a Hub id or a package's file.
+
+    `base` is its id, as the bank will record it; default: `source`, or the name of that folder or file. `others` are fields
+    that change with it, such as `license`, which is that of another bank then; default: left empty.
+    """
+    named = Path(source).stem if source.startswith("package:") else Path(source).resolve().name
+    known = base or (source if not source.startswith("package:") and not Path(source).exists() else named)
+    return replace(recipe, **{"source": source, "base": known, "license": "", "description": "", **others})
+
+
 def ported(recipe: Recipe, bank: ConceptBank, source: str, concepts: Sequence[str] = (), **others: Any) -> DirectionRecipe:
     """The recipe of a bank for another model, with all concepts or some: its layers become shares of the model's depth.
 
-    `others` are what `Recipe.on` takes. Raises `BadRecipe` for latents, which belong to their model, `UnknownConcept`.
+    `others` are what `on` takes. Raises `BadRecipe` for latents, which belong to their model, `UnknownConcept`.
     """
     if not isinstance(recipe, DirectionRecipe):
         raise BadRecipe(
@@ -88,4 +101,4 @@ def ported(recipe: Recipe, bank: ConceptBank, source: str, concepts: Sequence[st
         "layers": tuple(layer and round(layer / depth, 4) for layer in recipe.layers) if isinstance(depth, int) else (),
         "description": f"The concepts of the bank {bank.name}, made anew for this model by its recipe.",
     }
-    return recipe.on(source, **{**chosen, **others})
+    return on(recipe, source, **{**chosen, **others})

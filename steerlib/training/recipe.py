@@ -111,17 +111,6 @@ class Recipe(ABC):
     def quick(self: R) -> R:
         """A rough version of it, for about two minutes: fewer texts, sites and steps. The card says that it is rough."""
 
-    def on(self: R, source: str, *, base: str = "", **others: Any) -> R:
-        """The same for another model, of which nothing is known but its source: a folder, a Hub id or a package's file.
-
-        Args:
-            base: Its id, as the bank will record it. Default: `source`, or the name of that folder or file.
-            others: Fields that change with it, such as `license`, which is that of another bank then. Default: left empty.
-        """
-        named = Path(source).stem if source.startswith("package:") else Path(source).resolve().name
-        known = base or (source if not source.startswith("package:") and not Path(source).exists() else named)
-        return replace(self, **{"source": source, "base": known, "license": "", "description": "", **others})
-
     @property
     def weights(self) -> str:
         """What is loaded: `source`, or the folder of that name beside the recipe."""
@@ -211,8 +200,7 @@ class DirectionRecipe(Recipe):
             no such file: it learns from the examples themselves, and the card says so.
         held_out: A file of lines of `text` and `concept`, on which the scorer is tested.
         prompts: A file of lines of `prompt` and `split`: `train` (to learn from), `dev` (to choose with) or `evaluation`.
-        layers: Layers to try, or, between 0 and 1, their depths as shares of the model's. Default: six spread over the first
-            two thirds of the model.
+        layers: Layers, or shares of the depth between 0 and 1, to try. Default: six over the first two thirds of the model.
         methods: Methods to try, of those in `steerlib/training/directions/methods`. All are compared at the
             middle site, and further sites by the best of them.
         budget: Answers that the search may generate for each concept. Where it does not reach everything, a warning says what
