@@ -96,9 +96,12 @@ def ported(recipe: Recipe, bank: ConceptBank, source: str, concepts: Sequence[st
     if strange := {*names} - {concept.name for concept in recipe.concepts}:
         raise BadRecipe(f"the recipe of bank {bank.name!r} has no concepts {', '.join(sorted(strange))}")
     depth = bank.base.fingerprint.get("num_hidden_layers")
+    shares = [
+        layer if isinstance(layer, float) or not layer or not depth else round(layer / depth, 4) for layer in recipe.layers
+    ]
     chosen = {
         "concepts": tuple(concept for concept in recipe.concepts if concept.name in names),
-        "layers": tuple(layer and round(layer / depth, 4) for layer in recipe.layers) if isinstance(depth, int) else (),
+        "layers": tuple(shares) if depth else (),
         "description": f"The concepts of the bank {bank.name}, made anew for this model by its recipe.",
     }
     return on(recipe, source, **{**chosen, **others})
