@@ -96,12 +96,9 @@ def ported(recipe: Recipe, bank: ConceptBank, source: str, concepts: Sequence[st
     if strange := {*names} - {concept.name for concept in recipe.concepts}:
         raise BadRecipe(f"the recipe of bank {bank.name!r} has no concepts {', '.join(sorted(strange))}")
     depth = bank.base.fingerprint.get("num_hidden_layers")
-    shares = [
-        layer if isinstance(layer, float) or not layer or not depth else round(layer / depth, 4) for layer in recipe.layers
-    ]
     chosen = {
         "concepts": tuple(concept for concept in recipe.concepts if concept.name in names),
-        "layers": tuple(shares) if depth else (),
+        "layers": tuple(k if isinstance(k, float) or not k else round(k / depth, 4) for k in recipe.layers) if depth else (),
         "description": f"The concepts of the bank {bank.name}, made anew for this model by its recipe.",
     }
     return on(recipe, source, **{**chosen, **others})
