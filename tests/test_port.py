@@ -21,6 +21,8 @@ from steerlib.evaluation import comparison, text
 from steerlib.evaluation.comparison import Condition, Unrelated
 from steerlib.text import ENDS, FRAME, behind, called, chat, complete, ordinary, tokens_of
 from steerlib.training.carry import on, ported, recipe_in
+from steerlib.training.entries import SiteEncoder
+from steerlib.training.fit.encoder_recipe import EncoderRecipe
 from steerlib.training.package.directions import sites_to_try
 from steerlib.training.recipe import DirectionRecipe, TextEncoderRecipe
 from steerlib.training.record.activations import answers
@@ -254,6 +256,14 @@ def test_an_encoder_decoder_is_loaded_by_its_name_with_its_encoder(pair, tmp_pat
     pair.save_pretrained(tmp_path)
     chatless(**EOS).save_pretrained(tmp_path)
     assert type(sl.load(str(tmp_path))[0]) is type(pair)
+
+
+def test_latents_of_an_encoder_decoder_are_refused_with_the_reason(pair, tmp_path):
+    made = SiteEncoder(site="decoder.layers.1", recipe=EncoderRecipe(latents=64))
+    (tmp_path / "corpus.txt").write_text("the sun\n\nred tea")
+    recipe = TextEncoderRecipe(name="x", base="b", source="s", corpus=("corpus.txt",), encoders=(made,), folder=tmp_path)
+    with pytest.raises(errors.UnsupportedTarget, match="is measured for models without an encoder only"):
+        sl.train(pair, recipe, tokenizer=chatless(**EOS))
 
 
 def test_an_encoder_decoder_is_trained_for(pair, tmp_path):
