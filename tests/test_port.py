@@ -185,7 +185,7 @@ def test_a_model_without_a_chat_template_is_trained_for(tmp_path):
     """From the recipe to the bank, and what the bank says of it."""
     recipe = few(tmp_path)
     bank = sl.train(toy(), recipe, tokenizer=chatless(**BOS))
-    assert bank.provenance["chat"] is False and bank["tea"].useful
+    assert bank.provenance["chat"] is False and bank["tea"].useful and "as the last question of a page" in bank.card
     assert "a page of questions and answers" in bank["answering"].label and called(toy(), toy_tokenizer()) == "a chat"
 
 

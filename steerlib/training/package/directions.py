@@ -180,7 +180,7 @@ def assemble(studio: Studio, choices: Mapping[str, Choice]) -> ConceptBank:
         base=BaseModel.of(studio.model, id=recipe.base),
         sites={site: SiteFacts(width=e.decoder.shape[1], norm=round(studio.norms[site], 4)) for site, e in encoders.items()},
         license=recipe.license,
-        provenance=recipe.provenance,
+        provenance=recipe.provenance | {"chat": getattr(studio.tokenizer, "chat_template", None) is not None},
     )
 
 
