@@ -49,7 +49,7 @@ def card(bank: ConceptBank, recipe: DirectionRecipe, records: Sequence[MeasuredE
 
 
 PAGE = """This model has no chat template. Requests were put to it as the last question of a page that it continues, or to its
-encoder as they are (`chat` in `steerlib/text.py`; `steerlib steer … --chat` does so). Where the card says chat, it means that."""
+encoder as they are (`chat` in `steerlib/text.py`; `steerlib steer … --chat` does so). Below, a chat means that."""
 UNITS = "Amounts are in units of the concept: one standard deviation of its reading on reference text."
 ROUGH = """**A rough bank**, made with `--quick`: few texts, sites and steps, to see whether the recipe works. Its figures are
 of few samples; train it without `--quick` before you use it."""
