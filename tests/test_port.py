@@ -311,6 +311,7 @@ def test_layers_are_kept_as_shares_of_the_depth():
     assert (made.base, made.source, made.license, made.name) == ("org/other", "org/other", "mit", "other-concepts")
     assert "SmolLM2" not in made.description and made.budget == recipe.budget
     made.check()
+    assert {*made.read_held_out()[1]} == {"sports", "french"} < {*recipe.read_held_out()[1]}
     for depth, expected in ((30, [6, 9, 12, 15, 18]), (18, [4, 5, 7, 9, 11]), (2, [0, 1])):
         model = tiny("llama", num_hidden_layers=depth, num_key_value_heads=2)
         assert sites_to_try(model, made) == [f"layers.{layer}" for layer in expected]

@@ -301,10 +301,10 @@ class DirectionRecipe(Recipe):
         return {c.name: self.read_scoring(c) if c.scorer is None else counting(c.scorer) for c in self.concepts}
 
     def read_held_out(self) -> tuple[list[str], list[str]]:
-        """Texts that the scorer never sees and the concept of each; none where the recipe has no such file."""
-        if self.text_of(self.held_out) is None:
-            return [], []
-        lines = self.read_lines(self.held_out, "text", "concept")
+        """Texts that the scorer never sees and the concept of each; none without such a file."""
+        own, there = [concept.name for concept in self.concepts], self.text_of(self.held_out) is not None
+        lines = self.read_lines(self.held_out, "text", "concept") if there else []
+        lines = [line for line in lines if line["concept"] in own]
         return [line["text"] for line in lines], [line["concept"] for line in lines]
 
     def read_prompts(self, split: str) -> list[str]:
