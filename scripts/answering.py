@@ -17,11 +17,11 @@ from torch import Tensor
 
 import steerlib as sl
 from steerlib.bank.concepts import Gate
-from steerlib.cli import recipe_of
 from steerlib.evaluation.comparison import Condition, answer
 from steerlib.evaluation.report import UNDEFINED
 from steerlib.evaluation.score import joint, ratios
 from steerlib.evaluation.text import judge_for
+from steerlib.origins import recipe_of
 from steerlib.text import progress
 from steerlib.training.calibrate.measure import ANSWERING
 from steerlib.training.record.activations import answers, tokens

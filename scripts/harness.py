@@ -14,9 +14,9 @@ from typing import Annotated, Any
 import typer
 
 import steerlib as sl
-from steerlib.cli import recipe_of, recipes
 from steerlib.errors import BadRecipe, MissingExtra
 from steerlib.evaluation.comparison import random_bank
+from steerlib.origins import recipe_of, recipes
 from steerlib.text import progress
 
 try:

@@ -17,6 +17,7 @@ from check_score import table as read_table
 from scenes import card as scene_card
 
 import steerlib as sl
+from steerlib.evaluation.report import of as ratio_of
 from steerlib.text import chat, complete
 from steerlib.training.calibrate.measure import GATED
 
@@ -119,6 +120,26 @@ def signs(figures: Mapping[str, Any]) -> str:
     return "\n".join([*lines, "", f"{figures['words tested']} words, seed {figures['seed']}, {said}."])
 
 
+def ported(made: sl.ConceptBank) -> str:
+    """Concepts of a bank made for another model, beside the bank whose recipe it was made by."""
+    shipped = sl.ConceptBank.from_pretrained("smollm2-135m-instruct")
+    lines = ["| concept | model | made by | score: unsteered, prompted, steered | best random | ratio to prompting | KL |"]
+    lines.append("|---" * 7 + "|")
+    for name in (concept.name for concept in made.concepts.values() if "conditions" in concept.effects):
+        for bank in (shipped, made):
+            record = bank[name].effects
+            found = record["conditions"]
+            scores = ", ".join(f"{found[way]['score']:.2f}" for way in ("unsteered", "prompted", "steered"))
+            random = max(line["score"] for way, line in found.items() if way.startswith("random-"))
+            ratio = ratio_of(record["joint"])
+            cells = [f"{record['method']} at {record['site']}", scores, f"{random:.2f}", ratio, f"{found['steered']['kl']:.2f}"]
+            lines.append(f"| {name if bank is shipped else ''} | {bank.base.id} | {' | '.join(cells)} |".replace("|  |", "| |"))
+    answers = {bank.base.id: next(iter(bank.concepts.values())).effects["answers"] for bank in (shipped, made)}
+    said = "; ".join(f"{id}: {count} answers to each condition" for id, count in answers.items())
+    rough = " The second bank is a rough one (`--quick`)." if made.provenance.get("quick") else ""
+    return "\n".join(lines) + f"\n\n{said}.{rough}"
+
+
 def put(section: str, content: str) -> None:
     """Replace what stands between a section's marks, in the README that has them."""
     marks = re.compile(rf"(<!-- begin: {section} -->\n).*?(<!-- end: {section} -->)", re.DOTALL)
@@ -129,7 +150,8 @@ def put(section: str, content: str) -> None:
 
 def from_banks() -> None:
     """The parts that need no file: the first example, new concepts, and levers of pictures; draws the pictures, too."""
-    from steerlib.cli import Half, demo, recipe_of
+    from steerlib.cli import Half, demo
+    from steerlib.origins import recipe_of
 
     bank = sl.ConceptBank.from_pretrained("smollm2-135m-instruct")
     put("output", output(bank, recipe_of(bank, None).source))
@@ -154,6 +176,7 @@ def main(
     scale: Annotated[Path | None, typer.Option(help="figures of bench_graph.py --scale; both or none")] = None,
     coverage: Annotated[Path | None, typer.Option(help="output of coverage_table.py text")] = None,
     pipelines: Annotated[Path | None, typer.Option(help="output of coverage_table.py images")] = None,
+    port: Annotated[Path | None, typer.Option(help="a bank that steerlib port made of the shipped one")] = None,
     damage: Annotated[Path | None, typer.Option(help="table that harness.py printed")] = None,
     words: Annotated[Path | None, typer.Option(help="figures of word_signs.py")] = None,
     banks: Annotated[bool, typer.Option(help="run the first example, and read the shipped banks")] = True,
@@ -170,6 +193,8 @@ def main(
     ).items():
         if path is not None:
             put(section, table(json.loads(path.read_text(encoding="utf-8"))))
+    if port is not None:
+        put("port", ported(sl.ConceptBank.from_pretrained(str(port))))
     if graph is not None and scale is not None:
         put("graphs", bars(*(json.loads(path.read_text(encoding="utf-8")) for path in (graph, scale))))
     for section, path in (("coverage", coverage), ("pipelines", pipelines), ("damage", damage)):

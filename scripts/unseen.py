@@ -13,7 +13,7 @@ import typer
 import steerlib as sl
 from steerlib.evaluation.text import judge_for
 from steerlib.training.directions.studio import Studio
-from steerlib.training.package.directions import assemble, choose, evaluate, layers_to_try
+from steerlib.training.package.directions import assemble, choose, evaluate, sites_to_try
 from steerlib.training.recipe import DirectionRecipe
 
 RECIPES = Path(__file__).parent.parent / "concept_banks" / "recipes"
@@ -36,8 +36,7 @@ def main(
     recipe, test = (DirectionRecipe.from_file(recipes / name) for name in ("recipe.toml", "test/recipe.toml"))
     model, tokenizer = sl.load(recipe.source)
     folder = work / recipe.digest[:16]
-    sites = [f"layers.{layer}" for layer in layers_to_try(model, recipe)]
-    studio, judge = Studio(model, tokenizer, recipe, sites, folder), judge_for(recipe.scorers)
+    studio, judge = Studio(model, tokenizer, recipe, sites_to_try(model, recipe), folder), judge_for(recipe.scorers)
     scorer = validity(test)
     records: list[Any] = []
     for concept in recipe.concepts:

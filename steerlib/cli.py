@@ -1,23 +1,19 @@
-"""The command line: `steerlib demo | steer | train | lint | eval | concepts | info | examples | list | pull | push | ...`.
+"""The command line: `steerlib demo | steer | train | port | lint | eval | concepts | info | graph | list | pull | ...`.
 
 Nothing here imports torch before a command needs it: `sl` loads each name when it is first used.
 """
 
 import json
-import sys
 import warnings
 from collections import Counter
-from contextlib import suppress
 from dataclasses import asdict, replace
 from enum import StrEnum
-from importlib import import_module
-from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any
 
 import steerlib as sl
 
-from .errors import BadBank, BadEdit, BadRecipe, MissingExtra, SteerlibError, UnsupportedTarget
+from .errors import BadBank, BadEdit, BadRecipe, MissingExtra
 
 try:
     import typer
@@ -26,6 +22,8 @@ try:
     from rich.table import Column, Table
 except ImportError:
     raise MissingExtra("the command line needs typer and rich: pip install 'steerlib[cli]'") from None
+
+from .origins import has_recipe, loaded, recipe_of, source_of
 
 app = typer.Typer(help="Change what a generation model is thinking of, while it runs.", no_args_is_help=True)
 console = Console()
@@ -39,72 +37,13 @@ Model = Annotated[str, typer.Option(help="folder, Hub id or package:<name>/<file
 Tokens = Annotated[int, typer.Option(help="new tokens of each answer", min=1)]
 TEMPLATE = "write a recipe to start from: steerlib train --template [text|latents|graph|pictures] [--out recipe.toml]"
 EDITS = "concept=amount in its units, or concept=useful, set:1.5, scale:0.5, clamp:-1:1, ablate, swap:other; may be repeated"
+Work = Annotated[Path, typer.Option(help="folder of what each stage made, so that a run can go on")]
+Quick = Annotated[bool, typer.Option("--quick", help="a rough bank in about two minutes, to see whether it works")]
+Clean = Annotated[bool, typer.Option("--clean", help="remove what the stages made once the bank is written")]
 Threads = Annotated[int, typer.Option(help="processor threads (0: as many as a trial of 0.2 s finds fastest)", min=0)]
 
 Half = StrEnum("Half", ["text", "images"])
 """What `demo` can show alone."""
-
-
-def recipes() -> Path:
-    """The folder of the recipes that come with steerlib."""
-    return Path(str(files("steerlib.concept_banks"))) / "recipes"
-
-
-def shipped_recipe(bank: "sl.ConceptBank") -> Path:
-    """Where the recipe of a bank would be, if it came with steerlib."""
-    return recipes() / str(bank.provenance.get("recipe", bank.name)) / "recipe.toml"
-
-
-def has_recipe(bank: "sl.ConceptBank") -> bool:
-    """Whether a bank carries its recipe, or its recipe comes with steerlib."""
-    from .training.carry import RECIPE
-
-    return RECIPE in bank.files or shipped_recipe(bank).is_file()
-
-
-def recipe_of(bank: "sl.ConceptBank", recipe: Path | None) -> Any:
-    """The recipe given, the one that the bank carries, or the shipped one that it was made from."""
-    from .training.carry import recipe_in
-
-    if recipe is None and (own := recipe_in(bank)) is not None:
-        return own
-    if recipe is None and not shipped_recipe(bank).is_file():
-        raise BadRecipe(f"bank {bank.name!r} comes without its recipe; name one with --recipe, or see --stored")
-    return sl.Recipe.from_file(recipe or shipped_recipe(bank), to_train=False)
-
-
-def source_of(bank: "sl.ConceptBank") -> str:
-    """Where a bank's model is: in its folder, or where its maker, its shipped recipe or else the id of its base model says."""
-    if (pipeline := bank.file("pipeline")) is not None:
-        return str(pipeline)
-    if isinstance(source := bank.provenance.get("source"), str):
-        return source
-    found = recipe_of(bank, None).source if shipped_recipe(bank).is_file() else bank.base.id
-    if not found:
-        raise BadBank(f"bank {bank.name!r} does not say for which model it is; name one with --model")
-    return found
-
-
-def loaded(source: str, threads: int) -> Any:
-    """A model and its tokenizer, or a pipeline and None, with the loader's progress bars but not its remarks."""
-    from .threads import use_threads
-
-    for library in ("transformers", "diffusers"):
-        with suppress(ImportError):
-            logging = import_module(f"{library}.utils.logging")
-            logging.set_verbosity_error()
-            if not sys.stderr.isatty():  # their bars would write escape codes
-                logging.disable_progress_bar()
-    console.print(f"loading {source} (processor threads: {use_threads(threads)})", style="dim", highlight=False, soft_wrap=True)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            return sl.load(source)
-        except SteerlibError:
-            raise
-        except Exception as error:  # whatever a library says of a folder or an id that it cannot load
-            said = str(error).strip().partition("\n")[0] or type(error).__name__
-            raise UnsupportedTarget(f"no model could be loaded from {source!r}: {said}") from error
 
 
 @app.command()
@@ -138,7 +77,7 @@ def steer(
     temperature: Annotated[float, typer.Option(help="of sampled answers (0: the likeliest token every time)", min=0)] = 0.0,
     samples: Annotated[int, typer.Option(help="how many answers or pictures", min=1, max=64)] = 1,
     seed: Annotated[int, typer.Option(help="of the first answer or picture; the next ones follow", min=0)] = 0,
-    chat: Annotated[bool | None, typer.Option(help="ask in a chat, or continue the prompt (default: as the bank says)")] = None,
+    chat: Annotated[bool | None, typer.Option(help="ask, or continue the prompt (default: as the bank says)")] = None,
     steps: Annotated[int, typer.Option(help="scheduler steps of a picture", min=1)] = 20,
     guidance: Annotated[float, typer.Option(help="guidance of a picture towards its prompt", min=0)] = 2.0,
     threads: Threads = 0,
@@ -157,7 +96,7 @@ def steer(
         raise BadEdit(f"expected --temperature above 0 beside --samples {samples}: greedy answers are all the same")
     else:
         how = {"new_tokens": tokens, "temperature": temperature}
-        asked = terminal.asked(tokenizer, prompt, opened.provenance.get("chat") if chat is None else chat)
+        asked = terminal.asked(target, tokenizer, prompt, opened.provenance.get("chat") if chat is None else chat)
         terminal.answer_twice(target, tokenizer, opened, asked, edits, range(seed, seed + samples), **how)
 
 
@@ -293,10 +232,11 @@ def list_(
 def train(
     recipe: Annotated[Path | None, typer.Argument(help="recipe.toml; with --template, the kind of recipe to write")] = None,
     out: Annotated[Path | None, typer.Option(help="folder of the bank (default: out/<name>), or file of the template")] = None,
-    work: Annotated[Path, typer.Option(help="folder of what each stage made, so that a run can go on")] = Path("out/work"),
-    quick: Annotated[bool, typer.Option("--quick", help="a rough bank in about two minutes, to see whether it works")] = False,
+    work: Work = Path("out/work"),
+    quick: Quick = False,
     template: Annotated[bool, typer.Option("--template", help=TEMPLATE)] = False,
-    clean: Annotated[bool, typer.Option("--clean", help="remove what the stages made once the bank is written")] = False,
+    clean: Clean = False,
+    model: Annotated[str, typer.Option(help="in place of the recipe's: folder, Hub id or package:<name>/<file>.gguf")] = "",
     threads: Threads = 0,
 ) -> None:
     """Train a bank from a recipe. Run it again to go on where it stopped."""
@@ -306,22 +246,54 @@ def train(
         path = write(str(recipe or "text"), out or Path("recipe.toml"))
         console.print(f"written to {path}; edit it, then: steerlib train {path} --quick", markup=False, soft_wrap=True)
         return
-    from . import terminal
-    from .training import pipeline
-
     if recipe is None:
         raise BadRecipe("expected a recipe: steerlib train recipe.toml; steerlib train --template writes one to start from")
     read = sl.Recipe.from_file(recipe)
-    read = read.quick() if quick else read
-    pipeline.check(read)
-    folder, places = out or Path("out") / read.name, pipeline.work_of(read, work)
+    if model:
+        from .training.carry import on
+
+        read = on(read, model, name=out.name if out else f"{read.name}-on-{Path(model).stem.lower()}")
+    _trained(read.quick() if quick else read, out, work, clean, threads)
+
+
+@app.command()
+def port(
+    bank: BankName,
+    model: Annotated[str, typer.Argument(help="another model: folder, Hub id or package:<name>/<file>.gguf")],
+    out: Annotated[Path | None, typer.Option(help="folder of the new bank; its name is the bank's (default: in out/)")] = None,
+    concept: Annotated[list[str], typer.Option(help="only these; may be repeated")] = [],  # noqa: B006
+    budget: Annotated[int, typer.Option(help="answers that the search may write for a concept (0: as the bank's)", min=0)] = 0,
+    base: Annotated[str, typer.Option(help="id of the model, for the card (default: made from its place)")] = "",
+    license: Annotated[str, typer.Option(help="of the new bank, as a Hub licence id (default: none is said)")] = "",
+    work: Work = Path("out/work"),
+    quick: Quick = False,
+    clean: Clean = False,
+    threads: Threads = 0,
+) -> None:
+    """Make a bank of the same concepts for another model, by the recipe of a bank."""
+    from .training.carry import ported
+
+    opened = sl.ConceptBank.from_pretrained(bank)
+    name = out.name if out else f"{opened.name}-on-{Path(model).stem.lower()}"
+    more: dict[str, Any] = {"name": name, "license": license, **({"budget": budget} if budget else {})}
+    read = ported(recipe_of(opened, None), opened, model, concept, base=base, **more)
+    _trained(read.quick() if quick else read, out, work, clean, threads)
+
+
+def _trained(recipe: Any, out: Path | None, work: Path, clean: bool, threads: int) -> None:
+    """Train, write and show a bank."""
+    from . import terminal
+    from .training import pipeline
+
+    pipeline.check(recipe)
+    folder, places = out or Path("out") / recipe.name, pipeline.work_of(recipe, work)
     pipeline.check_writable(folder)
     console.print(f"work folder: {work}, from which a run that stops goes on", markup=False, soft_wrap=True, style="dim")
-    model, tokenizer = loaded(read.weights, threads)
-    bank = sl.train(model.to(pipeline.best_device()), read, tokenizer=tokenizer, work=work)
+    model, tokenizer = loaded(recipe.weights, threads)
+    bank = sl.train(model.to(pipeline.best_device()), recipe, tokenizer=tokenizer, work=work)
     bank.save_pretrained(folder)
     console.print(repr(bank), markup=False, soft_wrap=True)
-    corpus = getattr(read, "read_corpus", list)() if tokenizer is None else []
+    corpus = getattr(recipe, "read_corpus", list)() if tokenizer is None else []
     terminal.finish(bank, folder, places, clean, str(next(iter(corpus), "Tell me about the place where you live.")))
 
 

@@ -21,7 +21,7 @@ from .evaluation.text import Judge
 from .steering.interventions import Ablate, Add, Clamp, Intervention, Scale, Set
 from .steering.session import steer
 from .steering.swapping import Swap
-from .text import begun, chat, complete, progress
+from .text import begun, chat, complete, is_pair, progress
 
 TEXT_BANK, SCENES_BANK = "smollm2-135m-instruct", "scenes-32"
 PROMPTS = ("How was your day?", "Describe your morning.", "Tell me about the place where you live.")
@@ -114,22 +114,23 @@ def finish(bank: ConceptBank, folder: Path, places: Sequence[Path], clean: bool,
     size = sum(path.stat().st_size for place in places for path in place.rglob("*") if path.is_file()) / 1e6
     for place in places if clean else ():
         shutil.rmtree(place, ignore_errors=True)
+    how = " --chat" if bank.provenance.get("chat") is False and "answering" in bank else ""  # as it was measured
     left = "removed" if clean else "kept, so that a changed recipe finds what it does not change; --clean removes it"
     lines = [
         f"written to {folder}; what was measured is in its README.md",
         f"work folder {' and '.join(map(str, places))}: {size:.0f} MB, {left}",
-        f"try it:  steerlib steer {shlex.quote(str(folder))} {shlex.quote(prompt)} {example_of(bank)}",
+        f"try it:  steerlib steer {shlex.quote(str(folder))} {shlex.quote(prompt)} {example_of(bank)}{how}",
     ]
     for line in lines:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def asked(tokenizer: Any, prompt: str, in_chat: bool | None) -> str:
-    """A prompt as a chat's question, or to be continued; None: as a question where the model knows chats."""
-    has_template = getattr(tokenizer, "chat_template", None) is not None
-    if in_chat and not has_template:
-        raise BadEdit("this model's tokenizer has no chat template; leave out --chat")
-    return chat(tokenizer, prompt) if in_chat or (in_chat is None and has_template) else begun(tokenizer, prompt)
+def asked(model: Any, tokenizer: Any, prompt: str, as_question: bool | None) -> str:
+    """A prompt as a question, in a chat or on a page, or to be continued; None: as a question where the model knows chats. An
+    encoder reads it in either case."""
+    if as_question is None:
+        as_question = getattr(tokenizer, "chat_template", None) is not None
+    return chat(tokenizer, prompt, model=model) if as_question or is_pair(model) else begun(tokenizer, prompt)
 
 
 def answer_twice(

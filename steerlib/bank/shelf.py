@@ -31,8 +31,7 @@ class Maker(NamedTuple):
 
 
 class Shelf:
-    """Encoders by id. `home` holds the files of those that are not `made`; `records` are their sizes and hashes; to those that
-    are, a `maker` adds rows."""
+    """Encoders by id: those `made`, to which a `maker` adds rows, and those in files of `home`; `records`: sizes and hashes."""
 
     def __init__(
         self,
