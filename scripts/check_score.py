@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-import torch
 import typer
 from scipy.stats import spearmanr
 
@@ -21,7 +20,7 @@ from steerlib.evaluation.comparison import Condition, answer
 from steerlib.evaluation.report import markdown
 from steerlib.evaluation.score import Scores, anchors, joint, scored
 from steerlib.evaluation.text import Judge, judge_for, nll
-from steerlib.text import Completions, chat, progress
+from steerlib.text import chat, progress, tokens_of
 from steerlib.training.calibrate.doses import DEV_SEEDS
 from steerlib.training.recipe import DirectionRecipe
 
@@ -29,15 +28,6 @@ ROOT = Path(__file__).parent
 READ = ROOT / "score" / "read.jsonl"
 SHOWN = {"score": "joint score", "before": "without variety and language"}
 GRADES = ("good", "weak", "off-topic", "wrong language", "loop", "broken")
-
-
-def completions(tokenizer: Any, asked: Sequence[str], texts: Sequence[str]) -> Completions:
-    """Texts as if the model had just written them."""
-    one, other = (tokenizer(list(some), add_special_tokens=False)["input_ids"] for some in (asked, texts))
-    before, after = max(map(len, one)), max(map(len, other))
-    ids = [[0] * (before - len(a)) + a + b + [0] * (after - len(b)) for a, b in zip(one, other, strict=True)]
-    real = [[0] * (before - len(a)) + [1] * (len(a) + len(b)) + [0] * (after - len(b)) for a, b in zip(one, other, strict=True)]
-    return Completions(list(texts), torch.tensor(ids), torch.tensor(real).bool(), before)
 
 
 def scores_of(
@@ -69,7 +59,9 @@ def scores_of(
 def measured(model: Any, tokenizer: Any, lines: Sequence[dict[str, Any]], prompts: Sequence[str], judge: Judge) -> Scores:
     """Of every text as an answer to each request, in one column for each; that of its own request is the one to read."""
     requests = [chat(tokenizer, line["prompt"]) for line in lines]
-    done = completions(tokenizer, requests, [line["text"] for line in lines])
+    texts = [line["text"] for line in lines]
+    new = tokenizer(texts, return_tensors="pt", padding=True, padding_side="right", add_special_tokens=False)
+    done = tokens_of(model, tokenizer, requests, (new["input_ids"], new["attention_mask"].bool()), texts)
     likelihood = nll(model, done)[:, None, None].repeat(len(prompts), 2)
     return scored([[[line["text"]] * len(prompts)] for line in lines], likelihood, prompts, judge)
 
