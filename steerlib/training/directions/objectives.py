@@ -115,7 +115,7 @@ def optimise(
     falling = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 1 / steps, total_iters=steps - 1)
     generator = torch.Generator().manual_seed(task.seed)
     for _ in progress(range(steps), what):
-        with _frozen(task.model), steer(task.model, bank_of(build(tensors)), {"lever": 1.0}, allow_ood=True):
+        with frozen(task.model), steer(task.model, bank_of(build(tensors)), {"lever": 1.0}, allow_ood=True):
             total = sum(
                 loss(task.model, some, torch.randperm(len(some.ids), generator=generator)[:BATCH])
                 for some in (lesson, retain)
@@ -129,7 +129,7 @@ def optimise(
 
 
 @contextmanager
-def _frozen(model: Any) -> Iterator[None]:
+def frozen(model: Any) -> Iterator[None]:
     """Gradients flow through the model and are not kept for its weights."""
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in learning:
