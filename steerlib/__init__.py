@@ -31,6 +31,7 @@ if TYPE_CHECKING:  # what HOMES says, for type checkers and editors
     from .steering.masks import Word
     from .steering.recording import record
     from .steering.session import Steering, attach, detach, share, steer
+    from .training.named import make
     from .training.pipeline import train
     from .training.recipe import Recipe
 
@@ -39,8 +40,8 @@ if TYPE_CHECKING:  # what HOMES says, for type checkers and editors
 __all__ = [
     "Ablate", "Add", "BaseModel", "CausalGraph", "Clamp", "Concept", "ConceptBank", "Directions", "Edge", "Encoder",
     "Gate", "Host", "Intervention", "Part", "Patch", "PerStep", "Ramp", "Recipe", "Scale", "Schedule", "Set", "Site",
-    "Steering", "StepState", "Steps", "Window", "Word", "attach", "detach", "list_banks", "load", "read_bank", "record",
-    "share", "steer", "train",
+    "Steering", "StepState", "Steps", "Window", "Word", "attach", "detach", "list_banks", "load", "make", "read_bank",
+    "record", "share", "steer", "train",
 ]  # fmt: skip
 
 HOMES = {
@@ -59,6 +60,7 @@ HOMES = {
     "steering.masks": ("Word",),
     "steering.recording": ("record",),
     "steering.session": ("Steering", "attach", "detach", "share", "steer"),
+    "training.named": ("make",),
     "training.pipeline": ("train",),
     "training.recipe": ("Recipe",),
 }

@@ -1,23 +1,20 @@
-"""The command line: `steerlib demo | steer | train | eval | concepts | info | graph | examples | list | pull | push | ...`.
+"""The command line: `steerlib demo | steer | make | train | eval | concepts | info | graph | examples | list | pull | ...`.
 
 Nothing here imports torch before a command needs it: `sl` loads each name when it is first used.
 """
 
 import json
-import sys
 import warnings
 from collections import Counter
-from contextlib import suppress
 from dataclasses import asdict, replace
 from enum import StrEnum
-from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any
 
 import steerlib as sl
 
-from .errors import BadBank, BadEdit, BadRecipe, MissingExtra, SteerlibError, UnsupportedTarget
+from .errors import BadBank, BadEdit, BadRecipe, MissingExtra
 
 try:
     import typer
@@ -38,6 +35,7 @@ Key = Annotated[Path | None, typer.Option(help="Ed25519 key in PEM: public to ve
 Model = Annotated[str, typer.Option(help="folder, Hub id or package:<name>/<file>.gguf (default: the bank's own)")]
 Tokens = Annotated[int, typer.Option(help="new tokens of each answer", min=1)]
 TEMPLATE = "write a recipe to start from: steerlib train --template [text|latents|graph|pictures] [--out recipe.toml]"
+ASK = "Tell me about the place where you live."
 EDITS = "concept=amount in its units, or concept=useful, set:1.5, scale:0.5, clamp:-1:1, ablate; may be repeated"
 Threads = Annotated[int, typer.Option(help="processor threads (0: as many as a trial of 0.2 s finds fastest)", min=0)]
 
@@ -86,28 +84,6 @@ def source_of(bank: "sl.ConceptBank") -> str:
     return found
 
 
-def loaded(source: str, threads: int) -> Any:
-    """A model and its tokenizer, or a pipeline and None, with the loader's progress bars but not its remarks."""
-    from .threads import use_threads
-
-    for library in ("transformers", "diffusers"):
-        with suppress(ImportError):
-            logging = import_module(f"{library}.utils.logging")
-            logging.set_verbosity_error()
-            if not sys.stderr.isatty():  # their bars would write escape codes
-                logging.disable_progress_bar()
-    console.print(f"loading {source} (processor threads: {use_threads(threads)})", style="dim", highlight=False, soft_wrap=True)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            return sl.load(source)
-        except SteerlibError:
-            raise
-        except Exception as error:  # whatever a library says of a folder or an id that it cannot load
-            said = str(error).strip().partition("\n")[0] or type(error).__name__
-            raise UnsupportedTarget(f"no model could be loaded from {source!r}: {said}") from error
-
-
 @app.command()
 def demo(
     tokens: Tokens = 40,
@@ -122,11 +98,11 @@ def demo(
     check_picture(out)
     if only != Half.images:
         bank = sl.ConceptBank.from_pretrained(terminal.TEXT_BANK)
-        model, tokenizer = loaded(source_of(bank), threads)
+        model, tokenizer = terminal.loaded(source_of(bank), threads)
         terminal.demo_text(model, tokenizer, bank, judge_for(recipe_of(bank, None).scorers), tokens)
     if only != Half.text:
         bank = sl.ConceptBank.from_pretrained(terminal.SCENES_BANK)
-        terminal.demo_images(loaded(source_of(bank), threads)[0], bank, out)
+        terminal.demo_images(terminal.loaded(source_of(bank), threads)[0], bank, out)
 
 
 @app.command()
@@ -151,7 +127,7 @@ def steer(
     opened = sl.ConceptBank.from_pretrained(bank)
     edits = terminal.read_edits(opened, edit)
     check_picture(out)
-    target, tokenizer = loaded(model or source_of(opened), threads)
+    target, tokenizer = terminal.loaded(model or source_of(opened), threads)
     if tokenizer is None:
         terminal.draw_both(target, opened, prompt, edits, out, samples=samples, seed=seed, steps=steps, guidance=guidance)
     elif samples > 1 and not temperature:
@@ -325,12 +301,31 @@ def train(
     folder, places = out or Path("out") / read.name, pipeline.work_of(read, work)
     pipeline.check_writable(folder)
     console.print(f"work folder: {work}, from which a run that stops goes on", markup=False, soft_wrap=True, style="dim")
-    model, tokenizer = loaded(read.weights, threads)
+    model, tokenizer = terminal.loaded(read.weights, threads)
     bank = sl.train(model.to(pipeline.best_device()), read, tokenizer=tokenizer, work=work)
-    bank.save_pretrained(folder)
-    console.print(repr(bank), markup=False, soft_wrap=True)
     corpus = getattr(read, "read_corpus", list)() if tokenizer is None else []
-    terminal.finish(bank, folder, places, clean, str(next(iter(corpus), "Tell me about the place where you live.")))
+    terminal.finish(bank, folder, places, clean, str(next(iter(corpus), ASK)))
+
+
+@app.command()
+def make(
+    model: Annotated[str, typer.Argument(help="folder, Hub id or package:<name>/<file>.gguf")],
+    names: Annotated[list[str], typer.Argument(help="what the concepts are about: a word or a few, in quotes")],
+    out: Annotated[Path, typer.Option(help="folder of the bank")] = Path("out/made"),
+    seed: Annotated[int, typer.Option(help="of all random choices", min=0)] = 0,
+    work: Annotated[Path, typer.Option(help="folder of what each stage made, so that a run can go on")] = Path("out/work"),
+    threads: Threads = 0,
+) -> None:
+    """Make concepts of a model from their names alone, one or two minutes each. Run it again to go on where it stopped."""
+    from . import terminal
+    from .training import named, pipeline
+
+    named.check_given(names)
+    pipeline.check_writable(out)
+    target, tokenizer = terminal.loaded(model, threads)
+    how = {"tokenizer": tokenizer, "source": model, "name": out.name, "seed": seed, "work": work}
+    bank = sl.make(target.to(pipeline.best_device()), names, **how)
+    terminal.finish(bank, out, [work], False, ASK)
 
 
 @app.command("eval")
@@ -385,6 +380,7 @@ def _check_saving(bank: str, in_part: bool) -> None:
 def _eval_concepts(
     bank: "sl.ConceptBank", recipe: Path | None, names: list[str], quick: bool, save: str, source: str, threads: int
 ) -> Any:
+    from . import terminal
     from .hosts import host_for
     from .training.package.directions import evaluate, with_effects
 
@@ -393,7 +389,7 @@ def _eval_concepts(
     read = recipe_of(bank, recipe)
     if quick:
         read = replace(read, evaluation_prompts=4, dev_prompts=4, seeds=1, new_tokens=24)
-    model, tokenizer = loaded(source or (source_of(bank) if recipe is None else read.weights), threads)
+    model, tokenizer = terminal.loaded(source or (source_of(bank) if recipe is None else read.weights), threads)
     if save and (notice := bank.check(host_for(model))):
         raise BadEdit(f"--save would keep the hash of other weights beside these figures: {notice}; leave out --save")
     records = evaluate(model, tokenizer, bank, read, concepts=names)
@@ -403,6 +399,7 @@ def _eval_concepts(
 
 
 def _eval_latents(bank: "sl.ConceptBank", recipe: Path | None, source: str, against: str, threads: int) -> Any:
+    from . import terminal
     from .training.package.latents import evaluate_encoders
     from .training.package.pictures import evaluate_pictures
     from .training.recipe import TextEncoderRecipe
@@ -410,7 +407,7 @@ def _eval_latents(bank: "sl.ConceptBank", recipe: Path | None, source: str, agai
     own: Any = TextEncoderRecipe(name=bank.name, base=bank.base.id or "model", source=source or bank.base.id or "model")
     read = recipe_of(bank, recipe) if recipe or has_recipe(bank) or bank.levels else own
     twin = sl.ConceptBank.from_pretrained(against) if against else None
-    model, tokenizer = loaded(source or (source_of(bank) if recipe is None else read.weights), threads)
+    model, tokenizer = terminal.loaded(source or (source_of(bank) if recipe is None else read.weights), threads)
     if tokenizer is None:
         return evaluate_pictures(model, bank, read, against=twin)
     return evaluate_encoders(model, tokenizer, bank, read, against=twin)

@@ -20,6 +20,8 @@ from ..text import Completions
 Scorer = Callable[[Sequence[str]], Float[np.ndarray, " texts"]]
 FEW = 8
 """With fewer concepts than this, a judge learns ordinary texts as a class of their own."""
+ABOUT = ("{}", "This text is about {}.", "A {} story.")
+"""What a text is compared with to see how near it is to a name."""
 
 
 def counter(pattern: str, per: str) -> Scorer:
@@ -34,13 +36,22 @@ def shortness(texts: Sequence[str]) -> Float[np.ndarray, " texts"]:
     return -np.log([max(1, len(text.split())) for text in texts])
 
 
+def nearness(name: str) -> Scorer:
+    """Cosine of a text's sentence embedding with that of a concept's name, alone and in sentences about it."""
+    said = [said.format(name) for said in ABOUT]
+    return lambda texts: embed(texts) @ embed(said).mean(0)
+
+
 def counting(spec: Mapping[str, Any]) -> Scorer:
-    """The scorer that a recipe describes by what to count."""
+    """The scorer that a recipe describes by what to count, or by a name that texts are compared with."""
     if spec == {"count": "words"}:
         return shortness
+    if spec.keys() == {"near"} and isinstance(spec["near"], str) and spec["near"].strip():
+        return nearness(spec["near"])
     if set(spec) != {"pattern", "per"} or spec["per"] not in ("word", "sentence"):
         raise BadRecipe(
-            f"expected a scorer with count = 'words', or with pattern and per = 'word' or 'sentence', got {dict(spec)}"
+            "expected a scorer with count = 'words', with near = a name, or with pattern and per = 'word' or 'sentence', "
+            f"got {dict(spec)}"
         )
     try:
         return counter(spec["pattern"], spec["per"])

@@ -84,6 +84,8 @@ def _steered_and_controls(
         Condition(name="no-op", bank=bank, edits={fact.name: 0.0}),
         Condition(name="shuffled labels", bank=studio.shuffled(concept, site), edits={"lever": strength}),
     ]
+    if choice is not None and (control := studio.control(concept, choice.method, choice.site)) is not None:
+        found.append(Condition(name="random word", bank=control, edits={"lever": choice.strength}))
     if wrong != fact.name:
         found.append(Condition(name="wrong concept", bank=bank, edits={wrong: bank[wrong].useful or 0.0}))
     randoms = [name for name in controls if name.startswith("random-")]

@@ -59,11 +59,11 @@ class Lever:
 class Task:
     """What a method may use to find the lever of one concept.
 
-    `instruction` is how a prompt would ask for it. Nothing is ever measured on `prompts`, requests to learn from; `texts` are
-    ordinary text, which a gate should leave alone. Methods of one site work at `site`; `sites` are all that are tried, in the
-    model's order. By site: `positive` and `negative`, mean activations over answers of the pairs with and without the concept;
-    `reference`, activations of ordinary text; `norms`, their median length; `keep`, directions of the other concepts. `memo`
-    keeps what several methods need and one has made.
+    `name` is what the concept is called, `instruction` how a prompt would ask for it. Nothing is ever measured on `prompts`,
+    requests to learn from; `texts` are ordinary text, which a gate should leave alone. Methods of one site work at `site`;
+    `sites` are all that are tried, in the model's order. By site: `positive` and `negative`, mean activations over answers of
+    the pairs with and without the concept; `reference`, activations of ordinary text; `norms`, their median length; `keep`,
+    directions of the other concepts. `memo` keeps what several methods need and one has made.
     """
 
     model: Any
@@ -79,6 +79,7 @@ class Task:
     reference: dict[str, Float[Tensor, "tokens D"]]
     norms: dict[str, float]
     keep: dict[str, Float[Tensor, "k D"]] = field(default_factory=dict)
+    name: str = ""
     seed: int = 0
     memo: dict[str, Any] = field(default_factory=dict, repr=False)
 

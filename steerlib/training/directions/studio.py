@@ -113,6 +113,7 @@ class Studio:
                 reference=self.reference,
                 norms=self.norms,
                 keep={site: self._differences(others, site) for site in self.sites} if others else {},
+                name=concept.name,
                 seed=self.recipe.seed,
             )
         return self._tasks[concept.name]
@@ -144,6 +145,11 @@ class Studio:
         half = len(both) // 2
         difference = both[:half].mean(0) - both[half:].mean(0)
         return bank_of(task.at(difference), self.norms)
+
+    def control(self, concept: ConceptRecipe, method: str, site: str) -> ConceptBank | None:
+        """Such a bank of the method's own control, such as the direction of a random word; None where it has none."""
+        make = getattr(METHODS[method], "control", None)
+        return make and bank_of(make(self.task(concept, "").elsewhere(site)), self.norms)
 
     def forget(self, concept: ConceptRecipe) -> None:
         """Free what only this concept needed."""

@@ -1,0 +1,135 @@
+"""`make`: concepts from their names alone. The model writes the contrast pairs; the rest is a recipe like any other."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from ..bank.concept_bank import ConceptBank
+from ..errors import BadRecipe, UnsupportedTarget
+from ..hosts import digest_of, host_for, load
+from .directions.methods import word
+from .directions.written import ASKINGS, written
+from .entries import ConceptRecipe, Pair
+from .fields import check_file_name
+from .pipeline import train
+from .recipe import RESERVED, DirectionRecipe
+from .store import remembered
+
+METHODS = ("word-and-means", "word", "difference-of-means")
+DEPTHS = (0.2, 0.3, 0.4, 0.5)
+"""Layers that are tried, as shares of the model's depth."""
+FEW: dict[str, Any] = {"dev_prompts": 8, "evaluation_prompts": 4, "seeds": 1, "new_tokens": 24, "budget": 216}
+"""Answers to choose and to measure with: as few as tell layers and methods apart."""
+REFERENCE = 48
+"""Ordinary texts, of those that come with steerlib."""
+ABOUT = """
+Concepts made from their names alone, by `steerlib make`: the model itself wrote the answers that they were made from, and a
+sentence model that knows only the name scored them. Figures are of few answers. *Random word* is what the direction of a random
+word does in the same place."""
+
+
+def make(
+    target: Any,
+    names: str | Sequence[str],
+    *,
+    tokenizer: Any = None,
+    source: str = "",
+    name: str = "made",
+    seed: int = 0,
+    work: str | os.PathLike[str] | None = None,
+) -> ConceptBank:
+    """Make a bank of concepts from nothing but their names.
+
+    Every concept joins two directions: what makes the words of its name likelier, and how answers of the model that was asked
+    for the concept differ from those of the model that was not. Layer, mixture and amount are chosen by what they do to a few
+    answers, within a bound on the change of ordinary text. Takes one to two minutes a concept of a small model on a processor.
+
+    Args:
+        target: A language model of transformers; or where to load it from: a folder, a Hub id, `package:<name>/<file>.gguf`.
+        names: What the concepts are about: a word or a few, such as `"pirate"` or `"medieval knight"`.
+        tokenizer: Of the model. Needed with a model that is loaded already.
+        source: Where the model was loaded from, which the bank says. Default: as the model says.
+        name: Of the bank.
+        seed: Of all random choices.
+        work: A folder that keeps what each stage made. A second call with the same arguments goes on from there. Default:
+            nothing is kept.
+
+    Returns:
+        The bank, with its card and the recipe that it could be made again from; `save_pretrained` writes it.
+
+    Raises:
+        BadRecipe: A name is empty or given twice, the tokenizer cannot write it, or the model does not write about it.
+        UnsupportedTarget: Not a language model, or none that can be loaded.
+        MissingExtra: A package of the extra `steerlib[eval]` is not installed.
+
+    Example:
+        >>> bank = sl.make(model, ["pirate", "medieval knight"], tokenizer=tokenizer)     # doctest: +SKIP
+        >>> with sl.steer(model, bank, {"pirate": bank["pirate"].useful}):                # doctest: +SKIP
+        ...     model.generate(**inputs)
+    """
+    names = [names] if isinstance(names, str) else list(names)
+    check_given(names)
+    if isinstance(target, str):
+        source, (target, tokenizer) = source or target, load(target)
+    check_target(target, tokenizer, names)
+    known = source or getattr(target.config, "name_or_path", "") or type(target).__name__
+    plan = DirectionRecipe(name=name, base=known, source=known, seed=seed, description=ABOUT, **FEW)
+    host = host_for(target)
+    key = sha256(repr((names, seed, host.fingerprint(), digest_of(host))).encode()).hexdigest()[:16]
+    path = None if work is None else Path(work) / f"pairs-{key}.json"
+    pairs = remembered(path, lambda: written(target, tokenizer, names, plan.read_prompts("train"), seed=seed))
+    return train(target, recipe_of(plan, target, tokenizer, pairs), tokenizer=tokenizer, work=work)
+
+
+def check_given(names: Sequence[str]) -> None:
+    """Raise `BadRecipe` for names that no bank could have, before a model is loaded."""
+    if not names or not all(isinstance(name, str) for name in names):
+        raise BadRecipe(f"expected a name or more to make concepts from, got {names!r:.80}")
+    for name in names:
+        check_file_name(name, "name")
+        if name in RESERVED or name != " ".join(name.split()):
+            raise BadRecipe(f"expected names of words with one space between them, other than {RESERVED[0]!r}, got {name!r}")
+    if len({name.casefold() for name in names}) < len(names):
+        raise BadRecipe(f"expected each name once, got {', '.join(names)}")
+
+
+def check_target(target: Any, tokenizer: Any, names: Sequence[str]) -> None:
+    """Raise `UnsupportedTarget` for what is no language model with its tokenizer, `BadRecipe` for names it cannot write."""
+    layers = [site for site in host_for(target).sites() if site.removeprefix("layers.").isdigit()]
+    if not layers or not hasattr(target, "generate"):
+        raise UnsupportedTarget(f"expected a language model that writes answers, got {type(target).__name__}")
+    if tokenizer is None:
+        raise UnsupportedTarget("expected the tokenizer beside a model that is loaded already: make(model, names, tokenizer=…)")
+    for name in names:
+        ids = tokenizer(f" {name}", add_special_tokens=False)["input_ids"]
+        if not ids or tokenizer.unk_token_id in ids:
+            raise BadRecipe(f"the tokenizer of this model cannot write {name!r}; take another word for it")
+
+
+def recipe_of(
+    plan: DirectionRecipe, target: Any, tokenizer: Any, pairs: Mapping[str, Sequence[Sequence[str]]]
+) -> DirectionRecipe:
+    """The recipe of concepts by name: pairs of the model's own, scorers that know the name, methods that can be used for it."""
+    depth = sum(site.removeprefix("layers.").isdigit() for site in host_for(target).sites())
+    concepts = [
+        ConceptRecipe(
+            name=name,
+            label=name,
+            instructions=tuple(asking.format(name) for asking in ASKINGS),
+            methods=METHODS if word.words_of(target, tokenizer, name) else METHODS[-1:],
+            scorer={"near": name},
+        )
+        for name in pairs
+    ]
+    texts = {f"{plan.pairs}/{name}.jsonl": _lines([Pair(*pair)._asdict() for pair in some]) for name, some in pairs.items()}
+    texts[plan.reference] = _lines([{"text": text} for text in plan.read_texts(plan.reference)[:REFERENCE]])
+    layers = tuple(sorted({round(depth * share) for share in DEPTHS}))
+    return replace(plan, concepts=tuple(concepts), layers=layers, texts=texts)
+
+
+def _lines(values: Sequence[Mapping[str, str]]) -> str:
+    return "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values)
