@@ -38,6 +38,7 @@ def printed(*arguments, **environment):
 COMMANDS = [
     "demo",
     "steer",
+    "make",
     "train",
     "eval",
     "concepts",

@@ -20,7 +20,7 @@ from ..text import Completions
 Scorer = Callable[[Sequence[str]], Float[np.ndarray, " texts"]]
 FEW = 8
 """With fewer concepts than this, a judge learns ordinary texts as a class of their own."""
-ABOUT = ("{}", "This text is about {}.", "A {} story.")
+ABOUT = ("{}", "This text is about {}.", "A {} story.", "Talk about {}.", "Let me tell you about {}.")
 """What a text is compared with to see how near it is to a name."""
 
 
@@ -138,7 +138,7 @@ def trust(concepts: Mapping[str, Scoring | Scorer], texts: Sequence[str], names:
     """How far the judge of some concepts can be trusted, for a card: its accuracy on texts it never saw, whose concepts are
     `names`, beside that of one that learned shuffled labels."""
     counted = [name for name, found in concepts.items() if not isinstance(found, Scoring)]
-    said = [f"{', '.join(counted)}: scored by counting."] if counted else []
+    said = [f"{', '.join(counted)}: scored by a rule of the recipe."] if counted else []
     own = [name for name, found in concepts.items() if isinstance(found, Scoring) and not found.others]
     if own:
         said.append(f"{', '.join(own)}: scored by a classifier of the very examples it was made from, for want of others.")

@@ -80,7 +80,7 @@ class Recipe(ABC):
 
         Args:
             path: A TOML file.
-            to_train: Whether the files that only training reads (the corpus of encoders) have to be there.
+            to_train: Whether what only training reads (the corpus of encoders, contrast pairs) has to be there.
 
         Raises:
             BadRecipe: The file is missing or not TOML, has unknown fields, or describes what cannot work.
@@ -238,7 +238,7 @@ class DirectionRecipe(Recipe):
         if self.layers and (min(self.layers) < 0 or len({*self.layers}) < len(self.layers)):
             raise BadRecipe(f"expected layers from 0 up, each once, got {list(self.layers)}")
         for concept in self.concepts:
-            self._check_concept(concept)
+            self._check_concept(concept, to_train)
         for name in (self.reference, self.unrelated):
             self.read_texts(name)
         for split, count in self._counts.items():
@@ -251,7 +251,7 @@ class DirectionRecipe(Recipe):
         concepts = tuple(replace(concept, methods=concept.methods[:1]) for concept in self.concepts)
         return replace(self, **smaller, concepts=concepts, methods=self.methods[:1], layers=self.layers[:2], is_quick=True)
 
-    def _check_concept(self, concept: ConceptRecipe) -> None:
+    def _check_concept(self, concept: ConceptRecipe, to_train: bool) -> None:
         check_file_name(concept.name, "concept's name")
         if concept.name in RESERVED:
             raise BadRecipe(f"{concept.name!r} is the name of a gate that every bank gets; take another one")
@@ -259,7 +259,7 @@ class DirectionRecipe(Recipe):
             raise BadRecipe(f"{concept.name!r}: expected {' and '.join(blank)} without empty texts")
         if not (concept.methods or self.methods):
             raise BadRecipe(f"{concept.name!r}: expected a method or more to try, got none")
-        if len(self.read_pairs(concept)) < 2:
+        if to_train and len(self.read_pairs(concept)) < 2:
             raise BadRecipe(f"{concept.name!r}: expected two contrast pairs or more")
         if concept.scorer is not None:
             counting(concept.scorer)

@@ -50,7 +50,7 @@ class Studio:
     def __init__(self, model: Any, tokenizer: Any, recipe: DirectionRecipe, sites: Sequence[str], folder: Path | None = None):
         self.model, self.tokenizer, self.recipe, self.sites, self.folder = model, tokenizer, recipe, list(sites), folder
         self._tasks: dict[str, Task] = {}
-        self._levers: dict[tuple[str, str, str], Lever] = {}
+        self._levers: dict[tuple[str, str, str, str], Lever] = {}
 
     @cached_property
     def activations(self) -> dict[str, Tensor]:
@@ -123,12 +123,12 @@ class Studio:
         found = torch.sub(*sides)
         return found / found.norm(dim=-1, keepdim=True)
 
-    def lever(self, concept: ConceptRecipe, instruction: str, method: str, site: str) -> Lever:
-        """The lever of a concept by a method at a site, fitted once."""
-        key = concept.name, method, site
+    def lever(self, concept: ConceptRecipe, instruction: str, method: str, site: str, part: str = "fit") -> Lever:
+        """The lever of a concept by a method at a site, fitted once; `part` is another function of it, such as `control`."""
+        key = concept.name, method, site, part
         if key not in self._levers:
-            path = self._kept(f"levers/{concept.name}/{method}@{site}.safetensors")
-            fit = METHODS[method].fit
+            path = self._kept(f"levers/{concept.name}/{method}{'' if part == 'fit' else f' {part}'}@{site}.safetensors")
+            fit = getattr(METHODS[method], part)
             made = recorded(path, lambda: fit(self.task(concept, instruction).elsewhere(site)).to_tensors())
             self._levers[key] = Lever.from_tensors(made)
         return self._levers[key]
@@ -147,9 +147,9 @@ class Studio:
         return bank_of(task.at(difference), self.norms)
 
     def control(self, concept: ConceptRecipe, method: str, site: str) -> ConceptBank | None:
-        """Such a bank of the method's own control, such as the direction of a random word; None where it has none."""
-        make = getattr(METHODS[method], "control", None)
-        return make and bank_of(make(self.task(concept, "").elsewhere(site)), self.norms)
+        """Such a bank of what the method has to be compared with, such as the direction of a random word; None without one."""
+        has_one = hasattr(METHODS[method], "control")
+        return bank_of(self.lever(concept, "", method, site, "control"), self.norms) if has_one else None
 
     def forget(self, concept: ConceptRecipe) -> None:
         """Free what only this concept needed."""
