@@ -28,7 +28,7 @@ NAMES = ["river", "red stone"]
 def few():
     """Fewer and shorter answers than for a model that can write."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(named, "FEW", {"dev_prompts": 2, "evaluation_prompts": 2, "seeds": 1, "new_tokens": 6, "budget": 54})
+        patch.setattr(named, "FEW", {"dev_prompts": 2, "evaluation_prompts": 2, "seeds": 1, "new_tokens": 6, "is_brief": True})
         patch.setattr(named, "REFERENCE", 24)
         yield
 
@@ -50,8 +50,7 @@ def test_names_give_a_bank_like_any_other(made):
     assert sorted(concept.name for concept in levers) == sorted(NAMES)
     for concept in levers:
         assert concept.unit > 0 and concept.natural and concept.range and concept.range[0] <= 0 < concept.useful
-        tried = {trial[0] for trial in concept.effects["tried"]}
-        assert tried == {"word-and-means", "word", "difference-of-means"}
+        assert len({trial[:2] for trial in map(tuple, concept.effects["tried"])}) == 1  # what the screening left
         uses_words = concept.effects["method"] != "difference-of-means"
         assert ("random word" in concept.effects["conditions"]) is uses_words
         assert f"| {concept.name} | {concept.label} |" in bank.card

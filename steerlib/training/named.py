@@ -22,10 +22,10 @@ from .store import remembered
 METHODS = ("word-and-means", "word", "difference-of-means")
 DEPTHS = (0.2, 0.3, 0.4, 0.5)
 """Layers that are tried, as shares of the model's depth."""
-FEW: dict[str, Any] = {"dev_prompts": 8, "evaluation_prompts": 4, "seeds": 1, "new_tokens": 24, "budget": 216}
-"""Answers to choose and to measure with: as few as tell layers and methods apart."""
-REFERENCE = 48
-"""Ordinary texts, of those that come with steerlib."""
+FEW: dict[str, Any] = {"dev_prompts": 8, "evaluation_prompts": 10, "seeds": 1, "new_tokens": 24, "is_brief": True}
+"""Answers to choose and to measure with."""
+REFERENCE, UNRELATED = 48, 15
+"""Ordinary texts to read and to measure side effects on, of those that come with steerlib."""
 ABOUT = """
 Concepts made from their names alone, by `steerlib make`: the model itself wrote the answers that they were made from, and a
 sentence model that knows only the name scored them. Figures are of few answers. *Random word* is what the direction of a random
@@ -130,7 +130,8 @@ def recipe_of(
         for name in pairs
     ]
     texts = {f"{plan.pairs}/{name}.jsonl": _lines([Pair(*pair)._asdict() for pair in some]) for name, some in pairs.items()}
-    texts[plan.reference] = _lines([{"text": text} for text in plan.read_texts(plan.reference)[:REFERENCE]])
+    for file, count in ((plan.reference, REFERENCE), (plan.unrelated, UNRELATED)):
+        texts[file] = _lines([{"text": text} for text in plan.read_texts(file)[:count]])
     layers = tuple(sorted({round(depth * share) for share in DEPTHS}))
     return replace(plan, concepts=tuple(concepts), layers=layers, texts=texts)
 

@@ -175,10 +175,8 @@ class Recipe(ABC):
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of everything the bank depends on: fields, and the contents of the files they name.
-
-        Fields that only another kind has count with their defaults. So banks made before there were kinds keep their digest.
-        """
+        """SHA-256 of everything the bank depends on: fields, those that only another kind has with their defaults, so that
+        banks made before there were kinds keep their digest, and the contents of the files that they name."""
         every: dict[str, Any] = {f.name: f.default for kind in KINDS for f in fields(kind)}
         every |= {f.name: getattr(self, f.name) for f in fields(self)}
         sha = hashlib.sha256(repr({name: every[name] for name in DIGESTED}).encode())
@@ -186,6 +184,7 @@ class Recipe(ABC):
         names += [f"{every[folder]}/{c.name}.jsonl" for folder in ("pairs", "scoring") for c in every["concepts"]]
         for name in names:
             sha.update(name.encode() + (self.bytes_of(name) or b""))
+        sha.update(b"brief" * getattr(self, "is_brief", False))
         return sha.hexdigest()
 
 
@@ -210,6 +209,7 @@ class DirectionRecipe(Recipe):
         evaluation_prompts: The number of prompts to report on.
         seeds: Answers to each prompt in the evaluation.
         new_tokens: Tokens of each answer.
+        is_brief: Whether layers and methods are compared without writing answers, and measured without most controls.
         ship: `"all"` concepts, or only those `"clearing"` every bar; the card lists the others with their measurements.
     """
 
@@ -226,6 +226,7 @@ class DirectionRecipe(Recipe):
     evaluation_prompts: int = 10
     seeds: int = 3
     new_tokens: int = 32
+    is_brief: bool = False
     ship: str = "all"
 
     def check(self, *, to_train: bool = True) -> None:

@@ -18,7 +18,11 @@ from .doses import Choice, Search
 ANSWERING = "answering"
 GATED = "steered, gated"
 """The condition of the chosen lever with a gate that lets it act only in chats."""
+LEAST = ("steered", "random word", "random-1")
+"""Conditions beside a plain and an asking prompt that are measured for a brief recipe."""
 EXAMPLES = 3
+FEW = 4
+"""Prompts of a brief recipe's dose–response."""
 DOSES = (-1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5)
 """Multiples of the useful amount in the dose–response."""
 
@@ -27,7 +31,7 @@ def measure(bank: ConceptBank, concept: ConceptRecipe, judge: Judge, studio: Stu
     """Scores of a concept at its useful amount and of its controls, side effects, dose–response, examples: plain values."""
     recipe, fact, column = studio.recipe, bank[concept.name], judge.names.index(concept.name)
     which = choice.prompt if choice else Search(studio, concept, judge).prompt
-    methods, same = _methods(studio, concept, choice)
+    methods, same = _methods(studio, concept, choice) if not recipe.is_brief else ([], [])
     conditions = [
         Condition(name="unsteered"),
         Condition(name="prompted", instruction=concept.asked[which]),
@@ -52,7 +56,7 @@ def measure(bank: ConceptBank, concept: ConceptRecipe, judge: Judge, studio: Stu
         "moved": float((after > before).mean()),
         "conditions": {name: _line(scores, found, column, i) | effects.get(name, {}) for name, i in rows.items()},
         "joint": {name: found.total[i].mean(0).tolist() for name, i in rows.items()},
-        "response": _response(bank, fact, studio, concept, prompts)._asdict(),
+        "response": _response(bank, fact, studio, concept, prompts[:FEW] if recipe.is_brief else prompts)._asdict(),
         "examples": _examples(prompts, scores),
         "tried": [[*trial] for trial in choice.trials] if choice else [],
     }
@@ -90,7 +94,8 @@ def _steered_and_controls(
         found.append(Condition(name="wrong concept", bank=bank, edits={wrong: bank[wrong].useful or 0.0}))
     randoms = [name for name in controls if name.startswith("random-")]
     found += [Condition(name=name, bank=controls, edits={name: fact.useful or 0.0}) for name in randoms]
-    return found + [Condition(name=GATED, bank=bank, edits=amount, gate=Gate(ANSWERING))] * (ANSWERING in bank.concepts)
+    found += [Condition(name=GATED, bank=bank, edits=amount, gate=Gate(ANSWERING))] * (ANSWERING in bank.concepts)
+    return [condition for condition in found if not studio.recipe.is_brief or condition.name in LEAST]
 
 
 def _methods(studio: Studio, concept: ConceptRecipe, choice: Choice | None) -> tuple[list[Condition], list[str]]:

@@ -87,6 +87,11 @@ class Task:
         """A lever of one site: the direction, as long as the site's activations."""
         return Lever(moves={self.site: direction / direction.norm() * self.norms[self.site]}, **others)
 
+    def half(self, k: int) -> "Task":
+        """The same task with every second pair only, from the k-th on."""
+        sides = ({site: x[k::2] for site, x in side.items()} for side in (self.positive, self.negative))
+        return replace(self, pairs=self.pairs[k::2], positive=next(sides), negative=next(sides))
+
     def elsewhere(self, site: str) -> "Task":
         """The same task at another site."""
         return replace(self, site=site)

@@ -128,8 +128,9 @@ class Studio:
         key = concept.name, method, site, part
         if key not in self._levers:
             path = self._kept(f"levers/{concept.name}/{method}{'' if part == 'fit' else f' {part}'}@{site}.safetensors")
-            fit = getattr(METHODS[method], part)
-            made = recorded(path, lambda: fit(self.task(concept, instruction).elsewhere(site)).to_tensors())
+            made = recorded(
+                path, lambda: getattr(METHODS[method], part)(self.task(concept, instruction).elsewhere(site)).to_tensors()
+            )
             self._levers[key] = Lever.from_tensors(made)
         return self._levers[key]
 
@@ -148,8 +149,8 @@ class Studio:
 
     def control(self, concept: ConceptRecipe, method: str, site: str) -> ConceptBank | None:
         """Such a bank of what the method has to be compared with, such as the direction of a random word; None without one."""
-        has_one = hasattr(METHODS[method], "control")
-        return bank_of(self.lever(concept, "", method, site, "control"), self.norms) if has_one else None
+        control = hasattr(METHODS[method], "control") and self.lever(concept, "", method, site, "control")
+        return bank_of(control, self.norms) if control else None
 
     def forget(self, concept: ConceptRecipe) -> None:
         """Free what only this concept needed."""

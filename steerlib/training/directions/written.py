@@ -12,7 +12,7 @@ from ...evaluation.text import distinct, nearness
 from ...text import chat, complete, progress
 from ..entries import Pair
 
-ASKINGS = ("Talk about {}.", "Whatever the question, bring your answer around to {}.", "Let your whole answer be full of {}.")
+ASKINGS = ("Talk about {}.", "Let your whole answer be full of {}.")
 """How a prompt asks for a concept of which only the name is known."""
 KEPT = 14
 """Pairs at most."""
