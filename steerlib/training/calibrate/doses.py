@@ -16,9 +16,8 @@ from ...evaluation.comparison import Condition, Scores, Unrelated, best_prompt, 
 from ...evaluation.text import Judge
 from ...steering.lowering import SHARE
 from ..directions.levers import bank_of
-from ..directions.methods import METHODS
 from ..directions.objectives import loss, shown
-from ..directions.studio import Studio
+from ..directions.studio import Studio, fitted
 from ..entries import ConceptRecipe
 from ..recipe import DirectionRecipe
 
@@ -217,7 +216,7 @@ class Search:
         plain prompts: those of every second pair, with a lever that was made from the others."""
         if (method, site) not in self.gains:
             task, model = self.studio.task(self.concept, self.concept.asked[self.prompt]), self.studio.model
-            lever = bank_of(METHODS[method].fit(task.half(0).elsewhere(site)), self.studio.norms)
+            lever = bank_of(fitted(method, task.half(0).elsewhere(site)), self.studio.norms)
             steered = Condition(name=method, bank=lever, edits={"lever": self._strongest(method, site)})
             sides = [shown(task.half(1), side) for side in ("negative", "positive")]
             rows = torch.arange(len(sides[0].ids))

@@ -38,6 +38,12 @@ class Detector(NamedTuple):
         return {"precision": round(self.precision, 3), "recall": round(self.recall, 3), "tokens": self.tokens}
 
 
+def fitted(method: str, task: Task) -> Lever:
+    """What a method finds, or another function of its file, which is named behind it: `word control`."""
+    name, _, function = method.partition(" ")
+    return getattr(METHODS[name], function or "fit")(task)
+
+
 TESTED = 20
 """Texts of each kind that a detector is tested on."""
 PRESENT = 0.5
@@ -50,7 +56,7 @@ class Studio:
     def __init__(self, model: Any, tokenizer: Any, recipe: DirectionRecipe, sites: Sequence[str], folder: Path | None = None):
         self.model, self.tokenizer, self.recipe, self.sites, self.folder = model, tokenizer, recipe, list(sites), folder
         self._tasks: dict[str, Task] = {}
-        self._levers: dict[tuple[str, str, str, str], Lever] = {}
+        self._levers: dict[tuple[str, str, str], Lever] = {}
 
     @cached_property
     def activations(self) -> dict[str, Tensor]:
@@ -123,14 +129,12 @@ class Studio:
         found = torch.sub(*sides)
         return found / found.norm(dim=-1, keepdim=True)
 
-    def lever(self, concept: ConceptRecipe, instruction: str, method: str, site: str, part: str = "fit") -> Lever:
-        """The lever of a concept by a method at a site, fitted once; `part` is another function of it, such as `control`."""
-        key = concept.name, method, site, part
+    def lever(self, concept: ConceptRecipe, instruction: str, method: str, site: str) -> Lever:
+        """The lever of a concept by a method at a site, fitted once."""
+        key = concept.name, method, site
         if key not in self._levers:
-            path = self._kept(f"levers/{concept.name}/{method}{'' if part == 'fit' else f' {part}'}@{site}.safetensors")
-            made = recorded(
-                path, lambda: getattr(METHODS[method], part)(self.task(concept, instruction).elsewhere(site)).to_tensors()
-            )
+            path = self._kept(f"levers/{concept.name}/{method}@{site}.safetensors")
+            made = recorded(path, lambda: fitted(method, self.task(concept, instruction).elsewhere(site)).to_tensors())
             self._levers[key] = Lever.from_tensors(made)
         return self._levers[key]
 
@@ -149,8 +153,7 @@ class Studio:
 
     def control(self, concept: ConceptRecipe, method: str, site: str) -> ConceptBank | None:
         """Such a bank of what the method has to be compared with, such as the direction of a random word; None without one."""
-        control = hasattr(METHODS[method], "control") and self.lever(concept, "", method, site, "control")
-        return bank_of(control, self.norms) if control else None
+        return self.bank(concept, "", f"{method} control", site) if hasattr(METHODS[method], "control") else None
 
     def forget(self, concept: ConceptRecipe) -> None:
         """Free what only this concept needed."""
