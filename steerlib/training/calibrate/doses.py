@@ -169,7 +169,7 @@ class Search:
         self.answers = 0
         self.trials: dict[tuple[str, str, float], Trial] = {}
         self.strongest: dict[tuple[str, str], float] = {}  # by method and site
-        self.gains: dict[tuple[str, str], float] = {}
+        self.apart: dict[tuple[str, str], float] = {}
         words = [Condition(name="prompted", instruction=instruction) for instruction in concept.asked]
         plain = self._answers([Condition(name="unsteered"), *words], DEV_SEEDS)
         best = best_prompt(plain, self.column)
@@ -205,26 +205,24 @@ class Search:
         self._try([(method, site, share) for method in order for share in SHARES][: split.strengths])
 
     def _screened(self, methods: Sequence[str], sites: Sequence[str]) -> None:
-        """Sites by the first method, then methods there, by `_gain`; then strengths of the best by the answers they give."""
-        site = max(sites, key=lambda site: self._gain(methods[0], site))
-        method = max(methods, key=lambda method: self._gain(method, site))
+        """Sites by the first method, then methods there, by `_apart`; then strengths of the best by the answers they give."""
+        site = max(sites, key=lambda site: self._apart(methods[0], site))
+        method = max(methods, key=lambda method: self._apart(method, site))
         self._try([(method, site, share) for share in (*SHARES, QUICK)])
 
     @torch.no_grad()
-    def _gain(self, method: str, site: str) -> float:
-        """By how many nats per token a method's strongest lever makes positive answers likelier than negative ones, behind
-        plain prompts: those of every second pair, with a lever that was made from the others."""
-        if (method, site) not in self.gains:
+    def _apart(self, method: str, site: str) -> float:
+        """By how many nats per token positive answers are likelier than negative ones, behind plain prompts, under a method's
+        strongest lever: those of every second pair, with a lever that was made from the others."""
+        if (method, site) not in self.apart:
             task, model = self.studio.task(self.concept, self.concept.asked[self.prompt]), self.studio.model
             lever = bank_of(fitted(method, task.half(0).elsewhere(site)), self.studio.norms)
             steered = Condition(name=method, bank=lever, edits={"lever": self._strongest(method, site)})
-            sides = [shown(task.half(1), side) for side in ("negative", "positive")]
-            rows = torch.arange(len(sides[0].ids))
-            plain = [float(loss(model, side, rows)) for side in sides]
+            rows = torch.arange(len(task.half(1).pairs))
             with together(model, [steered], len(rows)):
-                after = [float(loss(model, side, rows)) for side in sides]
-            self.gains[method, site] = (after[0] - plain[0]) - (after[1] - plain[1])
-        return self.gains[method, site]
+                negative, positive = (float(loss(model, shown(task.half(1), side), rows)) for side in ("negative", "positive"))
+            self.apart[method, site] = negative - positive
+        return self.apart[method, site]
 
     def bank(self, method: str, site: str) -> ConceptBank:
         """A lever to try, fitted to the best prompt, as a bank whose one concept is `lever`."""
