@@ -19,7 +19,7 @@ from steerlib.training import named
 from steerlib.training.carry import recipe_in
 from steerlib.training.directions.written import KEPT, kept, written
 from steerlib.training.entries import Pair
-from steerlib.training.recipe import COMMON
+from steerlib.training.recipe import COMMON, DirectionRecipe
 
 NAMES = ["river", "red stone"]
 
@@ -61,7 +61,7 @@ def test_the_bank_carries_what_the_model_wrote(made):
     """So that it can be measured, and made, again."""
     bank, _, folder = made
     recipe = recipe_in(bank)
-    assert recipe is not None
+    assert isinstance(recipe, DirectionRecipe)
     (stored,) = (folder / "work").glob("pairs-*.json")
     for name, pairs in json.loads(stored.read_text()).items():
         concept = next(concept for concept in recipe.concepts if concept.name == name)
@@ -135,7 +135,7 @@ def test_models_and_names_that_cannot_work_are_refused():
 
 
 def test_the_recipe_of_the_measured_names_is_read_and_its_scorer_knows_them():
-    read = sl.Recipe.from_file(Path(COMMON).parent / "named" / "test" / "recipe.toml", to_train=False)
+    read = DirectionRecipe.from_file(Path(COMMON).parent / "named" / "test" / "recipe.toml", to_train=False)
     assert len(read.concepts) == 10
     for concept in read.concepts:
         found = read.read_scoring(concept)

@@ -1,4 +1,9 @@
-"""`make`: concepts from their names alone. The model writes the contrast pairs; the rest is a recipe like any other."""
+"""`make`: concepts from their names alone. The model writes the contrast pairs; the rest is a recipe like any other.
+
+Every concept joins two directions: what makes the words of its name likelier, and how answers of the model that was asked for it
+differ from those of the model that was not. Layer and mixture are those that best tell such answers apart, under a bound on the
+change of ordinary text; the amount is chosen by what it does to a few new answers.
+"""
 
 import json
 import os
@@ -42,11 +47,7 @@ def make(
     seed: int = 0,
     work: str | os.PathLike[str] | None = None,
 ) -> ConceptBank:
-    """Make a bank of concepts from nothing but their names.
-
-    Every concept joins two directions: what makes the words of its name likelier, and how answers of the model that was asked
-    for the concept differ from those of the model that was not. Layer, mixture and amount are chosen by what they do to a few
-    answers, within a bound on the change of ordinary text. Takes one to two minutes a concept of a small model on a processor.
+    """Make a bank of concepts from nothing but their names: a minute or two each for a small model on a processor.
 
     Args:
         target: A language model of transformers; or where to load it from: a folder, a Hub id, `package:<name>/<file>.gguf`.
@@ -55,21 +56,18 @@ def make(
         source: Where the model was loaded from, which the bank says. Default: as the model says.
         name: Of the bank.
         seed: Of all random choices.
-        work: A folder that keeps what each stage made. A second call with the same arguments goes on from there. Default:
-            nothing is kept.
+        work: A folder that keeps what each stage made, from which the same call goes on. Default: nothing is kept.
 
     Returns:
         The bank, with its card and the recipe that it could be made again from; `save_pretrained` writes it.
 
     Raises:
         BadRecipe: A name is empty or given twice, the tokenizer cannot write it, or the model does not write about it.
-        UnsupportedTarget: Not a language model, or none that can be loaded.
+        UnsupportedTarget: Not a language model.
         MissingExtra: A package of the extra `steerlib[eval]` is not installed.
 
     Example:
         >>> bank = sl.make(model, ["pirate", "medieval knight"], tokenizer=tokenizer)     # doctest: +SKIP
-        >>> with sl.steer(model, bank, {"pirate": bank["pirate"].useful}):                # doctest: +SKIP
-        ...     model.generate(**inputs)
     """
     names = [names] if isinstance(names, str) else list(names)
     check_given(names)
@@ -78,11 +76,16 @@ def make(
     check_target(target, tokenizer, names)
     known = source or getattr(target.config, "name_or_path", "") or type(target).__name__
     plan = DirectionRecipe(name=name, base=known, source=known, seed=seed, description=ABOUT, **FEW)
-    host = host_for(target)
-    key = sha256(repr((names, seed, host.fingerprint(), digest_of(host))).encode()).hexdigest()[:16]
-    path = None if work is None else Path(work) / f"pairs-{key}.json"
-    pairs = remembered(path, lambda: written(target, tokenizer, names, plan.read_prompts("train"), seed=seed))
+    pairs = _pairs(target, tokenizer, names, plan, work)
     return train(target, recipe_of(plan, target, tokenizer, pairs), tokenizer=tokenizer, work=work)
+
+
+def _pairs(target: Any, tokenizer: Any, names: list[str], plan: DirectionRecipe, work: Any) -> dict[str, Any]:
+    """What the model writes, or what an earlier call wrote."""
+    host = host_for(target)
+    key = sha256(repr((names, plan.seed, host.fingerprint(), digest_of(host))).encode()).hexdigest()[:16]
+    path = None if work is None else Path(work) / f"pairs-{key}.json"
+    return remembered(path, lambda: written(target, tokenizer, names, plan.read_prompts("train"), seed=plan.seed))
 
 
 def check_given(names: Sequence[str]) -> None:
