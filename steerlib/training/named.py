@@ -1,8 +1,8 @@
 """`make`: concepts from their names alone. The model writes the contrast pairs; the rest is a recipe like any other.
 
-Every concept joins two directions: what makes the words of its name likelier, and how answers of the model that was asked for it
-differ from those of the model that was not. Layer and mixture are those that best tell such answers apart, under a bound on the
-change of ordinary text; the amount is chosen by what it does to a few new answers.
+Every concept joins two directions: what makes the words of its name likelier, and how answers of the model that was asked for
+it differ from those of the model that was not. Layer and mixture are those that best tell such answers apart, under a bound on
+the change of ordinary text; the amount is chosen by what it does to a few new answers.
 """
 
 import json
@@ -69,15 +69,14 @@ def make(
     Example:
         >>> bank = sl.make(model, ["pirate", "medieval knight"], tokenizer=tokenizer)     # doctest: +SKIP
     """
-    names = [names] if isinstance(names, str) else list(names)
-    check_given(names)
+    check_given(names := [names] if isinstance(names, str) else list(names))
     if isinstance(target, str):
         source, (target, tokenizer) = source or target, load(target)
     check_target(target, tokenizer, names)
     known = source or getattr(target.config, "name_or_path", "") or type(target).__name__
     plan = DirectionRecipe(name=name, base=known, source=known, seed=seed, description=ABOUT, **FEW)
-    pairs = _pairs(target, tokenizer, names, plan, work)
-    return train(target, recipe_of(plan, target, tokenizer, pairs), tokenizer=tokenizer, work=work)
+    recipe = recipe_of(plan, target, tokenizer, _pairs(target, tokenizer, names, plan, work))
+    return train(target, recipe, tokenizer=tokenizer, work=work)
 
 
 def _pairs(target: Any, tokenizer: Any, names: list[str], plan: DirectionRecipe, work: Any) -> dict[str, Any]:
