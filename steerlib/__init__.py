@@ -32,6 +32,7 @@ if TYPE_CHECKING:  # what HOMES says, for type checkers and editors
     from .steering.recording import record
     from .steering.session import Steering, attach, detach, share, steer
     from .training.named import make
+    from .training.package.word_bank import words
     from .training.pipeline import train
     from .training.recipe import Recipe
 
@@ -41,7 +42,7 @@ __all__ = [
     "Ablate", "Add", "BaseModel", "CausalGraph", "Clamp", "Concept", "ConceptBank", "Directions", "Edge", "Encoder",
     "Gate", "Host", "Intervention", "Part", "Patch", "PerStep", "Ramp", "Recipe", "Scale", "Schedule", "Set", "Site",
     "Steering", "StepState", "Steps", "Window", "Word", "attach", "detach", "list_banks", "load", "make", "read_bank",
-    "record", "share", "steer", "train",
+    "record", "share", "steer", "train", "words",
 ]  # fmt: skip
 
 HOMES = {
@@ -61,6 +62,7 @@ HOMES = {
     "steering.recording": ("record",),
     "steering.session": ("Steering", "attach", "detach", "share", "steer"),
     "training.named": ("make",),
+    "training.package.word_bank": ("words",),
     "training.pipeline": ("train",),
     "training.recipe": ("Recipe",),
 }

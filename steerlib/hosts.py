@@ -74,6 +74,12 @@ class Host(ABC):
         """The model or pipeline in a source, and its tokenizer or None. Called where `opens(source)` is true."""
         raise UnsupportedTarget(f"{cls.__name__} loads nothing by name; load the model yourself and pass it to sl.steer")
 
+    def tokenizer(self) -> Any:
+        """The tokenizer of the model, as far as `load` gave one with it; raises `UnsupportedTarget` where none is found."""
+        if self.model not in TOKENIZERS:
+            raise UnsupportedTarget(f"found no tokenizer that belongs to this {type(self.model).__name__}; give tokenizer=")
+        return TOKENIZERS[self.model]
+
     @abstractmethod
     def sites(self) -> Mapping[str, Site]:
         """Every site that has a name of its own, by that name; empty where only module paths serve."""
@@ -197,9 +203,14 @@ def load(source: str, **kwargs: Any) -> tuple[Any, Any]:
     >>> pipe, _ = sl.load("my-pipeline", torch_dtype=torch.bfloat16)  # doctest: +SKIP
     """
     hosts = map(_class, dict.fromkeys(reversed(HOSTS.values())))
-    return next(host for host in hosts if host.opens(source)).load(source, **kwargs)
+    model, tokenizer = next(host for host in hosts if host.opens(source)).load(source, **kwargs)
+    if tokenizer is not None:
+        TOKENIZERS[model] = tokenizer
+    return model, tokenizer
 
 
+TOKENIZERS: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
+"""Of the models that `load` loaded."""
 _DIGESTS: WeakKeyDictionary[nn.Module, str | None] = WeakKeyDictionary()
 
 

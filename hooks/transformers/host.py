@@ -1,6 +1,7 @@
 """The host of transformers models, PEFT's around them included."""
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from copy import deepcopy
 from difflib import get_close_matches
 from functools import cached_property
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 
 from steerlib.errors import BadEdit, MissingExtra, Unanswerable, UnknownSite, UnsupportedTarget
-from steerlib.hosts import Host
+from steerlib.hosts import TOKENIZERS, Host
 from steerlib.passes import TextPass, TracedPass
 from steerlib.sites import Layout, Site
 
@@ -81,6 +82,10 @@ class TransformersHost(Host):
             where = {"pretrained_model_name_or_path": spec.submodule_search_locations[0], "gguf_file": file}
         tokenizer = AutoTokenizer.from_pretrained(**where)
         return AutoModelForCausalLM.from_pretrained(**where, dtype=dtype).eval(), tokenizer
+
+    def tokenizer(self) -> Any:
+        """The one that `load` gave with the model, else the one in its folder or repository."""
+        return _beside(self.model) or super().tokenizer()
 
     @cached_property
     def _layout(self) -> tuple[dict[str, Site], tuple[Stack, ...], bool]:
@@ -186,3 +191,14 @@ class TransformersHost(Host):
         text = config.get_text_config(decoder=True)
         sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
         return {"model_type": config.model_type, **{name: getattr(text, name, None) for name in sizes}}
+
+
+def _beside(model: Any) -> Any:
+    """The tokenizer where a model came from; None where `load` gave one, or none is found."""
+    from transformers import AutoTokenizer
+
+    if model in TOKENIZERS:
+        return None
+    with suppress(OSError, ValueError, TypeError, AttributeError):
+        return AutoTokenizer.from_pretrained(model.name_or_path)
+    return None

@@ -17,7 +17,7 @@ from . import card, hub, layout, signature
 from .concepts import Concept, Place, printable
 from .manifest import SAID, BaseModel, EncoderFacts, SiteFacts
 from .search import LABELS, ranked
-from .shelf import Shelf
+from .shelf import Shelf, grown
 
 SHOWN = 20
 """Concepts that are shown of a bank; of more, their number is."""
@@ -42,8 +42,9 @@ class Bank(ABC):
     def __getitem__(self, name: str) -> Concept:
         """A concept by its name or `encoder/index`; raises `UnknownConcept` with the nearest names."""
         concept = self.concepts.get(name) or self._by_id.get(name)
-        if concept is None and isinstance(name, str) and (concept := self._shelf.concept(name)) is not None:
-            concept = self._by_id.setdefault(concept.id, concept)
+        if concept is None and isinstance(name, str):
+            found = self._shelf.concept(name) or grown(self._shelf, name, self.concepts)
+            concept = None if found is None else self._by_id.setdefault(found.id, found)
         if concept is None:
             rows = "".join(f"; rows {text}" for text in self.unnamed())
             raise UnknownConcept(f"bank {self.name!r} has no concept {name!r:.200}; {nearest(str(name), self.concepts)}{rows}")
@@ -52,7 +53,7 @@ class Bank(ABC):
     def unnamed(self) -> list[str]:
         """Of encoders none of whose rows is listed as a concept: how their rows are called."""
         told = {place.encoder for concept in self.concepts.values() for place in concept.places}
-        own = [id for id in self.encoder_facts if id not in told]
+        own = [id for id in self.encoder_facts if id not in told and self._shelf.maker is None]
         few = [f"{id}/0 to {id}/{self.count(id) - 1}" for id in own[:3]]
         return few + ([f"of {len(own) - 3} more encoders"] if len(own) > 3 else [])
 
@@ -60,7 +61,8 @@ class Bank(ABC):
         return iter(self.concepts)
 
     def __contains__(self, name: object) -> bool:
-        return name in self.concepts
+        maker = self._shelf.maker
+        return name in self.concepts or (maker is not None and isinstance(name, str) and maker.can(name))
 
     def __len__(self) -> int:
         return len(self.concepts)
@@ -282,6 +284,7 @@ def shown(bank: Bank) -> tuple[str, list[tuple[str, str, str, str]], list[str]]:
         where = f"in {len(encoders)} encoders" if len(encoders) > 4 else f"of {', '.join(encoders)}"
         lines.append(f"{len(others) - len(named):,} latents {where}")
     lines += [f"latents {text}, without labels" for text in bank.unnamed()]
+    lines += [bank._shelf.maker.what] if bank._shelf.maker is not None else []
     if gates:
         lines.append(f"gates: {printable(', '.join(gates), 400)}")
     listed = f"{len(others)} {'named ' if bank.unnamed() else ''}concepts"

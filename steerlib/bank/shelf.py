@@ -2,7 +2,9 @@
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from dataclasses import replace
+from threading import RLock
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,9 +17,22 @@ from .concepts import Concept, Place
 from .hub import SIGNATURE, Home
 from .manifest import EncoderFacts, SiteFacts, file_of
 
+MAKING = RLock()
+"""Held while a concept is made."""
+
+
+class Maker(NamedTuple):
+    """Makes concepts of a bank when they are asked for: `can(name)` says which, and `make(name)` gives a concept with the one
+    of its encoder, which becomes the next there. `what` says what they are."""
+
+    what: str
+    can: Callable[[str], bool]
+    make: Callable[[str], tuple[Concept, Encoder]]
+
 
 class Shelf:
-    """Encoders by id. `home` holds the files of those that are not `made`; `records` are their sizes and hashes."""
+    """Encoders by id. `home` holds the files of those that are not `made`; `records` are their sizes and hashes; to those that
+    are, a `maker` adds rows."""
 
     def __init__(
         self,
@@ -26,8 +41,9 @@ class Shelf:
         *,
         home: Home | None = None,
         records: Mapping[str, Mapping[str, Any]] | None = None,
+        maker: Maker | None = None,
     ):
-        self.facts, self.home, self.records = dict(facts), home, records or {}
+        self.facts, self.home, self.records, self.maker = dict(facts), home, records or {}, maker
         self._made: dict[str, Encoder] = dict(made or {})
         self._files: dict[str, trust.Tensors] = {}
         self._rows: dict[str, Rows] = {}
@@ -164,3 +180,17 @@ class Shelf:
                 raise CorruptBank(f"encoder {id!r} does not fit its concepts or its site")
         for place in places:
             self.rows(place, sites)
+
+
+def grown(shelf: Shelf, name: str, known: dict[str, Concept]) -> Concept | None:
+    """A concept that the shelf's maker makes, kept in `known`, its row in the shelf; None without a maker."""
+    if shelf.maker is None:
+        return None
+    with MAKING:  # two at once would take the same index
+        concept, encoder = shelf.maker.make(name)
+        if concept.name not in known:
+            own = shelf.encoder(concept.encoder).to_tensors()
+            tensors = {key: torch.cat((own[key], row)) for key, row in encoder.to_tensors().items()}
+            known[concept.name] = replace(concept, index=shelf.count(concept.encoder))
+            shelf._made[concept.encoder] = type(encoder).from_tensors(tensors, encoder.settings)
+        return known[concept.name]

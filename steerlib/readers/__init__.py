@@ -1,7 +1,8 @@
 """Readers of other libraries' files, one format a file.
 
 A format is a module of this folder, named like it with `_` for `-`, with `FILES`, the names of its files; `units(path)`, where
-they lie; and `read(path, title, **options)`, what is in them. `OF` names the format of whose files its own are a special case.
+they lie; and `read(path, title, **options)`, what is in them. `OF` names the format of whose files its own are a special case;
+`READS_MODEL` says that `read` takes `base` too.
 A format marked untested was checked against its documented layout and an independent formula, not against released files.
 """
 
@@ -59,6 +60,7 @@ def read_bank(
     hub = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
     path, format = _located(name_or_folder, format, folder, hub)
     title = str(path.resolve()) if Path(name_or_folder).exists() else f"{name_or_folder}/{folder}"
+    options |= {"base": base} if getattr(FORMATS[format], "READS_MODEL", False) else {}
     foreign = FORMATS[format].read(path, title, **options)
     return bank_of(foreign, Path(name_or_folder).name, format, site=site, reads=reads, base=base)
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..contexts import ENTERED, Entry, acting
 from ..errors import CompiledModel, NoSession, Unanswerable
-from ..hooks.attach import ASIDE, LOCK, Act, Attachment, Socket, attachment, is_compiled, modules_on
+from ..hooks.attach import ASIDE, LOCK, Act, Attachment, Socket, attachment, is_compiled, modules_on, related
 from ..hooks.checkpoints import uncheckpointed, unfinished
 from ..hosts import Host
 from ..passes import StepState
@@ -127,6 +127,13 @@ def rewire(place: Attachment) -> None:
 def is_shared(place: Attachment) -> bool:
     """Whether a model, or a part of a pipeline, was declared shared."""
     return place.model in SHARED or any(child in SHARED for child in place.model.children())
+
+
+def is_edited(host: Host) -> bool:
+    """Whether a session would edit a pass that runs here; raises `NoSession` where that cannot be known."""
+    places = related(host.model)
+    present = [one for place in places for one in place.present if one.plan is not None and one.plan.programs]
+    return bool(acting([one.entry for one in present], is_shared=any(map(is_shared, places))))
 
 
 class ByContext:

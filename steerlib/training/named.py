@@ -25,7 +25,7 @@ from .recipe import RESERVED, DirectionRecipe
 from .store import remembered
 
 METHODS = ("word-and-means", "word", "difference-of-means")
-DEPTHS = (0.2, 0.3, 0.4, 0.5)
+DEPTHS = (0.3, 0.4, 0.5, 0.6)
 """Layers that are tried, as shares of the model's depth."""
 FEW: dict[str, Any] = {"dev_prompts": 8, "evaluation_prompts": 10, "seeds": 1, "new_tokens": 24, "is_brief": True}
 """Answers to choose and to measure with."""

@@ -18,17 +18,17 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from ...errors import BadRecipe, UnknownConcept, UnsupportedTarget
+from ...errors import BadRecipe, Unanswerable, UnsupportedTarget
 from ...hosts import Host, host_for
+from ...steering.dispatch import is_edited
 from ...steering.recording import observing, replacing
 from ...text import progress
+from ...vocabulary import aim_of, unembedding
 from ..record.activations import Enough
 from .objectives import frozen
 
 BATCH = 8
 """Texts of a pass."""
-NEAR = 20
-"""A plural counts as a form of a word if the word's row in the unembedding has it among so many nearest."""
 
 
 def word_directions(
@@ -46,8 +46,8 @@ def word_directions(
     Args:
         model: a causal language model of transformers, in evaluation mode.
         tokenizer: the model's own.
-        words: words that are one token each (see `forms`), or several such words with spaces between them, whose directions are
-            averaged. A leading space makes no difference.
+        words: words that are one token each (`steerlib.vocabulary.forms` says how), or several such words with spaces between
+            them, whose directions are averaged. A leading space makes no difference.
         texts: ordinary text. One pass forward a batch of them serves all words, and one pass backward a word all sites.
         sites: names of sites; default: every `layers.k`.
         length: tokens that are read of each text.
@@ -56,6 +56,7 @@ def word_directions(
     Raises:
         UnknownConcept: a word is several tokens.
         UnsupportedTarget: not a causal language model.
+        Unanswerable: the model is steered here.
 
     >>> found = word_directions(model, tokenizer, ["ocean", "winter"], texts)  # doctest: +SKIP
     >>> found["ocean"]["layers.10"].shape  # doctest: +SKIP
@@ -65,74 +66,6 @@ def word_directions(
     aims = torch.stack([aim_of(tokenizer, rows, word) for word in words])
     found = pulled_back(model, tokenizer, aims, texts, sites=sites, length=length, skip=skip)
     return {word: {site: each[k] for site, each in found.items()} for k, word in enumerate(words)}
-
-
-def forms(tokenizer: Any, word: str, rows: Float[Tensor, "V D"]) -> list[int]:
-    """Tokens that are a word: as it is given, capitalised, and its plurals; empty where it is several tokens.
-
-    Each with a space before it; without one where none has one. A token counts if decoding gives the form back, and a plural if
-    the word's row in the unembedding has it among the `NEAR` nearest: "news" is none of "new".
-    """
-    word = word.strip()
-    for space in (" ", ""):
-        own = [i for form in dict.fromkeys((word, _capital(word))) if (i := _token(tokenizer, space, form)) is not None]
-        if own:
-            many = [form for plural in _plurals(word) for form in (plural, _capital(plural))]
-            others = [i for form in dict.fromkeys(many) if (i := _token(tokenizer, space, form)) is not None]
-            return list(dict.fromkeys(own + [i for i in others if _is_near(rows, own[0], i)]))
-    return []
-
-
-def _capital(word: str) -> str:
-    return word[:1].upper() + word[1:]
-
-
-def _plurals(word: str) -> list[str]:
-    ending = [f"{word[:-1]}ies"] if word.endswith("y") else []
-    return [*ending, f"{word}s", f"{word}es"] if len(word) > 2 and word.isalpha() else []
-
-
-def _token(tokenizer: Any, space: str, form: str) -> int | None:
-    """The one token of a form; None where it has several, or decoding gives another one."""
-    ids = tokenizer(space + form, add_special_tokens=False)["input_ids"]
-    return ids[0] if len(ids) == 1 and form and tokenizer.decode(ids).strip() == form else None
-
-
-@torch.no_grad()
-def _is_near(rows: Float[Tensor, "V D"], word: int, other: int) -> bool:
-    centred = rows.float() - rows.float().mean(0)
-    closeness = centred @ centred[word] / centred.norm(dim=-1).clamp(min=1e-12)
-    return int((closeness > closeness[other]).sum()) <= NEAR  # the word itself is one of them
-
-
-@torch.no_grad()
-def aim_of(tokenizer: Any, rows: Float[Tensor, "V D"], word: str) -> Float[Tensor, " D"]:
-    """What is put as the gradient of `y`: the mean row of the word's forms less that of all tokens, float32."""
-    parts = word.split()
-    tokens = [forms(tokenizer, part, rows) for part in parts]
-    if not parts or not all(tokens):
-        part = next((part for part, own in zip(parts, tokens, strict=True) if not own), word)
-        pieces = tokenizer.convert_ids_to_tokens(tokenizer(f" {part}", add_special_tokens=False)["input_ids"])
-        raise UnknownConcept(
-            f"expected a word that is one token of this model, got {part!r:.80}, which is {len(pieces)}: "
-            f"{' '.join(map(repr, pieces))!s:.200}; take another word for it, or make the concept from examples"
-        )
-    return torch.stack([rows[own].float().mean(0) for own in tokens]).mean(0) - rows.float().mean(0)
-
-
-def unembedding(model: Any) -> tuple[str, Any]:
-    """The path of the module that makes logits of `y`, and the module; raises `UnsupportedTarget` where there is none."""
-    get = getattr(model, "get_output_embeddings", lambda: None)
-    head: Any = None if getattr(getattr(model, "config", None), "is_encoder_decoder", False) else get()
-    path = next((name for name, module in model.named_modules() if module is head), None)
-    if path is None or not isinstance(getattr(head, "weight", None), Tensor) or head.weight.ndim != 2:
-        raise UnsupportedTarget(
-            f"expected a causal language model with one unembedding, got {type(model).__name__}; words are directions of a "
-            "decoder that reads text alone"
-        )
-    if model.training:
-        raise UnsupportedTarget("expected a model in evaluation mode, since dropout would change the gradients: model.eval()")
-    return path, head
 
 
 def pulled_back(
@@ -146,7 +79,10 @@ def pulled_back(
     skip: int = 4,
 ) -> dict[str, Float[Tensor, "K D"]]:
     """`aims @ J_l` by name of site, on the CPU, for any gradients of `y`; other arguments are those of `word_directions`."""
-    host = host_for(model)
+    if is_edited(host := host_for(model)):
+        raise Unanswerable(
+            "the direction of a word is that of the unsteered model, and a session steers it here; ask for it before"
+        )
     names = list(sites) if sites is not None else [site for site in host.sites() if site.removeprefix("layers.").isdigit()]
     sums: dict[str, Any] = dict.fromkeys(names, 0)
     count = 0
@@ -154,7 +90,7 @@ def pulled_back(
         ids, mask = ids.to(model.device), mask.to(model.device)
         source = mask.clone()
         source[:, :skip] = False
-        with frozen(model):
+        with torch.inference_mode(False), frozen(model):
             x, y = _pass(host, names, ids, mask)
             if not count:
                 _check_causal(x, y)

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from ....errors import BadRecipe
 from ....hosts import host_for
-from ..lens import aim_of, forms, pulled_back, unembedding
+from ....vocabulary import aim_of, forms, unembedding
+from ..lens import pulled_back
 from ..levers import Lever, Task
 
 LENGTH = 48
