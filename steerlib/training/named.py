@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..bank.concept_bank import ConceptBank
+from ..devices import best_device
 from ..errors import BadRecipe, UnsupportedTarget
 from ..hosts import digest_of, host_for, load
 from .directions.methods import word
@@ -50,7 +51,7 @@ def make(
     """Make a bank of concepts from nothing but their names: a minute or two each for a small model on a processor.
 
     Args:
-        target: A language model of transformers; or where to load it from: a folder, a Hub id, `package:<name>/<file>.gguf`.
+        target: A language model of transformers; or where it is: a folder, a Hub id, or `package:<name>/<file>.gguf`.
         names: What the concepts are about: a word or a few, such as `"pirate"` or `"medieval knight"`.
         tokenizer: Of the model. Needed with a model that is loaded already.
         source: Where the model was loaded from, which the bank says. Default: as the model says.
@@ -58,8 +59,7 @@ def make(
         seed: Of all random choices.
         work: A folder that keeps what each stage made, from which the same call goes on. Default: nothing is kept.
 
-    Returns:
-        The bank, with its card and the recipe that it could be made again from; `save_pretrained` writes it.
+    Returns the bank, with its card and the recipe that it could be made again from; `save_pretrained` writes it.
 
     Raises:
         BadRecipe: A name is empty or given twice, the tokenizer cannot write it, or the model does not write about it.
@@ -72,6 +72,7 @@ def make(
     check_given(names := [names] if isinstance(names, str) else list(names))
     if isinstance(target, str):
         source, (target, tokenizer) = source or target, load(target)
+        target = target.to(best_device())
     check_target(target, tokenizer, names)
     known = source or getattr(target.config, "name_or_path", "") or type(target).__name__
     plan = DirectionRecipe(name=name, base=known, source=known, seed=seed, description=ABOUT, **FEW)
