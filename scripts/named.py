@@ -75,8 +75,8 @@ class Bench:
         conditions = [Condition(name="unsteered"), *words, steered, self.random_word(bank, name)]
         how: Any = {"new_tokens": self.recipe.new_tokens, "seeds": range(self.recipe.seeds)}
         scores = comparison.answer(self.model, self.tokenizer, conditions, prompts, self.judge, **how)
-        best = comparison.best_prompt(scores.of([0, 1, 2, 3]), column)
-        shown = scores.of([0, best, 4, 5])
+        best = comparison.best_prompt(scores.of(range(1 + len(words))), column)
+        shown = scores.of([0, best, len(words) + 1, len(words) + 2])
         joint = comparison.joint(shown, column).total.mean((1, 2))
         ratio = [float(comparison.excess(each, joint[0], joint[1])) for each in joint]
         kinds = [conditions[0], conditions[best], steered]
