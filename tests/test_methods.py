@@ -122,6 +122,14 @@ def test_word_and_means_halves_the_angle_between_its_two_directions(task):
     assert len({word.random_word(task.tokenizer, seed) for seed in range(8)}) > 4
 
 
+def test_halves_of_a_task_share_no_pair_and_are_the_whole_together(task):
+    halves = task.half(0), task.half(1)
+    assert [*halves[0].pairs, *halves[1].pairs] == [PAIRS[0], PAIRS[2], PAIRS[1], PAIRS[3]]
+    for site in SITES:
+        assert torch.equal(torch.stack([half.positive[site] for half in halves], 1).flatten(0, 1), task.positive[site])
+        assert torch.equal(torch.stack([half.negative[site] for half in halves], 1).flatten(0, 1), task.negative[site])
+
+
 def test_levers_of_many_sites_keep_their_order():
     lever = Lever(moves={f"layers.{i}": torch.full((2,), float(i)) for i in range(12)})
     assert list(Lever.from_tensors(lever.to_tensors()).moves) == list(lever.moves)

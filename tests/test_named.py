@@ -4,6 +4,7 @@ The toy has random weights: these tests show that the stages work together, neve
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -91,6 +92,13 @@ def test_kept_are_the_nearest_answers_that_do_not_repeat_themselves():
     assert len(kept("ocean", [pairs[0]] * (KEPT + 3))) == KEPT
     with pytest.raises(errors.BadRecipe, match="does not write about 'ocean' when it is asked to: 1 of 3 answers"):
         kept("ocean", pairs[:3])
+
+
+def test_a_brief_recipe_is_another_one(made):
+    """So that a work folder keeps apart what each of them made."""
+    recipe = recipe_in(made[0])
+    assert isinstance(recipe, DirectionRecipe) and recipe.is_brief
+    assert replace(recipe, is_brief=False).digest != recipe.digest
 
 
 def test_nearness_is_the_cosine_with_the_mean_of_sentences_about_the_name():
