@@ -35,7 +35,7 @@ REFERENCE, UNRELATED = 48, 15
 ABOUT = """
 Concepts made from their names alone, by `steerlib make`: the model itself wrote the answers that they were made from, and a
 sentence model that knows only the name scored them. Figures are of few answers. *Random word* is what the direction of a random
-word does in the same place."""
+word, as long and in the same place, does; *best random* is a single random direction."""
 
 
 def make(
