@@ -26,9 +26,9 @@ from .recipe import RESERVED, DirectionRecipe
 from .store import remembered
 
 METHODS = ("word-and-means", "word", "difference-of-means")
-DEPTHS = (0.3, 0.4, 0.5, 0.6)
+DEPTHS = (0.3, 0.4, 0.5)
 """Layers that are tried, as shares of the model's depth."""
-FEW: dict[str, Any] = {"dev_prompts": 8, "evaluation_prompts": 10, "seeds": 1, "new_tokens": 24, "is_brief": True}
+FEW: dict[str, Any] = {"dev_prompts": 6, "evaluation_prompts": 10, "seeds": 1, "new_tokens": 24, "is_brief": True}
 """Answers to choose and to measure with."""
 REFERENCE, UNRELATED = 48, 15
 """Ordinary texts to read and to measure side effects on, of those that come with steerlib."""
