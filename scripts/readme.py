@@ -108,6 +108,27 @@ def bars(figures: Mapping[str, Any], scale: Mapping[str, Any]) -> str:
     return "\n".join([*lines, "", f"{about}, at scale one."])
 
 
+def ported(made: sl.ConceptBank) -> str:
+    """Concepts of a bank made for another model, beside the bank whose recipe it was made by."""
+    shipped = sl.ConceptBank.from_pretrained("smollm2-135m-instruct")
+    lines = ["| concept | model | made by | score: unsteered, prompted, steered | best random | ratio to prompting | KL |"]
+    lines.append("|---" * 7 + "|")
+    for name in (concept.name for concept in made.concepts.values() if "conditions" in concept.effects):
+        for bank in (shipped, made):
+            record = bank[name].effects
+            found = record["conditions"]
+            scores = ", ".join(f"{found[way]['score']:.2f}" for way in ("unsteered", "prompted", "steered"))
+            random = max(line["score"] for way, line in found.items() if way.startswith("random-"))
+            gain = found["prompted"]["joint"] - found["unsteered"]["joint"]
+            ratio = f"{found['steered']['ratio']:.2f}" if gain > 0 else "– (prompting does not help)"
+            cells = [f"{record['method']} at {record['site']}", scores, f"{random:.2f}", ratio, f"{found['steered']['kl']:.2f}"]
+            lines.append(f"| {name if bank is shipped else ''} | {bank.base.id} | {' | '.join(cells)} |".replace("|  |", "| |"))
+    answers = {bank.base.id: next(iter(bank.concepts.values())).effects["answers"] for bank in (shipped, made)}
+    said = "; ".join(f"{id}: {count} answers to each condition" for id, count in answers.items())
+    rough = " The second bank is a rough one (`--quick`)." if made.provenance.get("quick") else ""
+    return "\n".join(lines) + f"\n\n{said}.{rough}"
+
+
 def put(section: str, content: str) -> None:
     """Replace what stands between a section's marks, in the README that has them."""
     marks = re.compile(rf"(<!-- begin: {section} -->\n).*?(<!-- end: {section} -->)", re.DOTALL)
@@ -142,6 +163,7 @@ def main(
     scale: Annotated[Path | None, typer.Option(help="figures of bench_graph.py --scale; both or none")] = None,
     coverage: Annotated[Path | None, typer.Option(help="output of coverage_table.py text")] = None,
     pipelines: Annotated[Path | None, typer.Option(help="output of coverage_table.py images")] = None,
+    port: Annotated[Path | None, typer.Option(help="a bank that steerlib port made of the shipped one")] = None,
     damage: Annotated[Path | None, typer.Option(help="table that harness.py printed")] = None,
     banks: Annotated[bool, typer.Option(help="run the first example, and read the shipped banks")] = True,
 ) -> None:
@@ -154,6 +176,8 @@ def main(
     for section, (table, path) in (tables | {"sae": (training, sae), "answering": (answering, answers)}).items():
         if path is not None:
             put(section, table(json.loads(path.read_text(encoding="utf-8"))))
+    if port is not None:
+        put("port", ported(sl.ConceptBank.from_pretrained(str(port))))
     if graph is not None and scale is not None:
         put("graphs", bars(*(json.loads(path.read_text(encoding="utf-8")) for path in (graph, scale))))
     for section, path in (("coverage", coverage), ("pipelines", pipelines), ("damage", damage)):

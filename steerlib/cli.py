@@ -1,4 +1,4 @@
-"""The command line: `steerlib demo | steer | make | train | eval | concepts | info | graph | examples | list | pull | ...`.
+"""The command line: `steerlib demo | steer | make | train | port | eval | concepts | info | graph | list | pull | ...`.
 
 Nothing here imports torch before a command needs it: `sl` loads each name when it is first used.
 """
@@ -8,7 +8,6 @@ import warnings
 from collections import Counter
 from dataclasses import asdict, replace
 from enum import StrEnum
-from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,6 +23,8 @@ try:
 except ImportError:
     raise MissingExtra("the command line needs typer and rich: pip install 'steerlib[cli]'") from None
 
+from .origins import has_recipe, loaded, recipe_of, source_of
+
 app = typer.Typer(help="Change what a generation model is thinking of, while it runs.", no_args_is_help=True)
 console = Console()
 state = {"traceback": False}  # of the program, not of a command
@@ -37,51 +38,14 @@ Tokens = Annotated[int, typer.Option(help="new tokens of each answer", min=1)]
 TEMPLATE = "write a recipe to start from: steerlib train --template [text|latents|graph|pictures] [--out recipe.toml]"
 ASK = "Tell me about the place where you live."
 EDITS = "concept=amount in its units, or concept=useful, set:1.5, scale:0.5, clamp:-1:1, ablate; may be repeated"
+Work = Annotated[Path, typer.Option(help="folder of what each stage made, so that a run can go on")]
+Quick = Annotated[bool, typer.Option("--quick", help="a rough bank in about two minutes, to see whether it works")]
+Clean = Annotated[bool, typer.Option("--clean", help="remove what the stages made once the bank is written")]
 Threads = Annotated[int, typer.Option(help="processor threads (0: as many as a trial of 0.2 s finds fastest)", min=0)]
 
 
 Half = StrEnum("Half", ["text", "images"])
 """What `demo` can show alone."""
-
-
-def recipes() -> Path:
-    """The folder of the recipes that come with steerlib."""
-    return Path(str(files("steerlib.concept_banks"))) / "recipes"
-
-
-def shipped_recipe(bank: "sl.ConceptBank") -> Path:
-    """Where the recipe of a bank would be, if it came with steerlib."""
-    return recipes() / str(bank.provenance.get("recipe", bank.name)) / "recipe.toml"
-
-
-def has_recipe(bank: "sl.ConceptBank") -> bool:
-    """Whether a bank carries its recipe, or its recipe comes with steerlib."""
-    from .training.carry import RECIPE
-
-    return RECIPE in bank.files or shipped_recipe(bank).is_file()
-
-
-def recipe_of(bank: "sl.ConceptBank", recipe: Path | None) -> Any:
-    """The recipe given, the one that the bank carries, or the shipped one that it was made from."""
-    from .training.carry import recipe_in
-
-    if recipe is None and (own := recipe_in(bank)) is not None:
-        return own
-    if recipe is None and not shipped_recipe(bank).is_file():
-        raise BadRecipe(f"bank {bank.name!r} comes without its recipe; name one with --recipe, or see --stored")
-    return sl.Recipe.from_file(recipe or shipped_recipe(bank), to_train=False)
-
-
-def source_of(bank: "sl.ConceptBank") -> str:
-    """Where a bank's model is: in its folder, or where its maker, its shipped recipe or else the id of its base model says."""
-    if (pipeline := bank.file("pipeline")) is not None:
-        return str(pipeline)
-    if isinstance(source := bank.provenance.get("source"), str):
-        return source
-    found = recipe_of(bank, None).source if shipped_recipe(bank).is_file() else bank.base.id
-    if not found:
-        raise BadBank(f"bank {bank.name!r} does not say for which model it is; name one with --model")
-    return found
 
 
 @app.command()
@@ -98,11 +62,11 @@ def demo(
     check_picture(out)
     if only != Half.images:
         bank = sl.ConceptBank.from_pretrained(terminal.TEXT_BANK)
-        model, tokenizer = terminal.loaded(source_of(bank), threads)
+        model, tokenizer = loaded(source_of(bank), threads)
         terminal.demo_text(model, tokenizer, bank, judge_for(recipe_of(bank, None).scorers), tokens)
     if only != Half.text:
         bank = sl.ConceptBank.from_pretrained(terminal.SCENES_BANK)
-        terminal.demo_images(terminal.loaded(source_of(bank), threads)[0], bank, out)
+        terminal.demo_images(loaded(source_of(bank), threads)[0], bank, out)
 
 
 @app.command()
@@ -115,7 +79,7 @@ def steer(
     temperature: Annotated[float, typer.Option(help="of sampled answers (0: the likeliest token every time)", min=0)] = 0.0,
     samples: Annotated[int, typer.Option(help="how many answers or pictures", min=1, max=64)] = 1,
     seed: Annotated[int, typer.Option(help="of the first answer or picture; the next ones follow", min=0)] = 0,
-    chat: Annotated[bool | None, typer.Option(help="ask in a chat, or continue the prompt (default: as the bank says)")] = None,
+    chat: Annotated[bool | None, typer.Option(help="ask, or continue the prompt (default: as the bank says)")] = None,
     steps: Annotated[int, typer.Option(help="scheduler steps of a picture", min=1)] = 20,
     guidance: Annotated[float, typer.Option(help="guidance of a picture towards its prompt", min=0)] = 2.0,
     threads: Threads = 0,
@@ -127,14 +91,14 @@ def steer(
     opened = sl.ConceptBank.from_pretrained(bank)
     edits = terminal.read_edits(opened, edit)
     check_picture(out)
-    target, tokenizer = terminal.loaded(model or source_of(opened), threads)
+    target, tokenizer = loaded(model or source_of(opened), threads)
     if tokenizer is None:
         terminal.draw_both(target, opened, prompt, edits, out, samples=samples, seed=seed, steps=steps, guidance=guidance)
     elif samples > 1 and not temperature:
         raise BadEdit(f"expected --temperature above 0 beside --samples {samples}: greedy answers are all the same")
     else:
         how = {"new_tokens": tokens, "temperature": temperature}
-        asked = terminal.asked(tokenizer, prompt, opened.provenance.get("chat") if chat is None else chat)
+        asked = terminal.asked(target, tokenizer, prompt, opened.provenance.get("chat") if chat is None else chat)
         terminal.answer_twice(target, tokenizer, opened, asked, edits, range(seed, seed + samples), **how)
 
 
@@ -277,10 +241,11 @@ def list_(
 def train(
     recipe: Annotated[Path | None, typer.Argument(help="recipe.toml; with --template, the kind of recipe to write")] = None,
     out: Annotated[Path | None, typer.Option(help="folder of the bank (default: out/<name>), or file of the template")] = None,
-    work: Annotated[Path, typer.Option(help="folder of what each stage made, so that a run can go on")] = Path("out/work"),
-    quick: Annotated[bool, typer.Option("--quick", help="a rough bank in about two minutes, to see whether it works")] = False,
+    work: Work = Path("out/work"),
+    quick: Quick = False,
     template: Annotated[bool, typer.Option("--template", help=TEMPLATE)] = False,
-    clean: Annotated[bool, typer.Option("--clean", help="remove what the stages made once the bank is written")] = False,
+    clean: Clean = False,
+    model: Annotated[str, typer.Option(help="in place of the recipe's: folder, Hub id or package:<name>/<file>.gguf")] = "",
     threads: Threads = 0,
 ) -> None:
     """Train a bank from a recipe. Run it again to go on where it stopped."""
@@ -290,20 +255,52 @@ def train(
         path = write(str(recipe or "text"), out or Path("recipe.toml"))
         console.print(f"written to {path}; edit it, then: steerlib train {path} --quick", markup=False, soft_wrap=True)
         return
-    from . import terminal
-    from .training import pipeline
-
     if recipe is None:
         raise BadRecipe("expected a recipe: steerlib train recipe.toml; steerlib train --template writes one to start from")
     read = sl.Recipe.from_file(recipe)
-    read = read.quick() if quick else read
-    pipeline.check(read)
-    folder, places = out or Path("out") / read.name, pipeline.work_of(read, work)
+    if model:
+        from .training.carry import on
+
+        read = on(read, model, name=out.name if out else f"{read.name}-on-{Path(model).stem.lower()}")
+    _trained(read.quick() if quick else read, out, work, clean, threads)
+
+
+@app.command()
+def port(
+    bank: BankName,
+    model: Annotated[str, typer.Argument(help="another model: folder, Hub id or package:<name>/<file>.gguf")],
+    out: Annotated[Path | None, typer.Option(help="folder of the new bank; its name is the bank's (default: in out/)")] = None,
+    concept: Annotated[list[str], typer.Option(help="only these; may be repeated")] = [],  # noqa: B006
+    budget: Annotated[int, typer.Option(help="answers that the search may write for a concept (0: as the bank's)", min=0)] = 0,
+    base: Annotated[str, typer.Option(help="id of the model, for the card (default: made from its place)")] = "",
+    license: Annotated[str, typer.Option(help="of the new bank, as a Hub licence id (default: none is said)")] = "",
+    work: Work = Path("out/work"),
+    quick: Quick = False,
+    clean: Clean = False,
+    threads: Threads = 0,
+) -> None:
+    """Make a bank of the same concepts for another model, by the recipe of a bank."""
+    from .training.carry import ported
+
+    opened = sl.ConceptBank.from_pretrained(bank)
+    name = out.name if out else f"{opened.name}-on-{Path(model).stem.lower()}"
+    more: dict[str, Any] = {"name": name, "license": license, **({"budget": budget} if budget else {})}
+    read = ported(recipe_of(opened, None), opened, model, concept, base=base, **more)
+    _trained(read.quick() if quick else read, out, work, clean, threads)
+
+
+def _trained(recipe: Any, out: Path | None, work: Path, clean: bool, threads: int) -> None:
+    """Train, write and show a bank."""
+    from . import terminal
+    from .training import pipeline
+
+    pipeline.check(recipe)
+    folder, places = out or Path("out") / recipe.name, pipeline.work_of(recipe, work)
     pipeline.check_writable(folder)
     console.print(f"work folder: {work}, from which a run that stops goes on", markup=False, soft_wrap=True, style="dim")
-    model, tokenizer = terminal.loaded(read.weights, threads)
-    bank = sl.train(model.to(pipeline.best_device()), read, tokenizer=tokenizer, work=work)
-    corpus = getattr(read, "read_corpus", list)() if tokenizer is None else []
+    model, tokenizer = loaded(recipe.weights, threads)
+    bank = sl.train(model.to(pipeline.best_device()), recipe, tokenizer=tokenizer, work=work)
+    corpus = getattr(recipe, "read_corpus", list)() if tokenizer is None else []
     terminal.finish(bank, folder, places, clean, str(next(iter(corpus), ASK)))
 
 
@@ -313,7 +310,7 @@ def make(
     names: Annotated[list[str], typer.Argument(help="what the concepts are about: a word or a few, in quotes")],
     out: Annotated[Path, typer.Option(help="folder of the bank")] = Path("out/made"),
     seed: Annotated[int, typer.Option(help="of all random choices", min=0)] = 0,
-    work: Annotated[Path, typer.Option(help="folder of what each stage made, so that a run can go on")] = Path("out/work"),
+    work: Work = Path("out/work"),
     threads: Threads = 0,
 ) -> None:
     """Make concepts of a model from their names alone, one or two minutes each. Run it again to go on where it stopped."""
@@ -322,7 +319,7 @@ def make(
 
     named.check_given(names)
     pipeline.check_writable(out)
-    target, tokenizer = terminal.loaded(model, threads)
+    target, tokenizer = loaded(model, threads)
     how = {"tokenizer": tokenizer, "source": model, "name": out.name, "seed": seed, "work": work}
     bank = sl.make(target.to(pipeline.best_device()), names, **how)
     terminal.finish(bank, out, [work], False, ASK)
@@ -380,7 +377,6 @@ def _check_saving(bank: str, in_part: bool) -> None:
 def _eval_concepts(
     bank: "sl.ConceptBank", recipe: Path | None, names: list[str], quick: bool, save: str, source: str, threads: int
 ) -> Any:
-    from . import terminal
     from .hosts import host_for
     from .training.package.directions import evaluate, with_effects
 
@@ -389,7 +385,7 @@ def _eval_concepts(
     read = recipe_of(bank, recipe)
     if quick:
         read = replace(read, evaluation_prompts=4, dev_prompts=4, seeds=1, new_tokens=24)
-    model, tokenizer = terminal.loaded(source or (source_of(bank) if recipe is None else read.weights), threads)
+    model, tokenizer = loaded(source or (source_of(bank) if recipe is None else read.weights), threads)
     if save and (notice := bank.check(host_for(model))):
         raise BadEdit(f"--save would keep the hash of other weights beside these figures: {notice}; leave out --save")
     records = evaluate(model, tokenizer, bank, read, concepts=names)
@@ -399,7 +395,6 @@ def _eval_concepts(
 
 
 def _eval_latents(bank: "sl.ConceptBank", recipe: Path | None, source: str, against: str, threads: int) -> Any:
-    from . import terminal
     from .training.package.latents import evaluate_encoders
     from .training.package.pictures import evaluate_pictures
     from .training.recipe import TextEncoderRecipe
@@ -407,7 +402,7 @@ def _eval_latents(bank: "sl.ConceptBank", recipe: Path | None, source: str, agai
     own: Any = TextEncoderRecipe(name=bank.name, base=bank.base.id or "model", source=source or bank.base.id or "model")
     read = recipe_of(bank, recipe) if recipe or has_recipe(bank) or bank.levels else own
     twin = sl.ConceptBank.from_pretrained(against) if against else None
-    model, tokenizer = terminal.loaded(source or (source_of(bank) if recipe is None else read.weights), threads)
+    model, tokenizer = loaded(source or (source_of(bank) if recipe is None else read.weights), threads)
     if tokenizer is None:
         return evaluate_pictures(model, bank, read, against=twin)
     return evaluate_encoders(model, tokenizer, bank, read, against=twin)

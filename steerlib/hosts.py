@@ -192,7 +192,8 @@ def load(source: str, **kwargs: Any) -> tuple[Any, Any]:
 
     Args:
         source: a folder, a Hub id, or a GGUF file inside an installed package, `package:<package>/<file>.gguf`, whose
-            weights are de-quantised. A folder or repository with a `model_index.json` is a diffusers pipeline.
+            weights are de-quantised; where packages carry it in parts, these are joined, checked and kept de-quantised the
+            first time. A folder or repository with a `model_index.json` is a diffusers pipeline.
         kwargs: for a language model `dtype`, by default `torch.float32`; for a pipeline whatever
             `DiffusionPipeline.from_pretrained` takes.
 

@@ -2,12 +2,9 @@
 
 import shlex
 import shutil
-import sys
 import time
-import warnings
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext, suppress
-from importlib import import_module
+from contextlib import nullcontext
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -18,14 +15,12 @@ from rich.table import Table
 
 from .bank.concept_bank import ConceptBank
 from .bank.concepts import Concept, printable
-from .errors import BadEdit, ConflictingEdits, SteerlibError, UnsupportedTarget
+from .errors import BadEdit, ConflictingEdits
 from .evaluation.pictures import draw_as_told, edit_of, grid, strip_of
 from .evaluation.text import Judge
-from .hosts import load
 from .steering.interventions import Ablate, Add, Clamp, Intervention, Scale, Set
 from .steering.session import steer
-from .text import begun, chat, complete, progress
-from .threads import use_threads
+from .text import begun, chat, complete, is_pair, progress
 
 TEXT_BANK, SCENES_BANK = "smollm2-135m-instruct", "scenes-32"
 PROMPTS = ("How was your day?", "Describe your morning.", "Tell me about the place where you live.")
@@ -111,49 +106,30 @@ def example_of(bank: ConceptBank) -> str:
     return shlex.join(["-e", f"{best.name}={amount}"])
 
 
-def loaded(source: str, threads: int) -> Any:
-    """A model and its tokenizer, or a pipeline and None, with the loader's progress bars but not its remarks."""
-    for library in ("transformers", "diffusers"):
-        with suppress(ImportError):
-            logging = import_module(f"{library}.utils.logging")
-            logging.set_verbosity_error()
-            if not sys.stderr.isatty():  # their bars would write escape codes
-                logging.disable_progress_bar()
-    console.print(f"loading {source} (processor threads: {use_threads(threads)})", style="dim", highlight=False, soft_wrap=True)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            return load(source)
-        except SteerlibError:
-            raise
-        except Exception as error:  # whatever a library says of a folder or an id that it cannot load
-            said = str(error).strip().partition("\n")[0] or type(error).__name__
-            raise UnsupportedTarget(f"no model could be loaded from {source!r}: {said}") from error
-
-
 def finish(bank: ConceptBank, folder: Path, places: Sequence[Path], clean: bool, prompt: str) -> None:
     """Write a trained bank; say what it is and where, what is left in the folders of its work, and how to go on."""
     bank.save_pretrained(folder)
     size = sum(path.stat().st_size for place in places for path in place.rglob("*") if path.is_file()) / 1e6
     for place in places if clean else ():
         shutil.rmtree(place, ignore_errors=True)
+    how = " --chat" if bank.provenance.get("chat") is False and "answering" in bank else ""  # as it was measured
     left = "removed" if clean else "kept, so that a changed recipe finds what it does not change; --clean removes it"
     lines = [
         repr(bank),
         f"written to {folder}; what was measured is in its README.md",
         f"work folder {' and '.join(map(str, places))}: {size:.0f} MB, {left}",
-        f"try it:  steerlib steer {shlex.quote(str(folder))} {shlex.quote(prompt)} {example_of(bank)}",
+        f"try it:  steerlib steer {shlex.quote(str(folder))} {shlex.quote(prompt)} {example_of(bank)}{how}",
     ]
     for line in lines:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def asked(tokenizer: Any, prompt: str, in_chat: bool | None) -> str:
-    """A prompt as a chat's question, or to be continued; None: as a question where the model knows chats."""
-    has_template = getattr(tokenizer, "chat_template", None) is not None
-    if in_chat and not has_template:
-        raise BadEdit("this model's tokenizer has no chat template; leave out --chat")
-    return chat(tokenizer, prompt) if in_chat or (in_chat is None and has_template) else begun(tokenizer, prompt)
+def asked(model: Any, tokenizer: Any, prompt: str, as_question: bool | None) -> str:
+    """A prompt as a question, in a chat or on a page, or to be continued; None: as a question where the model knows chats. An
+    encoder reads it in either case."""
+    if as_question is None:
+        as_question = getattr(tokenizer, "chat_template", None) is not None
+    return chat(tokenizer, prompt, model=model) if as_question or is_pair(model) else begun(tokenizer, prompt)
 
 
 def answer_twice(

@@ -37,6 +37,7 @@ def printed(*arguments, **environment):
 
 COMMANDS = [
     "demo",
+    "port",
     "steer",
     "make",
     "train",

@@ -165,10 +165,10 @@ def own_loss(name, task):
     lever = METHODS[name].fit(task)
     lesson = objectives.shown(task) if name == "rank-one" else objectives.told(task)
     with torch.no_grad(), sl.steer(task.model, bank_of(lever), {"lever": 1.0}, allow_ood=True):
-        total = objectives.loss(task.model, lesson, torch.arange(len(lesson.ids)))
+        total = objectives.loss(task.model, lesson, torch.arange(len(lesson.said.ids)))
         if name == "gated":
             kept = objectives.untouched(task)
-            total += objectives.loss(task.model, kept, torch.arange(len(kept.ids)))
+            total += objectives.loss(task.model, kept, torch.arange(len(kept.said.ids)))
     return float(total)
 
 
@@ -206,7 +206,8 @@ def test_the_loss_of_told_answers_is_the_divergence_of_asking_plainly(task, mode
     lesson, tokenizer = objectives.told(task), toy_tokenizer()
     kl = []
     for i, prompt in enumerate(PROMPTS):
-        new = lesson.ids[i, -lesson.answer :][lesson.mask[i, -lesson.answer :]].tolist()
+        ids, real = lesson.said.new
+        new = ids[i][real[i]].tolist()
         scores = []
         for words in (task.instruction, ""):
             asked = tokenizer(chat(tokenizer, prompt, words))["input_ids"]

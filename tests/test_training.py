@@ -30,7 +30,7 @@ from steerlib.training.directions.levers import Lever
 from steerlib.training.directions.methods import METHODS
 from steerlib.training.directions.studio import PRESENT, Studio
 from steerlib.training.entries import ConceptRecipe
-from steerlib.training.package.directions import layers_to_try
+from steerlib.training.package.directions import sites_to_try
 from steerlib.training.recipe import KINDS, DirectionRecipe, PipelineEncoderRecipe, TextEncoderRecipe
 from steerlib.training.record.activations import answers
 
@@ -445,6 +445,6 @@ def test_scoring_texts_need_both_labels(tmp_path):
 def test_layers_outside_the_model_and_unknown_methods_are_refused(uninterrupted):
     recipe = DirectionRecipe.from_file(uninterrupted[0] / "recipe" / "recipe.toml")
     with pytest.raises(errors.BadRecipe, match="layers from 0 to 1"):
-        layers_to_try(tiny("llama"), replace(recipe, layers=(7,)))
+        sites_to_try(tiny("llama"), replace(recipe, layers=(7,)))
     with pytest.raises(errors.BadRecipe, match="unknown methods magic"):
         sl.train(None, replace(recipe, methods=("magic",)))

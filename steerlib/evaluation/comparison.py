@@ -34,7 +34,7 @@ from ..encoders import Directions
 from ..errors import OutOfRange
 from ..steering.interventions import Add
 from ..steering.session import steer
-from ..text import Completions, chat, complete, progress
+from ..text import Completions, at_once, chat, complete, logits, ordinary, progress, tokens_of
 from .text import Judge, distinct, nll, relevance
 
 ROWS = 128
@@ -105,7 +105,7 @@ def answer(
 
     Many conditions share a batch, each acting on rows of its own; those that ask in more words share others, which are longer.
     """
-    plain = [chat(tokenizer, prompt) for prompt in prompts]
+    plain = [chat(tokenizer, prompt, model=model) for prompt in prompts]
     at_once = max(1, ROWS // len(prompts))
     asking = [[k for k, c in enumerate(conditions) if bool(c.instruction) is with_words] for with_words in (False, True)]
     groups = [kind[i : i + at_once] for kind in asking for i in range(0, len(kind), at_once)]
@@ -113,7 +113,7 @@ def answer(
     likelihood = np.zeros((len(conditions), len(seeds), len(prompts)))
     for g, s in progress([(g, s) for g in range(len(groups)) for s in range(len(seeds))], "answers"):
         some = [conditions[k] for k in groups[g]]
-        asked = [chat(tokenizer, prompt, c.instruction) for c in some for prompt in prompts]
+        asked = [chat(tokenizer, prompt, c.instruction, model) for c in some for prompt in prompts]
         with together(model, some, len(prompts)):
             done = complete(model, tokenizer, asked, new_tokens=new_tokens, temperature=temperature, seed=seeds[s])
         found = nll_behind(model, tokenizer, done, plain).reshape(len(some), len(prompts))
@@ -149,18 +149,17 @@ def together(model: Any, conditions: Sequence[Condition], each: int) -> Iterator
 def nll_behind(model: Any, tokenizer: Any, done: Completions, requests: Sequence[str]) -> Float[np.ndarray, " rows"]:
     """Mean negative log-likelihood of answers, in nats per token, under the model as it is, had row i been asked
     `requests[i % len(requests)]`. Each request is read once where the model's cache can be shared between rows."""
-    batch = tokenizer(list(requests), return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
-    asked, seen = (batch[name].to(done.ids.device) for name in ("input_ids", "attention_mask"))
-    new, real = done.ids[:, done.prompt :], done.mask[:, done.prompt :]
-    index = torch.arange(len(new), device=asked.device) % len(requests)
-    first = model(input_ids=asked, attention_mask=seen, use_cache=True, logits_to_keep=1)
+    (new, real), plain = done.new, tokens_of(model, tokenizer, requests)
+    index = torch.arange(len(new), device=new.device) % len(requests)
+    asked, seen = plain.ids, plain.mask.long()
+    first = None if plain.read else model(input_ids=asked, attention_mask=seen, use_cache=True, logits_to_keep=1)
     cache: Any = getattr(first, "past_key_values", None)
     layers = getattr(cache, "layers", [])
-    if not layers or not all(hasattr(layer, "batch_select_indices") for layer in layers):
-        whole = torch.cat((asked[index], new), 1), torch.cat((seen[index].bool(), real), 1)
-        return nll(model, Completions(done.texts, *whole, asked.shape[1]))
+    if first is None or not layers or not all(hasattr(layer, "batch_select_indices") for layer in layers):
+        asks: list[str] = [requests[int(i)] for i in index]
+        return nll(model, tokens_of(model, tokenizer, asks, done.new))
     out = []
-    for rows in torch.arange(len(new), device=asked.device).split(32):
+    for rows in index.new_tensor(range(len(new))).split(at_once(model, new.shape[1])):
         shared = copy.deepcopy(cache)
         shared.batch_select_indices(index[rows])
         mask = torch.cat((seen[index[rows]], real[rows].long()), 1)[:, :-1]
@@ -269,33 +268,30 @@ class SideEffects(NamedTuple):
 
 
 class Unrelated:
-    """Ordinary text as the unsteered model continues it."""
+    """Ordinary text as the unsteered model continues it; of an encoder-decoder, what it writes when its encoder reads it."""
 
     def __init__(self, model: Any, tokenizer: Any, texts: Sequence[str], *, length: int = 32, rows: int = 15):
         self.model = model
-        batch = tokenizer(
-            list(texts), return_tensors="pt", padding=True, truncation=True, max_length=length, padding_side="right"
-        )
-        ids, mask = (batch[name].to(model.device) for name in ("input_ids", "attention_mask"))
-        self.parts = list(zip(ids.split(rows), mask.split(rows), strict=True))
-        self.before = [self._scores(*part) for part in self.parts]
+        done = ordinary(model, tokenizer, texts, length)
+        self.parts = [done.rows(chosen) for chosen in torch.arange(len(done.ids), device=done.ids.device).split(rows)]
+        self.before = [self._scores(part) for part in self.parts]
 
     def side_effects(self, condition: Condition) -> SideEffects:
         """Measure one condition."""
         sums = np.zeros(4)
-        for (ids, mask), before in zip(self.parts, self.before, strict=True):
-            with together(self.model, [condition], len(ids)):
-                after = self._scores(ids, mask)
-            real = mask[:, 1:].bool()
+        for part, before in zip(self.parts, self.before, strict=True):
+            with together(self.model, [condition], len(part.ids)):
+                after = self._scores(part)
+            new, real = part.new
             kl = (before.exp() * (before - after)).sum(-1)
-            fall = (before - after).gather(-1, ids[:, 1:, None])[..., 0]
+            fall = (before - after).gather(-1, new[..., None])[..., 0]
             same = before.argmax(-1) == after.argmax(-1)
             sums += [float(x[real].sum()) for x in (kl, fall, same.float(), real.float())]
         return SideEffects(*(float(x) for x in sums[:3] / sums[3]))
 
     @torch.no_grad()
-    def _scores(self, ids: Tensor, mask: Tensor) -> Float[Tensor, "rows length vocab"]:
-        return self.model(input_ids=ids, attention_mask=mask).logits[:, :-1].float().log_softmax(-1)
+    def _scores(self, part: Completions) -> Float[Tensor, "rows length vocab"]:
+        return logits(self.model, part).float().log_softmax(-1)
 
 
 class Response(NamedTuple):
@@ -346,7 +342,7 @@ def dose_response(
 ) -> Response:
     """Propensity at each dose, teacher-forced on the model's own unsteered answers: mean log-probability of the words minus
     that of other words which the unsteered model finds equally likely on average there. `doses` are amounts in units."""
-    asked = [chat(tokenizer, prompt) for prompt in prompts]
+    asked = [chat(tokenizer, prompt, model=model) for prompt in prompts]
     done = complete(model, tokenizer, asked, new_tokens=new_tokens)
     plain = _leaning(model, done)
     wanted = _first_tokens(tokenizer, words)
@@ -373,10 +369,8 @@ def dose_response(
 
 def _leaning(model: Any, done: Completions) -> Float[Tensor, "prompts vocab"]:
     """Mean log-probability of every token over the positions of each answer."""
-    keep = done.ids.shape[1] - done.prompt + 1
-    logits = model(input_ids=done.ids, attention_mask=done.mask.long(), logits_to_keep=keep).logits[:, :-1]
-    real = done.mask[:, done.prompt :, None].float()
-    return (logits.float().log_softmax(-1) * real).sum(1) / real.sum(1)
+    real = done.new[1][..., None].float()
+    return (logits(model, done).float().log_softmax(-1) * real).sum(1) / real.sum(1)
 
 
 def _first_tokens(tokenizer: Any, words: Sequence[str]) -> list[int]:

@@ -15,7 +15,7 @@ from jaxtyping import Float
 
 from ..bank.sentences import embed
 from ..errors import BadRecipe, MissingExtra
-from ..text import Completions
+from ..text import Completions, at_once, logits
 
 Scorer = Callable[[Sequence[str]], Float[np.ndarray, " texts"]]
 FEW = 8
@@ -169,10 +169,9 @@ def distinct(text: str, n: int = 2) -> float:
 def nll(model: Any, done: Completions) -> Float[np.ndarray, " rows"]:
     """Mean negative log-likelihood of each answer under the model as it is, in nats per token."""
     out = []
-    for ids, mask in zip(done.ids.split(32), done.mask.split(32), strict=True):
-        logits = model(input_ids=ids, attention_mask=mask.long(), logits_to_keep=ids.shape[1] - done.prompt + 1).logits
-        scores = torch.log_softmax(logits[:, :-1].float(), dim=-1)
-        own = scores.gather(-1, ids[:, done.prompt :, None])[..., 0]
-        real = mask[:, done.prompt :]
+    for rows in torch.arange(len(done.ids), device=done.ids.device).split(at_once(model, done.ids.shape[1] - done.prompt)):
+        some = done.rows(rows)
+        new, real = some.new
+        own = torch.log_softmax(logits(model, some).float(), dim=-1).gather(-1, new[..., None])[..., 0]
         out.append(-(own * real).sum(1) / real.sum(1).clamp(min=1))
     return torch.cat(out).cpu().numpy()

@@ -5,15 +5,17 @@ Left out are files that come with steerlib, and the corpus of encoders of a lang
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 from ..bank.concept_bank import ConceptBank
 from ..errors import BadRecipe, CorruptBank
 from .fields import UNSAID, made_of
 from .recipe import DirectionRecipe, PipelineEncoderRecipe, Recipe, TextEncoderRecipe, kind_of
 
+R = TypeVar("R", bound=Recipe)
 RECIPE = "recipe.jsonl"
 LARGEST = 4 << 20
 """Most bytes of prompts that a bank of pictures carries."""
@@ -67,3 +69,36 @@ def recipe_in(bank: ConceptBank) -> Recipe | None:
         return replace(made_of(kind_of(values, RECIPE), values, RECIPE), texts=texts)
     except (BadRecipe, ValueError, TypeError, KeyError, AttributeError) as error:
         raise CorruptBank(f"{RECIPE} of bank {bank.name!r} is no recipe that this steerlib reads: {error}") from None
+
+
+def on(recipe: R, source: str, *, base: str = "", **others: Any) -> R:
+    """A recipe for another model, of which nothing is known but its source: a folder, a Hub id or a package's file.
+
+    `base` is its id, as the bank will record it; default: `source`, or the name of that folder or file. `others` are fields
+    that change with it, such as `license`, which is that of another bank then; default: left empty.
+    """
+    named = Path(source).stem if source.startswith("package:") else Path(source).resolve().name
+    known = base or (source if not source.startswith("package:") and not Path(source).exists() else named)
+    return replace(recipe, **{"source": source, "base": known, "license": "", "description": "", **others})
+
+
+def ported(recipe: Recipe, bank: ConceptBank, source: str, concepts: Sequence[str] = (), **others: Any) -> DirectionRecipe:
+    """The recipe of a bank for another model, with all concepts or some: its layers become shares of the model's depth.
+
+    `others` are what `on` takes. Raises `BadRecipe` for latents, which belong to their model, `UnknownConcept`.
+    """
+    if not isinstance(recipe, DirectionRecipe):
+        raise BadRecipe(
+            f"bank {bank.name!r} has latents, which are found in a model and not asked for; train those of {source!r} by a "
+            f"recipe with a corpus: steerlib train recipe.toml --model {source}"
+        )
+    names = [bank[name].name for name in concepts] or [concept.name for concept in recipe.concepts]
+    if strange := {*names} - {concept.name for concept in recipe.concepts}:
+        raise BadRecipe(f"the recipe of bank {bank.name!r} has no concepts {', '.join(sorted(strange))}")
+    depth = bank.base.fingerprint.get("num_hidden_layers")
+    chosen = {
+        "concepts": tuple(concept for concept in recipe.concepts if concept.name in names),
+        "layers": tuple(k if isinstance(k, float) or not k else round(k / depth, 4) for k in recipe.layers) if depth else (),
+        "description": f"The concepts of the bank {bank.name}, made anew for this model by its recipe.",
+    }
+    return on(recipe, source, **{**chosen, **others})

@@ -184,8 +184,7 @@ class Recipe(ABC):
         names += [f"{every[folder]}/{c.name}.jsonl" for folder in ("pairs", "scoring") for c in every["concepts"]]
         for name in names:
             sha.update(name.encode() + (self.bytes_of(name) or b""))
-        sha.update(b"brief" * getattr(self, "is_brief", False))
-        return sha.hexdigest()
+        return sha.hexdigest() if not getattr(self, "is_brief", False) else hashlib.sha256(sha.digest()).hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,7 +198,7 @@ class DirectionRecipe(Recipe):
             no such file: it learns from the examples themselves, and the card says so.
         held_out: A file of lines of `text` and `concept`, on which the scorer is tested.
         prompts: A file of lines of `prompt` and `split`: `train` (to learn from), `dev` (to choose with) or `evaluation`.
-        layers: Layers to try. Default: six spread over the first two thirds of the model.
+        layers: Layers, or shares of the depth between 0 and 1, to try. Default: six over the first two thirds of the model.
         methods: Methods to try, of those in `steerlib/training/directions/methods`. All are compared at the
             middle site, and further sites by the best of them.
         budget: Answers that the search may generate for each concept. Where it does not reach everything, a warning says what
@@ -218,7 +217,7 @@ class DirectionRecipe(Recipe):
     scoring: str = "scoring"
     held_out: str = "held_out.jsonl"
     prompts: str = "prompts.jsonl"
-    layers: tuple[int, ...] = ()
+    layers: tuple[float, ...] = ()
     methods: tuple[str, ...] = ("difference-of-means", "several-layers")
     budget: int = 400
     train_prompts: int = 24
@@ -236,8 +235,11 @@ class DirectionRecipe(Recipe):
             raise BadRecipe("expected a positive budget and positive numbers of prompts, seeds and new tokens")
         if self.ship not in ("all", "clearing"):
             raise BadRecipe(f"expected ship to be 'all' or 'clearing', got {self.ship!r}")
-        if self.layers and (min(self.layers) < 0 or len({*self.layers}) < len(self.layers)):
-            raise BadRecipe(f"expected layers from 0 up, each once, got {list(self.layers)}")
+        wrong = [layer for layer in self.layers if layer < 0 or (isinstance(layer, float) and not 0 < layer < 1)]
+        if wrong or len({*self.layers}) < len(self.layers):
+            raise BadRecipe(
+                f"expected layers from 0 up, or shares of the depth such as 0.4, each once, got {list(self.layers)}"
+            )
         for concept in self.concepts:
             self._check_concept(concept, to_train)
         for name in (self.reference, self.unrelated):
@@ -299,10 +301,10 @@ class DirectionRecipe(Recipe):
         return {c.name: self.read_scoring(c) if c.scorer is None else counting(c.scorer) for c in self.concepts}
 
     def read_held_out(self) -> tuple[list[str], list[str]]:
-        """Texts that the scorer never sees and the concept of each; none where the recipe has no such file."""
-        if self.text_of(self.held_out) is None:
-            return [], []
-        lines = self.read_lines(self.held_out, "text", "concept")
+        """Texts that the scorer never sees and the concept of each; none without such a file."""
+        own, there = [concept.name for concept in self.concepts], self.text_of(self.held_out) is not None
+        lines = self.read_lines(self.held_out, "text", "concept") if there else []
+        lines = [line for line in lines if line["concept"] in own]
         return [line["text"] for line in lines], [line["concept"] for line in lines]
 
     def read_prompts(self, split: str) -> list[str]:

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ...steering.session import steer
-from ...text import chat, complete, progress
+from ...text import Completions, behind, chat, complete, logits, ordinary, progress, tokens_of
 from .levers import Lever, Task, bank_of
 
 BATCH = 5
@@ -21,77 +21,62 @@ TOKENS = 20
 
 
 class Lesson(NamedTuple):
-    """Requests with answers, padded on both sides; the answers are the last `answer` columns, with tokens where `real` is 1.
+    """Requests with answers, whose tokens are to be predicted.
 
-    `target` holds the log-probabilities to reproduce; without it the answer itself is to be predicted.
+    `target` holds the log-probabilities to reproduce; without it the answers themselves are.
     """
 
-    ids: Tensor
-    mask: Tensor
-    answer: int
-    real: Float[Tensor, "rows answer"]
+    said: Completions
     target: Float[Tensor, "rows answer vocab"] | None = None
 
 
 def told(task: Task) -> Lesson:
     """Answers of the model when the prompt asks for the concept, with the distributions it drew them from."""
     if "told" not in task.memo:
-        asked = [chat(task.tokenizer, prompt) for prompt in task.prompts]
-        with_words = [chat(task.tokenizer, prompt, task.instruction) for prompt in task.prompts]
+        asked = [chat(task.tokenizer, prompt, model=task.model) for prompt in task.prompts]
+        with_words = [chat(task.tokenizer, prompt, task.instruction, task.model) for prompt in task.prompts]
         written = complete(task.model, task.tokenizer, with_words, new_tokens=TOKENS)
-        new, real = written.ids[:, written.prompt :], written.mask[:, written.prompt :]
-        target = _targets(task.model, written.ids, written.mask, new.shape[1])
-        task.memo["told"] = Lesson(*_behind(task.tokenizer, asked, new, real), new.shape[1], real.float(), target)
+        said = tokens_of(task.model, task.tokenizer, asked, written.new)
+        task.memo["told"] = Lesson(said, _targets(task.model, written))
     return task.memo["told"]
 
 
 def shown(task: Task, side: Literal["positive", "negative"] = "positive") -> Lesson:
     """The answers of the contrast pairs that show the concept, or those that do not."""
-    asked = [chat(task.tokenizer, pair.prompt) for pair in task.pairs]
-    answers = [getattr(pair, side) for pair in task.pairs]
+    asked = [chat(task.tokenizer, pair.prompt, model=task.model) for pair in task.pairs]
+    answers = [behind(ask, getattr(pair, side)) for ask, pair in zip(asked, task.pairs, strict=True)]
     batch = task.tokenizer(answers, return_tensors="pt", padding=True, padding_side="right", add_special_tokens=False)
     new, real = batch["input_ids"][:, : 2 * TOKENS], batch["attention_mask"][:, : 2 * TOKENS].bool()
-    ids, mask = _behind(task.tokenizer, asked, new.to(task.model.device), real.to(task.model.device))
-    return Lesson(ids, mask, new.shape[1], real.float().to(task.model.device))
+    return Lesson(tokens_of(task.model, task.tokenizer, asked, (new, real)))
 
 
 def untouched(task: Task) -> Lesson:
     """Ordinary text, and the distributions of the model as it is."""
-    batch = task.tokenizer(list(task.texts), return_tensors="pt", truncation=True, max_length=32, padding=True)
-    ids, mask = batch["input_ids"].to(task.model.device), batch["attention_mask"].bool().to(task.model.device)
-    answer = ids.shape[1] - 1
-    return Lesson(ids, mask, answer, mask[:, 1:].float(), _targets(task.model, ids, mask, answer))
+    said = ordinary(task.model, task.tokenizer, task.texts, 32)
+    return Lesson(said, _targets(task.model, said))
 
 
-def _behind(tokenizer: Any, asked: Sequence[str], new: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
-    """Requests with given answers behind them."""
-    batch = tokenizer(list(asked), return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
-    ids, mask = batch["input_ids"].to(new.device), batch["attention_mask"].bool().to(new.device)
-    return torch.cat((ids, new), 1), torch.cat((mask, real), 1)
-
-
-def _logits(model: Any, ids: Tensor, mask: Tensor, answer: int) -> Float[Tensor, "rows answer vocab"]:
-    out = model(input_ids=ids, attention_mask=mask.long(), logits_to_keep=answer + 1, use_cache=False)
-    return out.logits[:, :-1].float()
+def _logits(model: Any, some: Completions) -> Float[Tensor, "rows answer vocab"]:
+    return logits(model, some, use_cache=False).float()
 
 
 @torch.no_grad()
-def _targets(model: Any, ids: Tensor, mask: Tensor, answer: int) -> Float[Tensor, "rows answer vocab"]:
+def _targets(model: Any, said: Completions) -> Float[Tensor, "rows answer vocab"]:
     """Log-probabilities of the model as it is, in half precision."""
-    batches = zip(ids.split(BATCH), mask.split(BATCH), strict=True)
-    return torch.cat([_logits(model, *some, answer).log_softmax(-1).half() for some in batches])
+    batches = torch.arange(len(said.ids), device=said.ids.device).split(BATCH)
+    return torch.cat([_logits(model, said.rows(rows)).log_softmax(-1).half() for rows in batches])
 
 
 def loss(model: Any, lesson: Lesson, rows: Tensor) -> Float[Tensor, ""]:
     """KL(target || p_v) in nats per token, or the cross-entropy of the answers, over some rows."""
-    scores = _logits(model, lesson.ids[rows], lesson.mask[rows], lesson.answer).log_softmax(-1)
+    some = lesson.said.rows(rows)
+    (new, real), scores = some.new, _logits(model, some).log_softmax(-1)
     if lesson.target is None:
-        new = lesson.ids[rows, -lesson.answer :]
         each = -scores.gather(-1, new[..., None])[..., 0]
     else:
         target = lesson.target[rows].float()
         each = (target.exp() * (target - scores)).sum(-1)
-    return (each * lesson.real[rows]).sum() / lesson.real[rows].sum()
+    return (each * real).sum() / real.sum()
 
 
 def optimise(
@@ -117,7 +102,7 @@ def optimise(
     for _ in progress(range(steps), what):
         with frozen(task.model), steer(task.model, bank_of(build(tensors)), {"lever": 1.0}, allow_ood=True):
             total = sum(
-                loss(task.model, some, torch.randperm(len(some.ids), generator=generator)[:BATCH])
+                loss(task.model, some, torch.randperm(len(some.said.ids), generator=generator)[:BATCH])
                 for some in (lesson, retain)
                 if some is not None
             )

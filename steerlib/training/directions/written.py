@@ -32,7 +32,7 @@ def written(model: Any, tokenizer: Any, names: Sequence[str], prompts: Sequence[
     texts: dict[str, list[str]] = {}
     for name in progress(["", *names], "the model writes answers, plain and as asked"):
         asking = [ASKINGS[i % len(ASKINGS)].format(name) if name else "" for i in range(len(prompts))]
-        asked = [chat(tokenizer, *both) for both in zip(prompts, asking, strict=True)]
+        asked = [chat(tokenizer, *both, model) for both in zip(prompts, asking, strict=True)]
         texts[name] = complete(model, tokenizer, asked, seed=seed + bool(name), **how).texts
     plain = texts.pop("")
     return {name: kept(name, [Pair(*three) for three in zip(prompts, own, plain, strict=True)]) for name, own in texts.items()}

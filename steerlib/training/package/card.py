@@ -29,6 +29,7 @@ def card(bank: ConceptBank, recipe: DirectionRecipe, records: Sequence[MeasuredE
     parts = [
         front(recipe.name, recipe.base, recipe.license, list(bank.concepts.values())).strip(),
         f"# {recipe.name}\n\n{described(recipe)}",
+        PAGE if bank.provenance.get("chat") is False else "",
         example(recipe.name, recipe.source, f'{{"{levers[0].name}": {levers[0].useful:+.2f}}}') if levers else "",
         f"## The {f'{len(levers)} concepts' if len(levers) != 1 else 'concept'}\n\n{UNITS}\n\n{_concepts(levers)}",
         f"## What was measured\n\nOn {recipe.evaluation_prompts} requests used for nothing else, {recipe.seeds} answers to "
@@ -47,6 +48,8 @@ def card(bank: ConceptBank, recipe: DirectionRecipe, records: Sequence[MeasuredE
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
+PAGE = """This model has no chat template. Requests were put to it as the last question of a page that it continues, or to its
+encoder as they are (`chat` in `steerlib/text.py`; `steerlib steer … --chat` does so). Below, a chat means that."""
 UNITS = "Amounts are in units of the concept: one standard deviation of its reading on reference text."
 ROUGH = """**A rough bank**, made with `--quick`: few texts, sites and steps, to see whether the recipe works. Its figures are
 of few samples; train it without `--quick` before you use it."""

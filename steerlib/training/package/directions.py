@@ -18,11 +18,11 @@ from torch import Tensor
 from ...bank.concept_bank import BaseModel, ConceptBank, SiteFacts
 from ...bank.concepts import Concept, Gate, Part
 from ...bank.effects import MeasuredEffects
-from ...errors import BadRecipe, Unmeasured
+from ...errors import BadRecipe, Unmeasured, UnsupportedTarget
 from ...evaluation.report import picture
 from ...evaluation.text import Judge, judge_for, trust
 from ...hosts import host_for
-from ...text import progress, stage
+from ...text import called, is_pair, progress, stage
 from ..calibrate.doses import Choice, Search, statistics, untried
 from ..calibrate.measure import ANSWERING, measure
 from ..directions.levers import DirectionRows, Lever
@@ -44,7 +44,7 @@ def check_methods(recipe: DirectionRecipe) -> None:
 
 def train_directions(model: Any, tokenizer: Any, recipe: DirectionRecipe, folder: Path) -> ConceptBank:
     """A concept for each entry of the recipe: its lever chosen by what it does to text, calibrated and measured."""
-    sites = [f"layers.{layer}" for layer in layers_to_try(model, recipe)]
+    sites = sites_to_try(model, recipe)
     for left_out, names in _left_out(recipe, sites).items():
         warnings.warn(f"{', '.join(names)}: {left_out}", Unmeasured, stacklevel=3)
     studio, judge = Studio(model, tokenizer, recipe, sites, folder), judge_for(recipe.scorers)
@@ -70,13 +70,21 @@ def _left_out(recipe: DirectionRecipe, sites: Sequence[str]) -> dict[str, list[s
     return found
 
 
-def layers_to_try(model: Any, recipe: DirectionRecipe) -> tuple[int, ...]:
-    """The recipe's layers, or six spread over the first two thirds of the model."""
-    depth = sum(name.removeprefix("layers.").isdigit() for name in host_for(model).sites())
+def sites_to_try(model: Any, recipe: DirectionRecipe) -> list[str]:
+    """The recipe's layers, or six spread over the first two thirds of the model; in its decoder, beside an encoder."""
+    if (reads := getattr(model, "main_input_name", "input_ids")) != "input_ids":
+        writers = [name for name, part in model.named_children() if hasattr(part, "generate")]
+        own = f"its text side is a model of its own: sl.train(model.{writers[-1]}, …)" if writers else "train a model of text"
+        raise UnsupportedTarget(f"{type(model).__name__} answers to {reads}, and a recipe asks in words; {own}")
+    where = "decoder.layers." if is_pair(model) else "layers."
+    depth = sum(name.removeprefix(where).isdigit() for name in host_for(model).sites())
     layers = recipe.layers or tuple(sorted({round(depth * (0.2 + 0.1 * i)) for i in range(6)}))[:: 2 if recipe.is_quick else 1]
-    if not depth or max(layers) >= depth or min(layers) < 0:
-        raise BadRecipe(f"expected layers from 0 to {depth - 1}, got {layers}")
-    return layers
+    found = dict.fromkeys(round(layer * depth) if isinstance(layer, float) else layer for layer in layers)
+    if not depth or max(found) >= depth or min(found) < 0:
+        raise BadRecipe(
+            f"expected layers from 0 to {depth - 1}, got {layers}; leave them out, or give shares of the depth such as 0.4"
+        )
+    return [f"{where}{layer}" for layer in found]
 
 
 def choose(studio: Studio, judge: Judge, concept: ConceptRecipe) -> Choice:
@@ -163,9 +171,9 @@ def assemble(studio: Studio, choices: Mapping[str, Choice]) -> ConceptBank:
             label = f"tokens of texts with: {known[name].label}"
             gates.append(detecting(f"{name}.present", found.gate, label, source=source, effects=found.effects))
     answering = studio.answering()
-    label = "tokens of a chat, whoever speaks, and not of prose"
+    label = f"tokens of {called(studio.model, studio.tokenizer)}, whoever speaks, and not of prose"
     gates.append(detecting(ANSWERING, answering.gate, label, source=source, effects=answering.effects))
-    encoders = dict(sorted(rows.encoders().items(), key=lambda item: int(item[0].partition(".")[2])))
+    encoders = dict(sorted(rows.encoders().items(), key=lambda item: int(item[0].rpartition(".")[2])))
     return ConceptBank(
         recipe.name,
         [*concepts, *gates],
@@ -173,7 +181,7 @@ def assemble(studio: Studio, choices: Mapping[str, Choice]) -> ConceptBank:
         base=BaseModel.of(studio.model, id=recipe.base),
         sites={site: SiteFacts(width=e.decoder.shape[1], norm=round(studio.norms[site], 4)) for site, e in encoders.items()},
         license=recipe.license,
-        provenance=recipe.provenance,
+        provenance=recipe.provenance | {"chat": getattr(studio.tokenizer, "chat_template", None) is not None},
     )
 
 

@@ -12,10 +12,10 @@ from ...bank.concept_bank import BaseModel, ConceptBank
 from ...bank.concepts import Concept
 from ...bank.effects import LatentEffects, Verified
 from ...encoders import Sparse
-from ...errors import BadRecipe
+from ...errors import BadRecipe, UnsupportedTarget
 from ...evaluation.quality import apart, probed, quality
 from ...hosts import host_for
-from ...text import stage
+from ...text import is_pair, stage
 from ..entries import GraphRecipe
 from ..label.attributes import read
 from ..label.labels import AMONG, SHOWN, Sightings, Texts, label, promoted, sightings
@@ -38,6 +38,11 @@ def train_latents(model: Any, tokenizer: Any, recipe: TextEncoderRecipe, folder:
 
     `folder` keeps the graph; one beside it keeps recordings and checkpoints, also for recipes of other encoders.
     """
+    if is_pair(model):
+        raise UnsupportedTarget(
+            f"latents of {type(model).__name__} can be recorded in its encoder and fitted (steerlib.training.record.harvest, "
+            "steerlib.training.fit.run), but what they do to text is measured for models without an encoder only"
+        )
     check_order(model, recipe)
     sites, place = recipe.encoder_sites, folder.parent / recipe.recorded_key
     count, many = 4 + (recipe.graph is not None), f"{len(recipe.encoders)} encoders"

@@ -11,11 +11,14 @@ from torch import Tensor
 from ...errors import SiteNotReached
 from ...passes import StepState
 from ...steering.recording import observing
-from ...text import chat, progress
+from ...text import behind, chat, is_pair, ordinary, progress, tokens_of
 
 BATCH = 8
-Read = Callable[[Tensor, Tensor | None], dict[str, Tensor]]
-"""`ids[B, N]` and `mask[B, N]`, or None without pads, to activations `x[B, N, D]` by site."""
+LENGTH = 48
+"""Most tokens that a decoder writes of an ordinary text."""
+Read = Callable[..., dict[str, Tensor]]
+"""`ids[B, N]` and `mask[B, N]`, or None without pads, to activations `x[B, N, D]` by site; of an encoder-decoder, what else it
+is given by name."""
 
 
 class Enough(Exception):  # noqa: N818 - nothing went wrong
@@ -41,10 +44,10 @@ def reading(model: Any, sites: Sequence[str], dtype: torch.dtype | None = None) 
     run = _computing_in(model.base_model, dtype)
 
     @torch.no_grad()
-    def read(ids: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
+    def read(ids: Tensor, mask: Tensor | None, **others: Tensor) -> dict[str, Tensor]:
         seen.clear()
         try:
-            run(input_ids=ids, attention_mask=mask, use_cache=False)
+            run(input_ids=ids, attention_mask=mask, use_cache=False, **others)
         except Enough:
             return dict(seen)
         missed = ", ".join(repr(site) for site in sites if site not in seen)
@@ -67,9 +70,11 @@ def answers(
     model: Any, tokenizer: Any, texts: Sequence[tuple[str, str]], sites: Sequence[str], *, what: str
 ) -> dict[str, list[Float[Tensor, "tokens D"]]]:
     """Activations over the tokens of each answer to a chat prompt, by site, float32."""
+    prompts = [chat(tokenizer, prompt, model=model) for prompt, _ in texts]
+    if is_pair(model):
+        return _decoded(model, tokenizer, prompts, [answer for _, answer in texts], sites, what)
     found: dict[str, list[Tensor]] = {site: [] for site in sites}
-    prompts = [chat(tokenizer, prompt) for prompt, _ in texts]
-    whole = [prompt + answer for prompt, (_, answer) in zip(prompts, texts, strict=True)]
+    whole = [prompt + behind(prompt, answer) for prompt, (_, answer) in zip(prompts, texts, strict=True)]
     starts = [len(tokenizer(prompt, add_special_tokens=False)["input_ids"]) for prompt in prompts]
     for i, mask, values in _passes(model, tokenizer, whole, sites, what, add_special_tokens=False):
         for row, start in enumerate(starts[i : i + len(mask)]):
@@ -77,6 +82,29 @@ def answers(
             kept[:start] = False
             for site, x in values.items():
                 found[site].append(x[row][kept].float().cpu())
+    return found
+
+
+@torch.no_grad()
+def _decoded(
+    model: Any, tokenizer: Any, asked: Sequence[str], answers: Sequence[str], sites: Sequence[str], what: str
+) -> dict[str, list[Float[Tensor, "tokens D"]]]:
+    """Activations of a decoder over the tokens of each answer, its encoder having read what was asked; without answers, over
+    what the model writes itself."""
+    found: dict[str, list[Tensor]] = {site: [] for site in sites}
+    for i in progress(range(0, len(asked), BATCH), what):
+        some = asked[i : i + BATCH]
+        if answers:
+            how: dict[str, Any] = {"padding": True, "padding_side": "right", "add_special_tokens": False}
+            batch = tokenizer(list(answers[i : i + BATCH]), return_tensors="pt", **how)
+            done = tokens_of(model, tokenizer, some, (batch["input_ids"], batch["attention_mask"].bool()))
+        else:
+            done = ordinary(model, tokenizer, some, LENGTH)
+        given = {"decoder_input_ids": done.ids, "decoder_attention_mask": done.mask.long()}
+        with reading(model, sites) as read:
+            values = read(done.read["input_ids"], done.read["attention_mask"], **given)
+        for site, x in values.items():
+            found[site] += [row[done.prompt :][real].float().cpu() for row, real in zip(x, done.new[1], strict=True)]
     return found
 
 
@@ -92,6 +120,8 @@ def by_text(
     model: Any, tokenizer: Any, texts: Sequence[str], sites: Sequence[str], *, what: str
 ) -> dict[str, list[Float[Tensor, "tokens D"]]]:
     """The same, text by text."""
+    if is_pair(model):
+        return _decoded(model, tokenizer, texts, (), sites, what)
     found: dict[str, list[Tensor]] = {site: [] for site in sites}
     for _, mask, values in _passes(model, tokenizer, texts, sites, what, add_special_tokens=True):
         kept = mask.clone()
