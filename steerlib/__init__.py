@@ -33,6 +33,7 @@ if TYPE_CHECKING:  # what HOMES says, for type checkers and editors
     from .steering.session import Steering, attach, detach, share, steer
     from .steering.swapping import Swap
     from .training.linting import lint
+    from .training.named import make
     from .training.package.word_bank import words
     from .training.pipeline import train
     from .training.recipe import Recipe
@@ -42,8 +43,8 @@ if TYPE_CHECKING:  # what HOMES says, for type checkers and editors
 __all__ = [
     "Ablate", "Add", "BaseModel", "CausalGraph", "Clamp", "Concept", "ConceptBank", "Directions", "Edge", "Encoder",
     "Gate", "Host", "Intervention", "Part", "Patch", "PerStep", "Ramp", "Recipe", "Scale", "Schedule", "Set", "Site",
-    "Steering", "StepState", "Steps", "Swap", "Window", "Word", "attach", "detach", "lint", "list_banks", "load", "read_bank",
-    "record", "share", "steer", "train", "words",
+    "Steering", "StepState", "Steps", "Swap", "Window", "Word", "attach", "detach", "lint", "list_banks", "load", "make",
+    "read_bank", "record", "share", "steer", "train", "words",
 ]  # fmt: skip
 
 HOMES = {
@@ -64,6 +65,7 @@ HOMES = {
     "steering.session": ("Steering", "attach", "detach", "share", "steer"),
     "steering.swapping": ("Swap",),
     "training.linting": ("lint",),
+    "training.named": ("make",),
     "training.package.word_bank": ("words",),
     "training.pipeline": ("train",),
     "training.recipe": ("Recipe",),

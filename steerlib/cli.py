@@ -1,4 +1,4 @@
-"""The command line: `steerlib demo | steer | train | port | lint | eval | concepts | info | graph | list | pull | ...`.
+"""The command line: `steerlib demo | steer | make | train | port | lint | eval | concepts | info | graph | list | ...`.
 
 Nothing here imports torch before a command needs it: `sl` loads each name when it is first used.
 """
@@ -36,6 +36,7 @@ Key = Annotated[Path | None, typer.Option(help="Ed25519 key in PEM: public to ve
 Model = Annotated[str, typer.Option(help="folder, Hub id or package:<name>/<file>.gguf (default: the bank's own)")]
 Tokens = Annotated[int, typer.Option(help="new tokens of each answer", min=1)]
 TEMPLATE = "write a recipe to start from: steerlib train --template [text|latents|graph|pictures] [--out recipe.toml]"
+ASK = "Tell me about the place where you live."
 EDITS = "concept=amount in its units, or concept=useful, set:1.5, scale:0.5, clamp:-1:1, ablate, swap:other; may be repeated"
 Work = Annotated[Path, typer.Option(help="folder of what each stage made, so that a run can go on")]
 Quick = Annotated[bool, typer.Option("--quick", help="a rough bank in about two minutes, to see whether it works")]
@@ -291,10 +292,29 @@ def _trained(recipe: Any, out: Path | None, work: Path, clean: bool, threads: in
     console.print(f"work folder: {work}, from which a run that stops goes on", markup=False, soft_wrap=True, style="dim")
     model, tokenizer = loaded(recipe.weights, threads)
     bank = sl.train(model.to(pipeline.best_device()), recipe, tokenizer=tokenizer, work=work)
-    bank.save_pretrained(folder)
-    console.print(repr(bank), markup=False, soft_wrap=True)
     corpus = getattr(recipe, "read_corpus", list)() if tokenizer is None else []
-    terminal.finish(bank, folder, places, clean, str(next(iter(corpus), "Tell me about the place where you live.")))
+    terminal.finish(bank, folder, places, clean, str(next(iter(corpus), ASK)))
+
+
+@app.command()
+def make(
+    model: Annotated[str, typer.Argument(help="folder, Hub id or package:<name>/<file>.gguf")],
+    names: Annotated[list[str], typer.Argument(help="what the concepts are about: a word or a few, in quotes")],
+    out: Annotated[Path, typer.Option(help="folder of the bank")] = Path("out/made"),
+    seed: Annotated[int, typer.Option(help="of all random choices", min=0)] = 0,
+    work: Work = Path("out/work"),
+    threads: Threads = 0,
+) -> None:
+    """Make concepts of a model from their names alone, one or two minutes each. Run it again to go on where it stopped."""
+    from . import terminal
+    from .training import named, pipeline
+
+    named.check_given(names)
+    pipeline.check_writable(out)
+    target, tokenizer = loaded(model, threads)
+    how = {"tokenizer": tokenizer, "source": model, "name": out.name, "seed": seed, "work": work}
+    bank = sl.make(target.to(pipeline.best_device()), names, **how)
+    terminal.finish(bank, out, [work], False, ASK)
 
 
 @app.command()

@@ -110,13 +110,15 @@ def example_of(bank: ConceptBank) -> str:
 
 
 def finish(bank: ConceptBank, folder: Path, places: Sequence[Path], clean: bool, prompt: str) -> None:
-    """Say where a trained bank is, what is left in the folders of its work, and how to go on."""
+    """Write a trained bank; say what it is and where, what is left in the folders of its work, and how to go on."""
+    bank.save_pretrained(folder)
     size = sum(path.stat().st_size for place in places for path in place.rglob("*") if path.is_file()) / 1e6
     for place in places if clean else ():
         shutil.rmtree(place, ignore_errors=True)
     how = " --chat" if bank.provenance.get("chat") is False and "answering" in bank else ""  # as it was measured
     left = "removed" if clean else "kept, so that a changed recipe finds what it does not change; --clean removes it"
     lines = [
+        repr(bank),
         f"written to {folder}; what was measured is in its README.md",
         f"work folder {' and '.join(map(str, places))}: {size:.0f} MB, {left}",
         f"try it:  steerlib steer {shlex.quote(str(folder))} {shlex.quote(prompt)} {example_of(bank)}{how}",

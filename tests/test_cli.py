@@ -39,6 +39,7 @@ COMMANDS = [
     "demo",
     "port",
     "steer",
+    "make",
     "train",
     "eval",
     "concepts",

@@ -13,8 +13,9 @@ import steerlib as sl
 from steerlib.steering.recording import record
 from steerlib.text import chat
 from steerlib.training.directions import objectives
+from steerlib.training.directions.lens import word_directions
 from steerlib.training.directions.levers import Lever, Task, bank_of
-from steerlib.training.directions.methods import METHODS, difference_of_means, gated, norm_matched, orthogonal
+from steerlib.training.directions.methods import METHODS, difference_of_means, gated, norm_matched, orthogonal, word
 from steerlib.training.directions.readouts import discriminant, metric
 from steerlib.training.entries import Pair
 from steerlib.training.record.activations import answers, tokens
@@ -50,7 +51,7 @@ def task_of(model, positive, negative, reference, *, site=SITES[-1], keep=None):
     return Task(
         model=model, tokenizer=toy_tokenizer(), instruction="sing red . tea", pairs=PAIRS, prompts=PROMPTS, texts=TEXTS,
         site=site, sites=[s for s in SITES if s in positive], positive=positive, negative=negative, reference=reference,
-        norms={s: float(x.norm(dim=-1).median()) for s, x in reference.items()}, keep=keep or {},
+        norms={s: float(x.norm(dim=-1).median()) for s, x in reference.items()}, keep=keep or {}, name="red river",
     )  # fmt: skip
 
 
@@ -108,6 +109,25 @@ def test_a_lever_is_stored_and_read_back_bit_for_bit(name, task):
     if back.gate is not None and lever.gate is not None:
         assert back.gate.site == lever.gate.site
         assert torch.equal(back.gate.read, lever.gate.read) and torch.equal(back.gate.bias, lever.gate.bias)
+
+
+def test_word_and_means_halves_the_angle_between_its_two_directions(task):
+    """And the control of both is the direction of one random word, drawn by the task's seed."""
+    names = ("word-and-means", "word", "difference-of-means")
+    both, own, means = (METHODS[name].fit(task).moves[SITES[-1]] for name in names)
+    torch.testing.assert_close(torch.cosine_similarity(both, own, dim=0), torch.cosine_similarity(both, means, dim=0))
+    aims = word_directions(task.model, task.tokenizer, ["red river", word.random_word(task.tokenizer, 0)], TEXTS, sites=SITES)
+    for found, lever in zip(aims.values(), (own, word.control(task).moves[SITES[-1]]), strict=True):
+        torch.testing.assert_close(lever / lever.norm(), found[SITES[-1]] / found[SITES[-1]].norm(), atol=1e-5, rtol=1e-4)
+    assert len({word.random_word(task.tokenizer, seed) for seed in range(8)}) > 4
+
+
+def test_halves_of_a_task_share_no_pair_and_are_the_whole_together(task):
+    halves = task.half(0), task.half(1)
+    assert [*halves[0].pairs, *halves[1].pairs] == [PAIRS[0], PAIRS[2], PAIRS[1], PAIRS[3]]
+    for site in SITES:
+        assert torch.equal(torch.stack([half.positive[site] for half in halves], 1).flatten(0, 1), task.positive[site])
+        assert torch.equal(torch.stack([half.negative[site] for half in halves], 1).flatten(0, 1), task.negative[site])
 
 
 def test_levers_of_many_sites_keep_their_order():

@@ -21,6 +21,8 @@ from ..text import Completions, at_once, logits
 Scorer = Callable[[Sequence[str]], Float[np.ndarray, " texts"]]
 FEW = 8
 """With fewer concepts than this, a judge learns ordinary texts as a class of their own."""
+ABOUT = ("{}", "This text is about {}.", "A {} story.", "Talk about {}.", "Let me tell you about {}.")
+"""What a text is compared with to see how near it is to a name."""
 
 
 def counter(pattern: str, per: str) -> Scorer:
@@ -35,13 +37,22 @@ def shortness(texts: Sequence[str]) -> Float[np.ndarray, " texts"]:
     return -np.log([max(1, len(text.split())) for text in texts])
 
 
+def nearness(name: str) -> Scorer:
+    """Cosine of a text's sentence embedding with that of a concept's name, alone and in sentences about it."""
+    said = [said.format(name) for said in ABOUT]
+    return lambda texts: embed(texts) @ embed(said).mean(0)
+
+
 def counting(spec: Mapping[str, Any]) -> Scorer:
-    """The scorer that a recipe describes by what to count."""
+    """The scorer that a recipe describes by what to count, or by a name that texts are compared with."""
     if spec == {"count": "words"}:
         return shortness
+    if spec.keys() == {"near"} and isinstance(spec["near"], str) and spec["near"].strip():
+        return nearness(spec["near"])
     if set(spec) != {"pattern", "per"} or spec["per"] not in ("word", "sentence"):
         raise BadRecipe(
-            f"expected a scorer with count = 'words', or with pattern and per = 'word' or 'sentence', got {dict(spec)}"
+            "expected a scorer with count = 'words', with near = a name, or with pattern and per = 'word' or 'sentence', "
+            f"got {dict(spec)}"
         )
     try:
         return counter(spec["pattern"], spec["per"])
@@ -131,7 +142,7 @@ def trust(concepts: Mapping[str, Scoring | Scorer], texts: Sequence[str], names:
     """How far the judge of some concepts can be trusted, for a card: its accuracy on texts it never saw, whose concepts are
     `names`, beside that of one that learned shuffled labels."""
     counted = [name for name, found in concepts.items() if not isinstance(found, Scoring)]
-    said = [f"{', '.join(counted)}: scored by counting."] if counted else []
+    said = [f"{', '.join(counted)}: scored by a rule of the recipe."] if counted else []
     own = [name for name, found in concepts.items() if isinstance(found, Scoring) and not found.others]
     if own:
         said.append(f"{', '.join(own)}: scored by a classifier of the very examples it was made from, for want of others.")

@@ -33,7 +33,8 @@ class ConceptRecipe:
         negative: As many sentences that do not show it.
         methods: Methods to try for it, in place of the recipe's.
         scorer: `{count = "words"}`, or `{pattern = "...", per = "word"}` (or `per = "sentence"`), where counting measures the
-            concept better than a classifier of texts. Default: the classifier.
+            concept better than a classifier of texts; `{near = "a name"}` compares sentence embeddings with that of the name,
+            and needs no texts to learn from. Default: the classifier.
     """
 
     name: str

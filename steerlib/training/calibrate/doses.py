@@ -12,11 +12,13 @@ from torch import Tensor
 
 from ...bank.concept_bank import ConceptBank
 from ...errors import BadRecipe
-from ...evaluation.comparison import Condition, Unrelated
+from ...evaluation.comparison import Condition, Unrelated, together
 from ...evaluation.score import Scores, best_prompt, joint, specificity, stacked
 from ...evaluation.text import Judge
 from ...steering.lowering import SHARE
-from ..directions.studio import Studio
+from ..directions.levers import bank_of
+from ..directions.objectives import loss, shown
+from ..directions.studio import Studio, fitted
 from ..entries import ConceptRecipe
 from ..recipe import DirectionRecipe
 
@@ -91,6 +93,8 @@ class Split(NamedTuple):
 
 def untried(recipe: DirectionRecipe, concept: ConceptRecipe, sites: Sequence[str]) -> str:
     """What the budget leaves out for a concept, and the budget that would leave out nothing; empty if that is so already."""
+    if recipe.is_brief:
+        return ""
     methods, room = len(concept.methods or recipe.methods), room_for(recipe, concept)
     split, whole = Split.of(room, methods, len(sites)), Split(methods, len(sites) - 1, len(SHARES) * methods)
     if split == whole:
@@ -158,9 +162,10 @@ class Search:
 
     First the best prompt; then every method at the middle site; then the best of them at further sites, coarse to fine; then
     the methods at the best site, the best first, at other strengths; then the best few once more on greedy answers; then the
-    range of the best. Best is the highest joint score, in proportion less where other concepts rise too. Strengths are shares
-    of the strongest that leaves ordinary text nearly as it is, so sites and methods are compared where they disturb it alike.
-    Of the recipe's budget, enough is kept for the last two; `untried` says what the rest does not reach.
+    range of the best. For a brief recipe, sites and methods are compared by likelihood instead. Best is the highest joint
+    score, in proportion less where other concepts rise too. Strengths are shares of the strongest that leaves ordinary text
+    nearly as it is, so sites and methods are compared where they disturb it alike. Of the recipe's budget, enough is kept for
+    the last two; `untried` says what the rest does not reach.
     """
 
     def __init__(self, studio: Studio, concept: ConceptRecipe, judge: Judge):
@@ -169,6 +174,7 @@ class Search:
         self.answers = 0
         self.trials: dict[tuple[str, str, float], Trial] = {}
         self.strongest: dict[tuple[str, str], float] = {}  # by method and site
+        self.apart: dict[tuple[str, str], float] = {}
         words = [Condition(name="prompted", instruction=instruction) for instruction in concept.asked]
         plain = self._answers([Condition(name="unsteered"), *words], DEV_SEEDS)
         best = best_prompt(plain, self.column)
@@ -185,12 +191,7 @@ class Search:
         """Go through all steps."""
         recipe, sites = self.studio.recipe, coarse_to_fine(self.studio.sites)
         methods = self.concept.methods or recipe.methods
-        split = Split.of(room_for(recipe, self.concept), len(methods), len(sites))
-        first = self._try([(method, sites[0], QUICK) for method in methods[: split.methods]])
-        order = [trial.method for trial in sorted(first, key=lambda trial: -trial.joint)]
-        further = self._try([(order[0], site, QUICK) for site in sites[1 : 1 + split.sites]])
-        site = max([*first, *further], key=lambda trial: trial.joint).site
-        self._try([(method, site, share) for method in order for share in SHARES][: split.strengths])
+        self._screened(methods, sites) if recipe.is_brief else self._tried(methods, sites)
         best = self._final()
         low, high, beyond = self._sound_range(best)
         facts = {"low": low, "high": high, "beyond": beyond, "prompt": self.prompt, "answers": self.answers}
@@ -198,6 +199,35 @@ class Search:
             method=best.method, site=best.site, strength=best.strength, **facts, trials=tuple(self.trials.values()),
             untried=untried(recipe, self.concept, sites),
         )  # fmt: skip
+
+    def _tried(self, methods: Sequence[str], sites: Sequence[str]) -> None:
+        """Methods and sites by the answers that they give."""
+        split = Split.of(room_for(self.studio.recipe, self.concept), len(methods), len(sites))
+        first = self._try([(method, sites[0], QUICK) for method in methods[: split.methods]])
+        order = [trial.method for trial in sorted(first, key=lambda trial: -trial.joint)]
+        further = self._try([(order[0], site, QUICK) for site in sites[1 : 1 + split.sites]])
+        site = max([*first, *further], key=lambda trial: trial.joint).site
+        self._try([(method, site, share) for method in order for share in SHARES][: split.strengths])
+
+    def _screened(self, methods: Sequence[str], sites: Sequence[str]) -> None:
+        """Sites by the first method, then methods there, by `_apart`; then strengths of the best by the answers they give."""
+        site = max(sites, key=lambda site: self._apart(methods[0], site))
+        method = max(methods, key=lambda method: self._apart(method, site))
+        self._try([(method, site, share) for share in (*SHARES, QUICK)])
+
+    @torch.no_grad()
+    def _apart(self, method: str, site: str) -> float:
+        """By how many nats per token positive answers are likelier than negative ones, behind plain prompts, under a method's
+        strongest lever: those of every second pair, with a lever that was made from the others."""
+        if (method, site) not in self.apart:
+            task, model = self.studio.task(self.concept, self.concept.asked[self.prompt]), self.studio.model
+            lever = bank_of(fitted(method, task.half(0).elsewhere(site)), self.studio.norms)
+            steered = Condition(name=method, bank=lever, edits={"lever": self._strongest(method, site)})
+            rows = torch.arange(len(task.half(1).pairs))
+            with together(model, [steered], len(rows)):
+                negative, positive = (float(loss(model, shown(task.half(1), side), rows)) for side in ("negative", "positive"))
+            self.apart[method, site] = negative - positive
+        return self.apart[method, site]
 
     def bank(self, method: str, site: str) -> ConceptBank:
         """A lever to try, fitted to the best prompt, as a bank whose one concept is `lever`."""

@@ -19,7 +19,11 @@ from .doses import Choice, Search
 ANSWERING = "answering"
 GATED, REVERSED = "steered, gated", "reversed"
 """The chosen lever with a gate that lets it act only in chats, and moved the other way."""
+LEAST = ("steered", "random word", "random-1")
+"""Conditions beside a plain and an asking prompt that are measured for a brief recipe."""
 EXAMPLES = 3
+FEW = 4
+"""Prompts of a brief recipe's dose–response."""
 DOSES = (-1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5)
 """Multiples of the useful amount in the dose–response."""
 
@@ -28,7 +32,7 @@ def measure(bank: ConceptBank, concept: ConceptRecipe, judge: Judge, studio: Stu
     """Scores of a concept at its useful amount and of its controls, side effects, dose–response, examples: plain values."""
     recipe, fact, column = studio.recipe, bank[concept.name], judge.names.index(concept.name)
     which = choice.prompt if choice else Search(studio, concept, judge).prompt
-    methods, same = _methods(studio, concept, choice)
+    methods, same = _methods(studio, concept, choice) if not recipe.is_brief else ([], [])
     conditions = [
         Condition(name="unsteered"),
         Condition(name="prompted", instruction=concept.asked[which]),
@@ -59,7 +63,7 @@ def measure(bank: ConceptBank, concept: ConceptRecipe, judge: Judge, studio: Stu
         "before": {name: found.before[i].mean(0).tolist() for name, i in rows.items()},
         "greedy": {name: firm.total[i].mean(0).tolist() for name, i in rows.items()},
         "loops": {name: float(greedy.repeated[i].mean()) for name, i in rows.items()},
-        "response": _response(bank, fact, studio, concept, prompts)._asdict(),
+        "response": _response(bank, fact, studio, concept, prompts[:FEW] if recipe.is_brief else prompts)._asdict(),
         "examples": _examples(prompts, greedy, rows),
         "tried": [[*trial] for trial in choice.trials] if choice else [],
     }
@@ -91,13 +95,16 @@ def _steered_and_controls(
         Condition(name="no-op", bank=bank, edits={fact.name: 0.0}),
         Condition(name="shuffled labels", bank=studio.shuffled(concept, site), edits={"lever": strength}),
     ]
+    if choice is not None and (control := studio.control(concept, choice.method, choice.site)) is not None:
+        found.append(Condition(name="random word", bank=control, edits={"lever": choice.strength}))
     if wrong != fact.name:
         found.append(Condition(name="wrong concept", bank=bank, edits={wrong: bank[wrong].useful or 0.0}))
     randoms = [name for name in controls if name.startswith("random-")]
     found += [Condition(name=name, bank=controls, edits={name: fact.useful or 0.0}) for name in randoms]
     if least := _least(fact):
         found.append(Condition(name=REVERSED, bank=bank, edits={fact.name: least}))
-    return found + [Condition(name=GATED, bank=bank, edits=amount, gate=Gate(ANSWERING))] * (ANSWERING in bank.concepts)
+    found += [Condition(name=GATED, bank=bank, edits=amount, gate=Gate(ANSWERING))] * (ANSWERING in bank.concepts)
+    return [condition for condition in found if not studio.recipe.is_brief or condition.name in LEAST]
 
 
 def _least(fact: Concept) -> float:

@@ -59,11 +59,11 @@ class Lever:
 class Task:
     """What a method may use to find the lever of one concept.
 
-    `instruction` is how a prompt would ask for it. Nothing is ever measured on `prompts`, requests to learn from; `texts` are
-    ordinary text, which a gate should leave alone. Methods of one site work at `site`; `sites` are all that are tried, in the
-    model's order. By site: `positive` and `negative`, mean activations over answers of the pairs with and without the concept;
-    `reference`, activations of ordinary text; `norms`, their median length; `keep`, directions of the other concepts. `memo`
-    keeps what several methods need and one has made.
+    `name` is what the concept is called, `instruction` how a prompt would ask for it. Nothing is ever measured on `prompts`,
+    requests to learn from; `texts` are ordinary text, which a gate should leave alone. Methods of one site work at `site`;
+    `sites` are all that are tried, in the model's order. By site: `positive` and `negative`, mean activations over answers of
+    the pairs with and without the concept; `reference`, activations of ordinary text; `norms`, their median length; `keep`,
+    directions of the other concepts. `memo` keeps what several methods need and one has made.
     """
 
     model: Any
@@ -79,12 +79,18 @@ class Task:
     reference: dict[str, Float[Tensor, "tokens D"]]
     norms: dict[str, float]
     keep: dict[str, Float[Tensor, "k D"]] = field(default_factory=dict)
+    name: str = ""
     seed: int = 0
     memo: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def at(self, direction: Float[Tensor, " D"], **others: Any) -> Lever:
         """A lever of one site: the direction, as long as the site's activations."""
         return Lever(moves={self.site: direction / direction.norm() * self.norms[self.site]}, **others)
+
+    def half(self, k: int) -> "Task":
+        """The same task with every second pair only, from the k-th on."""
+        sides = ({site: x[k::2] for site, x in side.items()} for side in (self.positive, self.negative))
+        return replace(self, pairs=self.pairs[k::2], positive=next(sides), negative=next(sides))
 
     def elsewhere(self, site: str) -> "Task":
         """The same task at another site."""

@@ -5,7 +5,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -41,10 +41,10 @@ def told(task: Task) -> Lesson:
     return task.memo["told"]
 
 
-def shown(task: Task) -> Lesson:
-    """The answers of the contrast pairs that show the concept."""
+def shown(task: Task, side: Literal["positive", "negative"] = "positive") -> Lesson:
+    """The answers of the contrast pairs that show the concept, or those that do not."""
     asked = [chat(task.tokenizer, pair.prompt, model=task.model) for pair in task.pairs]
-    answers = [behind(ask, pair.positive) for ask, pair in zip(asked, task.pairs, strict=True)]
+    answers = [behind(ask, getattr(pair, side)) for ask, pair in zip(asked, task.pairs, strict=True)]
     batch = task.tokenizer(answers, return_tensors="pt", padding=True, padding_side="right", add_special_tokens=False)
     new, real = batch["input_ids"][:, : 2 * TOKENS], batch["attention_mask"][:, : 2 * TOKENS].bool()
     return Lesson(tokens_of(task.model, task.tokenizer, asked, (new, real)))

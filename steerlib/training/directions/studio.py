@@ -39,6 +39,12 @@ class Detector(NamedTuple):
         return {"precision": round(self.precision, 3), "recall": round(self.recall, 3), "tokens": self.tokens}
 
 
+def fitted(method: str, task: Task) -> Lever:
+    """What a method finds, or another function of its file, which is named behind it: `word control`."""
+    name, _, function = method.partition(" ")
+    return getattr(METHODS[name], function or "fit")(task)
+
+
 TESTED = 20
 """Texts of each kind that a detector is tested on."""
 PRESENT = 0.5
@@ -116,6 +122,7 @@ class Studio:
                 reference=self.reference,
                 norms=self.norms,
                 keep={site: self._differences(others, site) for site in self.sites} if others else {},
+                name=concept.name,
                 seed=self.recipe.seed,
             )
         return self._tasks[concept.name]
@@ -130,8 +137,7 @@ class Studio:
         key = concept.name, method, site
         if key not in self._levers:
             path = self._kept(f"levers/{concept.name}/{method}@{site}.safetensors")
-            fit = METHODS[method].fit
-            made = recorded(path, lambda: fit(self.task(concept, instruction).elsewhere(site)).to_tensors())
+            made = recorded(path, lambda: fitted(method, self.task(concept, instruction).elsewhere(site)).to_tensors())
             self._levers[key] = Lever.from_tensors(made)
         return self._levers[key]
 
@@ -147,6 +153,10 @@ class Studio:
         half = len(both) // 2
         difference = both[:half].mean(0) - both[half:].mean(0)
         return bank_of(task.at(difference), self.norms)
+
+    def control(self, concept: ConceptRecipe, method: str, site: str) -> ConceptBank | None:
+        """Such a bank of what the method has to be compared with, such as the direction of a random word; None without one."""
+        return self.bank(concept, "", f"{method} control", site) if hasattr(METHODS[method], "control") else None
 
     def forget(self, concept: ConceptRecipe) -> None:
         """Free what only this concept needed."""

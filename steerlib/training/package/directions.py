@@ -92,6 +92,7 @@ def choose(studio: Studio, judge: Judge, concept: ConceptRecipe) -> Choice:
 
     def search() -> dict[str, Any]:
         choice = Search(studio, concept, judge).run()
+        studio.control(concept, choice.method, choice.site)  # now, while what it needs is at hand
         studio.forget(concept)
         return choice.to_dict()
 

@@ -1,0 +1,143 @@
+"""`make`: concepts from their names alone. The model writes the contrast pairs; the rest is a recipe like any other.
+
+Every concept joins two directions: what makes the words of its name likelier, and how answers of the model that was asked for
+it differ from those of the model that was not. Layer and mixture are those that best tell such answers apart, under a bound on
+the change of ordinary text; the amount is chosen by what it does to a few new answers.
+"""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from ..bank.concept_bank import ConceptBank
+from ..devices import best_device
+from ..errors import BadRecipe, UnsupportedTarget
+from ..hosts import digest_of, host_for, load
+from .directions.methods import word
+from .directions.written import ASKINGS, written
+from .entries import ConceptRecipe, Pair
+from .fields import check_file_name
+from .pipeline import train
+from .recipe import RESERVED, DirectionRecipe
+from .store import remembered
+
+METHODS = ("word-and-means", "word", "difference-of-means")
+DEPTHS = (0.3, 0.4, 0.5)
+"""Layers that are tried, as shares of the model's depth."""
+FEW: dict[str, Any] = {"dev_prompts": 6, "evaluation_prompts": 10, "seeds": 1, "new_tokens": 24, "is_brief": True}
+"""Answers to choose and to measure with."""
+REFERENCE, UNRELATED = 48, 15
+"""Ordinary texts to read and to measure side effects on, of those that come with steerlib."""
+ABOUT = """
+Concepts made from their names alone, by `steerlib make`: the model itself wrote the answers that they were made from, and a
+sentence model that knows only the name scored them. Figures are of few answers. *Random word* is what the direction of a random
+word, as long and in the same place, does; *best random* is a single random direction."""
+
+
+def make(
+    target: Any,
+    names: str | Sequence[str],
+    *,
+    tokenizer: Any = None,
+    source: str = "",
+    name: str = "made",
+    seed: int = 0,
+    work: str | os.PathLike[str] | None = None,
+) -> ConceptBank:
+    """Make a bank of concepts from nothing but their names: a minute or two each for a small model on a processor.
+
+    Args:
+        target: A language model of transformers; or where it is: a folder, a Hub id, or `package:<name>/<file>.gguf`.
+        names: What the concepts are about: a word or a few, such as `"pirate"` or `"medieval knight"`.
+        tokenizer: Of the model. Needed with a model that is loaded already.
+        source: Where the model was loaded from, which the bank says. Default: as the model says.
+        name: Of the bank.
+        seed: Of all random choices.
+        work: A folder that keeps what each stage made, from which the same call goes on. Default: nothing is kept.
+
+    Returns the bank, with its card and the recipe that it could be made again from; `save_pretrained` writes it.
+
+    Raises:
+        BadRecipe: A name is empty or given twice, the tokenizer cannot write it, or the model does not write about it.
+        UnsupportedTarget: Not a language model.
+        MissingExtra: A package of the extra `steerlib[eval]` is not installed.
+
+    Example:
+        >>> bank = sl.make(model, ["pirate", "medieval knight"], tokenizer=tokenizer)     # doctest: +SKIP
+    """
+    check_given(names := [names] if isinstance(names, str) else list(names))
+    if isinstance(target, str):
+        source, (target, tokenizer) = source or target, load(target)
+        target = target.to(best_device())
+    check_target(target, tokenizer, names)
+    known = source or getattr(target.config, "name_or_path", "") or type(target).__name__
+    plan = DirectionRecipe(name=name, base=known, source=known, seed=seed, description=ABOUT, **FEW)
+    recipe = recipe_of(plan, target, tokenizer, _pairs(target, tokenizer, names, plan, work))
+    return train(target, recipe, tokenizer=tokenizer, work=work)
+
+
+def _pairs(target: Any, tokenizer: Any, names: list[str], plan: DirectionRecipe, work: Any) -> dict[str, Any]:
+    """What the model writes, or what an earlier call wrote."""
+    host = host_for(target)
+    key = sha256(repr((names, plan.seed, host.fingerprint(), digest_of(host))).encode()).hexdigest()[:16]
+    path = None if work is None else Path(work) / f"pairs-{key}.json"
+    return remembered(path, lambda: written(target, tokenizer, names, plan.read_prompts("train"), seed=plan.seed))
+
+
+def check_given(names: Sequence[str]) -> None:
+    """Raise `BadRecipe` for names that no bank could have, before a model is loaded."""
+    if not names or not all(isinstance(name, str) for name in names):
+        raise BadRecipe(f"expected a name or more to make concepts from, got {names!r:.80}")
+    for name in names:
+        check_file_name(name, "name")
+        if name in RESERVED or name != " ".join(name.split()):
+            raise BadRecipe(f"expected names of words with one space between them, other than {RESERVED[0]!r}, got {name!r}")
+    if len({name.casefold() for name in names}) < len(names):
+        raise BadRecipe(f"expected each name once, got {', '.join(names)}")
+
+
+def check_target(target: Any, tokenizer: Any, names: Sequence[str]) -> None:
+    """Raise `UnsupportedTarget` for what is no language model with its tokenizer, `BadRecipe` for names it cannot write."""
+    layers = [site for site in host_for(target).sites() if site.removeprefix("layers.").isdigit()]
+    if not layers or not hasattr(target, "generate"):
+        raise UnsupportedTarget(f"expected a language model that writes answers, got {type(target).__name__}")
+    if tokenizer is None:
+        raise UnsupportedTarget("expected the tokenizer beside a model that is loaded already: make(model, names, tokenizer=…)")
+    for name in names:
+        ids = tokenizer(f" {name}", add_special_tokens=False)["input_ids"]
+        if _letters(tokenizer.decode(ids)) != _letters(name):
+            raise BadRecipe(f"the tokenizer of this model cannot write {name!r}; take another word for it")
+
+
+def _letters(text: str) -> str:
+    return "".join(text.split()).casefold()
+
+
+def recipe_of(
+    plan: DirectionRecipe, target: Any, tokenizer: Any, pairs: Mapping[str, Sequence[Sequence[str]]]
+) -> DirectionRecipe:
+    """The recipe of concepts by name: pairs of the model's own, scorers that know the name, methods that can be used for it."""
+    depth = sum(site.removeprefix("layers.").isdigit() for site in host_for(target).sites())
+    concepts = [
+        ConceptRecipe(
+            name=name,
+            label=name,
+            instructions=tuple(asking.format(name) for asking in ASKINGS),
+            methods=METHODS if word.words_of(target, tokenizer, name) else METHODS[-1:],
+            scorer={"near": name},
+        )
+        for name in pairs
+    ]
+    texts = {f"{plan.pairs}/{name}.jsonl": _lines([Pair(*pair)._asdict() for pair in some]) for name, some in pairs.items()}
+    for file, count in ((plan.reference, REFERENCE), (plan.unrelated, UNRELATED)):
+        texts[file] = _lines([{"text": text} for text in plan.read_texts(file)[:count]])
+    layers = tuple(sorted({round(depth * share) for share in DEPTHS}))
+    return replace(plan, concepts=tuple(concepts), layers=layers, texts=texts)
+
+
+def _lines(values: Sequence[Mapping[str, str]]) -> str:
+    return "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values)
