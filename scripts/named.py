@@ -27,7 +27,7 @@ from steerlib.training.recipe import DirectionRecipe
 from steerlib.training.store import remembered
 
 RECIPE = Path(__file__).parent.parent / "concept_banks" / "recipes" / "named" / "test" / "recipe.toml"
-SHOWN = ("unsteered", "prompted", "steered", "random word")
+SHOWN: tuple[str, ...] = ("unsteered", "prompted", "steered", "random word")
 GREEDY = 60
 """New tokens of greedy answers, in which loops show."""
 TEXTS = 24
