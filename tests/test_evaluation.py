@@ -64,7 +64,7 @@ def test_joint_scores_follow_their_formula():
             [[0.5, 0.5], [0.4, 0.6], [0.25, 0.5], [0.25, -0.1]],
             [[1.0, 1.0], [2.0, 2.0], [2 + np.log(2), 0], [0, 2]],
             [[0.7, 0.9], [1.0, 1.0], [0.4, 0.8], [1.0, 1.0]],
-            [[0.0, 0.1], [0.0, 0.0], [0.05, 0.0], [0.175, 0.3]],
+            [[0.0, 0.1], [0.0, 0.0], [0.05, 0.0], [0.05 + 1 / 6, 0.4]],
             [[0.2, 0.0], [0.0, 0.0], [0.1, 0.55], [0.0, 1.0]],
         ),
         0,
@@ -74,10 +74,11 @@ def test_joint_scores_follow_their_formula():
     np.testing.assert_allclose(found.relevance[2:, 0], [[0.5, 1], [0.5, 0]])
     np.testing.assert_allclose(found.fluency[2:, 0], [[0.25, 1], [1, 1]])
     np.testing.assert_allclose(found.before[2:, 0], [[3 / (2 + 2 + 4), 0], [3 / (1 + 2 + 1), 0]])
-    # repeated 0.05 and in another language 0.1, as unsteered texts are on average; half of 0.25 more, and more than that
+    # repeated 0.05 and in another language 0.1, as unsteered texts are on average; half of a third more, and more than that
     np.testing.assert_allclose(found.variety[2:, 0], [[1, 1], [0.5, 0]])
     np.testing.assert_allclose(found.language[2:, 0], [[1, 0.5], [1, 0]])
-    np.testing.assert_allclose(found.total, found.before * found.variety * found.language)
+    floored = [[3 / (2 + 2 + 4), 3 / (20 + 1 + 1)], [3 / (1 + 2 + 1), 3 / (2 + 20 + 1)]]
+    np.testing.assert_allclose(found.total[2:], np.array(floored)[:, None] * found.variety[2:] * found.language[2:])
 
 
 def test_the_best_prompt_is_the_one_with_the_best_joint_score_not_the_loudest():
@@ -149,7 +150,12 @@ def test_distinct_is_the_share_of_different_word_pairs():
 
 
 def test_repeated_is_the_share_of_trigrams_said_before():
-    assert repeated("a b c a b c") == 1 / 4 and repeated("A b, c. a b, c.") == 3 / 8 and repeated("one two") == 0
+    assert (
+        repeated("a b c a b c") == 1 / 4
+        and repeated("A b, c. a b, c.") == 3 / 8
+        and repeated("m" * 120) == 7 / 8
+        and repeated("one two") == 0
+    )
     assert repeated("It is late.\n" * 2) == pytest.approx(2 / 6)
 
 

@@ -8,9 +8,9 @@ U for the unsteered model and P for a prompt that asks for the concept:
     C = clip((c - c_U) / (c_P - c_U), 0, 1)
     R = clip(rel / rel_P, 0, 1)
     F = exp(-max(0, nll - max(nll_U, nll_P))) * clip(d2 / d2_U, 0, 1)
-    V = clip(1 - (r - r_U) / 0.25, 0, 1)
+    V = clip(1 - 3 (r - r_U), 0, 1)
     L = clip((1 - f) / (1 - f_U), 0, 1)
-    JFS = harmonic mean of C, R, F, times V and L; 0 where one of them is 0
+    JFS = harmonic mean of C, R, F, each at least 0.05, times V and L
     ratio = (JFS - JFS_U) / (JFS_P - JFS_U)
 
 so that an unsteered text has ratio 0, prompting 1; where prompting does not surely help (95 %), the ratio is undefined.
@@ -30,8 +30,10 @@ from .text import Judge, distinct, foreign, language, relevance, repeated
 
 DRAWS = 2000
 """Of the bootstrap."""
-LOOP = 0.25
+LOOP = 1 / 3
 """Share of repeated trigrams, beyond that of unsteered texts, at which a text is worth nothing."""
+LEAST = 0.05
+"""Of concept, relevance and fluency: what lacks one of them is worth more than what lacks all."""
 
 
 class Scores(NamedTuple):
@@ -131,7 +133,8 @@ def joint(scores: Scores, concept: int, *, prompted: Sequence[int] = (1,), by: A
     L = np.clip((1 - scores.foreign[..., concept]) / (1 - by.f_U), 0, 1)
     with np.errstate(divide="ignore"):
         before = 3 / (1 / C + 1 / R + 1 / F)
-    return Joint(C, R, F, V, L, before, before * V * L)
+    total = 3 / sum(1 / np.maximum(each, LEAST) for each in (C, R, F))
+    return Joint(C, R, F, V, L, before, total * V * L)
 
 
 def ratios(totals: Mapping[str, Float[np.ndarray, " cells"]]) -> dict[str, dict[str, float]]:

@@ -170,9 +170,9 @@ def distinct(text: str, n: int = 2) -> float:
 
 
 def repeated(text: str, n: int = 3) -> float:
-    """Share of a text's n-grams of words and marks that it has said before: 0 for a text that never repeats itself, 0.5 for a
-    sentence said twice."""
-    words = re.findall(r"\w+(?:['’]\w+)*|[^\w\s]", text.lower())
+    """Share of a text's n-grams of words and marks that it has said before: 0 for a text that never repeats itself. A word of
+    more than twelve letters counts as several, so that one that never ends repeats itself."""
+    words = re.findall(r"\w{1,12}(?:['’]\w+)*|[^\w\s]", text.lower())
     grams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
