@@ -305,7 +305,7 @@ def make(
     work: Work = Path("out/work"),
     threads: Threads = 0,
 ) -> None:
-    """Make concepts of a model from their names alone, one or two minutes each. Run it again to go on where it stopped."""
+    """Make concepts of a model from their names alone, a few minutes each. Run it again to go on where it stopped."""
     from . import terminal
     from .training import named, pipeline
 

@@ -48,7 +48,7 @@ def make(
     seed: int = 0,
     work: str | os.PathLike[str] | None = None,
 ) -> ConceptBank:
-    """Make a bank of concepts from nothing but their names: a minute or two each for a small model on a processor.
+    """Make a bank of concepts from nothing but their names: a few minutes each for a small model on a processor.
 
     Args:
         target: A language model of transformers; or where it is: a folder, a Hub id, or `package:<name>/<file>.gguf`.
