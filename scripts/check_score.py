@@ -26,6 +26,8 @@ from steerlib.training.recipe import DirectionRecipe
 
 ROOT = Path(__file__).parent
 READ = ROOT / "score" / "read.jsonl"
+CHOSEN = ("formality", "anger", "hedging", "french")
+"""Concepts whose texts were looked at to choose the two constants of the score, `LOOP` and `LEAST`."""
 SHOWN = {"score": "joint score", "before": "without variety and language"}
 GRADES = ("good", "weak", "off-topic", "wrong language", "loop", "broken")
 
@@ -69,6 +71,8 @@ def measured(model: Any, tokenizer: Any, lines: Sequence[dict[str, Any]], prompt
 def compared(lines: Sequence[dict[str, Any]], scores: Sequence[float]) -> dict[str, Any]:
     """Rank correlation with the marks, loops that are not below every good text of their concept, and means by grade."""
     ranks: Any = spearmanr([line["mark"] for line in lines], scores)
+    others = [i for i, line in enumerate(lines) if line["concept"] not in CHOSEN]
+    apart: Any = spearmanr([lines[i]["mark"] for i in others], [scores[i] for i in others])
     above = [
         (line["concept"], line["text"][:60])
         for i, line in enumerate(lines)
@@ -80,7 +84,12 @@ def compared(lines: Sequence[dict[str, Any]], scores: Sequence[float]) -> dict[s
         )
     ]
     means = {grade: float(np.mean([scores[i] for i, line in enumerate(lines) if line["grade"] == grade])) for grade in GRADES}
-    return {"spearman": float(ranks.statistic), "loops above good texts": above, "means": means}
+    return {
+        "spearman": float(ranks.statistic),
+        "of other concepts": float(apart.statistic),
+        "loops above good texts": above,
+        "means": means,
+    }
 
 
 def table(figures: dict[str, Any]) -> str:
@@ -89,8 +98,14 @@ def table(figures: dict[str, Any]) -> str:
     for name in ("score", "before"):
         found = figures[name]
         loops = str(len(found["loops above good texts"]))
-        rows.append([SHOWN[name], f"{found['spearman']:.2f}", loops, *(f"{found['means'][grade]:.2f}" for grade in GRADES)])
-    return markdown(" | ".join(["", "rank correlation with reading", "loops not below every good text", *GRADES]), rows)
+        correlations = [f"{found[key]:.2f}" for key in ("spearman", "of other concepts")]
+        rows.append([SHOWN[name], *correlations, loops, *(f"{found['means'][grade]:.2f}" for grade in GRADES)])
+    return markdown(
+        " | ".join(
+            ["", "rank correlation with reading", "of concepts not looked at", "loops not below every good text", *GRADES]
+        ),
+        rows,
+    )
 
 
 def main(
