@@ -442,7 +442,7 @@ def test_the_summary_is_over_all_cells_of_all_concepts():
 def test_tables_say_what_the_records_say():
     lines = report.table(RECORDS).splitlines()
     assert lines[2].startswith("| tea | pca | +2.00 |") and " ".join(re.findall(r"[\d.]+%?", lines[2])) == (
-        "2.00 0.00 0.50 0.38 0.05 0.75 80% 1.25 1.25 1.25 0.20 0.20 0.75 10%"
+        "2.00 0.00 0.50 0.38 0.05 0.50 80% 1.25 1.25 1.25 0.20 0.20 0.75 10%"
     )
     assert len(lines) == 4 and len({line.count("|") for line in lines}) == 1
     lines = report.summary_table(RECORDS).splitlines()
@@ -487,7 +487,9 @@ def plain(prompt):
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.parent.name)
 def test_no_text_that_levers_are_made_from_is_one_that_scorers_learn_from_or_are_tested_on(path):
-    recipe = DirectionRecipe.from_file(path)
+    recipe = DirectionRecipe.from_file(path, to_train=False)
+    if path.parent.parent.name == "named":
+        pytest.skip("its concepts are made from their names alone, without texts")
     pairs = runs(text for concept in recipe.concepts for pair in recipe.read_pairs(concept) for text in pair[1:])
     learned = [recipe.read_scoring(concept) for concept in recipe.concepts]
     scoring = runs(text for positive, negative, others in learned if others for text in (*positive, *negative))

@@ -35,7 +35,8 @@ VALUES = {
 }
 ACCEPTED = {
     "str": {"text"}, "int": {"whole"}, "float": {"whole", "number"}, "bool": {"flag"}, "tuple[str, ...]": {"texts"},
-    "tuple[int, ...]": {"wholes"}, "Mapping[str, Any]": {"table"}, "Precision": set(), "Normalisation": set(),
+    "tuple[int, ...]": {"wholes"}, "tuple[float, ...]": {"wholes"},
+    "Mapping[str, Any]": {"table"}, "Precision": set(), "Normalisation": set(),
 }  # fmt: skip
 """By type as the classes state it, the values above that it takes; entries of their own take none of them."""
 PLACES = {

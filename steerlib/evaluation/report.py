@@ -45,7 +45,11 @@ def _concept_line(r: Record, greedy: bool) -> list[str]:
     loops = [f"{r['loops'][name]:.2f}" for name in (UNSTEERED, PROMPTED, "steered")] if greedy else []
     return [
         *(r["concept"], r["method"], f"{r['amount']:+.2f}", f"{base['score']:.2f}", f"{told['score']:.2f}"),
-        *(f"**{steered['score']:.2f}**", f"{random:.2f}", f"**{of(r['joint'])}**"),
+        *(
+            f"**{steered['score']:.2f}**",
+            f"{random:.2f}",
+            f"**{of(r['joint']) if greedy else format(steered['ratio'], '.2f')}**",
+        ),
         *([of(r["greedy"]), of(r["before"])] if greedy else []),
         f"{r['moved']:.0%}",
         *(["{}, {}, **{}**".format(*loops)] if greedy else []),

@@ -94,12 +94,10 @@ class Studio:
         """Ordinary text on which side effects are measured."""
         return Unrelated(self.model, self.tokenizer, self.recipe.read_texts(self.recipe.unrelated))
 
-    def scored(
-        self, conditions: Sequence[Condition], prompts: Sequence[str], judge: Judge, seeds: Sequence[int | None]
-    ) -> Scores:
-        """Answers to prompts under conditions, as long as the recipe says, and their scores."""
-        new = self.recipe.new_tokens
-        return answer(self.model, self.tokenizer, conditions, prompts, judge, seeds=seeds, new_tokens=new)
+    def scored(self, conditions: Sequence[Condition], prompts: Sequence[str], judge: Judge, seeds: Sequence[Any]) -> Scores:
+        """Answers to prompts under conditions, as long as the recipe says, and their scores; a seed of None: greedy ones."""
+        how = {"seeds": seeds, "new_tokens": self.recipe.new_tokens}
+        return answer(self.model, self.tokenizer, conditions, prompts, judge, **how)
 
     def _means(self, side: str, concept: str) -> dict[str, Tensor]:
         return {site: self.activations[f"{side}|{concept}|{site}"] for site in self.sites}
