@@ -17,6 +17,7 @@ from check_score import table as read_table
 from scenes import card as scene_card
 
 import steerlib as sl
+from steerlib.evaluation.report import UNDEFINED
 from steerlib.evaluation.report import of as ratio_of
 from steerlib.text import chat, complete
 from steerlib.training.calibrate.measure import GATED
@@ -84,9 +85,12 @@ def unseen(records: Sequence[Mapping[str, Any]]) -> str:
     lines, ratios = [*lines, "|---|---|---|---|---|---|---|---|"], []
     for record in records:
         found = record["conditions"]
-        random = max(line["ratio"] for name, line in found.items() if name.startswith("random-"))
-        ratios.append([random if name == "random" else found[name]["ratio"] for name in names])
-        cells = " | ".join(f"{ratio:.2f}" for ratio in ratios[-1])
+        if "ratio" in found["steered"]:
+            random = max(line["ratio"] for name, line in found.items() if name.startswith("random-"))
+            ratios.append([random if name == "random" else found[name]["ratio"] for name in names])
+            cells = " | ".join(f"{ratio:.2f}" for ratio in ratios[-1])
+        else:
+            cells = " | ".join([UNDEFINED] * len(names))
         kl = f"{found['steered']['kl']:.2f}, {found[GATED]['kl']:.2f}"
         method = f"{record['method']} at {record['site']}"
         lines.append(f"| {record['concept']} | {method} | {cells} | {kl} | {found['steered']['specificity']:.2f} |")
