@@ -16,8 +16,8 @@ U for the unsteered model and P for a prompt that asks for the concept:
 so that an unsteered text has ratio 0, prompting 1; where prompting does not surely help (95 %), the ratio is undefined.
 V and L are there because a text that says one sentence over and over is likely under any language model, and embeddings read
 it as on the subject in whatever language. f_U is that of the language of the requests. Anchors are means over a concept's
-texts. The harmonic mean of three scores,
-and strengths chosen on other prompts than those reported on, follow AxBench (Wu et al. 2025, arXiv 2501.17148).
+texts. The harmonic mean of three scores, and strengths chosen on other prompts than those reported on, follow AxBench (Wu et
+al. 2025, arXiv 2501.17148).
 """
 
 from collections.abc import Mapping, Sequence
