@@ -81,6 +81,14 @@ def test_joint_scores_follow_their_formula():
     np.testing.assert_allclose(found.total[2:], np.array(floored)[:, None] * found.variety[2:] * found.language[2:])
 
 
+def test_a_concept_in_another_language_is_asked_for_in_that_language():
+    """Unsteered texts are wholly in the language of the requests, and what is wanted is another one."""
+    given = scores([[0.0, 0.0], [1.0, 1.0], [1.0, 1.0]])
+    own = np.array([[1.0, 1.0], [0.5, 0.0], [0.25, 1.0]])[:, None]
+    found = joint(given._replace(foreign=np.stack([own, 0 * own], -1)), 0)
+    np.testing.assert_allclose(found.language, 1 - own)
+
+
 def test_the_best_prompt_is_the_one_with_the_best_joint_score_not_the_loudest():
     """The first prompt raises the concept most and forgets the request; the second has less of it and keeps to the request."""
     found = scores([[0.0, 0.0], [0.8, 0.8], [0.6, 0.6], [0.05, 0.05]], [[0.5, 0.5], [0.05, 0.05], [0.5, 0.5], [0.5, 0.5]])
@@ -273,7 +281,7 @@ def test_answers_repeat_with_their_seed_and_leave_the_global_generator_alone(mod
 
 
 def test_answers_are_judged_as_answers_to_the_plain_request_by_the_unsteered_model(model, tokenizer, conditions, counted):
-    some = comparison.answer(model, tokenizer, conditions, PROMPTS[:1], counted, seeds=[0], new_tokens=8, temperature=0)
+    some = comparison.answer(model, tokenizer, conditions, PROMPTS[:1], counted, seeds=[None], new_tokens=8)  # greedy
     plain = tokenizer(chat(tokenizer, PROMPTS[0]), add_special_tokens=False)["input_ids"]
     for k, condition in enumerate(conditions):
         with comparison.together(model, [condition], 1):
