@@ -12,6 +12,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ import steerlib as sl
 from steerlib import errors
 from steerlib.evaluation import report
 from steerlib.evaluation.comparison import Condition, Unrelated
+from steerlib.evaluation.score import Scores
 from steerlib.training.calibrate import doses as calibrate
 from steerlib.training.calibrate.measure import ANSWERING
 from steerlib.training.directions import methods
@@ -208,6 +210,18 @@ def test_strengths_are_shares_of_the_strongest_that_leaves_ordinary_text_nearly_
             assert kl > 0.3 * calibrate.DISTURBANCE or length > 0.24  # 0.7 of the strongest at least
             others = {trial.strength / strength for trial in choice.trials if (trial.method, trial.site) == (method, site)}
             assert all(min(abs(share - s) for s in (0.7, 0.85, 1.0, 0.7 / 0.85)) < 2e-3 for share in others)
+
+
+def test_a_setting_that_moves_another_concept_as_much_counts_for_half_of_what_it_should(monkeypatch):
+    concepts = np.array([[0.0, 0.0], [1.0, 0.0], [1.0, 0.0], [1.0, 1.0]])[:, None, None].repeat(2, 2)
+    ones = np.ones((4, 1, 2))
+    scores = Scores(concepts, ones, ones, ones, 0 * ones, np.zeros((4, 1, 2, 3)), texts=[[["", ""]]] * 4)
+    search: Any = object.__new__(calibrate.Search)
+    search.column, search.anchors = 0, [scores.of([0, 1])]
+    monkeypatch.setattr(calibrate.Search, "_condition", lambda *setting: setting)
+    monkeypatch.setattr(calibrate.Search, "_answers", lambda *given: scores.of([2, 3]))
+    alone, both = search._scored([("pca", "layers.0", 1.0), ("probe", "layers.0", 1.0)], seed=0)
+    assert (alone.joint, both.joint) == pytest.approx((1.0, 0.5 / calibrate.SPECIFIC))
 
 
 def test_measurements_agree_with_what_they_were_made_from(uninterrupted):
