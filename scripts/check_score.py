@@ -3,7 +3,7 @@
 Reads `scripts/score/read.jsonl`: answers of SmolLM2-135M-Instruct under all kinds of steering and asking, each with a grade and
 with a mark from 0 to 10 that a person gave it by reading, before any score was computed: how glad is one of this as an answer
 to this request with this concept? Scores each by the anchors of its concept, from answers to the development prompts of the
-shipped recipe, and compares. About three minutes.
+recipe beside it, and compares. About three minutes.
 """
 
 import json
@@ -112,7 +112,7 @@ def main(
     out: Annotated[Path, typer.Option(help="write the figures here as JSON")] = Path("out/score.json"),
 ) -> None:
     """Measure and print."""
-    recipe = DirectionRecipe.from_file(ROOT.parent / "concept_banks" / "recipes" / "smollm2-135m-instruct" / "recipe.toml")
+    recipe = DirectionRecipe.from_file(READ.with_name("recipe.toml"), to_train=False)
     model, tokenizer = sl.load(recipe.source)
     lines = [json.loads(line) for line in READ.read_text(encoding="utf-8").splitlines()]
     both = scores_of(model, tokenizer, recipe, lines)

@@ -69,7 +69,7 @@ def test_every_command_explains_itself(command):
 
 def test_banks_can_be_listed_searched_shown_and_verified():
     assert "smollm2-135m-instruct" in run("list")
-    assert "french" in run("concepts", "smollm2-135m-instruct", "answers in French")
+    assert "sports" in run("concepts", "smollm2-135m-instruct", "games, matches and athletes")
     assert "What was measured" in run("info", "smollm2-135m-instruct")
     assert "every file as it should be" in run("verify", "smollm2-135m-instruct")
 
@@ -77,8 +77,8 @@ def test_banks_can_be_listed_searched_shown_and_verified():
 def test_what_is_refused_is_one_line_without_a_traceback(tmp_path):
     text = run("verify", "no such bank", code=1)
     assert "BadBank" in text and "Traceback" not in text
-    assert "expected --edit concept=amount" in run("steer", "smollm2-135m-instruct", "hello", "-e", "french", code=1)
-    assert "did you mean 'french'" in run("steer", "smollm2-135m-instruct", "hello", "-e", "frensh=1", code=1)
+    assert "expected --edit concept=amount" in run("steer", "smollm2-135m-instruct", "hello", "-e", "sports", code=1)
+    assert "did you mean 'sports'" in run("steer", "smollm2-135m-instruct", "hello", "-e", "sprots=1", code=1)
     assert "BadRecipe" in run("train", tmp_path / "recipe.toml", code=1)
 
 
@@ -152,13 +152,13 @@ def test_pictures_are_drawn_with_and_without_steering(tmp_path):
 
 @pytest.mark.parametrize(("arguments", "said", "code"), [
     (("steer", "smollm2-135m-instruct", "hi"), "expected an --edit or more: -e formality=", 1),
-    (("steer", "smollm2-135m-instruct", "hi", "-e", "french=set:a"), "add:NUMBER, set:NUMBER, scale:NUMBER", 1),
-    (("steer", "smollm2-135m-instruct", "hi", "-e", "french=nan"), "a number or one of", 1),
-    (("steer", "smollm2-135m-instruct", "hi", "-e", "french=1", "-e", "french=2"), "edited twice", 1),
+    (("steer", "smollm2-135m-instruct", "hi", "-e", "sports=set:a"), "add:NUMBER, set:NUMBER, scale:NUMBER", 1),
+    (("steer", "smollm2-135m-instruct", "hi", "-e", "sports=nan"), "a number or one of", 1),
+    (("steer", "smollm2-135m-instruct", "hi", "-e", "sports=1", "-e", "sports=2"), "edited twice", 1),
     (("steer", "smollm2-135m-instruct", "hi", "-e", "answering=1"), "is a gate", 1),
     (("steer", "scenes-32", "hi", "-e", "day=useful"), "no amount in the range moves it clearly", 1),
     (("steer", "scenes-32", "hi", "-e", "blue=useful", "--out", "x.gif"), "a .png file", 1),
-    (("steer", "smollm2-135m-instruct", "hi", "-e", "french=1", "--tokens", "-3"), "greater than or equal to 1", 2),
+    (("steer", "smollm2-135m-instruct", "hi", "-e", "sports=1", "--tokens", "-3"), "greater than or equal to 1", 2),
     (("demo", "--only", "txt"), "'txt' is not one of 'text', 'images'", 2),
     (("migrate", "concept_banks/scenes-32", "concept_banks/scenes-32"), "is there already and stays as it is", 1),
     (("train",), "steerlib train --template writes one", 1),
@@ -221,7 +221,7 @@ encoders = [{{ site = "unet.mid_block.attentions.0", level = 500, kind = "topk",
 
 @pytest.mark.real
 def test_a_prompt_is_answered_with_and_without_steering():
-    text = run("steer", "smollm2-135m-instruct", "How are you?", "-e", "french=1", "--tokens", "8")
+    text = run("steer", "smollm2-135m-instruct", "How are you?", "-e", "sports=1", "--tokens", "8")
     assert "unsteered" in text and "passes" in text
 
 

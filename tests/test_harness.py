@@ -108,9 +108,9 @@ def test_flips_are_counted_both_ways():
 
 def test_each_concept_stands_beside_a_random_direction_of_its_length():
     bank = sl.ConceptBank.from_pretrained("smollm2-135m-instruct")
-    chosen = conditions(bank, ["french"], 0)
-    assert list(chosen) == ["unsteered", f"french {bank['french'].useful:+.2f}", "random for french"]
+    chosen = conditions(bank, ["fantasy"], 0)
+    assert list(chosen) == ["unsteered", f"fantasy {bank['fantasy'].useful:+.2f}", "random for fantasy"]
     (steered, amounts), (control, others) = list(chosen.values())[1:]
-    assert [*amounts.values()] == [*others.values()] and control.site_of(control["random-1"]) == bank.site_of(bank["french"])
-    torch.testing.assert_close(control.rows(control["random-1"]).write.norm(), bank.rows(bank["french"]).write.norm())
-    assert control["random-1"].unit == bank["french"].unit and steered is bank
+    assert [*amounts.values()] == [*others.values()] and control.site_of(control["random-1"]) == bank.site_of(bank["fantasy"])
+    torch.testing.assert_close(control.rows(control["random-1"]).write.norm(), bank.rows(bank["fantasy"]).write.norm())
+    assert control["random-1"].unit == bank["fantasy"].unit and steered is bank

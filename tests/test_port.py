@@ -306,13 +306,13 @@ def test_layers_are_kept_as_shares_of_the_depth():
     bank = sl.ConceptBank.from_pretrained("smollm2-135m-instruct")
     path = Path(__file__).parent.parent / "concept_banks" / "recipes" / "smollm2-135m-instruct" / "recipe.toml"
     recipe = DirectionRecipe.from_file(path)
-    made = ported(recipe, bank, "org/other", ["sports", "french"], name="other-concepts", license="mit")
-    assert made.layers == (0.2, 0.3, 0.4, 0.5, 0.6) and [concept.name for concept in made.concepts] == ["french", "sports"]
+    made = ported(recipe, bank, "org/other", ["fantasy", "sports"], name="other-concepts", license="mit")
+    assert made.layers == (0.3, 0.4, 0.5, 0.6, 0.7) and [concept.name for concept in made.concepts] == ["sports", "fantasy"]
     assert (made.base, made.source, made.license, made.name) == ("org/other", "org/other", "mit", "other-concepts")
     assert "SmolLM2" not in made.description and made.budget == recipe.budget
     made.check()
-    assert {*made.read_held_out()[1]} == {"sports", "french"} < {*recipe.read_held_out()[1]}
-    for depth, expected in ((30, [6, 9, 12, 15, 18]), (18, [4, 5, 7, 9, 11]), (2, [0, 1])):
+    assert {*made.read_held_out()[1]} == {"sports", "fantasy"} < {*recipe.read_held_out()[1]}
+    for depth, expected in ((30, [9, 12, 15, 18, 21]), (18, [5, 7, 9, 11, 13]), (2, [1])):
         model = tiny("llama", num_hidden_layers=depth, num_key_value_heads=2)
         assert sites_to_try(model, made) == [f"layers.{layer}" for layer in expected]
     with pytest.raises(errors.UnknownConcept, match="no concept 'sport'"):
