@@ -25,7 +25,7 @@ EXAMPLES = 3
 FEW = 4
 """Prompts of a brief recipe's dose–response."""
 DOSES = (-1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5)
-"""Multiples of the useful amount in the dose–response."""
+"""Multiples of the useful amount in the dose–response; for a brief recipe the ends and the middle."""
 
 
 def measure(bank: ConceptBank, concept: ConceptRecipe, judge: Judge, studio: Studio, choice: Choice | None) -> MeasuredEffects:
@@ -63,7 +63,7 @@ def measure(bank: ConceptBank, concept: ConceptRecipe, judge: Judge, studio: Stu
         "before": {name: found.before[i].mean(0).tolist() for name, i in rows.items()},
         "greedy": {name: firm.total[i].mean(0).tolist() for name, i in rows.items()},
         "loops": {name: float(greedy.repeated[i].mean()) for name, i in rows.items()},
-        "response": _response(bank, fact, studio, concept, prompts[:FEW] if recipe.is_brief else prompts)._asdict(),
+        "response": _response(bank, fact, studio, concept, prompts)._asdict(),
         "examples": _examples(prompts, greedy, rows),
         "tried": [[*trial] for trial in choice.trials] if choice else [],
     }
@@ -72,10 +72,11 @@ def measure(bank: ConceptBank, concept: ConceptRecipe, judge: Judge, studio: Stu
 
 def _response(bank: ConceptBank, fact: Concept, studio: Studio, concept: ConceptRecipe, prompts: Sequence[str]) -> Response:
     """Dose and response, in words that tell the pairs' answers with the concept from those without it."""
-    pairs = studio.recipe.read_pairs(concept)
+    pairs, brief = studio.recipe.read_pairs(concept), studio.recipe.is_brief
     words = comparison.lexicon([pair.positive for pair in pairs], [pair.negative for pair in pairs])
-    doses = [round(dose * (fact.useful or 1.0), 4) for dose in DOSES]
-    return comparison.dose_response(studio.model, studio.tokenizer, bank, concept.name, doses, prompts, words)
+    doses = [round(dose * (fact.useful or 1.0), 4) for dose in (DOSES[::3] if brief else DOSES)]
+    some = prompts[:FEW] if brief else prompts
+    return comparison.dose_response(studio.model, studio.tokenizer, bank, concept.name, doses, some, words)
 
 
 def _steered_and_controls(
