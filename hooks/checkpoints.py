@@ -130,7 +130,7 @@ def steered(site: Any, edit: Any, x: Tensor, state: StepState, task: int, *, has
 
 def unfinished(site: Any) -> bool:
     """Whether backward() has not come yet to a part, still kept, in which something was done at a site."""
-    parts = [part for part in [*PARTS.values()] if site in part.calls and not part.ran_again]
+    parts = [part for part in [*PARTS.values()] if site in part.calls and not part.ran_again] if PARTS else []
     return any(not done[0] for part in parts for _, _, done in part.calls[site])
 
 

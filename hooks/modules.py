@@ -146,7 +146,12 @@ def rows_first(module: nn.Module) -> bool | None:
 
 def arguments(module: nn.Module) -> tuple[str, ...]:
     """Names of what a module's forward takes."""
-    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    return taken_by(type(module).forward)
+
+
+def taken_by(forward: Callable[..., Any]) -> tuple[str, ...]:
+    """Names of what a forward takes."""
+    code = getattr(inspect.unwrap(forward), "__code__", None)
     return code.co_varnames[: code.co_argcount + code.co_kwonlyargcount] if code else ()
 
 

@@ -17,10 +17,12 @@ def why_split(inside: Sequence[nn.Module], site: Site) -> str:
     if any("sequence" in way for way in plan.values()):
         return f"site {site.name!r}: this model is split over processes along the tokens (sequence parallelism); {REMEDY}"
     weight: Any = getattr(inside[-1], "weight", None)
-    placements, is_table = getattr(weight, "placements", ()), isinstance(inside[-1], nn.Embedding)
+    if not (placements := getattr(weight, "placements", ())):
+        return ""
+    is_table = isinstance(inside[-1], nn.Embedding)
     is_whole = any(cls.__name__ == "FSDPModule" for module in inside for cls in type(module).__mro__)
     is_gathered = site.side == "output" and "gather" in plan.get(re.sub(r"\.\d+(?=\.|$)", ".*", site.module), "")
-    if not placements or weight.ndim != 2 or is_gathered or (is_whole and weight.device_mesh.ndim == 1):
+    if weight.ndim != 2 or is_gathered or (is_whole and weight.device_mesh.ndim == 1):
         return ""
     axis = 1 if (site.side == "input") != is_table else 0
     if not any(one.is_shard(axis) for one in placements) or (is_table and site.side == "input"):

@@ -5,9 +5,10 @@ What cannot be found that way is in `families.py`.
 """
 
 import re
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from types import NoneType
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import nn
 from steerlib.sites import Layout, Site
 
 from ..attach import modules_on
-from ..modules import arguments, layout_of
+from ..modules import arguments, layout_of, taken_by
 from .families import AFTER, CHILDREN, HEADS, MIXERS, OTHER, PROJECTION, TOKENS, family
 
 PARTS = ("in", "heads", "attn", "mlp.in", "mlp", "update", "out")
@@ -112,10 +113,14 @@ def _projects(block: nn.Module) -> bool:
 
 def reads(module: nn.Module) -> bool | None:
     """Whether a module is given a text's tokens, or (False) pictures or sound; None where its arguments do not tell."""
-    given = arguments(module)
+    return _reads(type(module).forward, getattr(module, "main_input_name", None))
+
+
+@lru_cache(4096)
+def _reads(forward: Callable[..., Any], main: str | None) -> bool | None:
+    given = taken_by(forward)
     if {"input_ids", "decoder_input_ids"} & {*given}:
         return True
-    main = getattr(module, "main_input_name", None)
     if any(name.startswith(OTHER) for name in given) or (main in given and main not in TOKENS):
         return False
     return True if main in TOKENS and "inputs_embeds" in given else None

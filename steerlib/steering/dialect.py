@@ -15,22 +15,31 @@ from typing import Any
 ROLES = ("system", "user", "assistant")
 DELIMITERS: dict[str, dict[str, tuple[str, ...]]] = {
     "thinking": {
-        "<think>": ("</think>",),
+        "<think>": ("</think>", "<|tool_calls_section_begin|>"),
         "[THINK]": ("[/THINK]",),
         "◁think▷": ("◁/think▷",),
+        "<seed:think>": ("</seed:think>",),
         "<|START_THINKING|>": ("<|END_THINKING|>",),
+        "<|channel>": ("<channel|>",),
         "<|channel|>analysis<|message|>": ("<|end|>",),
     },
     "tool-call": {
         "<tool_call>": ("</tool_call>",),
+        "<|tool_call>": ("<tool_call|>",),
+        "<seed:tool_call>": ("</seed:tool_call>",),
+        "<minimax:tool_call>": ("</minimax:tool_call>",),
         "[TOOL_CALLS]": ("</s>",),
         "<start_function_call>": ("<end_function_call>",),
         "<|python_tag|>": ("<|eom_id|>", "<|eot_id|>"),
         "<|START_ACTION|>": ("<|END_ACTION|>",),
+        "<|tool_calls_section_begin|>": ("<|tool_calls_section_end|>",),
         "<｜tool▁calls▁begin｜>": ("<｜tool▁calls▁end｜>",),
+        "<|channel|>commentary": ("<|call|>", "<|end|>"),
     },
 }
-"""Opening delimiters of families of models, and what closes each; a model has those that its tokens or its template name."""
+"""Opening delimiters of families of models, and what closes each; a model has those that its tokens or its template name.
+Compared with the parsers of vLLM and with published outputs of Qwen, DeepSeek, Mistral, Kimi, Seed-OSS, MiniMax, Command A,
+Gemma 4, Llama 3 and gpt-oss (whose commentary may also be said to the user)."""
 WORDS = (*ROLES, "answer", *DELIMITERS, "code", "json")
 """Parts by name; `not-` before one means all but it, and two delimiters around `...` what is between them."""
 State = Any

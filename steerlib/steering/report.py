@@ -57,7 +57,7 @@ class Tally:
     @property
     def capped(self) -> bool:
         """Whether an addition was cut short in the run, other than at first tokens."""
-        return bool((torch.as_tensor(self.cut) > 0).any())
+        return bool((self.cut > 0).any()) if isinstance(self.cut, Tensor) else self.cut > 0
 
     def saw(self, now: StepState) -> None:
         """Note a pass of a denoiser."""

@@ -23,7 +23,7 @@ from ..entries import ConceptRecipe
 from ..recipe import DirectionRecipe
 
 DOSES = (-1.5, -0.75, 1.5, 2.0)
-"""Multiples of the chosen strength at which the text is looked at for its range."""
+"""Multiples of the chosen strength at which the text is looked at for its range; for a brief recipe, every second one."""
 WORN = 1.0
 """Nats per token below prompted text at which steered text counts as damaged."""
 DEV_SEEDS = (1001, None)
@@ -35,7 +35,8 @@ FINALISTS = 3
 DISTURBANCE = 0.3
 """Nats per token by which a setting may change the model's predictions on ordinary text."""
 ORDINARY = 20
-"""Texts on which that is seen; from the end of the reference, whose beginning gates learn to leave alone."""
+"""Texts on which that is seen, half of them for a brief recipe; from the end of the reference, whose beginning gates learn to
+leave alone."""
 LOOKS = 4
 """Strengths at which it is seen, at most, to find the strongest."""
 QUICK = 0.85
@@ -185,7 +186,8 @@ class Search:
     def ordinary(self) -> Unrelated:
         """Ordinary text that should stay as it is."""
         recipe = self.studio.recipe
-        return Unrelated(self.studio.model, self.studio.tokenizer, recipe.read_texts(recipe.reference)[-ORDINARY:])
+        texts = recipe.read_texts(recipe.reference)[-ORDINARY:]
+        return Unrelated(self.studio.model, self.studio.tokenizer, texts[: len(texts) // 2] if recipe.is_brief else texts)
 
     def run(self) -> Choice:
         """Go through all steps."""
@@ -285,7 +287,7 @@ class Search:
 
     def _sound_range(self, chosen: Trial) -> tuple[float, float, str]:
         """The strengths around 0 within which text stays likely, and what was seen just beyond."""
-        doses = [round(dose * chosen.strength, 4) for dose in DOSES]
+        doses = [round(dose * chosen.strength, 4) for dose in (DOSES[::2] if self.studio.recipe.is_brief else DOSES)]
         scores = self._answers([self._condition(chosen.method, chosen.site, dose) for dose in doses], DEV_SEEDS[:1])
         limit = float(self.anchors[0].nll.mean((1, 2)).max()) + WORN
         worn = dict(zip(doses, scores.nll.mean((1, 2)), strict=True))

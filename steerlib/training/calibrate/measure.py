@@ -19,13 +19,15 @@ from .doses import Choice, Search
 ANSWERING = "answering"
 GATED, REVERSED = "steered, gated", "reversed"
 """The chosen lever with a gate that lets it act only in chats, and moved the other way."""
+SHOWN = ("unsteered", "prompted", "steered", REVERSED)
+"""Conditions of which greedy answers are measured and shown, beside the sampled ones of all."""
 LEAST = ("steered", "random word", "random-1")
 """Conditions beside a plain and an asking prompt that are measured for a brief recipe."""
 EXAMPLES = 3
 FEW = 4
 """Prompts of a brief recipe's dose–response."""
 DOSES = (-1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5)
-"""Multiples of the useful amount in the dose–response."""
+"""Multiples of the useful amount in the dose–response; for a brief recipe the ends and the middle."""
 
 
 def measure(bank: ConceptBank, concept: ConceptRecipe, judge: Judge, studio: Studio, choice: Choice | None) -> MeasuredEffects:
@@ -40,8 +42,9 @@ def measure(bank: ConceptBank, concept: ConceptRecipe, judge: Judge, studio: Stu
         *methods,
     ]
     prompts, seeds = recipe.read_prompts("evaluation"), range(recipe.seed, recipe.seed + recipe.seeds)
-    every, rows = studio.scored(conditions, prompts, judge, [*seeds, None]), {c.name: i for i, c in enumerate(conditions)}
-    scores, greedy = (every.of(range(len(conditions)), part) for part in (slice(-1), slice(-1, None)))
+    scores, rows = studio.scored(conditions, prompts, judge, [*seeds]), {c.name: i for i, c in enumerate(conditions)}
+    shown = [condition for condition in conditions if condition.name in SHOWN]
+    greedy, lines = studio.scored(shown, prompts, judge, [None]), {c.name: i for i, c in enumerate(shown)}
     found, firm = joint(scores, column), joint(greedy, column)
     effects = _side_effects(studio, conditions)
     for name in same:  # what was steered, under another name
@@ -61,10 +64,10 @@ def measure(bank: ConceptBank, concept: ConceptRecipe, judge: Judge, studio: Stu
         "conditions": {n: _line(scores, found, column, i) | ratio[n] | effects.get(n, {}) for n, i in rows.items()},
         "joint": {name: found.total[i].mean(0).tolist() for name, i in rows.items()},
         "before": {name: found.before[i].mean(0).tolist() for name, i in rows.items()},
-        "greedy": {name: firm.total[i].mean(0).tolist() for name, i in rows.items()},
-        "loops": {name: float(greedy.repeated[i].mean()) for name, i in rows.items()},
-        "response": _response(bank, fact, studio, concept, prompts[:FEW] if recipe.is_brief else prompts)._asdict(),
-        "examples": _examples(prompts, greedy, rows),
+        "greedy": {name: firm.total[i].mean(0).tolist() for name, i in lines.items()},
+        "loops": {name: float(greedy.repeated[i].mean()) for name, i in lines.items()},
+        "response": _response(bank, fact, studio, concept, prompts)._asdict(),
+        "examples": _examples(prompts, greedy, lines),
         "tried": [[*trial] for trial in choice.trials] if choice else [],
     }
     return _rounded({**record, "passes": _passes(record), "also": _also(record)})
@@ -72,10 +75,11 @@ def measure(bank: ConceptBank, concept: ConceptRecipe, judge: Judge, studio: Stu
 
 def _response(bank: ConceptBank, fact: Concept, studio: Studio, concept: ConceptRecipe, prompts: Sequence[str]) -> Response:
     """Dose and response, in words that tell the pairs' answers with the concept from those without it."""
-    pairs = studio.recipe.read_pairs(concept)
+    pairs, brief = studio.recipe.read_pairs(concept), studio.recipe.is_brief
     words = comparison.lexicon([pair.positive for pair in pairs], [pair.negative for pair in pairs])
-    doses = [round(dose * (fact.useful or 1.0), 4) for dose in DOSES]
-    return comparison.dose_response(studio.model, studio.tokenizer, bank, concept.name, doses, prompts, words)
+    doses = [round(dose * (fact.useful or 1.0), 4) for dose in (DOSES[::3] if brief else DOSES)]
+    some = prompts[:FEW] if brief else prompts
+    return comparison.dose_response(studio.model, studio.tokenizer, bank, concept.name, doses, some, words)
 
 
 def _steered_and_controls(
@@ -183,7 +187,7 @@ def _also(record: Mapping[str, Any]) -> dict[str, bool]:
 
 
 def _examples(prompts: Sequence[str], greedy: Scores, rows: Mapping[str, int]) -> list[Example]:
-    shown = {name: greedy.texts[rows[name]][0] for name in ("unsteered", "prompted", "steered", REVERSED) if name in rows}
+    shown = {name: greedy.texts[row][0] for name, row in rows.items()}
     return [{"prompt": prompt, **{n: texts[k] for n, texts in shown.items()}} for k, prompt in enumerate(prompts[:EXAMPLES])]  # type: ignore[typeddict-item]
 
 
