@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 
 from ...bank.concept_bank import ConceptBank
 from ...bank.concepts import Concept, Gate
@@ -50,7 +51,6 @@ def measure(bank: ConceptBank, concept: ConceptRecipe, judge: Judge, studio: Stu
     for name in same:  # what was steered, under another name
         rows[name], effects[name] = rows["steered"], effects["steered"]
     ratio = ratios({name: found.total[i].mean(0) for name, i in rows.items()})
-    before, after = (scores.concepts[rows[name], ..., column].mean(0) for name in ("unsteered", "steered"))
     record: dict[str, Any] = {
         "concept": concept.name,
         "label": concept.label,
@@ -60,7 +60,7 @@ def measure(bank: ConceptBank, concept: ConceptRecipe, judge: Judge, studio: Stu
         "least": _least(fact),
         "instruction": concept.asked[which],
         "answers": scores.nll[0].size,
-        "moved": float((after > before).mean()),
+        "moved": _moved(scores.concepts[[rows["unsteered"], rows["steered"]], ..., column]),
         "conditions": {n: _line(scores, found, column, i) | ratio[n] | effects.get(n, {}) for n, i in rows.items()},
         "joint": {name: found.total[i].mean(0).tolist() for name, i in rows.items()},
         "before": {name: found.before[i].mean(0).tolist() for name, i in rows.items()},
@@ -151,6 +151,12 @@ def _line(scores: Scores, found: Joint, column: int, i: int) -> dict[str, float]
         "repeated": float(scores.repeated[i].mean()),
         "specificity": specificity(scores, column, i),
     }
+
+
+def _moved(concept: Float[np.ndarray, "2 seeds prompts"]) -> float:
+    """The share of prompts on which the second condition has more of a concept than the first."""
+    before, after = concept.mean(1)
+    return float((after > before).mean())
 
 
 def _passes(record: Mapping[str, Any]) -> dict[str, bool]:
