@@ -29,6 +29,7 @@ if TYPE_CHECKING:  # what HOMES says, for type checkers and editors
     from .sites import Site
     from .steering.interventions import Ablate, Add, Clamp, Intervention, Patch, Scale, Set
     from .steering.masks import Word
+    from .steering.presets import Preset
     from .steering.recording import record
     from .steering.session import Steering, attach, detach, share, steer
     from .steering.swapping import Swap
@@ -42,9 +43,9 @@ if TYPE_CHECKING:  # what HOMES says, for type checkers and editors
 
 __all__ = [
     "Ablate", "Add", "BaseModel", "CausalGraph", "Clamp", "Concept", "ConceptBank", "Directions", "Edge", "Encoder",
-    "Gate", "Host", "Intervention", "Part", "Patch", "PerStep", "Ramp", "Recipe", "Scale", "Schedule", "Set", "Site",
-    "Steering", "StepState", "Steps", "Swap", "Window", "Word", "attach", "detach", "lint", "list_banks", "load", "make",
-    "read_bank", "record", "share", "steer", "train", "words",
+    "Gate", "Host", "Intervention", "Part", "Patch", "PerStep", "Preset", "Ramp", "Recipe", "Scale", "Schedule", "Set", "Site",
+    "Steering", "StepState", "Steps", "Swap", "Window", "Word", "attach", "detach", "lint", "list_banks", "load",
+    "make", "read_bank", "record", "share", "steer", "train", "words",
 ]  # fmt: skip
 
 HOMES = {
@@ -61,6 +62,7 @@ HOMES = {
     "sites": ("Site",),
     "steering.interventions": ("Ablate", "Add", "Clamp", "Intervention", "Patch", "Scale", "Set"),
     "steering.masks": ("Word",),
+    "steering.presets": ("Preset",),
     "steering.recording": ("record",),
     "steering.session": ("Steering", "attach", "detach", "share", "steer"),
     "steering.swapping": ("Swap",),

@@ -84,21 +84,20 @@ def steer(
     threads: Threads = 0,
     out: Annotated[Path, typer.Option(help="PNG file, if it draws: unsteered left, steered right")] = Path("steered.png"),
 ) -> None:
-    """Answer or draw a prompt with and without steering."""
+    """Answer or draw a prompt, plain and steered: by edits of a bank, or by a preset, FILE.toml in the place of BANK."""
     from . import terminal
 
-    opened = sl.ConceptBank.from_pretrained(bank)
-    edits = terminal.read_edits(opened, edit)
+    opened, chosen, edits = terminal.read_setting(bank, edit)
     terminal.check_picture(out)
     target, tokenizer = loaded(model or source_of(opened), threads)
     if tokenizer is None:
-        terminal.draw_both(target, opened, prompt, edits, out, samples=samples, seed=seed, steps=steps, guidance=guidance)
+        terminal.draw_both(target, chosen, prompt, edits, out, samples=samples, seed=seed, steps=steps, guidance=guidance)
     elif samples > 1 and not temperature:
         raise BadEdit(f"expected --temperature above 0 beside --samples {samples}: greedy answers are all the same")
     else:
         how = {"new_tokens": tokens, "temperature": temperature}
         asked = terminal.asked(target, tokenizer, prompt, opened.provenance.get("chat") if chat is None else chat)
-        terminal.answer_twice(target, tokenizer, opened, asked, edits, range(seed, seed + samples), **how)
+        terminal.answer_twice(target, tokenizer, chosen, asked, edits, range(seed, seed + samples), **how)
 
 
 def said(values: Any, text: str, as_json: bool) -> None:

@@ -19,6 +19,7 @@ from .errors import BadEdit, ConflictingEdits
 from .evaluation.pictures import draw_as_told, edit_of, grid, strip_of
 from .evaluation.text import Judge
 from .steering.interventions import Ablate, Add, Clamp, Intervention, Scale, Set
+from .steering.presets import Preset
 from .steering.session import steer
 from .steering.swapping import Swap
 from .text import begun, chat, complete, is_pair, progress
@@ -51,6 +52,17 @@ KINDS: dict[str, tuple[type[Intervention], int]] = {
 """What stands behind `concept=`, and how many numbers follow, each after a colon. A number alone is added."""
 USEFUL = "useful"
 """Stands for the edit that the bank's maker found useful."""
+
+
+def read_setting(name: str, texts: Sequence[str]) -> tuple[ConceptBank, Any, Mapping[str, Any] | None]:
+    """A bank, and what `steer` takes for bank and edits: those as they are typed, or a preset from a file, which says them."""
+    if not name.endswith(".toml"):
+        bank = ConceptBank.from_pretrained(name)
+        return bank, bank, read_edits(bank, texts)
+    if texts:
+        raise BadEdit(f"{name} says what is edited; leave out --edit, or name the bank itself")
+    preset = Preset.load(name)
+    return preset.bank, preset, None
 
 
 def read_edits(bank: ConceptBank, texts: Sequence[str]) -> dict[str, Intervention]:
@@ -138,14 +150,14 @@ def asked(model: Any, tokenizer: Any, prompt: str, as_question: bool | None) -> 
 def answer_twice(
     model: Any,
     tokenizer: Any,
-    bank: ConceptBank,
+    bank: ConceptBank | Preset,
     asked: str,
-    edits: Mapping[str, Any],
+    edits: Mapping[str, Any] | None,
     seeds: Sequence[int] = (0,),
     **how: Any,
 ) -> None:
     """Print the answers to a prompt, unsteered and steered, one for each seed, and what the edits did."""
-    for title, context in (("unsteered", nullcontext()), ("steered", steer(model, bank, edits))):
+    for title, context in (("unsteered", nullcontext()), ("steered", steer(model, bank, edits, tokenizer=tokenizer))):
         with context as session:
             texts = [complete(model, tokenizer, [asked], seed=seed, **how).texts[0] for seed in seeds]
         for seed, text in zip(seeds, texts, strict=True):
@@ -167,9 +179,9 @@ SEEN = 256
 
 def draw_both(
     pipe: Any,
-    bank: ConceptBank,
+    bank: ConceptBank | Preset,
     prompt: str,
-    edits: Mapping[str, Any],
+    edits: Mapping[str, Any] | None,
     out: Path,
     *,
     samples: int = 1,
@@ -181,7 +193,7 @@ def draw_both(
     file; print what the edits did."""
     how = {"seed": seed, "steps": steps, "guidance": guidance}
     plain = draw_as_told(pipe, [prompt] * samples, **how)
-    with steer(pipe, bank, edits, branch="cond") as session:
+    with steer(pipe, bank, edits, branch="both" if edits is None else "cond") as session:
         steered = draw_as_told(pipe, [prompt] * samples, **how)
     rows = [strip_of(both) for both in zip(plain, steered, strict=True)]
     times = max(1, SEEN // len(rows[0]))  # tiny pictures are shown larger, pixel by pixel

@@ -5,20 +5,20 @@ from os import PathLike
 from typing import Any
 
 from ..encoders import Encoder
-from ..errors import BadBank, WrongWidth
+from ..errors import BadBank, Unanswerable, WrongWidth
 from ..graph.causal_graph import CausalGraph
-from ..hosts import host_for
+from ..hosts import digest_of, host_for
 from ..schedules import Window
-from . import algebra, hub, layout
-from .bank import Stored, by_name
+from . import hub, layout
+from .bank import by_name
 from .concepts import Concept
-from .consistency import check_copy
+from .editing import Edited, timed
 from .manifest import BaseModel, SiteFacts
 from .shelf import Shelf
 from .vectors import Vectors, Where, gathered, site_name
 
 
-class ConceptBank(Stored):
+class ConceptBank(Edited):
     """Concepts by name, ready to steer with. Opening a bank reads no weights; steering reads the rows it needs.
 
     `from_pretrained` opens one, `from_directions` and `from_encoder` make one of your own tensors, `sl.train` trains one.
@@ -77,18 +77,6 @@ class ConceptBank(Stored):
         self.concepts = by_name(concepts, self._shelf.facts)
         self._by_id = {concept.id: concept for concept in concepts}
 
-    def with_concepts(self, concepts: algebra.Concepts | None = None, **changes: Any) -> "ConceptBank":
-        """A copy with other concepts, its encoders in memory; `changes` are arguments of `ConceptBank` in place of its own.
-        `encoders` may be some of them. Concepts given by name are called so; combinations become directions. Raises `BadBank`
-        where card, graph or effects would tell of what it does not have, and warns of concepts that it drops.
-
-        >>> bank.with_concepts({**bank.concepts, "mere a": bank["a"] - bank["b"]}, card="# Mine").keys()
-        dict_keys(['a', 'b', 'mere a'])
-        """
-        given, more = algebra.stored(self, self.concepts if concepts is None else concepts)
-        changed = {"concepts": given, **changes, "encoders": self._shelf.whole(changes.get("encoders", {}), more)}
-        return check_copy(self, ConceptBank(**{**self.contents(), **changed}), changes)
-
     @classmethod
     def from_directions(
         cls,
@@ -98,6 +86,7 @@ class ConceptBank(Stored):
         base: object,
         name: str = "directions",
         norm: float | Mapping[str, float] | None = None,
+        when: Window | Mapping[str, Window] | None = None,
     ) -> "ConceptBank":
         """A bank of one's own vectors, at one site or at several.
 
@@ -109,14 +98,19 @@ class ConceptBank(Stored):
             name: name of the bank.
             norm: median length of an activation at the site: additions are then capped to a share of it, or can match it.
                 For several sites, lengths by name of site.
+            when: the window of denoising in which its concepts are moved unless an edit says otherwise; or by name of site.
 
-        Raises `WrongWidth` for vectors that are not as wide as the site, `UnknownSite` for a site that the model lacks.
+        Raises `WrongWidth` for vectors that are not as wide as the site, `UnknownSite` for a site that the model lacks, and
+        `Unanswerable` for a window in a model that does not denoise.
 
         >>> sl.ConceptBank.from_directions({"royal": torch.ones(model.config.hidden_size)}, site="layers.0", base=model).keys()
         dict_keys(['royal'])
         """
         encoders, concepts = gathered(directions, site)
-        return cls(name, concepts, encoders, **_placed(encoders, {}, base, norm))
+        made = cls(name, concepts, encoders, **_placed(encoders, {}, base, norm))
+        if when is not None and not host_for(base).has_progress:
+            raise Unanswerable("text has no progress for when= to open on, because its end is unknown; give edits sl.Steps")
+        return made if when is None else timed(made, when)
 
     @classmethod
     def from_encoder(
@@ -184,7 +178,7 @@ def _placed(
             if widths.setdefault(at, width) != width or host.width(host.site(at)) not in (None, width):
                 raise WrongWidth(f"site {at!r} has width {host.width(host.site(at))}, got vectors of width {width}")
     return {
-        "base": BaseModel(fingerprint=host.fingerprint()),
+        "base": BaseModel(id=host.name(), fingerprint=host.fingerprint(), weights=digest_of(host)),
         "sites": {at: SiteFacts(width=width, norm=norms.get(at)) for at, width in widths.items()},
         "where": {site: site for site in encoders},
         "reads": reads,

@@ -9,6 +9,7 @@ import torch
 
 from ..bank import ConceptBank
 from ..bank.concepts import Concept, Gate, Place
+from ..bank.matching import Match
 from ..encoders import Rows
 from ..errors import BadEdit, Unanswerable
 from ..hosts import Host
@@ -36,6 +37,7 @@ class Options(NamedTuple):
     allow_ood: bool = False
     exact: bool = True
     tokenizer: Any = None
+    match: Match = "model"
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ class Lowering:
         shares += [Half(branch, concept.name)] if branch != "both" else []
         shares += [self._gated(concept.name, place, self._bounded(gate)) for gate in gates]
         if intervention.matches_norm(concept.match_norm):
-            shares.append(OwnLength(self._norm(site)))
+            shares.append(OwnLength(self._norm(place)))
         shares += [Masked(masks.mask_of(intervention.mask), concept.name)] if intervention.mask is not None else []
         return replace(self._made(concept, place, read, aim, shares, leaves), cut=cut)
 
@@ -184,10 +186,10 @@ class Lowering:
             )
         return replace(gate, above=present)
 
-    def _norm(self, site: str) -> float:
+    def _norm(self, place: Place) -> float:
         """The length that a token's own is compared with."""
-        if (norm := self.bank.sites[site].norm) is None:
-            raise BadEdit(f"match_norm needs the median length of activations at {site!r}, which bank {self.bank.name!r} lacks")
+        if (norm := self.bank.norm_of(place)) is None:
+            raise BadEdit(NO_LENGTH.format(self.bank.site_of(place), self.bank.name))
         return norm
 
 
@@ -213,6 +215,7 @@ def _other(lower: Lowering, concept: Concept, place: Place, name: str | Concept,
     return Other(NoteReader(key, old.name), where.unit, ((read, Note(key, told)),))
 
 
+NO_LENGTH = "match_norm needs the median length of activations at {0!r}, which bank {1!r} lacks"
 UNREAD = (
     "{0!r} is read at {1!r}, where nothing is changed, so it cannot be made to read 0; Ablate() without exact= takes all of it "
     "away at {2!r}, where it is written"
