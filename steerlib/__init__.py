@@ -33,6 +33,7 @@ if TYPE_CHECKING:  # what HOMES says, for type checkers and editors
     from .steering.recording import record
     from .steering.session import Steering, attach, detach, share, steer
     from .steering.swapping import Swap
+    from .training.contrast import Contrast, directions
     from .training.linting import lint
     from .training.named import make
     from .training.package.word_bank import words
@@ -42,9 +43,9 @@ if TYPE_CHECKING:  # what HOMES says, for type checkers and editors
     __version__: str
 
 __all__ = [
-    "Ablate", "Add", "BaseModel", "CausalGraph", "Clamp", "Concept", "ConceptBank", "Directions", "Edge", "Encoder",
+    "Ablate", "Add", "BaseModel", "CausalGraph", "Clamp", "Concept", "ConceptBank", "Contrast", "Directions", "Edge", "Encoder",
     "Gate", "Host", "Intervention", "Part", "Patch", "PerStep", "Preset", "Ramp", "Recipe", "Scale", "Schedule", "Set", "Site",
-    "Steering", "StepState", "Steps", "Swap", "Window", "Word", "attach", "detach", "lint", "list_banks", "load",
+    "Steering", "StepState", "Steps", "Swap", "Window", "Word", "attach", "detach", "directions", "lint", "list_banks", "load",
     "make", "read_bank", "record", "share", "steer", "train", "words",
 ]  # fmt: skip
 
@@ -66,6 +67,7 @@ HOMES = {
     "steering.recording": ("record",),
     "steering.session": ("Steering", "attach", "detach", "share", "steer"),
     "steering.swapping": ("Swap",),
+    "training.contrast": ("Contrast", "directions"),
     "training.linting": ("lint",),
     "training.named": ("make",),
     "training.package.word_bank": ("words",),
