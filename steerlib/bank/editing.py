@@ -156,9 +156,10 @@ class Edited(Stored):
         >>> bank.with_concepts({**bank.concepts, "mere a": bank["a"] - bank["b"]}, card="# Mine").keys()
         dict_keys(['a', 'b', 'mere a'])
         """
+        own = self.contents()
         given, more = algebra.stored(self, self.concepts if concepts is None else concepts)
-        changed = {"concepts": given, **changes, "encoders": self._shelf.whole(changes.get("encoders", {}), more)}
-        return check_copy(self, self._with(self.contents() | changed), changes)
+        changed = {"concepts": given, **changes, "encoders": own["encoders"].whole(changes.get("encoders", {}), more)}
+        return check_copy(self, self._with(own | changed), changes)
 
     def _with(self: B, contents: Mapping[str, Any]) -> B:
         make: Any = type(self)
