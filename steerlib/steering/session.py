@@ -175,6 +175,8 @@ def steer(
 def _said(bank: Any, edits: Any, options: Options) -> tuple[Any, Any, Options]:
     """Bank, edits and options, as a preset says them where one was given."""
     if not isinstance(bank, Preset):
+        if edits is None:
+            raise BadEdit("expected edits as a mapping from concept names, got none; a preset says them itself")
         return bank, edits, options
     if edits is not None or options != Options(tokenizer=options.tokenizer):
         raise BadEdit("a preset says edits and options itself; make another one: sl.Preset({...}, preset.banks, ...)")
