@@ -57,8 +57,7 @@ class Preset:
 
     >>> bank = sl.ConceptBank.from_pretrained("smollm2-135m-instruct")
     >>> preset = sl.Preset({"science": 2.5, "anger": sl.Ablate(tokens="generated")}, bank)
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     again = sl.Preset.load(preset.save(Path(folder) / "calm.toml"))
+    >>> again = sl.Preset.from_toml(preset.to_toml())  # in a file: preset.save("calm.toml"), sl.Preset.load("calm.toml")
     >>> again.edits == {"science": sl.Add(2.5), "anger": sl.Ablate(tokens="generated")}
     True
     """
