@@ -76,7 +76,7 @@ class Preset:
         self.banks = (bank,) if isinstance(bank, ConceptBank) else tuple(bank)
         self.edits = {name: one if isinstance(one, Intervention) else Add(one) for name, one in edits.items()}
         self.options, self.said = {**OPTIONS, **given}, dict(said or {})
-        self.versions = {name: found for name in PACKAGES if (found := _version(name))}
+        self.versions = {name: found for name in PACKAGES if (found := _installed(name))}
 
     @property
     def bank(self) -> ConceptBank:
@@ -166,7 +166,7 @@ class Preset:
         return cls.from_toml(str(text), bank=bank, folder=Path(path).parent)
 
 
-def _version(package: str) -> str:
+def _installed(package: str) -> str:
     try:
         return version(package)
     except PackageNotFoundError:
