@@ -36,8 +36,10 @@ def test_a_bank_of_own_directions_knows_the_weights_it_was_made_on():
     with torch.no_grad():
         other.lm_head.weight.add_(1.0)
     assert bank.fits(other) == {"layers.0": "other weights"} and repr(bank.fits(other)).endswith("other weights")
+    sl.steer(other, bank, {"a": 1.0})  # nothing was measured that could differ
+    measured = bank.with_concepts([replace(concept, range=(-2.0, 2.0)) for concept in bank.concepts.values()])
     with pytest.warns(errors.OtherWeights, match="other weights"):
-        sl.steer(other, bank, {"a": 1.0})
+        sl.steer(other, measured, {"a": 1.0})
 
 
 def test_a_token_more_in_the_vocabulary_is_said_and_nothing_else():
