@@ -17,6 +17,7 @@ from ...evaluation.score import Scores, best_prompt, joint, specificity, stacked
 from ...evaluation.text import Judge
 from ...steering.lowering import SHARE
 from ..directions.levers import bank_of
+from ..directions.methods import is_everywhere
 from ..directions.objectives import loss, shown
 from ..directions.studio import Studio, fitted
 from ..entries import ConceptRecipe
@@ -161,12 +162,13 @@ class Choice:
 class Search:
     """Choose a method, a site and a strength for one concept by what they do to answers to development prompts.
 
-    First the best prompt; then every method at the middle site; then the best of them at further sites, coarse to fine; then
-    the methods at the best site, the best first, at other strengths; then the best few once more on greedy answers; then the
-    range of the best. For a brief recipe, sites and methods are compared by likelihood instead. Best is the highest joint
-    score, in proportion less where other concepts rise too. Strengths are shares of the strongest that leaves ordinary text
-    nearly as it is, so sites and methods are compared where they disturb it alike. Of the recipe's budget, enough is kept for
-    the last two; `untried` says what the rest does not reach.
+    First the best prompt; then every method at the middle site; then the best of them at further sites, coarse to fine (of
+    those that act at one site; others do the same wherever they are tried); then the methods at the best site, the best first,
+    at other strengths; then the best few once more on greedy answers; then the range of the best. For a brief recipe, sites
+    and methods are compared by likelihood instead. Best is the highest joint score, in proportion less where other concepts
+    rise too. Strengths are shares of the strongest that leaves ordinary text nearly as it is, so sites and methods are
+    compared where they disturb it alike. Of the recipe's budget, enough is kept for the last two; `untried` says what the rest
+    does not reach.
     """
 
     def __init__(self, studio: Studio, concept: ConceptRecipe, judge: Judge):
@@ -207,9 +209,11 @@ class Search:
         split = Split.of(room_for(self.studio.recipe, self.concept), len(methods), len(sites))
         first = self._try([(method, sites[0], QUICK) for method in methods[: split.methods]])
         order = [trial.method for trial in sorted(first, key=lambda trial: -trial.joint)]
-        further = self._try([(order[0], site, QUICK) for site in sites[1 : 1 + split.sites]])
-        site = max([*first, *further], key=lambda trial: trial.joint).site
-        self._try([(method, site, share) for method in order for share in SHARES][: split.strengths])
+        placed = [method for method in order if not is_everywhere(method)]
+        further = self._try([(method, site, QUICK) for method in placed[:1] for site in sites[1 : 1 + split.sites]])
+        found = [trial for trial in (*first, *further) if trial.method in placed] or first
+        at = dict.fromkeys(placed, max(found, key=lambda trial: trial.joint).site)
+        self._try([(method, at.get(method, sites[0]), share) for method in order for share in SHARES][: split.strengths])
 
     def _screened(self, methods: Sequence[str], sites: Sequence[str]) -> None:
         """Sites by the first method, then methods there, by `_apart`; then strengths of the best by the answers they give."""

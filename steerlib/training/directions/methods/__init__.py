@@ -11,3 +11,8 @@ METHODS: dict[str, ModuleType] = {
     found.name.replace("_", "-"): import_module(f"{__name__}.{found.name}") for found in iter_modules(__path__)
 }
 """By name, in alphabetical order."""
+
+
+def is_everywhere(method: str) -> bool:
+    """Whether a method gives one lever for all sites, whichever it is tried at; its file says `EVERYWHERE = True`."""
+    return getattr(METHODS[method], "EVERYWHERE", False)

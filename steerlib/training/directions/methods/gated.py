@@ -14,6 +14,7 @@ from ..objectives import optimise, told, untouched
 from ..readouts import Readout, discriminant
 from .difference_of_means import direction
 
+EVERYWHERE = True
 STEPS = 24
 RATE = 0.3
 GATE_RATE = 0.02

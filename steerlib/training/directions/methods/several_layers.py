@@ -4,6 +4,7 @@ from ..levers import Lever, Task
 from ..objectives import optimise, told
 from .difference_of_means import direction
 
+EVERYWHERE = True
 STEPS = 24
 RATE = 0.3
 
