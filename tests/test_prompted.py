@@ -1,6 +1,7 @@
 """Concepts of pictures from prompts alone: sums, levers, the score without a judge, recipes, and whole banks at toy size."""
 
 import json
+import zlib
 from dataclasses import replace
 
 import numpy as np
@@ -9,11 +10,15 @@ import tiny_pipelines
 import torch
 from scenes import world
 from scenes.pipeline import pipeline
+from typer.testing import CliRunner
 
 import steerlib as sl
+from steerlib.cli import app
+from steerlib.encoders import Directions
 from steerlib.errors import BadRecipe, Unanswerable
 from steerlib.evaluation import denoising
 from steerlib.hosts import host_for
+from steerlib.training import named
 from steerlib.training.calibrate.prompted import Attempt, Choice, Drawing
 from steerlib.training.carry import recipe_in
 from steerlib.training.directions import prompted
@@ -69,7 +74,7 @@ def written(folder, text):
 def sums(toy):
     pairs = [PromptPair(f"{said} at night", said, k) for k, said in enumerate(world.captions(world.draw(3).factors))]
     draw = Drawing(toy, PictureRecipe(name="x", base="x", source="x", steps=3, guidance=2.0))
-    return pairs, draw, record.contrasts(toy, pairs, draw, sites=[SITE], levels=LEVELS, batch=2)
+    return pairs, draw, record.contrasts(toy, pairs, draw, sites=[SITE], levels=LEVELS, batch=4)
 
 
 def test_sums_are_those_of_activations_that_were_recorded_whole(toy, sums):
@@ -111,13 +116,24 @@ def test_levers_read_nothing_where_the_concept_is_not_and_gates_read_where_it_is
     bank = prompted.bank_of(toy, "x", {"night": lever}, LEVELS)
     assert bank["night"].gate == sl.Gate("night.where", above=0.5, full=1.0) and set(bank.levels) == {"850", "300"}
     for key, own in prompted.by_key(found).items():
-        gate = bank.encoder(f"{key}#where")
+        gate, move = bank.encoder(f"{key}#where"), bank.encoder(key)
+        assert isinstance(move, Directions)
         ends = torch.stack([own[f"{side} sum"] / own[f"{side} count"] for side in ("outside", "inside")])
         torch.testing.assert_close(gate.encode(ends)[:, 0], torch.tensor([0.0, 1.0]), rtol=1e-3, atol=1e-3)
         assert bank.read_at(bank["night.where"]) == f"{SITE}.in"
         zero = own["zero"] / own["length"]
-        assert float(bank.encoder(key).encode(zero[None])[0, 0]) == pytest.approx(0, abs=1e-3)
-        torch.testing.assert_close(bank.encoder(key).decoder[0], own["weighed"] / own["length"])
+        assert float(move.encode(zero[None])[0, 0]) == pytest.approx(0, abs=1e-3)
+        torch.testing.assert_close(move.decoder[0], own["weighed"] / own["length"])
+
+
+def test_a_reach_leaves_the_directions_of_some_sites_or_levels(toy, sums):
+    _, _, found = sums
+    whole, part = (prompted.found_by(name, found, [SITE], LEVELS) for name in ("placed", "placed, low noise"))
+    assert [*part.moves] == [*part.gates] == [f"{SITE}@300"] and len(whole.moves) == 2
+    assert torch.equal(part.moves[f"{SITE}@300"], whole.moves[f"{SITE}@300"])
+    assert prompted.reaches("mean", found, [SITE], LEVELS) == ["mean, high noise", "mean, low noise"]
+    early = {name: value for name, value in found.items() if "@850" in name}
+    assert not prompted.reaches("mean", early, [SITE], LEVELS)  # nothing is left, or all
 
 
 def test_a_gate_is_read_at_what_the_very_module_is_given_and_not_the_other_way_round(toy, sums):
@@ -236,7 +252,7 @@ def quickly(monkeypatch):
 def test_a_pipeline_gets_a_bank_of_concepts_from_prompts(toy, recipe, tmp_path):
     bank = sl.train(toy, recipe, work=tmp_path / "work")
     night = bank["night"]
-    assert {place.encoder for place in night.places} == {f"{SITE}@850", f"{SITE}@300"}
+    assert {place.encoder for place in night.places} <= {f"{SITE}@850", f"{SITE}@300"}
     assert night.effects["scorer"] == "the pipeline itself" and 0 <= night.effects["effect"] <= 1
     assert "No judge of pictures had a say" in bank.card and "strips/000.png" in bank.card
     opened = sl.ConceptBank.from_pretrained(bank.save_pretrained(tmp_path / "bank"))
@@ -277,5 +293,75 @@ def test_a_scorer_of_the_user_is_given_pictures_and_the_name(toy, tmp_path):
         name="x", base="x", source="x", concepts=(), prompts="p.txt", texts={"p.txt": "\n".join(prompts)}, **quick
     )
     recipe = replace(made, concepts=(PictureConcept(name="night"),))
+    with pytest.raises(BadRecipe, match="a finite number from score= for each of 1 pictures"):
+        sl.train(toy, recipe, score=lambda pictures, name: 3.0)  # noqa: ARG005
     bank = sl.train(toy, recipe, score=redness)
     assert bank["night"].effects["scorer"] == "redness" and {*seen} == {((32, 32, 3), np.dtype("uint8"), "night")}
+
+
+def test_a_pipeline_makes_concepts_of_names_and_draws_with_them_at_the_command_line(toy, tmp_path, monkeypatch, quickly):  # noqa: ARG001
+    monkeypatch.setattr(named, "DRAWN", {"train_prompts": 2, "dev_prompts": 1, "evaluation_prompts": 1, "steps": 2})
+    monkeypatch.setattr("steerlib.training.package.prompted.find_spec", lambda _: None)
+    toy.save_pretrained(tmp_path / "pipe")
+    (tmp_path / "prompts.txt").write_text("\n".join(world.captions(world.draw(4).factors)))
+    made = [
+        "make",
+        str(tmp_path / "pipe"),
+        "by night",
+        "--prompts",
+        str(tmp_path / "prompts.txt"),
+        "--out",
+        str(tmp_path / "bank"),
+    ]
+    done = CliRunner().invoke(app, [*made, "--work", str(tmp_path / "work"), "--threads", "1"])
+    assert done.exit_code == 0, done.output
+    bank = sl.ConceptBank.from_pretrained(tmp_path / "bank")
+    assert bank.provenance["steps"] == 2 and recipe_in(bank).read_pairs(recipe_in(bank).concepts[0])[0][0].endswith(
+        ", by night"
+    )
+    drawn = ["steer", str(tmp_path / "bank"), "a red square", "-e", "by night=2", "--out", str(tmp_path / "picture.png")]
+    done = CliRunner().invoke(app, [*drawn, "--threads", "1"])
+    assert done.exit_code == 0 and (tmp_path / "picture.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize(("given", "said"), [
+    ({"prompts": "a house"}, "prompts as a list"), ({"prompts": ["a", "b"]}, "4 different pairs"), ({"names": []}, "a name"),
+])  # fmt: skip
+def test_what_cannot_become_concepts_of_pictures_is_refused(toy, given, said):
+    with pytest.raises(BadRecipe, match=said):
+        sl.make(toy, given.pop("names", ["night"]), **given)
+
+
+# -- every kind of pipeline --------------------------------------------------------------------------------------
+
+
+def asked_in_words(family):
+    """A pipeline at toy size that makes embeddings of its own of each prompt."""
+    pipe = family.build()
+
+    def call(self, prompt, **how):
+        given = family.call(self, batch=len(prompt))
+        for name, shape in family.prompt.items():
+            if "mask" not in name:
+                seeds = [zlib.crc32(text.encode()) for text in prompt]
+                given[name] = family.join([torch.randn(shape, generator=tiny_pipelines.seeded(seed)) for seed in seeds])
+        return type(pipe).__mro__[1].__call__(self, **{**given, **how})
+
+    pipe.__class__ = type("AskedInWords", (type(pipe),), {"__call__": call})
+    return pipe
+
+
+@pytest.mark.parametrize("family", ["sdxl", "pixart", "sd3", "flux", "qwenimage", "wan"])
+def test_pairs_are_drawn_and_pictures_are_judged_under_every_kind_of_denoiser_and_scheduler(family):
+    pipe = asked_in_words(tiny_pipelines.PIPELINES[family])
+    host, plan = host_for(pipe), PictureRecipe(name="x", base="x", source="x", steps=3)
+    draw, sites = Drawing(pipe, plan), record.places(host)
+    found = record.contrasts(pipe, [PromptPair("a", "b", 0)], draw, sites=sites, levels=(500,), batch=2)
+    lever = prompted.placed(found)
+    assert len(lever.moves) >= len(sites) - 1  # what no later block sees may not differ
+    latents = draw(["a", "a"], [0, 1])
+    bank = prompted.bank_of(pipe, "x", {"c": lever}, (500,))
+    with sl.steer(pipe, bank, {"c": 4.0}, branch="cond", allow_ood=True):
+        assert not torch.equal(draw(["a", "a"], [0, 1]), latents)
+    own, again, other = (denoising.errors(pipe, latents, [said] * 2, draws=1) for said in ("a", "a", "b"))
+    assert own.shape == (2,) and (own > 0).all() and torch.equal(own, again) and not torch.equal(own, other)

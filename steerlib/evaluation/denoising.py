@@ -42,14 +42,15 @@ def errors(
             than noise, a picture, or the velocity between them.
     """
     host = host_for(pipe)
-    place, kind = host.passes()[0], predicts(pipe.scheduler)
-    clean = host.site(f"{place}.in").read(latents)
+    kind, places = predicts(pipe.scheduler), [path for path in host.passes() if not path.startswith("controlnet")]
+    clean = host.site(f"{places[0]}.in").read(latents)
     guide = {"guidance_scale": 1.0} if hasattr(type(pipe), "do_classifier_free_guidance") else {}
     found: list[Tensor] = []
     for k in range(draws or DRAWS):
         noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(seed + k)).to(clean)
         judge = _Judge(pipe.scheduler, kind, clean, noise, found)
-        with replacing(pipe, {f"{place}.in": judge.give}), observing(pipe, {place: judge.take}):
+        given, taken = ({f"{path}.in": judge.give for path in host.passes()}, dict.fromkeys(places, judge.take))
+        with replacing(pipe, given), observing(pipe, taken):
             pipe(list(prompts), num_inference_steps=STEPS, latents=latents.clone(), output_type="latent", **guide)
     return torch.stack(found).mean(0).cpu()
 

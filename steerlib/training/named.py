@@ -39,6 +39,8 @@ Concepts made from their names alone, by `steerlib make`: the model itself wrote
 sentence model that knows only the name scored them. Figures are of few answers. *Random word* is what the direction of a random
 word, as long and in the same place, does; *best random* is a single random direction."""
 
+DRAWN: dict[str, Any] = {"train_prompts": 32, "dev_prompts": 6, "evaluation_prompts": 8}
+"""Pairs of prompts to learn from, to choose with and to measure on."""
 PROMPTS = "prompts.txt"
 """What a bank calls the prompts that `make` was given."""
 ABOUT_PICTURES = (
@@ -106,7 +108,7 @@ def picture_recipe_of(names: Sequence[str], source: str, prompts: Sequence[str] 
     if prompts is not None and (isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts)):
         raise BadRecipe(f"expected prompts as a list of texts, got {prompts!r:.80}")
     concepts = tuple(PictureConcept(name=name) for name in names)
-    plan = PictureRecipe(base=source, source=source, concepts=concepts, description=ABOUT_PICTURES, **others)
+    plan = PictureRecipe(base=source, source=source, concepts=concepts, description=ABOUT_PICTURES, **DRAWN, **others)
     if prompts is None:
         return plan
     return replace(plan, prompts=PROMPTS, texts={PROMPTS: "".join(f"{' '.join(prompt.split())}\n" for prompt in prompts)})

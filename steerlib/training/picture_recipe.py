@@ -53,6 +53,7 @@ class PictureRecipe(Recipe):
         evaluation_prompts: The number of pairs to report on.
         steps: Scheduler steps of a picture.
         guidance: Guidance towards the prompt. Default: the pipeline's own.
+        batch: Pictures that are drawn together; two of each pair.
     """
 
     concepts: tuple[PictureConcept, ...] = ()
@@ -67,7 +68,8 @@ class PictureRecipe(Recipe):
     evaluation_prompts: int = 12
     steps: int = 20
     guidance: float | None = None
-    digested: ClassVar[tuple[str, ...]] = ("template", "sites", "levels", "steps", "guidance")
+    batch: int = 16
+    digested: ClassVar[tuple[str, ...]] = ("template", "sites", "levels", "steps", "guidance", "batch")
 
     @classmethod
     def describes(cls, values: Mapping[str, Any], folder: Path) -> bool:
@@ -86,8 +88,8 @@ class PictureRecipe(Recipe):
         for part in ("{prompt}", "{concept}"):
             if part not in self.template:
                 raise BadRecipe(f"expected a template such as {TEMPLATE!r}, with {part}; got {self.template!r}")
-        if min(*self._counts, self.steps, len(self.methods)) < 1:
-            raise BadRecipe("expected a method or more, and positive numbers of prompts and steps")
+        if min(*self._counts, self.steps, len(self.methods)) < 1 or self.batch < 2:
+            raise BadRecipe("expected a method or more, positive numbers of prompts and steps, and a batch of 2 or more")
         if not self.levels or min(self.levels) < 0 or len({*self.levels}) < len(self.levels):
             raise BadRecipe(f"expected levels as timesteps from 0 up, each once, got {list(self.levels)}")
         for concept in self.concepts:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import takewhile
+from itertools import product, takewhile
 from typing import Any, NamedTuple
 from warnings import catch_warnings, simplefilter
 
@@ -27,6 +27,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ...bank.concept_bank import ConceptBank
+from ...errors import BadRecipe
 from ...evaluation.denoising import errors
 from ...evaluation.pictures import Pictures, edit_of
 from ...steering.interventions import Ablate, Add, Intervention, Scale
@@ -51,11 +52,22 @@ class Drawing:
         how: dict[str, Any] = {"num_inference_steps": self.recipe.steps, "output_type": output}
         if self.recipe.guidance is not None:
             how["guidance_scale"] = self.recipe.guidance
-        return self.pipe(list(prompts), generator=[torch.Generator().manual_seed(seed) for seed in seeds], **how)[0]
+        found = []
+        for start in range(0, len(prompts), self.recipe.batch):
+            some = slice(start, start + self.recipe.batch)
+            noises = [torch.Generator().manual_seed(seed) for seed in seeds[some]]
+            found.append(self.pipe(list(prompts[some]), generator=noises, **how)[0])
+        return torch.cat(found) if output == "latent" else np.concatenate(found)
 
     def pictures(self, prompts: Sequence[str], seeds: Sequence[int]) -> Pictures:
         """The same as bytes."""
-        return (np.asarray(self(prompts, seeds, output="np")) * 255).round().astype(np.uint8)
+        return (self(prompts, seeds, output="np") * 255).round().astype(np.uint8)
+
+    def errors(self, latents: Tensor, prompts: Sequence[str]) -> Float[Tensor, " B"]:
+        """How badly each prompt explains its picture."""
+        parts = zip(latents.split(self.recipe.batch), range(0, len(prompts), self.recipe.batch), strict=True)
+        seed, most = self.recipe.seed, self.recipe.batch
+        return torch.cat([errors(self.pipe, some, prompts[k : k + most], seed=seed) for some, k in parts])
 
 
 class Trial(NamedTuple):
@@ -88,12 +100,12 @@ class Trials:
     def of(self, bank: ConceptBank, edits: Mapping[str, Any], *, remove: bool = False) -> Trial:
         """The effect and the damage of edits; with `remove` on pictures of positive prompts, which should lose the concept."""
         asked, arm, goal = ("p", self._prompted, self._plain) if remove else ("n", self._plain, self._prompted)
-        steered = self._seen(self.said[asked], bank, edits)
+        seen = self._seen(self.said[asked], bank, edits)
         way = goal.shown - arm.shown
         sure = way > 0 if not remove else way < 0
-        share = ((steered.shown - arm.shown) / way).clamp(0, 1)[sure]
+        share = ((seen.shown - arm.shown) / way).clamp(0, 1)[sure]
         natural = (self._plain.errors["n"] + self._prompted.errors["p"]) / 2
-        harm = torch.minimum(*steered.errors.values()) / natural - 1
+        harm = torch.minimum(*seen.errors.values()) / natural - 1
         return Trial(round(float(share.mean()) if len(share) else 0.0, 4), round(float(harm.clamp(min=0).mean()), 4))
 
     @property
@@ -114,11 +126,13 @@ class Trials:
         with steered(self.drawing.pipe, bank, edits):
             drawn = self.drawing(prompts, self.seeds)
             pictures = self.drawing.pictures(prompts, self.seeds) if self.score else None
-        found = {arm: errors(self.drawing.pipe, drawn, said, seed=self.drawing.recipe.seed) for arm, said in self.said.items()}
-        shown = found["n"] - found["p"]
-        if self.score is not None and pictures is not None:
-            shown = torch.as_tensor(np.asarray(self.score(pictures, self.concept), dtype=np.float32))
-        return _Seen(found, shown)
+        found = {arm: self.drawing.errors(drawn, said) for arm, said in self.said.items()}
+        if self.score is None or pictures is None:
+            return _Seen(found, found["n"] - found["p"])
+        shown = np.asarray(self.score(pictures, self.concept), dtype=np.float32)
+        if shown.shape != (len(prompts),) or not np.isfinite(shown).all():
+            raise BadRecipe(f"expected a finite number from score= for each of {len(prompts)} pictures, got {shown!r:.80}")
+        return _Seen(found, torch.from_numpy(shown))
 
 
 class _Seen(NamedTuple):
@@ -221,18 +235,31 @@ class Choice(NamedTuple):
         return cls(Attempt(*best), [Attempt(*line) for line in tried], removal, told)
 
 
-def chosen(trials: Trials, banks: Mapping[str, ConceptBank], concept: str) -> Choice:
-    """The best method, kind of edit and amount for a concept, in banks by method; then the best way to remove it."""
+def chosen(
+    trials: Trials, bank: Callable[[str], ConceptBank], methods: Sequence[str], narrower: Callable[[str], Sequence[str]]
+) -> Choice:
+    """The best method, kind of edit and amount for a concept; then whether it does better at fewer sites or levels; then the
+    best way to remove it.
+
+    Args:
+        bank: Gives a bank by the name of a method.
+        methods: Names of methods.
+        narrower: Gives the names under which a method acts at fewer sites or levels.
+    """
     tried: list[Attempt] = []
 
-    def attempt(settings: Iterable[tuple[str, str, float]]) -> None:
-        for method, edit, amount in settings:
-            tried.append(Attempt(method, edit, amount, *trials.of(banks[method], {concept: edit_of(edit, amount)})))
+    def attempt(methods: Iterable[tuple[str, str]], amounts: Sequence[float]) -> Attempt:
+        for method, edit in methods:
+            for amount in amounts:
+                tried.append(Attempt(method, edit, amount, *trials.of(bank(method), {trials.concept: edit_of(edit, amount)})))
         tried.sort(key=lambda line: -line.score)
+        return tried[0]
 
-    attempt((method, edit, FIRST) for method in banks for edit in EDITS)
-    leading = list(dict.fromkeys((line.method, line.edit) for line in tried))[:2]
-    attempt((method, edit, amount) for method, edit in leading for amount in DOSES)
-    best = tried[0]
-    removals = {way: trials.of(banks[best.method], {concept: make(best.amount)}, remove=True) for way, make in REMOVED.items()}
+    attempt(product(methods, EDITS), [FIRST])
+    best = attempt([(line.method, line.edit) for line in tried[:2]], DOSES)
+    if (fewer := attempt([(name, best.edit) for name in narrower(best.method)], [best.amount])) != best:
+        best = attempt([(fewer.method, fewer.edit)], [amount for amount in (FIRST, *DOSES) if amount != fewer.amount])
+    removals = {
+        way: trials.of(bank(best.method), {trials.concept: make(best.amount)}, remove=True) for way, make in REMOVED.items()
+    }
     return Choice(best, tried, max(removals, key=lambda way: removals[way].score), round(trials.told, 4))

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ...bank.concept_bank import BaseModel, ConceptBank, SiteFacts
 from ...bank.concepts import Concept, Gate, Part
+from ...errors import BadRecipe
 from ..record.contrasts import Sums, given_to
 from ..record.noised import spans
 from .levers import DirectionRows as Rows
@@ -52,11 +53,40 @@ def weighed(sums: Sums) -> Lever:
 def placed(sums: Sums) -> Lever:
     """The same, only at tokens like those where the pairs differ, by what their site is given (Fisher's discriminant)."""
     found = weighed(sums)
-    return Lever(moves=found.moves, zeros=found.zeros, gates={key: _gate(own) for key, own in by_key(sums).items()})
+    return Lever(moves=found.moves, zeros=found.zeros, gates={key: _gate(by_key(sums)[key]) for key in found.moves})
 
 
 METHODS: dict[str, Callable[[Sums], Lever]] = {"mean": mean, "weighed": weighed, "placed": placed}
 """By name. The first two act on every token."""
+REACHES: dict[str, Callable[[Sequence[str], Sequence[int]], tuple[Sequence[str], Sequence[int]]]] = {
+    "earlier sites": lambda sites, levels: (sites[: len(sites) // 2], levels),
+    "later sites": lambda sites, levels: (sites[len(sites) // 2 :], levels),
+    "high noise": lambda sites, levels: (sites, sorted(levels)[1:]),
+    "low noise": lambda sites, levels: (sites, sorted(levels)[:-1]),
+}
+"""Where and when a lever acts instead of at all sites, in the order of a pass, and at all levels. Named behind its method:
+`placed, later sites`."""
+
+
+def found_by(method: str, sums: Sums, sites: Sequence[str], levels: Sequence[int]) -> Lever:
+    """What a method finds, at all sites and levels or within the reach that is named behind it."""
+    name, _, reach = method.partition(", ")
+    lever = METHODS[name](sums)
+    keys = [key for key in _within(reach, sites, levels) if key in lever.moves]
+    moves, zeros, gates = ({key: own[key] for key in keys if key in own} for own in (lever.moves, lever.zeros, lever.gates))
+    return Lever(moves=moves, zeros=zeros, gates=gates)
+
+
+def reaches(method: str, sums: Sums, sites: Sequence[str], levels: Sequence[int]) -> list[str]:
+    """The method with every reach that leaves some of its directions, and not all."""
+    whole = METHODS[method](sums).moves.keys()
+    return [f"{method}, {reach}" for reach in REACHES if 0 < len(whole & {*_within(reach, sites, levels)}) < len(whole)]
+
+
+def _within(reach: str, sites: Sequence[str], levels: Sequence[int]) -> list[str]:
+    """By noise level and site, in the order in which they are passed, what is within a reach."""
+    where, when = REACHES[reach](sites, levels) if reach else (sites, levels)
+    return [f"{site}@{level}" for level in sorted(when, reverse=True) for site in where]
 
 
 def by_key(sums: Sums) -> dict[str, dict[str, Tensor]]:
@@ -69,8 +99,12 @@ def by_key(sums: Sums) -> dict[str, dict[str, Tensor]]:
 
 
 def _lever(sums: Sums, move: Callable[[Mapping[str, Tensor]], Tensor], zero: Callable[[Mapping[str, Tensor]], Tensor]) -> Lever:
-    moves = {key: move(own) for key, own in by_key(sums).items()}
-    zeros = {key: (zero(own) @ moves[key]) / moves[key].square().sum() for key, own in by_key(sums).items()}
+    differing = {key: own for key, own in by_key(sums).items() if own["length"] > 0}
+    moves = {key: move(own) for key, own in differing.items()}
+    moves = {key: row for key, row in moves.items() if row.any()}
+    if not moves:
+        raise BadRecipe("the prompts of the pairs make no difference to what the pipeline computes at these sites")
+    zeros = {key: (zero(differing[key]) @ row) / row.square().sum() for key, row in moves.items()}
     return Lever(moves=moves, zeros=zeros)
 
 

@@ -6,7 +6,9 @@ folder/strips/    by concept, pictures of it
 """
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from importlib.util import find_spec
+from inspect import signature
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +22,7 @@ from ...evaluation.report import markdown
 from ...hosts import host_for
 from ...text import progress, stage
 from ..calibrate.prompted import HARM, Choice, Drawing, Score, Trial, Trials, chosen, steered
-from ..directions.prompted import METHODS, Lever, bank_of
+from ..directions.prompted import METHODS, Lever, bank_of, found_by, reaches
 from ..entries import PictureConcept
 from ..picture_recipe import PictureRecipe
 from ..record.contrasts import Sums, contrasts, places
@@ -73,10 +75,8 @@ class Making:
     """A pipeline, a recipe, and the folder that keeps what is made on the way to a bank."""
 
     def __init__(self, pipe: Any, recipe: PictureRecipe, folder: Path, score: Score | None):
-        if not (host := host_for(pipe)).has_progress:
-            raise UnsupportedTarget(
-                f"recipe {recipe.name!r} is of a pipeline that draws, and {type(pipe).__name__} draws nothing"
-            )
+        if not (host := host_for(pipe)).has_progress or "prompt" not in signature(pipe.__call__).parameters:
+            raise UnsupportedTarget(f"recipe {recipe.name!r} is of a pipeline that draws what prompts say, not of {type(pipe)}")
         self.pipe, self.recipe, self.folder, self.score = pipe, recipe, folder, score
         self.drawing, self.sites = Drawing(pipe, recipe), [*recipe.sites] or places(host)
 
@@ -87,26 +87,32 @@ class Making:
 
     def sums(self, concept: PictureConcept) -> Sums:
         """What pairs of a concept differ by, or what an earlier run found."""
-        pairs, levels = self.recipe.read_splits(concept).train, self.recipe.levels
+        pairs = self.recipe.read_splits(concept).train
+        how: Any = {"sites": self.sites, "levels": self.recipe.levels, "batch": self.recipe.batch}
         path = self.folder / "sums" / f"{concept.name}.safetensors"
-        return recorded(path, lambda: contrasts(self.pipe, pairs, self.drawing, sites=self.sites, levels=levels))
+        return recorded(path, lambda: contrasts(self.pipe, pairs, self.drawing, **how))
 
     def found(self, concept: PictureConcept) -> Found:
         """The best that was found for a concept, or what an earlier run found."""
         sums, name, splits = self.sums(concept), concept.name, self.recipe.read_splits(concept)
-        levers = {method: METHODS[method](sums) for method in self.recipe.methods}
+        place = self.sites, self.recipe.levels
+
+        @cache
+        def bank(method: str) -> ConceptBank:
+            return bank_of(self.pipe, name, {name: found_by(method, sums, *place)}, self.recipe.levels)
 
         def search() -> dict[str, Any]:
-            banks = {method: bank_of(self.pipe, name, {name: lever}, self.recipe.levels) for method, lever in levers.items()}
-            choice = chosen(Trials(self.drawing, splits.dev, name, self.score), banks, name)
-            trials, bank = Trials(self.drawing, splits.evaluation, name, self.score), banks[choice.best.method]
-            moved, removed = trials.of(bank, {name: choice.edit}), trials.of(bank, {name: choice.way}, remove=True)
-            return {"choice": choice, "moved": moved, "removed": removed, "told": round(trials.told, 4)}
+            dev, test = (Trials(self.drawing, pairs, name, self.score) for pairs in splits[1:])
+            choice = chosen(dev, bank, self.recipe.methods, lambda method: reaches(method, sums, *place))
+            own = bank(choice.best.method)
+            moved, removed = test.of(own, {name: choice.edit}), test.of(own, {name: choice.way}, remove=True)
+            return {"choice": choice, "moved": moved, "removed": removed, "told": round(test.told, 4)}
 
         scorer = "" if self.score is None else f" by {self.scorer}"
         kept = remembered(self.folder / f"chosen{scorer}" / f"{name}.json", search)
         choice = Choice.from_json(kept["choice"])
-        return Found(levers[choice.best.method], choice, Trial(*kept["moved"]), Trial(*kept["removed"]), kept["told"])
+        lever = found_by(choice.best.method, sums, *place)
+        return Found(lever, choice, Trial(*kept["moved"]), Trial(*kept["removed"]), kept["told"])
 
     def concept(self, concept: PictureConcept, found: Found) -> Concept:
         """A concept with what was measured of it; its places are those of its lever."""

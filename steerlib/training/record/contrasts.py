@@ -65,17 +65,18 @@ def contrasts(
     *,
     sites: Sequence[str],
     levels: Sequence[int],
-    batch: int = 8,
+    batch: int,
 ) -> Sums:
     """Sums over pairs of prompts.
 
     Args:
         draw: draws some prompts, each from the noise of its seed.
         levels: timesteps; what passes belongs to the nearest one.
+        batch: pictures that are drawn together, two of each pair.
     """
     windows, found = spans(pipe, levels), _Found()
-    for start in progress(range(0, len(pairs), batch), "drawing pairs"):
-        some = pairs[start : start + batch]
+    for start in progress(range(0, len(pairs), batch // 2), "drawing pairs"):
+        some = pairs[start : start + batch // 2]
         seen = [observer for site in sites for observer in _observers(site, windows, found)]
         with observing(pipe, dict(seen)):
             prompts = [pair.positive for pair in some] + [pair.negative for pair in some]
