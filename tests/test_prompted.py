@@ -10,10 +10,10 @@ import tiny_pipelines
 import torch
 from scenes import world
 from scenes.pipeline import pipeline
-from typer.testing import CliRunner
+from tiny_models import tiny
 
 import steerlib as sl
-from steerlib.cli import app
+from steerlib import cli
 from steerlib.encoders import Directions
 from steerlib.errors import BadRecipe, Unanswerable
 from steerlib.evaluation import denoising
@@ -299,29 +299,25 @@ def test_a_scorer_of_the_user_is_given_pictures_and_the_name(toy, tmp_path):
     assert bank["night"].effects["scorer"] == "redness" and {*seen} == {((32, 32, 3), np.dtype("uint8"), "night")}
 
 
-def test_a_pipeline_makes_concepts_of_names_and_draws_with_them_at_the_command_line(toy, tmp_path, monkeypatch, quickly):  # noqa: ARG001
+@pytest.mark.usefixtures("quickly")
+def test_a_pipeline_makes_concepts_of_names_and_draws_with_them_at_the_command_line(toy, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(named, "DRAWN", {"train_prompts": 2, "dev_prompts": 1, "evaluation_prompts": 1, "steps": 2})
     monkeypatch.setattr("steerlib.training.package.prompted.find_spec", lambda _: None)
     toy.save_pretrained(tmp_path / "pipe")
     (tmp_path / "prompts.txt").write_text("\n".join(world.captions(world.draw(4).factors)))
-    made = [
-        "make",
-        str(tmp_path / "pipe"),
-        "by night",
-        "--prompts",
-        str(tmp_path / "prompts.txt"),
-        "--out",
-        str(tmp_path / "bank"),
-    ]
-    done = CliRunner().invoke(app, [*made, "--work", str(tmp_path / "work"), "--threads", "1"])
-    assert done.exit_code == 0, done.output
-    bank = sl.ConceptBank.from_pretrained(tmp_path / "bank")
-    assert bank.provenance["steps"] == 2 and recipe_in(bank).read_pairs(recipe_in(bank).concepts[0])[0][0].endswith(
-        ", by night"
-    )
-    drawn = ["steer", str(tmp_path / "bank"), "a red square", "-e", "by night=2", "--out", str(tmp_path / "picture.png")]
-    done = CliRunner().invoke(app, [*drawn, "--threads", "1"])
-    assert done.exit_code == 0 and (tmp_path / "picture.png").read_bytes()[:4] == b"\x89PNG"
+    folder, picture = tmp_path / "bank", tmp_path / "picture.png"
+    files = {"prompts": tmp_path / "prompts.txt", "work": tmp_path / "work", "out": folder}
+    cli.make(str(tmp_path / "pipe"), ["by night"], threads=1, **files)
+    recipe = recipe_in(sl.ConceptBank.from_pretrained(folder))
+    assert isinstance(recipe, PictureRecipe) and recipe.read_pairs(recipe.concepts[0])[0][0].endswith(", by night")
+    assert recipe.plain in capsys.readouterr().out  # the prompt of the command that it ends with
+    cli.steer(str(folder), "a red square", ["by night=2"], threads=1, out=picture)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_prompts_are_of_pipelines_alone():
+    with pytest.raises(BadRecipe, match="prompts= and score= are of pictures"):
+        sl.make(tiny("llama"), "river", tokenizer=object(), prompts=["a house"])
 
 
 @pytest.mark.parametrize(("given", "said"), [

@@ -9,7 +9,7 @@ the change of ordinary text; the amount is chosen by what it does to a few new a
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -23,7 +23,7 @@ from .directions.methods import word
 from .directions.written import ASKINGS, written
 from .entries import ConceptRecipe, Pair, PictureConcept
 from .fields import check_file_name
-from .pipeline import train
+from .pipeline import Score, train
 from .recipe import RESERVED, DirectionRecipe, PictureRecipe
 from .store import remembered
 
@@ -49,24 +49,14 @@ ABOUT_PICTURES = (
 
 
 def make(
-    target: Any,
-    names: str | Sequence[str],
-    *,
-    tokenizer: Any = None,
-    source: str = "",
-    name: str = "made",
-    seed: int = 0,
-    work: str | os.PathLike[str] | None = None,
-    prompts: Sequence[str] | None = None,
-    score: Callable[[Any, str], Sequence[float]] | None = None,
-) -> ConceptBank:
+    target: Any, names: str | Sequence[str], *, tokenizer: Any = None, source: str = "", name: str = "made", seed: int = 0,
+    work: str | os.PathLike[str] | None = None, prompts: Sequence[str] | None = None, score: Score | None = None,
+) -> ConceptBank:  # fmt: skip
     """Make a bank of concepts from nothing but their names: a few minutes each for a small model on a processor.
 
     Args:
-        target: A language model of transformers or a pipeline of diffusers; or where it is: a folder, a Hub id, or
-            `package:<name>/<file>.gguf`.
-        names: What the concepts are about: a word or a few, such as `"pirate"` or `"medieval knight"`; of pictures what a
-            prompt would say, such as `"by night"` or `"in the snow"`.
+        target: A language model, a pipeline of diffusers, or where it is: a folder, a Hub id, `package:<name>/<file>.gguf`.
+        names: What they are about, such as `"medieval knight"`; of pictures what a prompt would say, such as `"by night"`.
         tokenizer: Of a language model. Needed with one that is loaded already.
         source: Where the model was loaded from, which the bank says. Default: as the model says.
         name: Of the bank.
@@ -92,11 +82,8 @@ def make(
         target = target.to(best_device())
     if host_for(target).has_progress:
         known = source or getattr(target, "name_or_path", "") or type(target).__name__
-        pictures = picture_recipe_of(names, known, prompts, name=name, seed=seed)
-        return train(target, pictures, work=work, score=score)
-    if prompts is not None or score is not None:
-        raise BadRecipe(f"prompts= and score= are of pictures, and {type(target).__name__} is no pipeline that draws")
-    check_target(target, tokenizer, names)
+        return train(target, picture_recipe_of(names, known, prompts, name=name, seed=seed), work=work, score=score)
+    check_target(target, tokenizer, names, of_pictures=(prompts, score))
     known = source or getattr(target.config, "name_or_path", "") or type(target).__name__
     plan = DirectionRecipe(name=name, base=known, source=known, seed=seed, description=ABOUT, **FEW)
     recipe = recipe_of(plan, target, tokenizer, _pairs(target, tokenizer, names, plan, work))
@@ -141,8 +128,11 @@ def check_given(names: Sequence[str]) -> None:
         raise BadRecipe(f"expected each name once, got {', '.join(names)}")
 
 
-def check_target(target: Any, tokenizer: Any, names: Sequence[str]) -> None:
-    """Raise `UnsupportedTarget` for what is no language model with its tokenizer, `BadRecipe` for names it cannot write."""
+def check_target(target: Any, tokenizer: Any, names: Sequence[str], *, of_pictures: Sequence[Any] = ()) -> None:
+    """Raise `UnsupportedTarget` for what is no language model with its tokenizer, `BadRecipe` for names it cannot write and for
+    arguments that are of pictures."""
+    if any(given is not None for given in of_pictures):
+        raise BadRecipe(f"prompts= and score= are of pictures, and {type(target).__name__} is no pipeline that draws")
     layers = [site for site in host_for(target).sites() if site.removeprefix("layers.").isdigit()]
     if not layers or not hasattr(target, "generate"):
         raise UnsupportedTarget(f"expected a language model that writes answers, got {type(target).__name__}")

@@ -1,7 +1,7 @@
 """`train`: from a recipe to a bank. Each kind of recipe has a way of its own, whose stages keep their results in a folder."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from hashlib import sha256
@@ -18,6 +18,8 @@ from ..hosts import load
 from .carry import RECIPE, carried
 from .recipe import CorpusRecipe, DirectionRecipe, PictureRecipe, PipelineEncoderRecipe, Recipe, TextEncoderRecipe
 
+Score = Callable[[Any, str], Any]
+"""Of pictures, bytes `[B, H, W, 3]`, and the name of a concept: `[B]` numbers, how much each shows it."""
 FEW = 100
 """Labels up to this number are read when they are searched; of more, what they mean is stored."""
 
@@ -28,7 +30,7 @@ def train(
     *,
     tokenizer: Any = None,
     work: str | os.PathLike[str] | None = None,
-    score: Callable[[Any, str], Sequence[float]] | None = None,
+    score: Score | None = None,
 ) -> ConceptBank:
     """Make a bank for a model: record, fit, label or choose by measured effect, calibrate, evaluate.
 

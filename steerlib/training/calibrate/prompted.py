@@ -34,8 +34,8 @@ from ...steering.interventions import Ablate, Add, Intervention, Scale
 from ...steering.session import steer
 from ..picture_recipe import PictureRecipe, PromptPair
 
-Score = Callable[[Pictures, str], Sequence[float]]
-"""Of pictures `[B, H, W, 3]` and the name of a concept: how much each shows it, on any scale."""
+Score = Callable[[Pictures, str], Any]
+"""Of pictures `[B, H, W, 3]` and the name of a concept: `[B]` numbers, how much each shows it, on any scale."""
 HARM = 1.0
 """Damage up to which an amount counts as safe."""
 

@@ -73,8 +73,8 @@ def found_by(method: str, sums: Sums, sites: Sequence[str], levels: Sequence[int
     name, _, reach = method.partition(", ")
     lever = METHODS[name](sums)
     keys = [key for key in _within(reach, sites, levels) if key in lever.moves]
-    moves, zeros, gates = ({key: own[key] for key in keys if key in own} for own in (lever.moves, lever.zeros, lever.gates))
-    return Lever(moves=moves, zeros=zeros, gates=gates)
+    moves, zeros = ({key: own[key] for key in keys} for own in (lever.moves, lever.zeros))
+    return Lever(moves=moves, zeros=zeros, gates={key: lever.gates[key] for key in keys if key in lever.gates})
 
 
 def reaches(method: str, sums: Sums, sites: Sequence[str], levels: Sequence[int]) -> list[str]:
