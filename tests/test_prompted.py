@@ -180,6 +180,23 @@ def test_errors_are_those_of_the_denoiser_called_by_hand(toy):
     torch.testing.assert_close(found, torch.stack(due).mean(0), rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_denoiser_that_knows_the_picture_has_no_error_and_its_opposite_is_refused(toy, monkeypatch, sign):
+    latents = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(5))
+
+    def forward(sample, timestep, encoder_hidden_states=None, **_):  # noqa: ARG001 - as the pipeline calls it
+        clean, noise = (toy.scheduler.alphas_cumprod[timestep], 1 - toy.scheduler.alphas_cumprod[timestep])
+        e = (sample - clean.sqrt() * latents) / noise.sqrt()
+        return (sign * (clean.sqrt() * e - noise.sqrt() * latents),)
+
+    monkeypatch.setattr(toy.unet, "forward", forward)
+    if sign < 0:
+        with pytest.raises(sl.errors.UnsupportedTarget, match="the opposite"):
+            denoising.errors(toy, latents, ["a", "b"], draws=1)
+    else:
+        assert (denoising.errors(toy, latents, ["a", "b"], draws=1) < 1e-4).all()
+
+
 def test_a_scheduler_that_says_nothing_of_its_denoiser_is_refused():
     class Silent:
         config = type("Config", (), {})()

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.functional import cosine_similarity
 
 from ..errors import UnsupportedTarget
 from ..hosts import host_for
@@ -23,6 +24,8 @@ JUDGED = (0.15, 0.85)
 """Progress between which errors count: of nearly pure noise, and of nearly no noise, prompts say little."""
 DRAWS = 2
 """Noises at each level."""
+OPPOSITE = -0.2
+"""Cosine of a prediction and its target below which the two cannot mean the same."""
 
 
 @torch.no_grad()
@@ -52,6 +55,8 @@ def errors(
         given, taken = ({f"{path}.in": judge.give for path in host.passes()}, dict.fromkeys(places, judge.take))
         with replacing(pipe, given), observing(pipe, taken):
             pipe(list(prompts), num_inference_steps=STEPS, latents=latents.clone(), output_type="latent", **guide)
+    if not found:
+        raise UnsupportedTarget(f"none of {STEPS} steps of {type(pipe).__name__} has a noise level at which prompts are judged")
     return torch.stack(found).mean(0).cpu()
 
 
@@ -60,7 +65,9 @@ def predicts(scheduler: Any) -> str:
     kind = getattr(scheduler.config, "prediction_type", "flow" if hasattr(scheduler, "scale_noise") else "")
     kind = {"flow_prediction": "flow"}.get(kind, kind)
     if kind not in ("epsilon", "sample", "v_prediction", "flow"):
-        raise UnsupportedTarget(f"{type(scheduler).__name__} does not say what its denoiser predicts; give score=")
+        raise UnsupportedTarget(
+            f"{type(scheduler).__name__} does not say what its denoiser predicts, so nothing can be judged by it"
+        )
     return kind
 
 
@@ -73,7 +80,7 @@ class _Judge:
     def give(self, x: Tensor, state: StepState) -> Tensor:
         if x.shape[1:] != self.clean.shape[1:] or len(x) % len(self.clean):
             raise UnsupportedTarget(
-                f"the denoiser is given {tuple(x.shape)} and latents are {tuple(self.clean.shape)}; give score= instead"
+                f"the denoiser is given {tuple(x.shape)} and latents are {tuple(self.clean.shape)}, so it cannot judge them"
             )
         clean, noise = self._shares(state)
         self.shares = clean, noise
@@ -83,7 +90,10 @@ class _Judge:
         own = conditional(x, state)
         if own is not None and JUDGED[0] <= float(state.progress) <= JUDGED[1]:
             due = self._target(*self.shares)
-            self.found.append((own[..., : due.shape[-1]].float() - due).square().mean((1, 2)))
+            guess = own[..., : due.shape[-1]].float()
+            if cosine_similarity(guess.flatten(), due.flatten(), 0) < OPPOSITE:
+                raise UnsupportedTarget("the denoiser predicts the opposite of what its scheduler says, so it cannot judge")
+            self.found.append((guess - due).square().mean((1, 2)))
 
     def _shares(self, state: StepState) -> tuple[float, float]:
         """How much of the picture and of the noise there is in what the denoiser is given in this step."""
