@@ -84,7 +84,7 @@ def on(recipe: R, source: str, *, base: str = "", **others: Any) -> R:
     return replace(recipe, **{"source": source, "base": known, "license": "", "description": "", **others})
 
 
-def ported(recipe: Recipe, bank: ConceptBank, source: str, concepts: Sequence[str] = (), **others: Any) -> Recipe:
+def ported(recipe: R, bank: ConceptBank, source: str, concepts: Sequence[str] = (), **others: Any) -> R:
     """The recipe of a bank for another model, with all concepts or some: its layers become shares of the model's depth, sites
     of a pipeline those of the new one.
 
