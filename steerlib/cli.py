@@ -35,8 +35,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="print JSON, for machines")
 Key = Annotated[Path | None, typer.Option(help="Ed25519 key in PEM: public to verify, private to sign")]
 Model = Annotated[str, typer.Option(help="folder, Hub id or package:<name>/<file>.gguf (default: the bank's own)")]
 Tokens = Annotated[int, typer.Option(help="new tokens of each answer", min=1)]
-TEMPLATE = "write a recipe to start from: steerlib train --template [text|latents|graph|pictures] [--out recipe.toml]"
-ASK = "Tell me about the place where you live."
+TEMPLATE = "write a recipe to start from: steerlib train --template [text|latents|graph|pictures|prompts] [--out recipe.toml]"
 EDITS = "concept=amount in its units, or concept=useful, set:1.5, scale:0.5, clamp:-1:1, ablate, swap:other; may be repeated"
 Work = Annotated[Path, typer.Option(help="folder of what each stage made, so that a run can go on")]
 Quick = Annotated[bool, typer.Option("--quick", help="a rough bank in about two minutes, to see whether it works")]
@@ -79,8 +78,10 @@ def steer(
     samples: Annotated[int, typer.Option(help="how many answers or pictures", min=1, max=64)] = 1,
     seed: Annotated[int, typer.Option(help="of the first answer or picture; the next ones follow", min=0)] = 0,
     chat: Annotated[bool | None, typer.Option(help="ask, or continue the prompt (default: as the bank says)")] = None,
-    steps: Annotated[int, typer.Option(help="scheduler steps of a picture", min=1)] = 20,
-    guidance: Annotated[float, typer.Option(help="guidance of a picture towards its prompt", min=0)] = 2.0,
+    steps: Annotated[
+        int | None, typer.Option(help="scheduler steps of a picture (default: as the bank says, or 20)", min=1)
+    ] = None,
+    guidance: Annotated[float | None, typer.Option(help="of a picture towards its prompt (default: as the bank says)")] = None,
     threads: Threads = 0,
     out: Annotated[Path, typer.Option(help="PNG file, if it draws: unsteered left, steered right")] = Path("steered.png"),
 ) -> None:
@@ -291,8 +292,7 @@ def _trained(recipe: Any, out: Path | None, work: Path, clean: bool, threads: in
     console.print(f"work folder: {work}, from which a run that stops goes on", markup=False, soft_wrap=True, style="dim")
     model, tokenizer = loaded(recipe.weights, threads)
     bank = sl.train(model.to(pipeline.best_device()), recipe, tokenizer=tokenizer, work=work)
-    corpus = getattr(recipe, "read_corpus", list)() if tokenizer is None else []
-    terminal.finish(bank, folder, places, clean, str(next(iter(corpus), ASK)))
+    terminal.finish(bank, folder, places, clean, terminal.asking(recipe, tokenizer))
 
 
 @app.command()
@@ -301,6 +301,7 @@ def make(
     names: Annotated[list[str], typer.Argument(help="what the concepts are about: a word or a few, in quotes")],
     out: Annotated[Path, typer.Option(help="folder of the bank")] = Path("out/made"),
     seed: Annotated[int, typer.Option(help="of all random choices", min=0)] = 0,
+    prompts: Annotated[Path | None, typer.Option(help="of a pipeline: a file of prompts without the names, one a line")] = None,
     work: Work = Path("out/work"),
     threads: Threads = 0,
 ) -> None:
@@ -310,10 +311,11 @@ def make(
 
     named.check_given(names)
     pipeline.check_writable(out)
+    given = None if prompts is None else named.read_prompts(prompts)
     target, tokenizer = loaded(model, threads)
-    how = {"tokenizer": tokenizer, "source": model, "name": out.name, "seed": seed, "work": work}
+    how = {"tokenizer": tokenizer, "source": model, "name": out.name, "seed": seed, "work": work, "prompts": given}
     bank = sl.make(target.to(pipeline.best_device()), names, **how)
-    terminal.finish(bank, out, [work], False, ASK)
+    terminal.finish(bank, out, [work], False, terminal.asking(recipe_of(bank, None), tokenizer))
 
 
 @app.command()
@@ -382,6 +384,10 @@ def _eval_concepts(
     for name in names:
         bank[name]
     read = recipe_of(bank, recipe)
+    if hasattr(read, "levels"):
+        raise BadRecipe(
+            f"bank {bank.name!r} is of pictures; its figures are in its README.md, and steerlib train makes them anew"
+        )
     if quick:
         read = replace(read, evaluation_prompts=4, dev_prompts=4, seeds=1, new_tokens=24)
     model, tokenizer = loaded(source or (source_of(bank) if recipe is None else read.weights), threads)

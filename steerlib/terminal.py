@@ -26,6 +26,7 @@ from .text import begun, chat, complete, is_pair, progress
 
 TEXT_BANK, SCENES_BANK = "smollm2-135m-instruct", "scenes-32"
 PROMPTS = ("How was your day?", "Describe your morning.", "Tell me about the place where you live.")
+ASK = PROMPTS[-1]
 CONCEPTS = ("sports", "science", "fantasy")
 SHARES = (-0.5, 0.5, 1.0)
 """Amounts, as shares of a concept's useful amount."""
@@ -121,6 +122,13 @@ def example_of(bank: ConceptBank) -> str:
     return shlex.join(["-e", f"{best.name}={amount}"])
 
 
+def asking(recipe: Any, tokenizer: Any) -> str:
+    """A prompt to try a bank with that was made by a recipe."""
+    if tokenizer is not None:
+        return ASK
+    return getattr(recipe, "plain", "") or str(next(iter(recipe.read_corpus()), ASK))
+
+
 def finish(bank: ConceptBank, folder: Path, places: Sequence[Path], clean: bool, prompt: str) -> None:
     """Write a trained bank; say what it is and where, what is left in the folders of its work, and how to go on."""
     bank.save_pretrained(folder)
@@ -186,12 +194,13 @@ def draw_both(
     *,
     samples: int = 1,
     seed: int = 0,
-    steps: int = 20,
-    guidance: float = 2.0,
+    steps: int | None = None,
+    guidance: float | None = None,
 ) -> None:
     """Draw a prompt unsteered (left) and steered (right), a row for each sample, both of a row from the same noise, to a PNG
-    file; print what the edits did."""
-    how = {"seed": seed, "steps": steps, "guidance": guidance}
+    file; print what the edits did. Steps and guidance are those that the bank was made with, unless others are given."""
+    made = {"steps": 20, "guidance": 2.0, **bank.provenance}
+    how: Any = {"seed": seed, "steps": steps or made["steps"], "guidance": made["guidance"] if guidance is None else guidance}
     plain = draw_as_told(pipe, [prompt] * samples, **how)
     with steer(pipe, bank, edits, branch="both" if edits is None else "cond") as session:
         steered = draw_as_told(pipe, [prompt] * samples, **how)

@@ -15,6 +15,7 @@ from ..errors import BadEdit, Unanswerable
 from ..hosts import Host
 from ..passes import Branch
 from ..schedules import Schedule, Within
+from ..sites import Site
 from . import masks
 from .aims import AsTwin, Forecast
 from .dialect import is_word
@@ -112,8 +113,7 @@ class Lowering:
 
     def _is_before(self, one: str, other: str) -> bool:
         """Whether a pass of one stack reaches one site before another."""
-        first, second = self.host.site(one), self.host.site(other)
-        return self.host.order(first) < self.host.order(second) and self.host.clocks(first) == self.host.clocks(second)
+        return _is_reached_first(self.host, self.host.site(one), self.host.site(other))
 
     def beside(self, edit: Edit, pinned: Iterable[Edit]) -> Edit:
         """An edit, closed wherever the gate of a pinned concept of its encoder is open that it does not share: pinning one
@@ -191,6 +191,13 @@ class Lowering:
         if (norm := self.bank.norm_of(place)) is None:
             raise BadEdit(NO_LENGTH.format(self.bank.site_of(place), self.bank.name))
         return norm
+
+
+def _is_reached_first(host: Host, first: Site, second: Site) -> bool:
+    """Whether a pass of one stack reaches one site before another; what a module is given, before what it gives."""
+    if first.module == second.module and "input" in (first.side, second.side):
+        return first.side == "input" != second.side
+    return host.order(first) < host.order(second) and host.clocks(first) == host.clocks(second)
 
 
 def _other(lower: Lowering, concept: Concept, place: Place, name: str | Concept, *, is_open: bool) -> Other:
