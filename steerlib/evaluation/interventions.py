@@ -1,7 +1,8 @@
 """What moving something does to what comes out: an input, a coordinate, an activation, or what lies between (2505.03530).
 
-The four manipulations of Roy et al. for anything that is run alike every time: an autoencoder's decoder, a pipeline from fixed
-noise, a language model's next token. Each gives an `Effect`: the change of the outcome, its interval, and that of a control.
+The four manipulations of Roy et al., and a swap of codes, for anything that is run alike every time: an autoencoder's decoder,
+a pipeline from fixed noise, a language model's next token. Each gives an `Effect`: the change of the outcome, its interval, and
+that of a control.
 
 `R` runs that are averaged, `B` rows of the input, `...` axes of an outcome
 """
@@ -19,11 +20,12 @@ from torch.nn.functional import normalize
 
 from ..bank.concept_bank import ConceptBank
 from ..bank.concepts import Concept
-from ..encoders import Directions
+from ..encoders import Directions, Encoder
 from ..errors import BadEdit
 from ..steering.interventions import Intervention, Patch, Set
 from ..steering.recording import observing, record, replacing
 from ..steering.session import steer
+from ..steering.swapping import Swap
 from .mediation import mediation, places_of
 
 Run = Callable[[Any], Tensor]
@@ -178,6 +180,24 @@ def by_latent(
     return Effect.of(*changes)
 
 
+def by_swap(studied: Decoder, inputs: Any, concept: str, others: Sequence[str], *, seed: int = 0) -> Effect:
+    """Put each of other codes of a quantiser in the place of one, in turn: discrete codes are swapped, not clamped.
+
+    The control moves the same positions as far, in random directions.
+    """
+    bank, plain, rng = studied.bank, studied(inputs), torch.Generator().manual_seed(seed + 7_919)
+    place, encoder = bank[concept].places[0], bank.encoder(bank[concept].encoder)
+    own, changes, controls = bank.rows(place).write[0], [], []
+    for other in others:
+        far = bank.rows(bank[other]).write[0] - own
+        away = normalize(torch.randn(far.shape, generator=rng), dim=0) * far.norm()
+        changes.append(studied(inputs, {concept: Swap(other)}) - plain)
+        shoved = partial(_shoved, encoder=encoder, index=place.index, away=away)
+        with replacing(studied.target, {bank.site_of(place): lambda x, _, shoved=shoved: shoved(x)}):
+            controls.append(studied(inputs) - plain)
+    return Effect.of(torch.stack(changes), torch.stack(controls))
+
+
 def by_patch(
     studied: Decoder,
     value: Any,
@@ -276,6 +296,11 @@ def at_random(bank: ConceptBank, concepts: Sequence[str], seed: int) -> tuple[Co
     sites = {site: bank.sites[site] for site in where.values()}
     found = ConceptBank("random", made, made_of, base=bank.base, sites=sites, where=where, levels=bank.levels)
     return found, [concept.name for concept in made]
+
+
+def _shoved(x: Tensor, *, encoder: Encoder, index: int, away: Tensor) -> Tensor:
+    """Activations moved away where a code is."""
+    return x + (encoder.encode(x)[..., index, None] * away.to(x.device)).to(x.dtype)
 
 
 def _laid_in(x: Tensor, source: Tensor, *, rows: Any, channels: Any, positions: Any) -> Tensor:

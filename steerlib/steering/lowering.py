@@ -9,7 +9,7 @@ import torch
 
 from ..bank import ConceptBank
 from ..bank.concepts import Concept, Gate, Place
-from ..encoders import Rows
+from ..encoders import KINDS, Rows
 from ..errors import BadEdit, Unanswerable
 from ..hosts import Host
 from ..passes import Branch
@@ -55,6 +55,11 @@ class Lowering:
         site = self.bank.site_of(place)
         when = self._when(concept, place, intervention)
         _check(concept, self.host, site, intervention, when)
+        if KINDS[self.bank.encoder_facts[place.encoder].kind].discrete and not intervention.keeps_codes:
+            raise Unanswerable(
+                f"{concept.name!r} is a code of a quantiser, which is there or not, so there is no amount of it to change; put "
+                "another in its place with sl.Swap, or those of another run with sl.Patch"
+            )
         read, natural = self._reader(concept, place), None if self.options.allow_ood else reach(place.natural)
         is_latent, given = self.bank.rows(place).is_sparse, intervention.gate
         other = partial(_other, self, concept, place, is_open=given == "open")
