@@ -414,16 +414,24 @@ def examples(
     out: Annotated[Path | None, typer.Option(help="folder to copy the programs to")] = None,
 ) -> None:
     """List three short programs, print one of them, or copy them to a folder."""
-    found = {path.stem: path for path in sorted((Path(__file__).parent / "examples").glob("*.py"))}
-    if name and name not in found:
-        raise BadEdit(f"expected one of {', '.join(found)}, got {name!r}")
-    for path in [found[name]] if name else found.values():
-        text = path.read_text(encoding="utf-8")
-        if out is not None:
-            out.mkdir(parents=True, exist_ok=True)
-            (out / path.name).write_text(text, encoding="utf-8")
-        first = text.splitlines()[0].strip('"')
-        typer.echo(text if name and out is None else f"{(out or Path()) / path.name}  {first}")
+    from . import terminal
+
+    terminal.show_programs(name, out)
+
+
+@app.command()
+def study(
+    model: Annotated[str, typer.Argument(help="folder of an autoencoder or a pipeline, or module:name of your own")],
+    data: Annotated[Path, typer.Option(help="folder of pictures, or .npz with imgs and, if known, factors")],
+    out: Annotated[Path, typer.Option(help="folder of page, figures, pictures and bank")] = Path("out/study"),
+    hidden: Annotated[str, typer.Option(help="site of the units that may be modular (default: the decoder's middle)")] = "",
+    seed: Annotated[int, typer.Option(help="of all random choices", min=0)] = 0,
+    threads: Threads = 0,
+) -> None:
+    """Study an autoencoder by intervention: what each latent does, how specifically, and how well it stands for a factor."""
+    from . import terminal
+
+    terminal.study(model, data, out, hidden or None, seed, threads)
 
 
 def _tell(is_wanted: bool) -> None:

@@ -32,6 +32,7 @@ VALUES = 20
 
 
 Made = TypeVar("Made")
+Read = Callable[[Tensor], Any] | None
 
 
 class Posterior(NamedTuple):
@@ -56,24 +57,15 @@ class Derived(Stored):
 
     @classmethod
     def from_autoencoder(
-        cls: type[Made],
-        base: object,
-        data: Tensor | None = None,
-        *,
-        factors: Mapping[str, Sequence[Any]] | None = None,
-        encode: Callable[[Tensor], Any] | None = None,
-        decode: Callable[[Tensor], Any] | None = None,
-        site: str | None = None,
-        name: str = "latents",
-        least: float = 0.01,
+        cls: type[Made], base: object, data: Tensor | None = None, *, factors: Mapping[str, Sequence[Any]] | None = None,
+        encode: Read = None, decode: Read = None, site: str | None = None, name: str = "latents", least: float = 0.01,
         seed: int = 0,
-    ) -> Made:
+    ) -> Made:  # fmt: skip
         """A bank of an autoencoder's active latents, `z0`, `z1`, …: a channel of the latent map, or a number of the vector.
 
-        Of a quantiser also the codes in use, `code 0`, `code 1`, …, which `sl.Swap` puts in each other's place.
-
-        One unit is the standard deviation over data. Labels tell what changes from one end of a latent to the other, and which
-        known factor explains it. Passive latents are listed in `provenance["passive"]`.
+        Of a quantiser also the codes in use, `code 0`, `code 1`, …, which `sl.Swap` puts in each other's place. One unit is the
+        standard deviation over data. Labels tell what changes from one end of a latent to the other, and which known factor
+        explains it. Passive latents and unused codes are listed in `provenance["passive"]`.
 
         Args:
             base: an autoencoder, or a pipeline with one, in which the bank then steers.
@@ -91,23 +83,42 @@ class Derived(Stored):
         >>> sl.ConceptBank.from_autoencoder(vae, torch.randn(9, 6)).keys()
         dict_keys(['z0', 'z1'])
         """
-        inside, prefix = autoencoder_of(base)
-        draw: Callable[[Tensor], Any] = decode or inside.decode
-        inputs = decoded(draw(prior(inside, seed))) if data is None else data
-        for factor, values in (factors or {}).items():
-            if len(values) != len(inputs):
-                raise BadBank(f"expected a value of {factor!r} for each of {len(inputs)} inputs, got {len(values)}")
-        with torch.no_grad():
-            told = posterior((encode or inside.encode)(inputs))
-            found = [latents(told, draw, site or entrance(inside, prefix), factors or {}, least), *codes(inside, prefix, told)]
-        said = {
-            "passive": [name for part in found for name in part.passive],
-            "data": "drawn from the prior" if data is None else "given",
-        }
-        placed = placed_in({part.site: part.encoder for part in found}, {}, base, None)
-        placed["where"] = {part.id: part.site for part in found}
-        encoders, make = {part.id: part.encoder for part in found}, cast(Any, cls)
-        return make(name, [c for part in found for c in part.concepts], encoders, provenance=said, **placed)
+        make, given = cast(Any, cls), factors or {}
+        return make(name, **parts(base, data, encode, decode, site=site, factors=given, least=least, seed=seed))
+
+
+@torch.no_grad()
+def parts(
+    base: Any,
+    data: Tensor | None,
+    encode: Read,
+    decode: Read,
+    *,
+    site: str | None,
+    factors: Mapping[str, Sequence[Any]],
+    least: float,
+    seed: int,
+) -> dict[str, Any]:
+    """Arguments of `ConceptBank` for an autoencoder."""
+    inside, prefix = autoencoder_of(base)
+    draw: Callable[[Tensor], Any] = decode or inside.decode
+    inputs = decoded(draw(prior(inside, seed))) if data is None else data
+    for factor, values in factors.items():
+        if len(values) != len(inputs):
+            raise BadBank(f"expected a value of {factor!r} for each of {len(inputs)} inputs, got {len(values)}")
+    told = posterior((encode or inside.encode)(inputs))
+    found = [latents(told, draw, site or entrance(inside, prefix), factors, least), *codes(inside, prefix, told)]
+    said = {
+        "passive": [name for part in found for name in part.passive],
+        "data": "drawn from the prior" if data is None else "given",
+    }
+    return {
+        **placed_in({part.site: part.encoder for part in found}, {}, base, None),
+        "where": {part.id: part.site for part in found},
+        "concepts": [concept for part in found for concept in part.concepts],
+        "encoders": {part.id: part.encoder for part in found},
+        "provenance": said,
+    }
 
 
 def autoencoder_of(target: Any) -> tuple[Any, str]:

@@ -80,6 +80,8 @@ class Coordinates:
     spread: float
     alike: Float[Tensor, "n n"]
     """Cosine of what two coordinates move, the dead ones 0."""
+    channels: Float[Tensor, "n channels"]
+    """Root mean square change of hidden channels, the dead ones 0; no channels without a hidden site."""
 
     @property
     def dead(self) -> tuple[str, ...]:
@@ -123,15 +125,16 @@ def coordinates(
     how = {"draws": draws, "seed": seed}
     found = [_coordinate(studied, inputs, n, plain, factors, readout, **how) for n in progress(names, "moving coordinates")]
     alive = [k for k, one in enumerate(found) if not one.dead]
-    alike, published = torch.zeros(len(names), len(names)), None
+    alike, channels, published = torch.zeros(len(names), len(names)), torch.zeros(len(names), 0), None
     if hidden is not None and alive:
         moved, stepped = zip(*(_units(studied, inputs, names[k], hidden, **how) for k in alive), strict=True)
-        at = torch.tensor(alive)
-        alike[at[:, None], at] = cosines(torch.stack(moved))
-        published = published_modularity(torch.stack(stepped))
+        at, rms = torch.tensor(alive), torch.stack(moved)
+        alike[at[:, None], at] = cosines(rms.flatten(1))
+        channels = rms.new_zeros(len(names), rms.shape[-1]).index_copy(0, at, rms.square().mean(1).sqrt())
+        published = published_modularity(torch.stack(stepped).flatten(1))
     known = hidden is not None and len(alive) > 1
     mended = modularity(alike[alive][:, alive]) if known else None
-    return Coordinates(tuple(found), mended, published, spread_of(plain), alike)
+    return Coordinates(tuple(found), mended, published, spread_of(plain), alike, channels)
 
 
 def spread_of(plain: Float[Tensor, "B ..."]) -> float:
@@ -222,15 +225,15 @@ def published_modularity(change: Float[Tensor, "n units"]) -> float | None:
 
 @torch.no_grad()
 def _units(studied: Decoder, inputs: Any, name: str, site: str, *, draws: int, seed: int) -> tuple[Tensor, Tensor]:
-    """What moving a coordinate does to each hidden unit: root mean square where it is as in other rows, and the mean where it
-    moves by one unit."""
+    """What moving a coordinate does to each hidden unit, `[N, D]`: root mean square where it is as in other rows, and the mean
+    where it moves by one unit."""
     bank, names = places_of(studied.bank, [name])
 
     def seen(edits: Any) -> Tensor:
         tape: list[Tensor] = []
-        with observing(studied.target, {site: lambda x, _: tape.append(x.detach().float().cpu().flatten(1))}):
+        with observing(studied.target, {site: lambda x, _: tape.append(x.detach().float().cpu())}):
             studied.edited(bank, inputs, edits)
-        return torch.cat(tape, -1)
+        return torch.cat(tape, 1)
 
     plain = seen({})
     moved = torch.stack([seen(edits) - plain for edits in drawn(studied, bank, names, inputs, draws, seed)])
