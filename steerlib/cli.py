@@ -42,8 +42,7 @@ Quick = Annotated[bool, typer.Option("--quick", help="a rough bank in about two 
 Clean = Annotated[bool, typer.Option("--clean", help="remove what the stages made once the bank is written")]
 Threads = Annotated[int, typer.Option(help="processor threads (0: as many as a trial of 0.2 s finds fastest)", min=0)]
 
-Half = StrEnum("Half", ["text", "images"])
-"""What `demo` can show alone."""
+Half = StrEnum("Half", ["text", "images"])  # what `demo` can show alone
 
 
 @app.command()
@@ -78,9 +77,7 @@ def steer(
     samples: Annotated[int, typer.Option(help="how many answers or pictures", min=1, max=64)] = 1,
     seed: Annotated[int, typer.Option(help="of the first answer or picture; the next ones follow", min=0)] = 0,
     chat: Annotated[bool | None, typer.Option(help="ask, or continue the prompt (default: as the bank says)")] = None,
-    steps: Annotated[
-        int | None, typer.Option(help="scheduler steps of a picture (default: as the bank says, or 20)", min=1)
-    ] = None,
+    steps: Annotated[int | None, typer.Option(help="scheduler steps of a picture (default: as the bank says)", min=1)] = None,
     guidance: Annotated[float | None, typer.Option(help="of a picture towards its prompt (default: as the bank says)")] = None,
     threads: Threads = 0,
     out: Annotated[Path, typer.Option(help="PNG file, if it draws: unsteered left, steered right")] = Path("steered.png"),
@@ -128,9 +125,8 @@ def concepts(
         safe = signed(*concept.range or ())
         useful = f"{concept.useful_as} {signed(concept.useful)}" if concept.useful is not None else ""
         useful = useful if concept.present is None else "a gate"
-        table.add_row(
-            *(escape(printable(text)) for text in (concept.name, concept.label, opened.site_of(concept), useful, safe))
-        )
+        cells = (concept.name, concept.label, opened.site_of(concept), useful, safe)
+        table.add_row(*(escape(printable(text)) for text in cells))
     console.print(table)
 
 
@@ -202,8 +198,7 @@ def verify(bank: BankName, revision: Revision = None, key: Key = None, as_json: 
     """Check every file, hash and value of a bank, and whose it is."""
     opened = sl.ConceptBank.from_pretrained(bank, revision=revision)
     opened.verify(key)
-    signed = ", signed with this key" if key else ""
-    text = f"{opened.name}: {len(opened)} concepts and gates, every file as it should be{signed}"
+    text = f"{opened.name}: {len(opened)} concepts and gates, every file as it should be{', signed with this key' * bool(key)}"
     said({"name": opened.name, "concepts": len(opened), "signed": key is not None}, text, as_json)
 
 
@@ -419,16 +414,24 @@ def examples(
     out: Annotated[Path | None, typer.Option(help="folder to copy the programs to")] = None,
 ) -> None:
     """List three short programs, print one of them, or copy them to a folder."""
-    found = {path.stem: path for path in sorted((Path(__file__).parent / "examples").glob("*.py"))}
-    if name and name not in found:
-        raise BadEdit(f"expected one of {', '.join(found)}, got {name!r}")
-    for path in [found[name]] if name else found.values():
-        text = path.read_text(encoding="utf-8")
-        if out is not None:
-            out.mkdir(parents=True, exist_ok=True)
-            (out / path.name).write_text(text, encoding="utf-8")
-        first = text.splitlines()[0].strip('"')
-        typer.echo(text if name and out is None else f"{(out or Path()) / path.name}  {first}")
+    from . import terminal
+
+    terminal.show_programs(name, out)
+
+
+@app.command()
+def study(
+    model: Annotated[str, typer.Argument(help="folder of an autoencoder or a pipeline, or module:name of your own")],
+    data: Annotated[Path, typer.Option(help="folder of pictures, or .npz with imgs and, if known, factors")],
+    out: Annotated[Path, typer.Option(help="folder of page, figures, pictures and bank")] = Path("out/study"),
+    hidden: Annotated[str, typer.Option(help="site of the units that may be modular (default: the decoder's middle)")] = "",
+    seed: Annotated[int, typer.Option(help="of all random choices", min=0)] = 0,
+    threads: Threads = 0,
+) -> None:
+    """Study an autoencoder by intervention: what each latent does, how specifically, and how well it stands for a factor."""
+    from . import terminal
+
+    terminal.study(model, data, out, hidden or None, seed, threads)
 
 
 def _tell(is_wanted: bool) -> None:

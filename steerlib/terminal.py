@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import typer
 from rich.console import Console
 from rich.table import Table
 
@@ -199,7 +200,8 @@ def draw_both(
 ) -> None:
     """Draw a prompt unsteered (left) and steered (right), a row for each sample, both of a row from the same noise, to a PNG
     file; print what the edits did. Steps and guidance are those that the bank was made with, unless others are given."""
-    made = {"steps": 20, "guidance": 2.0, **bank.provenance}
+    own = bank.bank if isinstance(bank, Preset) else bank
+    made = {"steps": 20, "guidance": 2.0, **own.provenance}
     how: Any = {"seed": seed, "steps": steps or made["steps"], "guidance": made["guidance"] if guidance is None else guidance}
     plain = draw_as_told(pipe, [prompt] * samples, **how)
     with steer(pipe, bank, edits, branch="both" if edits is None else "cond") as session:
@@ -270,3 +272,29 @@ def _timed(model: Any, tokenizer: Any, asked: Sequence[str], tokens: int) -> tup
         return [" ".join(text.split()) for text in texts], time.perf_counter() - start
     finally:
         model.generation_config.eos_token_id = ends
+
+
+def show_programs(name: str, out: Path | None) -> None:
+    """List the example programs, print one of them, or copy them to a folder."""
+    found = {path.stem: path for path in sorted((Path(__file__).parent / "examples").glob("*.py"))}
+    if name and name not in found:
+        raise BadEdit(f"expected one of {', '.join(found)}, got {name!r}")
+    for path in [found[name]] if name else found.values():
+        text = path.read_text(encoding="utf-8")
+        if out is not None:
+            out.mkdir(parents=True, exist_ok=True)
+            (out / path.name).write_text(text, encoding="utf-8")
+        first = text.splitlines()[0].strip('"')
+        typer.echo(text if name and out is None else f"{(out or Path()) / path.name}  {first}")
+
+
+def study(model: str, data: Path, out: Path, hidden: str | None, seed: int, threads: int) -> None:
+    """Study an autoencoder, and say what was found and where the page is."""
+    from .evaluation import study as room
+    from .threads import use_threads
+
+    use_threads(threads)
+    found = room.studied(room.opened(model), room.read(data), hidden=hidden, seed=seed)
+    page = room.write(found, out, f"Study of {Path(model).name}")
+    for line in (*room.lines(found.figures), f"page: {page}"):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)

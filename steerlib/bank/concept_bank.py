@@ -5,20 +5,21 @@ from os import PathLike
 from typing import Any
 
 from ..encoders import Encoder
-from ..errors import BadBank, Unanswerable, WrongWidth
+from ..errors import Unanswerable
 from ..graph.causal_graph import CausalGraph
-from ..hosts import digest_of, host_for
+from ..hosts import host_for
 from ..schedules import Window
 from . import hub, layout
+from .autoencoders import Derived
 from .bank import by_name
 from .concepts import Concept
-from .editing import Edited, timed
+from .editing import timed
 from .manifest import BaseModel, SiteFacts
 from .shelf import Shelf
-from .vectors import Vectors, Where, gathered, site_name
+from .vectors import Vectors, Where, gathered, placed_in, site_name
 
 
-class ConceptBank(Edited):
+class ConceptBank(Derived):
     """Concepts by name, ready to steer with. Opening a bank reads no weights; steering reads the rows it needs.
 
     `from_pretrained` opens one, `from_directions` and `from_encoder` make one of your own tensors, `sl.train` trains one.
@@ -107,7 +108,7 @@ class ConceptBank(Edited):
         dict_keys(['royal'])
         """
         encoders, concepts = gathered(directions, site)
-        made = cls(name, concepts, encoders, **_placed(encoders, {}, base, norm))
+        made = cls(name, concepts, encoders, **placed_in(encoders, {}, base, norm))
         if when is not None and not host_for(base).has_progress:
             raise Unanswerable("text has no progress for when= to open on, because its end is unknown; give edits sl.Steps")
         return made if when is None else timed(made, when)
@@ -133,7 +134,7 @@ class ConceptBank(Edited):
         1
         """
         encoders, earlier = {site_name(site): encoder}, {} if reads is None else {site_name(site): site_name(reads)}
-        return cls(name, concepts, encoders, **_placed(encoders, earlier, base, norm))
+        return cls(name, concepts, encoders, **placed_in(encoders, earlier, base, norm))
 
     @classmethod
     def from_pretrained(
@@ -161,25 +162,3 @@ class ConceptBank(Edited):
         """
         options: Any = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
         return cls(**layout.read(hub.home_of(name_or_folder, **options)))
-
-
-def _placed(
-    encoders: Mapping[str, Encoder], reads: Mapping[str, str], base: object, norm: float | Mapping[str, float] | None
-) -> dict[str, Any]:
-    """Arguments of `ConceptBank` that say where in a model encoders of one's own belong, by name of site."""
-    host, places = host_for(base), [*encoders, *reads.values()]
-    norms = norm if isinstance(norm, Mapping) else dict.fromkeys(encoders, norm)
-    if len(encoders) > 1 and norm is not None and norm is not norms or norms.keys() - {*places}:
-        raise BadBank(f"expected norm= by name of the sites {', '.join(places)}, got {norm!r:.80}")
-    widths: dict[str, int] = {}
-    for site, encoder in encoders.items():
-        rows = encoder.rows([0])
-        for at, width in ((site, rows.write.shape[-1]), (reads.get(site, site), rows.read.shape[-1])):
-            if widths.setdefault(at, width) != width or host.width(host.site(at)) not in (None, width):
-                raise WrongWidth(f"site {at!r} has width {host.width(host.site(at))}, got vectors of width {width}")
-    return {
-        "base": BaseModel(id=host.name(), fingerprint=host.fingerprint(), weights=digest_of(host)),
-        "sites": {at: SiteFacts(width=width, norm=norms.get(at)) for at, width in widths.items()},
-        "where": {site: site for site in encoders},
-        "reads": reads,
-    }

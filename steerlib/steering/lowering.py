@@ -10,7 +10,7 @@ import torch
 from ..bank import ConceptBank
 from ..bank.concepts import Concept, Gate, Place
 from ..bank.matching import Match
-from ..encoders import Rows
+from ..encoders import KINDS, Rows
 from ..errors import BadEdit, Unanswerable
 from ..hosts import Host
 from ..passes import Branch
@@ -55,9 +55,9 @@ class Lowering:
 
     def edit(self, concept: Concept, place: Place, intervention: Intervention, leaves: Key | None = None) -> Edit:
         """One intervention at one of a concept's places."""
-        site = self.bank.site_of(place)
-        when = self._when(concept, place, intervention)
+        site, when = self.bank.site_of(place), self._when(concept, place, intervention)
         _check(concept, self.host, site, intervention, when)
+        _check_code(self.bank, concept, place, intervention)
         read, natural = self._reader(concept, place), None if self.options.allow_ood else reach(place.natural)
         is_latent, given = self.bank.rows(place).is_sparse, intervention.gate
         other = partial(_other, self, concept, place, is_open=given == "open")
@@ -260,6 +260,15 @@ def _check(concept: Concept, host: Host, site: str, intervention: Intervention, 
         raise Unanswerable(
             f"{concept.name!r}: tokens={intervention.tokens!r} counts tokens of text, and those of {site!r} are none; "
             "use mask= for a part of an image, and when= for a part of the run"
+        )
+
+
+def _check_code(bank: ConceptBank, concept: Concept, place: Place, intervention: Intervention) -> None:
+    """Refuse an amount of what is there or not."""
+    if KINDS[bank.encoder_facts[place.encoder].kind].discrete and not intervention.keeps_codes:
+        raise Unanswerable(
+            f"{concept.name!r} is a code of a quantiser, which is there or not, so there is no amount of it to change; put "
+            "another in its place with sl.Swap, or those of another run with sl.Patch"
         )
 
 

@@ -56,9 +56,9 @@ class Preset:
     Raises `BadEdit` for options that `sl.steer` does not have.
 
     >>> bank = sl.ConceptBank.from_pretrained("smollm2-135m-instruct")
-    >>> preset = sl.Preset({"science": 2.5, "anger": sl.Ablate(tokens="generated")}, bank)
+    >>> preset = sl.Preset({"science": 2.5, "music": sl.Ablate(tokens="generated")}, bank)
     >>> again = sl.Preset.from_toml(preset.to_toml())  # in a file: preset.save("calm.toml"), sl.Preset.load("calm.toml")
-    >>> again.edits == {"science": sl.Add(2.5), "anger": sl.Ablate(tokens="generated")}
+    >>> again.edits == {"science": sl.Add(2.5), "music": sl.Ablate(tokens="generated")}
     True
     """
 
