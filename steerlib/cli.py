@@ -373,7 +373,6 @@ def _check_saving(bank: str, in_part: bool) -> None:
 def _eval_concepts(
     bank: "sl.ConceptBank", recipe: Path | None, names: list[str], quick: bool, save: str, source: str, threads: int
 ) -> Any:
-    from .hosts import host_for
     from .training.package.directions import evaluate, with_effects
 
     for name in names:
@@ -386,8 +385,8 @@ def _eval_concepts(
     if quick:
         read = replace(read, evaluation_prompts=4, dev_prompts=4, seeds=1, new_tokens=24)
     model, tokenizer = loaded(source or (source_of(bank) if recipe is None else read.weights), threads)
-    if save and (notice := bank.check(host_for(model))):
-        raise BadEdit(f"--save would keep the hash of other weights beside these figures: {notice}; leave out --save")
+    if save and (how := {*bank.fits(model).values()} - {"same weights", "same shapes"}):
+        raise BadEdit(f"--save would keep the hash of other weights beside these figures ({', '.join(how)}); leave out --save")
     records = evaluate(model, tokenizer, bank, read, concepts=names)
     if save:
         with_effects(bank, read, records).save_pretrained(save)

@@ -242,7 +242,8 @@ def digest(model: nn.Module, values: int = 16) -> str | None:
         return None
     sha = hashlib.sha256()
     for name, p in parameters:
-        flat = p.detach().reshape(-1)
+        if not len(flat := p.detach().reshape(-1)):
+            continue
         chosen = flat[torch.arange(values, device=p.device) * (len(flat) - 1) // (values - 1)]
         sha.update(name.encode() + chosen.to(torch.bfloat16).cpu().view(torch.int16).numpy().tobytes())
     return sha.hexdigest()
