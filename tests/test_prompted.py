@@ -9,7 +9,6 @@ import pytest
 import tiny_pipelines
 import torch
 from scenes import world
-from scenes.pipeline import pipeline
 from tiny_models import tiny
 
 import steerlib as sl
@@ -47,13 +46,6 @@ sites = ["%s"]
 [[concepts]]
 name = "night"
 """
-
-
-@pytest.fixture(scope="module")
-def toy():
-    pipe = pipeline("toy")
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 @pytest.fixture
