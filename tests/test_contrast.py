@@ -97,7 +97,7 @@ def test_rows_and_preferences_become_classes():
     assert sl.Contrast.from_rows(rows, positive="yes") == sl.Contrast(("a", "c"), ("b",))
     with pytest.raises(errors.BadBank, match="label 'yes' is neither true nor false; give positive="):
         sl.Contrast.from_rows(rows)
-    with pytest.raises(errors.BadBank, match="expected fields 'said' and 'label' in every row"):
+    with pytest.raises(errors.BadBank, match="expected fields 'said', 'label' in every row"):
         sl.Contrast.from_rows(rows, text="said")
     with pytest.raises(errors.BadBank, match="expected negative texts"):
         sl.Contrast.from_rows([{"text": "a", "label": True}])
@@ -105,6 +105,8 @@ def test_rows_and_preferences_become_classes():
     said = [{"prompt": TALK, "chosen": "warm", "rejected": "cold"}, {"prompt": TALK, "chosen": answer, "rejected": answer}]
     wanted = sl.Contrast(((TALK, "warm"), (TALK, "warm")), ((TALK, "cold"), (TALK, "warm")))
     assert sl.Contrast.from_preferences(said) == wanted
+    with pytest.raises(errors.BadBank, match="expected fields 'asked', 'chosen', 'rejected' in every row, got prompt"):
+        sl.Contrast.from_preferences(said, prompt="asked")
     whole = [{"chosen": [*TALK, *answer], "rejected": [*TALK, *answer]}]
     assert sl.Contrast.from_preferences(whole, prompt=None).positive == ((TALK, "warm"),)
 

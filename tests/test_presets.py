@@ -149,6 +149,8 @@ def test_a_picture_carries_its_preset_and_the_same_seed_draws_it_again(tmp_path)
     assert again.said == preset.said and again.options == preset.options
     assert drawn(again).tobytes() == picture.tobytes() == Image.open(tmp_path / "hill.png").tobytes()
     picture.save(tmp_path / "plain.png")
+    with pytest.raises(errors.BadEdit, match="plain.png is no text; a preset inside a PNG is read by sl.Preset.from_image"):
+        sl.Preset.load(tmp_path / "plain.png")
     with pytest.raises(errors.BadEdit, match="plain.png carries no preset"):
         sl.Preset.from_image(tmp_path / "plain.png")
 

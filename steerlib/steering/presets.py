@@ -139,7 +139,11 @@ class Preset:
     @classmethod
     def load(cls, path: str | PathLike[str], *, bank: ConceptBank | Sequence[ConceptBank] | None = None) -> "Preset":
         """Read a TOML file; `bank` and what is raised are those of `from_toml`."""
-        return cls.from_toml(Path(path).read_text(encoding="utf-8"), bank=bank, folder=Path(path).parent)
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise BadEdit(f"{Path(path).name} is no text; a preset inside a PNG is read by sl.Preset.from_image") from None
+        return cls.from_toml(text, bank=bank, folder=Path(path).parent)
 
     def stamp(self, image: Any, path: str | PathLike[str]) -> Path:
         """Save a PIL image as a PNG that carries the preset; returns the path.

@@ -67,8 +67,7 @@ class Contrast:
         """
         sides: tuple[list[Text], list[Text]] = [], []
         for row in rows:
-            if text not in row or label not in row:
-                raise BadBank(f"expected fields {text!r} and {label!r} in every row, got {', '.join(map(str, row))}")
+            _check(row, text, label)
             given = row[label]
             if positive is None and given not in (0, 1):
                 raise BadBank(f"label {given!r} is neither true nor false; give positive=, the label of texts with the concept")
@@ -91,12 +90,15 @@ class Contrast:
                 counts.
             chosen, rejected: the fields with the answers: strings, or messages.
 
+        Raises `BadBank` where a field is missing.
+
         >>> rows = [{"prompt": "Where?", "chosen": "Over there, please.", "rejected": "There."}]
         >>> sl.Contrast.from_preferences(rows).positive
         (('Where?', 'Over there, please.'),)
         """
         sides: tuple[list[Text], list[Text]] = [], []
         for row in rows:
+            _check(row, *filter(None, (prompt, chosen, rejected)))
             for side, name in zip(sides, (chosen, rejected), strict=True):
                 said = _said(row[name])
                 before, answer = said if isinstance(said, tuple) else ([], said)
@@ -104,6 +106,11 @@ class Contrast:
                     before = [*_messages(row[prompt]), *before] if before else row[prompt]
                 side.append((before, answer) if before else answer)
         return cls(*map(tuple, sides))
+
+
+def _check(row: Mapping[str, Any], *names: str) -> None:
+    if not all(name in row for name in names):
+        raise BadBank(f"expected fields {', '.join(map(repr, names))} in every row, got {', '.join(map(str, row))}")
 
 
 def _is_text(text: Any) -> bool:
