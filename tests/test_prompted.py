@@ -2,12 +2,14 @@
 
 import json
 import zlib
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import tiny_pipelines
 import torch
+from conftest import two_directions
 from scenes import world
 from tiny_models import tiny
 
@@ -18,6 +20,7 @@ from steerlib.errors import BadRecipe, Unanswerable
 from steerlib.evaluation import denoising
 from steerlib.hosts import host_for
 from steerlib.training import named
+from steerlib.training.calibrate import prompted as calibrate
 from steerlib.training.calibrate.prompted import Attempt, Choice, Drawing
 from steerlib.training.carry import recipe_in
 from steerlib.training.directions import prompted
@@ -85,6 +88,8 @@ def test_sums_are_those_of_activations_that_were_recorded_whole(toy, sums):
         torch.testing.assert_close(
             own["weighed"] / own["length"], (length * difference).sum((0, 1)) / length.sum(), rtol=1e-3, atol=1e-5
         )
+        zero = (length * negative).sum((0, 1)) / length.sum()
+        torch.testing.assert_close(own["zero"] / own["length"], zero, rtol=1e-3, atol=1e-5)
         given = torch.cat([u.chunk(2)[1] for _, u in seen], 1)
         torch.testing.assert_close(own["inside sum"] + own["outside sum"], given.sum((0, 1)), rtol=1e-3, atol=1e-2)
         assert float(own["inside count"] + own["outside count"]) == given.shape[0] * given.shape[1]
@@ -205,6 +210,63 @@ def test_a_choice_says_what_is_safe_and_whether_it_is_useful():
     assert choice.edit == sl.Add(best.amount) and choice.way == sl.Add(-best.amount)
     assert not choice._replace(told=0.5).is_useful and "told from plain ones" in choice._replace(told=0.5).beyond
     assert Choice.from_json(json.loads(json.dumps(choice))) == choice
+    lucky = choice._replace(tried=[*tried, Attempt("mean", "Add", 8.0, 1.0, 0.1)])
+    assert lucky.range == (0.0, 4.0)  # beyond an amount that does harm nothing is safe
+
+
+class Written(Drawing):
+    """Draws no picture; errors of a negative and a positive prompt on what would be drawn are written down."""
+
+    def __call__(self, prompts, seeds, *, output="latent"):  # noqa: ARG002 - as `Drawing`
+        return torch.tensor([{"day": 0.0, "night": 1.0}[prompt] for prompt in prompts]) + 2.0 * STEERED[-1]
+
+    def errors(self, latents, prompts):
+        table = {"day": (1.0, 3.0, 2.0, 2.0), "night": (2.0, 1.0, 1.5, 1.5)}  # of a plain, prompted, and steered picture
+        return torch.tensor([table[prompt][int(x)] for x, prompt in zip(latents, prompts, strict=True)])
+
+
+STEERED = [False]
+
+
+def test_effect_and_damage_of_errors_that_are_written_down(toy, monkeypatch):
+    """Shown are -1 plain, 2 prompted, 0.5 steered; the better prompt's error is 1 on natural pictures, 1.5 on steered ones."""
+
+    @contextmanager
+    def steered(_, bank, edits):
+        STEERED.append(bool(edits))
+        yield
+        STEERED.pop()
+
+    monkeypatch.setattr(calibrate, "steered", steered)
+    drawing = Written(toy, PictureRecipe(name="x", base="x", source="x"))
+    trials = calibrate.Trials(drawing, [PromptPair("night", "day", k) for k in range(3)], "night")
+    bank = two_directions(tiny("llama"))
+    assert trials.of(bank, {"a": 1.0}) == (0.5, 0.5) and trials.told == 1.0
+    assert trials.of(bank, {"a": 1.0}, remove=True) == (0.5, 0.5)
+
+
+class Known(calibrate.Trials):
+    """Trials of which all is known: a method acts well at 4, better at fewer sites, and reflecting removes best."""
+
+    told = 1.0
+
+    def __init__(self):
+        self.concept = "night"
+
+    def of(self, bank, edits, *, remove=False):
+        edit = edits[self.concept]
+        if remove:
+            ways = {sl.Add: (0.9, 0.5), sl.Ablate: (0.7, 0.1), sl.Scale: (0.8, 0.1)}
+            return calibrate.Trial(*ways[type(edit)])
+        amount = edit.value if isinstance(edit, sl.Set) else edit.amount
+        strength = {"mean": 16, "placed": 4, "placed, later": 4}[bank] * (1 + isinstance(edit, sl.Set))
+        harm = {"mean": 0, "placed": 0.1, "placed, later": 0.05}[bank]
+        return calibrate.Trial(min(1.0, amount / strength), harm * amount)
+
+
+def test_the_search_finds_the_best_method_amount_reach_and_removal():
+    choice = calibrate.chosen(Known(), lambda name: name, ["mean", "placed"], lambda name: [f"{name}, later"])
+    assert choice.best == Attempt("placed, later", "Add", 4.0, 1.0, 0.2) and choice.removal == "reflected"
 
 
 # -- recipes -----------------------------------------------------------------------------------------------------
