@@ -105,6 +105,9 @@ def test_rows_and_preferences_become_classes():
     said = [{"prompt": TALK, "chosen": "warm", "rejected": "cold"}, {"prompt": TALK, "chosen": answer, "rejected": answer}]
     wanted = sl.Contrast(((TALK, "warm"), (TALK, "warm")), ((TALK, "cold"), (TALK, "warm")))
     assert sl.Contrast.from_preferences(said) == wanted
+    chat = [{"role": "assistant", "content": "well"}, {"role": "user", "content": "go on"}, *answer]
+    later = sl.Contrast.from_preferences([{"prompt": "talk", "chosen": chat, "rejected": chat}])
+    assert later.positive == (([{"role": "user", "content": "talk"}, *chat[:2]], "warm"),)
     with pytest.raises(errors.BadBank, match="expected fields 'asked', 'chosen', 'rejected' in every row, got prompt"):
         sl.Contrast.from_preferences(said, prompt="asked")
     whole = [{"chosen": [*TALK, *answer], "rejected": [*TALK, *answer]}]

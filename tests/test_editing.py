@@ -255,7 +255,7 @@ def test_an_added_vector_moves_its_sites_by_itself_and_learns():
     bank, width = two_directions(model), model.config.hidden_size
     one, other = torch.randn(width, requires_grad=True), torch.randn(width)
     more = bank.add("c", {0: one, 1: other}, unit=2.0, gate=sl.Gate("a", above=-1e9), label="mine")
-    assert [place.id for place in more["c"].places] == ["layers.0#added/0", "layers.1/0"]
+    assert [(p.id, p.unit) for p in more["c"].places] == [("layers.0#added/0", 2.0), ("layers.1/0", 2.0)]
     with sl.record(model, ["layers.0"]) as plain:
         model(torch.ones(1, 3, dtype=torch.long))
     with sl.steer(model, more, {"c": 1.0}), sl.record(model, ["layers.0"]) as moved:

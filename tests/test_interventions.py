@@ -68,6 +68,10 @@ def test_a_coordinate_takes_its_values_from_other_rows(z):
     pairs = (own[:, None] - own[None]).abs().sum() / 20
     assert effect.strength == pytest.approx(float(pairs * PAIRS[1].norm()), rel=1e-5)
     assert effect.change.shape == (4, 5, 6) and torch.equal(effect.change[..., :2], torch.zeros(4, 5, 2))
+    assert effect.by_chance.mean > 0
+    assert effect.beyond.mean == pytest.approx(effect.length.mean - effect.by_chance.mean, rel=1e-9)
+    many = by_latent(studied(PAIRS), z[:5], "z1", draws=6)  # more than there are other rows: none is given its own
+    assert (many.change.norm(dim=-1) > 0).all()
 
 
 def test_one_output_alone_is_most_specific_and_identical_columns_are_no_modules(z):
