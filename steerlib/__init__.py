@@ -29,9 +29,11 @@ if TYPE_CHECKING:  # what HOMES says, for type checkers and editors
     from .sites import Site
     from .steering.interventions import Ablate, Add, Clamp, Intervention, Patch, Scale, Set
     from .steering.masks import Word
+    from .steering.presets import Preset
     from .steering.recording import record
     from .steering.session import Steering, attach, detach, share, steer
     from .steering.swapping import Swap
+    from .training.contrast import Contrast, directions
     from .training.linting import lint
     from .training.named import make
     from .training.package.word_bank import words
@@ -41,10 +43,10 @@ if TYPE_CHECKING:  # what HOMES says, for type checkers and editors
     __version__: str
 
 __all__ = [
-    "Ablate", "Add", "BaseModel", "CausalGraph", "Clamp", "Concept", "ConceptBank", "Directions", "Edge", "Encoder",
-    "Gate", "Host", "Intervention", "Part", "Patch", "PerStep", "Ramp", "Recipe", "Scale", "Schedule", "Set", "Site",
-    "Steering", "StepState", "Steps", "Swap", "Window", "Word", "attach", "detach", "lint", "list_banks", "load", "make",
-    "read_bank", "record", "share", "steer", "train", "words",
+    "Ablate", "Add", "BaseModel", "CausalGraph", "Clamp", "Concept", "ConceptBank", "Contrast", "Directions", "Edge", "Encoder",
+    "Gate", "Host", "Intervention", "Part", "Patch", "PerStep", "Preset", "Ramp", "Recipe", "Scale", "Schedule", "Set", "Site",
+    "Steering", "StepState", "Steps", "Swap", "Window", "Word", "attach", "detach", "directions", "lint", "list_banks", "load",
+    "make", "read_bank", "record", "share", "steer", "train", "words",
 ]  # fmt: skip
 
 HOMES = {
@@ -61,9 +63,11 @@ HOMES = {
     "sites": ("Site",),
     "steering.interventions": ("Ablate", "Add", "Clamp", "Intervention", "Patch", "Scale", "Set"),
     "steering.masks": ("Word",),
+    "steering.presets": ("Preset",),
     "steering.recording": ("record",),
     "steering.session": ("Steering", "attach", "detach", "share", "steer"),
     "steering.swapping": ("Swap",),
+    "training.contrast": ("Contrast", "directions"),
     "training.linting": ("lint",),
     "training.named": ("make",),
     "training.package.word_bank": ("words",),

@@ -35,16 +35,14 @@ AsJson = Annotated[bool, typer.Option("--json", help="print JSON, for machines")
 Key = Annotated[Path | None, typer.Option(help="Ed25519 key in PEM: public to verify, private to sign")]
 Model = Annotated[str, typer.Option(help="folder, Hub id or package:<name>/<file>.gguf (default: the bank's own)")]
 Tokens = Annotated[int, typer.Option(help="new tokens of each answer", min=1)]
-TEMPLATE = "write a recipe to start from: steerlib train --template [text|latents|graph|pictures] [--out recipe.toml]"
-ASK = "Tell me about the place where you live."
+TEMPLATE = "write a recipe to start from: steerlib train --template [text|latents|graph|pictures|prompts] [--out recipe.toml]"
 EDITS = "concept=amount in its units, or concept=useful, set:1.5, scale:0.5, clamp:-1:1, ablate, swap:other; may be repeated"
 Work = Annotated[Path, typer.Option(help="folder of what each stage made, so that a run can go on")]
 Quick = Annotated[bool, typer.Option("--quick", help="a rough bank in about two minutes, to see whether it works")]
 Clean = Annotated[bool, typer.Option("--clean", help="remove what the stages made once the bank is written")]
 Threads = Annotated[int, typer.Option(help="processor threads (0: as many as a trial of 0.2 s finds fastest)", min=0)]
 
-Half = StrEnum("Half", ["text", "images"])
-"""What `demo` can show alone."""
+Half = StrEnum("Half", ["text", "images"])  # what `demo` can show alone
 
 
 @app.command()
@@ -79,26 +77,25 @@ def steer(
     samples: Annotated[int, typer.Option(help="how many answers or pictures", min=1, max=64)] = 1,
     seed: Annotated[int, typer.Option(help="of the first answer or picture; the next ones follow", min=0)] = 0,
     chat: Annotated[bool | None, typer.Option(help="ask, or continue the prompt (default: as the bank says)")] = None,
-    steps: Annotated[int, typer.Option(help="scheduler steps of a picture", min=1)] = 20,
-    guidance: Annotated[float, typer.Option(help="guidance of a picture towards its prompt", min=0)] = 2.0,
+    steps: Annotated[int | None, typer.Option(help="scheduler steps of a picture (default: as the bank says)", min=1)] = None,
+    guidance: Annotated[float | None, typer.Option(help="of a picture towards its prompt (default: as the bank says)")] = None,
     threads: Threads = 0,
     out: Annotated[Path, typer.Option(help="PNG file, if it draws: unsteered left, steered right")] = Path("steered.png"),
 ) -> None:
-    """Answer or draw a prompt with and without steering."""
+    """Answer or draw a prompt, plain and steered: by edits of a bank, or by a preset, FILE.toml in the place of BANK."""
     from . import terminal
 
-    opened = sl.ConceptBank.from_pretrained(bank)
-    edits = terminal.read_edits(opened, edit)
+    opened, chosen, edits = terminal.read_setting(bank, edit)
     terminal.check_picture(out)
     target, tokenizer = loaded(model or source_of(opened), threads)
     if tokenizer is None:
-        terminal.draw_both(target, opened, prompt, edits, out, samples=samples, seed=seed, steps=steps, guidance=guidance)
+        terminal.draw_both(target, chosen, prompt, edits, out, samples=samples, seed=seed, steps=steps, guidance=guidance)
     elif samples > 1 and not temperature:
         raise BadEdit(f"expected --temperature above 0 beside --samples {samples}: greedy answers are all the same")
     else:
         how = {"new_tokens": tokens, "temperature": temperature}
         asked = terminal.asked(target, tokenizer, prompt, opened.provenance.get("chat") if chat is None else chat)
-        terminal.answer_twice(target, tokenizer, opened, asked, edits, range(seed, seed + samples), **how)
+        terminal.answer_twice(target, tokenizer, chosen, asked, edits, range(seed, seed + samples), **how)
 
 
 def said(values: Any, text: str, as_json: bool) -> None:
@@ -128,9 +125,8 @@ def concepts(
         safe = signed(*concept.range or ())
         useful = f"{concept.useful_as} {signed(concept.useful)}" if concept.useful is not None else ""
         useful = useful if concept.present is None else "a gate"
-        table.add_row(
-            *(escape(printable(text)) for text in (concept.name, concept.label, opened.site_of(concept), useful, safe))
-        )
+        cells = (concept.name, concept.label, opened.site_of(concept), useful, safe)
+        table.add_row(*(escape(printable(text)) for text in cells))
     console.print(table)
 
 
@@ -202,8 +198,7 @@ def verify(bank: BankName, revision: Revision = None, key: Key = None, as_json: 
     """Check every file, hash and value of a bank, and whose it is."""
     opened = sl.ConceptBank.from_pretrained(bank, revision=revision)
     opened.verify(key)
-    signed = ", signed with this key" if key else ""
-    text = f"{opened.name}: {len(opened)} concepts and gates, every file as it should be{signed}"
+    text = f"{opened.name}: {len(opened)} concepts and gates, every file as it should be{', signed with this key' * bool(key)}"
     said({"name": opened.name, "concepts": len(opened), "signed": key is not None}, text, as_json)
 
 
@@ -292,8 +287,7 @@ def _trained(recipe: Any, out: Path | None, work: Path, clean: bool, threads: in
     console.print(f"work folder: {work}, from which a run that stops goes on", markup=False, soft_wrap=True, style="dim")
     model, tokenizer = loaded(recipe.weights, threads)
     bank = sl.train(model.to(pipeline.best_device()), recipe, tokenizer=tokenizer, work=work)
-    corpus = getattr(recipe, "read_corpus", list)() if tokenizer is None else []
-    terminal.finish(bank, folder, places, clean, str(next(iter(corpus), ASK)))
+    terminal.finish(bank, folder, places, clean, terminal.asking(recipe, tokenizer))
 
 
 @app.command()
@@ -302,6 +296,7 @@ def make(
     names: Annotated[list[str], typer.Argument(help="what the concepts are about: a word or a few, in quotes")],
     out: Annotated[Path, typer.Option(help="folder of the bank")] = Path("out/made"),
     seed: Annotated[int, typer.Option(help="of all random choices", min=0)] = 0,
+    prompts: Annotated[Path | None, typer.Option(help="of a pipeline: a file of prompts without the names, one a line")] = None,
     work: Work = Path("out/work"),
     threads: Threads = 0,
 ) -> None:
@@ -311,10 +306,11 @@ def make(
 
     named.check_given(names)
     pipeline.check_writable(out)
+    given = None if prompts is None else named.read_prompts(prompts)
     target, tokenizer = loaded(model, threads)
-    how = {"tokenizer": tokenizer, "source": model, "name": out.name, "seed": seed, "work": work}
+    how = {"tokenizer": tokenizer, "source": model, "name": out.name, "seed": seed, "work": work, "prompts": given}
     bank = sl.make(target.to(pipeline.best_device()), names, **how)
-    terminal.finish(bank, out, [work], False, ASK)
+    terminal.finish(bank, out, [work], False, terminal.asking(recipe_of(bank, None), tokenizer))
 
 
 @app.command()
@@ -377,17 +373,20 @@ def _check_saving(bank: str, in_part: bool) -> None:
 def _eval_concepts(
     bank: "sl.ConceptBank", recipe: Path | None, names: list[str], quick: bool, save: str, source: str, threads: int
 ) -> Any:
-    from .hosts import host_for
     from .training.package.directions import evaluate, with_effects
 
     for name in names:
         bank[name]
     read = recipe_of(bank, recipe)
+    if hasattr(read, "levels"):
+        raise BadRecipe(
+            f"bank {bank.name!r} is of pictures; its figures are in its README.md, and steerlib train makes them anew"
+        )
     if quick:
         read = replace(read, evaluation_prompts=4, dev_prompts=4, seeds=1, new_tokens=24)
     model, tokenizer = loaded(source or (source_of(bank) if recipe is None else read.weights), threads)
-    if save and (notice := bank.check(host_for(model))):
-        raise BadEdit(f"--save would keep the hash of other weights beside these figures: {notice}; leave out --save")
+    if save and (how := {*bank.fits(model).values()} - {"same weights", "same shapes"}):
+        raise BadEdit(f"--save would keep the hash of other weights beside these figures ({', '.join(how)}); leave out --save")
     records = evaluate(model, tokenizer, bank, read, concepts=names)
     if save:
         with_effects(bank, read, records).save_pretrained(save)
@@ -414,16 +413,24 @@ def examples(
     out: Annotated[Path | None, typer.Option(help="folder to copy the programs to")] = None,
 ) -> None:
     """List three short programs, print one of them, or copy them to a folder."""
-    found = {path.stem: path for path in sorted((Path(__file__).parent / "examples").glob("*.py"))}
-    if name and name not in found:
-        raise BadEdit(f"expected one of {', '.join(found)}, got {name!r}")
-    for path in [found[name]] if name else found.values():
-        text = path.read_text(encoding="utf-8")
-        if out is not None:
-            out.mkdir(parents=True, exist_ok=True)
-            (out / path.name).write_text(text, encoding="utf-8")
-        first = text.splitlines()[0].strip('"')
-        typer.echo(text if name and out is None else f"{(out or Path()) / path.name}  {first}")
+    from . import terminal
+
+    terminal.show_programs(name, out)
+
+
+@app.command()
+def study(
+    model: Annotated[str, typer.Argument(help="folder of an autoencoder or a pipeline, or module:name of your own")],
+    data: Annotated[Path, typer.Option(help="folder of pictures, or .npz with imgs and, if known, factors")],
+    out: Annotated[Path, typer.Option(help="folder of page, figures, pictures and bank")] = Path("out/study"),
+    hidden: Annotated[str, typer.Option(help="site of the units that may be modular (default: the decoder's middle)")] = "",
+    seed: Annotated[int, typer.Option(help="of all random choices", min=0)] = 0,
+    threads: Threads = 0,
+) -> None:
+    """Study an autoencoder by intervention: what each latent does, how specifically, and how well it stands for a factor."""
+    from . import terminal
+
+    terminal.study(model, data, out, hidden or None, seed, threads)
 
 
 def _tell(is_wanted: bool) -> None:

@@ -1,9 +1,11 @@
 """What a generation library answers about its models, and how the right host is found for an object or a name."""
 
 import hashlib
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -43,6 +45,11 @@ REFUSED: dict[str, tuple[type[Exception], str]] = {
     ),
 }
 """What cannot be steered as it is: the error, and what to do."""
+
+
+def hub_id(source: object) -> str:
+    """A name that a model was loaded by, where it is an id on the Hub; else ""."""
+    return source if isinstance(source, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not Path(source).exists() else ""
 
 
 class Host(ABC):
@@ -121,6 +128,10 @@ class Host(ABC):
     @abstractmethod
     def fingerprint(self) -> dict[str, Any]:
         """Architecture and shapes, as JSON values: a bank made for others is refused."""
+
+    def name(self) -> str:
+        """The id on the Hub that the model was loaded by; "" where it was not, or is not known."""
+        return ""
 
     def weights_digest(self) -> str | None:
         """A hash that differs between weights of the same shapes; None where it cannot be computed."""
@@ -226,11 +237,13 @@ def digest(model: nn.Module, values: int = 16) -> str | None:
     """A hash over evenly spaced values of every parameter, at bfloat16 precision so that loading in half precision
     does not change it. None for weights that are elsewhere, packed, or wrapped by adapters."""
     parameters = sorted(model.named_parameters())
-    if any(p.is_meta or not p.is_floating_point() or "lora_" in name for name, p in parameters):
+    kinds = torch.Tensor, nn.Parameter  # others are sharded or packed
+    if any(p.is_meta or not p.is_floating_point() or "lora_" in n or type(p) not in kinds for n, p in parameters):
         return None
     sha = hashlib.sha256()
     for name, p in parameters:
-        flat = p.detach().reshape(-1)
+        if not len(flat := p.detach().reshape(-1)):
+            continue
         chosen = flat[torch.arange(values, device=p.device) * (len(flat) - 1) // (values - 1)]
         sha.update(name.encode() + chosen.to(torch.bfloat16).cpu().view(torch.int16).numpy().tobytes())
     return sha.hexdigest()

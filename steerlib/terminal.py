@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import typer
 from rich.console import Console
 from rich.table import Table
 
@@ -19,12 +20,14 @@ from .errors import BadEdit, ConflictingEdits
 from .evaluation.pictures import draw_as_told, edit_of, grid, strip_of
 from .evaluation.text import Judge
 from .steering.interventions import Ablate, Add, Clamp, Intervention, Scale, Set
+from .steering.presets import Preset
 from .steering.session import steer
 from .steering.swapping import Swap
 from .text import begun, chat, complete, is_pair, progress
 
 TEXT_BANK, SCENES_BANK = "smollm2-135m-instruct", "scenes-32"
 PROMPTS = ("How was your day?", "Describe your morning.", "Tell me about the place where you live.")
+ASK = PROMPTS[-1]
 CONCEPTS = ("sports", "science", "fantasy")
 SHARES = (-0.5, 0.5, 1.0)
 """Amounts, as shares of a concept's useful amount."""
@@ -51,6 +54,17 @@ KINDS: dict[str, tuple[type[Intervention], int]] = {
 """What stands behind `concept=`, and how many numbers follow, each after a colon. A number alone is added."""
 USEFUL = "useful"
 """Stands for the edit that the bank's maker found useful."""
+
+
+def read_setting(name: str, texts: Sequence[str]) -> tuple[ConceptBank, Any, Mapping[str, Any] | None]:
+    """A bank, and what `steer` takes for bank and edits: those as they are typed, or a preset from a file, which says them."""
+    if not name.endswith(".toml"):
+        bank = ConceptBank.from_pretrained(name)
+        return bank, bank, read_edits(bank, texts)
+    if texts:
+        raise BadEdit(f"{name} says what is edited; leave out --edit, or name the bank itself")
+    preset = Preset.load(name)
+    return preset.bank, preset, None
 
 
 def read_edits(bank: ConceptBank, texts: Sequence[str]) -> dict[str, Intervention]:
@@ -109,6 +123,13 @@ def example_of(bank: ConceptBank) -> str:
     return shlex.join(["-e", f"{best.name}={amount}"])
 
 
+def asking(recipe: Any, tokenizer: Any) -> str:
+    """A prompt to try a bank with that was made by a recipe."""
+    if tokenizer is not None:
+        return ASK
+    return getattr(recipe, "plain", "") or str(next(iter(recipe.read_corpus()), ASK))
+
+
 def finish(bank: ConceptBank, folder: Path, places: Sequence[Path], clean: bool, prompt: str) -> None:
     """Write a trained bank; say what it is and where, what is left in the folders of its work, and how to go on."""
     bank.save_pretrained(folder)
@@ -138,14 +159,14 @@ def asked(model: Any, tokenizer: Any, prompt: str, as_question: bool | None) -> 
 def answer_twice(
     model: Any,
     tokenizer: Any,
-    bank: ConceptBank,
+    bank: ConceptBank | Preset,
     asked: str,
-    edits: Mapping[str, Any],
+    edits: Mapping[str, Any] | None,
     seeds: Sequence[int] = (0,),
     **how: Any,
 ) -> None:
     """Print the answers to a prompt, unsteered and steered, one for each seed, and what the edits did."""
-    for title, context in (("unsteered", nullcontext()), ("steered", steer(model, bank, edits))):
+    for title, context in (("unsteered", nullcontext()), ("steered", steer(model, bank, edits, tokenizer=tokenizer))):
         with context as session:
             texts = [complete(model, tokenizer, [asked], seed=seed, **how).texts[0] for seed in seeds]
         for seed, text in zip(seeds, texts, strict=True):
@@ -167,21 +188,23 @@ SEEN = 256
 
 def draw_both(
     pipe: Any,
-    bank: ConceptBank,
+    bank: ConceptBank | Preset,
     prompt: str,
-    edits: Mapping[str, Any],
+    edits: Mapping[str, Any] | None,
     out: Path,
     *,
     samples: int = 1,
     seed: int = 0,
-    steps: int = 20,
-    guidance: float = 2.0,
+    steps: int | None = None,
+    guidance: float | None = None,
 ) -> None:
     """Draw a prompt unsteered (left) and steered (right), a row for each sample, both of a row from the same noise, to a PNG
-    file; print what the edits did."""
-    how = {"seed": seed, "steps": steps, "guidance": guidance}
+    file; print what the edits did. Steps and guidance are those that the bank was made with, unless others are given."""
+    own = bank.bank if isinstance(bank, Preset) else bank
+    made = {"steps": 20, "guidance": 2.0, **own.provenance}
+    how: Any = {"seed": seed, "steps": steps or made["steps"], "guidance": made["guidance"] if guidance is None else guidance}
     plain = draw_as_told(pipe, [prompt] * samples, **how)
-    with steer(pipe, bank, edits, branch="cond") as session:
+    with steer(pipe, bank, edits, branch="both" if edits is None else "cond") as session:
         steered = draw_as_told(pipe, [prompt] * samples, **how)
     rows = [strip_of(both) for both in zip(plain, steered, strict=True)]
     times = max(1, SEEN // len(rows[0]))  # tiny pictures are shown larger, pixel by pixel
@@ -249,3 +272,29 @@ def _timed(model: Any, tokenizer: Any, asked: Sequence[str], tokens: int) -> tup
         return [" ".join(text.split()) for text in texts], time.perf_counter() - start
     finally:
         model.generation_config.eos_token_id = ends
+
+
+def show_programs(name: str, out: Path | None) -> None:
+    """List the example programs, print one of them, or copy them to a folder."""
+    found = {path.stem: path for path in sorted((Path(__file__).parent / "examples").glob("*.py"))}
+    if name and name not in found:
+        raise BadEdit(f"expected one of {', '.join(found)}, got {name!r}")
+    for path in [found[name]] if name else found.values():
+        text = path.read_text(encoding="utf-8")
+        if out is not None:
+            out.mkdir(parents=True, exist_ok=True)
+            (out / path.name).write_text(text, encoding="utf-8")
+        first = text.splitlines()[0].strip('"')
+        typer.echo(text if name and out is None else f"{(out or Path()) / path.name}  {first}")
+
+
+def study(model: str, data: Path, out: Path, hidden: str | None, seed: int, threads: int) -> None:
+    """Study an autoencoder, and say what was found and where the page is."""
+    from .evaluation import study as room
+    from .threads import use_threads
+
+    use_threads(threads)
+    found = room.studied(room.opened(model), room.read(data), hidden=hidden, seed=seed)
+    page = room.write(found, out, f"Study of {Path(model).name}")
+    for line in (*room.lines(found.figures), f"page: {page}"):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -57,9 +57,13 @@ def is_pair(model: Any) -> bool:
     return bool(getattr(model.config, "is_encoder_decoder", False))
 
 
-def chat(tokenizer: Any, prompt: str, instruction: str = "", model: Any = None) -> str:
-    """A user's message as the model was trained to read it. Without a chat template: for an encoder (of `model`) as it is, else
-    a question on a page, behind one with its answer."""
+def chat(tokenizer: Any, prompt: Any, instruction: str = "", model: Any = None) -> str:
+    """A user's message, or the messages of a chat so far, as the model was trained to read them. Without a chat template
+    a message is what it is for an encoder (of `model`), else a question on a page, behind one with its answer."""
+    if not isinstance(prompt, str):
+        if getattr(tokenizer, "chat_template", None) is None:
+            raise UnsupportedTarget("this tokenizer has no chat template to write messages with; give prompts as strings")
+        return tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True)
     said = f"{prompt} {instruction}".strip()
     if getattr(tokenizer, "chat_template", None) is not None:
         return tokenizer.apply_chat_template([{"role": "user", "content": said}], tokenize=False, add_generation_prompt=True)

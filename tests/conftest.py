@@ -68,6 +68,16 @@ def hub(monkeypatch, tmp_path):
     server.server_close()
 
 
+@pytest.fixture(scope="module")
+def toy():
+    """A pipeline that draws scenes, of a few thousand weights that learned nothing."""
+    from scenes.pipeline import pipeline
+
+    pipe = pipeline("toy")
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
 @pytest.fixture
 def llama():
     """A Llama of a few thousand weights that never ends a text early."""

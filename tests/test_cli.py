@@ -46,6 +46,7 @@ COMMANDS = [
     "info",
     "graph",
     "examples",
+    "study",
     "list",
     "pull",
     "push",

@@ -9,10 +9,10 @@ import pytest
 import steerlib as sl
 from steerlib import errors
 from steerlib.training.carry import RECIPE, carried, recipe_in
-from steerlib.training.entries import ConceptRecipe, GraphRecipe, SiteEncoder
+from steerlib.training.entries import ConceptRecipe, GraphRecipe, PictureConcept, SiteEncoder
 from steerlib.training.fields import UNSAID
 from steerlib.training.fit.encoder_recipe import EncoderRecipe
-from steerlib.training.recipe import KINDS, DirectionRecipe, PipelineEncoderRecipe, TextEncoderRecipe
+from steerlib.training.recipe import KINDS, DirectionRecipe, PictureRecipe, PipelineEncoderRecipe, TextEncoderRecipe
 from steerlib.training.templates import TEMPLATES
 
 TEXTS = {"positive": ["a warm cup", "red tea"], "negative": ["a warm hill", "red stone"]}
@@ -22,6 +22,7 @@ SOUND: dict[Any, dict[str, Any]] = {
     DirectionRecipe: {**BASE, "concepts": [{"name": "tea", "label": "drinks", **TEXTS}]},
     TextEncoderRecipe: {**BASE, "corpus": ["c.txt"], "encoders": [ENCODER, {**ENCODER, "site": "layers.1"}], "graph": {}},
     PipelineEncoderRecipe: {**BASE, "corpus": ["c.txt"], "encoders": [{**ENCODER, "level": 500}]},
+    PictureRecipe: {**BASE, "template": "{prompt}, {concept}", "concepts": [{"name": "snow"}]},
 }
 VALUES = {
     "text": "abc",
@@ -41,6 +42,7 @@ ACCEPTED = {
 """By type as the classes state it, the values above that it takes; entries of their own take none of them."""
 PLACES = {
     ConceptRecipe: (DirectionRecipe, "concepts"),
+    PictureConcept: (PictureRecipe, "concepts"),
     SiteEncoder: (TextEncoderRecipe, "encoders"),
     EncoderRecipe: (TextEncoderRecipe, "encoders"),
     GraphRecipe: (TextEncoderRecipe, "graph"),

@@ -15,7 +15,15 @@ from steerlib.text import chat
 from steerlib.training.directions import objectives
 from steerlib.training.directions.lens import word_directions
 from steerlib.training.directions.levers import Lever, Task, bank_of
-from steerlib.training.directions.methods import METHODS, difference_of_means, gated, norm_matched, orthogonal, word
+from steerlib.training.directions.methods import (
+    METHODS,
+    difference_of_means,
+    gated,
+    is_everywhere,
+    norm_matched,
+    orthogonal,
+    word,
+)
 from steerlib.training.directions.readouts import discriminant, metric
 from steerlib.training.entries import Pair
 from steerlib.training.record.activations import answers, tokens
@@ -97,6 +105,15 @@ def test_a_method_gives_the_same_finite_lever_each_time_and_leaves_the_model_alo
     assert set(lever.moves) <= set(SITES) and all(v.shape == (32,) and v.isfinite().all() for v in lever.moves.values())
     assert not any(t.requires_grad for t in first.values())
     assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_gives_a_lever_at_its_site_or_the_same_one_everywhere(name, task):
+    here, there = (METHODS[name].fit(task.elsewhere(site)).moves for site in SITES)
+    if is_everywhere(name):
+        assert list(here) == list(there) == SITES and all(torch.equal(here[site], there[site]) for site in SITES)
+    else:
+        assert (list(here), list(there)) == (SITES[:1], SITES[1:])
 
 
 @pytest.mark.parametrize("name", METHODS)

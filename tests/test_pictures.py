@@ -8,7 +8,6 @@ import torch
 from safetensors.torch import load_file
 from scenes import bank as scene_bank
 from scenes import world
-from scenes.pipeline import pipeline
 
 import steerlib as sl
 from steerlib.errors import BadRecipe, SiteNotReached
@@ -45,13 +44,6 @@ latents = 32
 k = 4
 batch = 128
 """
-
-
-@pytest.fixture(scope="module")
-def toy():
-    pipe = pipeline("toy")
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 @pytest.fixture

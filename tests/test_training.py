@@ -33,7 +33,7 @@ from steerlib.training.directions.methods import METHODS
 from steerlib.training.directions.studio import PRESENT, Studio
 from steerlib.training.entries import ConceptRecipe
 from steerlib.training.package.directions import sites_to_try
-from steerlib.training.recipe import KINDS, DirectionRecipe, PipelineEncoderRecipe, TextEncoderRecipe
+from steerlib.training.recipe import KINDS, DirectionRecipe, PictureRecipe, PipelineEncoderRecipe, TextEncoderRecipe
 from steerlib.training.record.activations import answers
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*a budget of [23][0-9] answers:steerlib.errors.Unmeasured")
@@ -385,6 +385,7 @@ def test_a_file_is_read_as_the_kind_that_it_describes(tmp_path):
     texts = {
         DirectionRecipe: SENTENCES,
         TextEncoderRecipe: f'name = "x"\nbase = "b"\nsource = "s"\ncorpus = ["c.txt"]\n{entry}',
+        PictureRecipe: 'name = "x"\nbase = "b"\nsource = "s"\ntemplate = "{prompt}, {concept}"\n[[concepts]]\nname = "a"\n',
         PipelineEncoderRecipe: f'name = "x"\nbase = "b"\nsource = "s"\ncorpus = ["c.txt"]\n{entry}level = 500\n',
     }
     assert {*texts} == {*KINDS}

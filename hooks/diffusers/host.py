@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from steerlib.errors import CompiledModel, MissingExtra, UnsupportedTarget
-from steerlib.hosts import Host, digest
+from steerlib.hosts import Host, digest, hub_id
 from steerlib.passes import DenoisingPass, StepState, TextPass, TracedPass
 from steerlib.sites import Site
 
@@ -154,6 +154,9 @@ class PipelineHost(Host):
     def refuse_twin(self) -> str:
         cached = [name for name in self.denoisers if getattr(self.model.get_submodule(name), "is_cache_enabled", False)]
         return f"do='hold' needs {cached[0]} without its cache; call pipe.{cached[0]}.disable_cache()" if cached else ""
+
+    def name(self) -> str:
+        return hub_id(getattr(self.pipe.config, "_name_or_path", ""))
 
     def fingerprint(self) -> dict[str, Any]:
         found = {}

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from steerlib.errors import BadEdit, MissingExtra, Unanswerable, UnknownSite, UnsupportedTarget
-from steerlib.hosts import TOKENIZERS, Host
+from steerlib.hosts import TOKENIZERS, Host, hub_id
 from steerlib.passes import TextPass, TracedPass
 from steerlib.sites import Layout, Site
 
@@ -173,6 +173,9 @@ class TransformersHost(Host):
                 caches[cache] = deepcopy(cache)
             kwargs = {**kwargs, "past_key_values": caches[cache]}
         super().run_twin(path, args, kwargs, caches)
+
+    def name(self) -> str:
+        return hub_id(getattr(self.model, "name_or_path", ""))
 
     def fingerprint(self) -> dict[str, Any]:
         config = self.model.config

@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from ..encoders import KINDS, Encoder, Rows
-from ..errors import BadBank, CorruptBank, NotReached, UnknownConcept, WrongModel, nearest
+from ..errors import BadBank, CorruptBank, NotReached, UnknownConcept, nearest
 from ..graph.causal_graph import CausalGraph
-from ..hosts import Host, digest_of
+from ..hosts import Host, host_for
 from ..schedules import Window
-from . import algebra, card, hub, layout, signature
+from . import algebra, card, hub, layout, matching, signature
 from .concepts import Concept, Place, printable
-from .manifest import SAID, BaseModel, EncoderFacts, SiteFacts
+from .manifest import SAID, BaseModel, EncoderFacts, SiteFacts, level_of
 from .search import LABELS, ranked
-from .shelf import Shelf, grown
+from .shelf import Shelf, grown, verify
 
 SHOWN = 20
 """Concepts that are shown of a bank; of more, their number is."""
@@ -137,9 +137,14 @@ class Bank(ABC):
         facts = self.encoder_facts[concept.encoder]
         return facts.reads or facts.site
 
+    def norm_of(self, at: Concept | Place) -> float | None:
+        """Median length of an activation where a concept is moved, as it was measured with it; None: it was not."""
+        facts = self.encoder_facts[at.encoder]
+        return self.sites[facts.site].norm if facts.norm is None else facts.norm or None
+
     def window_of(self, concept: Concept | Place) -> Window | None:
         """When a concept is moved unless an edit says otherwise: near the noise level of its encoder, if it has one."""
-        return self.levels.get(concept.encoder.partition("@")[2].partition("#")[0])
+        return self.levels.get(level_of(concept.encoder))
 
     def beside(self, place: Place, concept: Concept) -> Place | None:
         """The place of a concept at the site and noise level of a place of another one; None where it has none."""
@@ -173,6 +178,11 @@ class Stored(Bank):
     extra: dict[str, Any]
 
     @property
+    def home(self) -> hub.Home | None:
+        """Where its files are; None for a bank that was not opened from files, or was changed since."""
+        return self._shelf.home
+
+    @property
     def folder(self) -> Path | None:
         """The folder of its files on this machine; None for a bank that was not opened from files."""
         return None if self._shelf.home is None else self._shelf.home.path
@@ -196,24 +206,23 @@ class Stored(Bank):
         own = {key: getattr(self, key) for key in (*SAID, "graph", "card", "pictures", "files")}
         return {**own, "concepts": list(self.concepts.values()), "encoders": self._shelf}
 
-    def check(self, host: Host) -> str:
-        """Compare the bank with a model; returns a notice if the weights are not those it was measured on, else "".
+    def check(self, host: Host, match: matching.Match = "model") -> str:
+        """Compare the bank with a model; returns a notice if it is not the one the bank was measured on, else "".
 
-        `host` is the model's, `steerlib.hosts.host_for(model)`. Raises `WrongModel` if the architecture is another one.
+        `host` is the model's, `steerlib.hosts.host_for(model)`. Raises `WrongModel` if the architecture is another one, or with
+        `match="sites"` if no site fits.
         """
-        base, found = self.base, host.fingerprint()
-        for key, value in base.fingerprint.items():
-            if found.get(key) != value:
-                raise WrongModel(
-                    f"bank {self.name!r} was made for {base.id or 'a model'} with {key}={value!r}, this model has "
-                    f"{found.get(key)!r}; load {base.id or 'that model'}, or train a bank for this one"
-                )
-        if base.weights is None or digest_of(host) in (None, base.weights):
-            return ""
-        return (
-            f"bank {self.name!r} was measured on other weights of {base.id or 'this architecture'}; "
-            "effects may differ on a fine-tuned or differently quantised copy"
-        )
+        return matching.check(self, host, match)
+
+    def fits(self, model: object) -> matching.Fit:
+        """How each site of the bank fits a model or pipeline, a dict by name of site: `same weights`, `other weights` (a
+        fine-tune), `same shapes` (weights that cannot be told apart), `same width` (another architecture: steer with
+        `match="sites"`), `unknown width`, `other width` or `missing`.
+
+        >>> bank.fits(model)["layers.0"]
+        'same weights'
+        """
+        return matching.fit(self, host_for(model))
 
     def verify(self, key: str | PathLike[str] | None = None) -> None:
         """Check every file, hash, value and reference; files that are still on the Hub are fetched.
@@ -229,7 +238,7 @@ class Stored(Bank):
             if (home := self._shelf.home) is None:
                 raise BadBank("only a bank that was saved has a signature; save it with key=")
             signature.check(home.path / "bank.json", home.signature(), Path(key))
-        self._shelf.verify([place for concept in self.concepts.values() for place in concept.places], self.sites)
+        verify(self._shelf, [place for concept in self.concepts.values() for place in concept.places], self.sites)
 
     def save_pretrained(self, folder: str | PathLike[str], *, key: str | PathLike[str] | None = None) -> Path:
         """Write the bank to a folder, all of it or nothing, in place of an older bank there; returns the folder.

@@ -11,6 +11,8 @@ from ..errors import CorruptBank
 from .concepts import Concept, printable, signed
 
 FRONT = re.compile(r"\A---\n(.*?)\n---\n", re.DOTALL)
+THUMBNAIL = "thumbnails/{}.png"
+"""Where a bank keeps the picture of a concept: what steering by it does."""
 METRICS = {
     "score": "score of the concept",
     "ratio": "ratio to prompting",
@@ -70,7 +72,7 @@ def for_hub(card: str, name: str, repo: str, base: str, license: str, concepts: 
     if body.strip():
         return head + body.replace(f'from_pretrained("{name}")', f'from_pretrained("{repo}")')
     levers = [concept for concept in concepts if concept.present is None]
-    lines = [f"| {_cell(c.name)} | {_cell(c.label)} | {signed(c.useful)} | {signed(*c.range or ())} |" for c in levers[:100]]
+    lines = [f"| {cell(c.name)} | {cell(c.label)} | {signed(c.useful)} | {signed(*c.range or ())} |" for c in levers[:100]]
     table = ["| concept | meaning | useful amount | safe range |\n|---|---|---|---|", *lines] if lines else []
     edit = f"{{{levers[0].name!r}: {levers[0].useful or 1.0:+.2f}}}" if levers else '{"<encoder>/17": sl.Set(1.0)}'
     parts = [head, f"# {name}", example(repo, base or "<the model>", edit), "\n".join(table)]
@@ -87,5 +89,6 @@ def _metadata(text: str) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _cell(text: str) -> str:
+def cell(text: str) -> str:
+    """A text as it stands in the cell of a table."""
     return " ".join(printable(text).replace("|", "\\|").split())

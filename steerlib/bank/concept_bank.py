@@ -5,20 +5,21 @@ from os import PathLike
 from typing import Any
 
 from ..encoders import Encoder
-from ..errors import BadBank, WrongWidth
+from ..errors import Unanswerable
 from ..graph.causal_graph import CausalGraph
 from ..hosts import host_for
 from ..schedules import Window
-from . import algebra, hub, layout
-from .bank import Stored, by_name
+from . import hub, layout
+from .autoencoders import Derived
+from .bank import by_name
 from .concepts import Concept
-from .consistency import check_copy
+from .editing import timed
 from .manifest import BaseModel, SiteFacts
 from .shelf import Shelf
-from .vectors import Vectors, Where, gathered, site_name
+from .vectors import Vectors, Where, gathered, placed_in, site_name
 
 
-class ConceptBank(Stored):
+class ConceptBank(Derived):
     """Concepts by name, ready to steer with. Opening a bank reads no weights; steering reads the rows it needs.
 
     `from_pretrained` opens one, `from_directions` and `from_encoder` make one of your own tensors, `sl.train` trains one.
@@ -77,18 +78,6 @@ class ConceptBank(Stored):
         self.concepts = by_name(concepts, self._shelf.facts)
         self._by_id = {concept.id: concept for concept in concepts}
 
-    def with_concepts(self, concepts: algebra.Concepts | None = None, **changes: Any) -> "ConceptBank":
-        """A copy with other concepts, its encoders in memory; `changes` are arguments of `ConceptBank` in place of its own.
-        `encoders` may be some of them. Concepts given by name are called so; combinations become directions. Raises `BadBank`
-        where card, graph or effects would tell of what it does not have, and warns of concepts that it drops.
-
-        >>> bank.with_concepts({**bank.concepts, "mere a": bank["a"] - bank["b"]}, card="# Mine").keys()
-        dict_keys(['a', 'b', 'mere a'])
-        """
-        given, more = algebra.stored(self, self.concepts if concepts is None else concepts)
-        changed = {"concepts": given, **changes, "encoders": self._shelf.whole(changes.get("encoders", {}), more)}
-        return check_copy(self, ConceptBank(**{**self.contents(), **changed}), changes)
-
     @classmethod
     def from_directions(
         cls,
@@ -98,6 +87,7 @@ class ConceptBank(Stored):
         base: object,
         name: str = "directions",
         norm: float | Mapping[str, float] | None = None,
+        when: Window | Mapping[str, Window] | None = None,
     ) -> "ConceptBank":
         """A bank of one's own vectors, at one site or at several.
 
@@ -109,14 +99,19 @@ class ConceptBank(Stored):
             name: name of the bank.
             norm: median length of an activation at the site: additions are then capped to a share of it, or can match it.
                 For several sites, lengths by name of site.
+            when: the window of denoising in which its concepts are moved unless an edit says otherwise; or by name of site.
 
-        Raises `WrongWidth` for vectors that are not as wide as the site, `UnknownSite` for a site that the model lacks.
+        Raises `WrongWidth` for vectors that are not as wide as the site, `UnknownSite` for a site that the model lacks, and
+        `Unanswerable` for a window in a model that does not denoise.
 
         >>> sl.ConceptBank.from_directions({"royal": torch.ones(model.config.hidden_size)}, site="layers.0", base=model).keys()
         dict_keys(['royal'])
         """
         encoders, concepts = gathered(directions, site)
-        return cls(name, concepts, encoders, **_placed(encoders, {}, base, norm))
+        made = cls(name, concepts, encoders, **placed_in(encoders, {}, base, norm))
+        if when is not None and not host_for(base).has_progress:
+            raise Unanswerable("text has no progress for when= to open on, because its end is unknown; give edits sl.Steps")
+        return made if when is None else timed(made, when)
 
     @classmethod
     def from_encoder(
@@ -139,7 +134,7 @@ class ConceptBank(Stored):
         1
         """
         encoders, earlier = {site_name(site): encoder}, {} if reads is None else {site_name(site): site_name(reads)}
-        return cls(name, concepts, encoders, **_placed(encoders, earlier, base, norm))
+        return cls(name, concepts, encoders, **placed_in(encoders, earlier, base, norm))
 
     @classmethod
     def from_pretrained(
@@ -167,25 +162,3 @@ class ConceptBank(Stored):
         """
         options: Any = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
         return cls(**layout.read(hub.home_of(name_or_folder, **options)))
-
-
-def _placed(
-    encoders: Mapping[str, Encoder], reads: Mapping[str, str], base: object, norm: float | Mapping[str, float] | None
-) -> dict[str, Any]:
-    """Arguments of `ConceptBank` that say where in a model encoders of one's own belong, by name of site."""
-    host, places = host_for(base), [*encoders, *reads.values()]
-    norms = norm if isinstance(norm, Mapping) else dict.fromkeys(encoders, norm)
-    if len(encoders) > 1 and norm is not None and norm is not norms or norms.keys() - {*places}:
-        raise BadBank(f"expected norm= by name of the sites {', '.join(places)}, got {norm!r:.80}")
-    widths: dict[str, int] = {}
-    for site, encoder in encoders.items():
-        rows = encoder.rows([0])
-        for at, width in ((site, rows.write.shape[-1]), (reads.get(site, site), rows.read.shape[-1])):
-            if widths.setdefault(at, width) != width or host.width(host.site(at)) not in (None, width):
-                raise WrongWidth(f"site {at!r} has width {host.width(host.site(at))}, got vectors of width {width}")
-    return {
-        "base": BaseModel(fingerprint=host.fingerprint()),
-        "sites": {at: SiteFacts(width=width, norm=norms.get(at)) for at, width in widths.items()},
-        "where": {site: site for site in encoders},
-        "reads": reads,
-    }

@@ -277,7 +277,7 @@ class Concept:
             if given.get("gate") is not None:
                 given["gate"] = Gate(**given["gate"])
             concept = cls(**given)
-            sound = _is_sound(concept)
+            sound = is_sound(concept)
         except (TypeError, ValueError, OverflowError, BadEdit) as error:
             raise CorruptBank(f"expected a concept's fields, got {values!r:.200}: {error}") from None
         if not sound:
@@ -307,7 +307,7 @@ def _blended(of: Concept, others: tuple[Concept, ...], *, only: bool) -> Concept
     )
 
 
-def _is_sound(concept: Concept) -> bool:
+def is_sound(concept: Concept) -> bool:
     """Whether a stranger's values can be used."""
     places = concept, *concept.parts
     names = [concept.name, *(place.encoder for place in places), *([concept.gate.concept] if concept.gate else ())]

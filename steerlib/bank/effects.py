@@ -81,8 +81,19 @@ class LatentEffects(TypedDict, total=False):
 
 
 class PictureEffects(TypedDict, total=False):
-    """Of a lever of a diffusion model: the chosen edit, `"Set"` or `"Add"`, its amount in units, and the bars it clears."""
+    """Of a lever of a diffusion model: the chosen edit, `"Set"` or `"Add"`, its amount in units, and the bars it clears.
+
+    Of a concept from prompts what is stated in `training.calibrate.prompted`: `effect` and `damage` of that edit; `told`, the
+    share of prompted pictures that are told from plain ones; the best way of `removal` and the effect of that, `removed`; and
+    who scored it, `scorer`.
+    """
 
     edit: str
     amount: float
     passes: dict[str, bool]
+    effect: float
+    damage: float
+    told: float
+    removal: str
+    removed: float
+    scorer: str

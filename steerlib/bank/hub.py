@@ -51,6 +51,13 @@ class Home:
     local_files_only: bool = False
     _sized: dict[str, Path] = field(default_factory=dict)
 
+    @property
+    def source(self) -> tuple[str, str | None]:
+        """By which name it is opened again, and at which commit of the Hub."""
+        if self.repository:
+            return self.repository, self.path.name
+        return self.path.name if shipped().get(self.path.name) == self.path else str(self.path), None
+
     def fetch(self, records: Mapping[str, Mapping[str, Any]]) -> None:
         """Bring files into the cache whole; what does not come as `bank.json` describes it does not stay there."""
         missing = {name: record for name, record in records.items() if not (self.path / name).is_file()}

@@ -61,17 +61,24 @@ class SiteFacts:
 @dataclass(frozen=True, kw_only=True)
 class EncoderFacts:
     """Where the coordinates of an encoder come from: `site`, where its concepts are moved; its `kind`, with `settings`; its
-    `file`; and `reads`, an earlier site at which they are read, if it is another one."""
+    `file`; `reads`, an earlier site at which they are read, if it is another one; and `norm`, the median length of an
+    activation at `site` as it was measured with them, where that is not the site's, as in merged banks (0: not measured)."""
 
     site: str
     kind: str
     file: str
     reads: str = ""
     settings: Mapping[str, Any] = field(default_factory=dict)
+    norm: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON, defaults left out."""
-        return {key: value for key, value in asdict(self).items() if value not in ("", {})}
+        return {key: value for key, value in asdict(self).items() if value not in ("", {}, None)}
+
+
+def level_of(encoder: str) -> str:
+    """The noise level in the id of an encoder, `site[@level][#kind]`; "" where it has none."""
+    return encoder.partition("@")[2].partition("#")[0]
 
 
 def file_of(encoder: str) -> str:
@@ -151,6 +158,7 @@ def _is_sound(id: str, facts: EncoderFacts, sites: Mapping[str, SiteFacts]) -> b
         and all(_is_plain(value) for value in facts.settings.values())
         and facts.kind in KINDS
         and {facts.site, facts.reads or facts.site} <= sites.keys()
+        and (facts.norm is None or type(facts.norm) in (int, float) and 0 <= facts.norm < 1e30)
     )
 
 

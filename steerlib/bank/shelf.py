@@ -31,7 +31,10 @@ class Maker(NamedTuple):
 
 
 class Shelf:
-    """Encoders by id: those `made`, to which a `maker` adds rows, and those in files of `home`; `records`: sizes and hashes."""
+    """Encoders by id: those `made`, to which a `maker` adds rows, and those in files of `home`; `records`: sizes and hashes.
+
+    Or those of other shelves: `lent` says of which, and what each is called there.
+    """
 
     def __init__(
         self,
@@ -41,11 +44,19 @@ class Shelf:
         home: Home | None = None,
         records: Mapping[str, Mapping[str, Any]] | None = None,
         maker: Maker | None = None,
+        lent: "Mapping[str, tuple[Shelf, str]] | None" = None,
     ):
         self.facts, self.home, self.records, self.maker = dict(facts), home, records or {}, maker
+        self._lent = {id: shelf._lent.get(own, (shelf, own)) for id, (shelf, own) in (lent or {}).items()}
         self._made: dict[str, Encoder] = dict(made or {})
         self._files: dict[str, trust.Tensors] = {}
         self._rows: dict[str, Rows] = {}
+
+    @classmethod
+    def joined(cls, *shelves: "Shelf") -> "Shelf":
+        """The encoders of several shelves, whose ids differ; nothing is read for it."""
+        facts = {id: facts for shelf in shelves for id, facts in shelf.facts.items()}
+        return cls(facts, lent={id: (shelf, id) for shelf in shelves for id in shelf.facts})
 
     @classmethod
     def of(cls, encoders: Mapping[str, Encoder], where: Mapping[str, str] | None, reads: Mapping[str, str] | None) -> "Shelf":
@@ -76,10 +87,14 @@ class Shelf:
 
     def learns(self, id: str) -> bool:
         """Whether an encoder has tensors that require gradients."""
-        return id in self._made and self._made[id].learns
+        shelf, own = self._lent.get(id, (self, id))
+        return own in shelf._made and shelf._made[own].learns
 
     def encoder(self, id: str) -> Encoder:
         """A whole encoder, kept once it was read."""
+        if id in self._lent:
+            shelf, own = self._lent[id]
+            return shelf.encoder(own)
         if id not in self._made:
             facts, file = self.facts[id], self._file(id)
             tensors = {name: file.all(name) for name in file.header}
@@ -88,6 +103,9 @@ class Shelf:
 
     def count(self, id: str) -> int:
         """Rows of an encoder."""
+        if id in self._lent:
+            shelf, own = self._lent[id]
+            return shelf.count(own)
         first = KINDS[self.facts[id].kind].tensors[0]
         return len(self._made[id].to_tensors()[first]) if id in self._made else self._file(id).shape(first)[0]
 
@@ -115,6 +133,9 @@ class Shelf:
         return found
 
     def _read(self, at: Concept | Place) -> Rows:
+        if at.encoder in self._lent:
+            shelf, own = self._lent[at.encoder]
+            return shelf._read(replace(at, encoder=own))
         if at.encoder in self._made:
             return self._checked(at.encoder, lambda _: self._made[at.encoder].rows([at.index]))
         stored, settings = KINDS[self.facts[at.encoder].kind], self.facts[at.encoder].settings
@@ -123,6 +144,9 @@ class Shelf:
 
     def _one(self, id: str, index: int, names: Iterable[str]) -> dict[str, Tensor]:
         """One row of each of these tensors that an encoder has, and the whole of those that all rows share."""
+        if id in self._lent:
+            shelf, own = self._lent[id]
+            return shelf._one(own, index, names)
         shared = KINDS[self.facts[id].kind].shared
         if id in self._made:
             tensors = self._made[id].to_tensors()
@@ -150,36 +174,40 @@ class Shelf:
         except (ArithmeticError, AttributeError, LookupError, TypeError, RuntimeError) as error:
             raise CorruptBank(f"an encoder of kind {kind.kind!r} is not made of this: {error!s:.200}") from None
 
-    def _say_strays(self, home: Home) -> None:
-        """Warn of files in a folder that nothing checks."""
-        known = {*self.records, "bank.json", SIGNATURE}
-        if not home.repository and (found := trust.strays(home.path, known)):
-            warnings.warn(
-                f"{home.path.name} holds {len(found)} files that bank.json does not list, so that nothing checks them and they "
-                f"are not published: {', '.join(found[:5])}{', …' if len(found) > 5 else ''}; to make them part of the bank, "
-                "save it with files={name: path}",
-                SteeringWarning,
-                stacklevel=4,
-            )
 
-    def verify(self, places: Sequence[Place], sites: Mapping[str, SiteFacts]) -> None:
-        """Check every file, hash, value and row; raises `CorruptBank` at the first that is wrong."""
-        if self.home is not None:
-            self.home.fetch(self.records)
-            for name, record in self.records.items():
-                self.home.check(name, record)
-            self._say_strays(self.home)
-        for id in self.facts:
-            encoder = self.encoder(id)
-            tensors = encoder.to_tensors()
-            if not all(tensor.isfinite().all() for tensor in tensors.values() if tensor.is_floating_point()):
-                raise CorruptBank(f"encoder {id!r} has values that are not finite")
-            count = {len(tensor) for name, tensor in tensors.items() if name not in encoder.shared}
-            most = max((place.index for place in places if place.encoder == id), default=-1)
-            if len(count) != 1 or most >= count.pop():
-                raise CorruptBank(f"encoder {id!r} does not fit its concepts or its site")
-        for place in places:
-            self.rows(place, sites)
+def verify(shelf: Shelf, places: Sequence[Place], sites: Mapping[str, SiteFacts]) -> None:
+    """Check every file, hash, value and row; raises `CorruptBank` at the first that is wrong."""
+    if shelf.home is not None:
+        shelf.home.fetch(shelf.records)
+        for name, record in shelf.records.items():
+            shelf.home.check(name, record)
+        _say_strays(shelf.home, shelf.records)
+    for lender in dict.fromkeys(lender for lender, _ in shelf._lent.values()):
+        verify(lender, (), sites)
+    for id in shelf.facts:
+        encoder = shelf.encoder(id)
+        tensors = encoder.to_tensors()
+        if not all(tensor.isfinite().all() for tensor in tensors.values() if tensor.is_floating_point()):
+            raise CorruptBank(f"encoder {id!r} has values that are not finite")
+        count = {len(tensor) for name, tensor in tensors.items() if name not in encoder.shared}
+        most = max((place.index for place in places if place.encoder == id), default=-1)
+        if len(count) != 1 or most >= count.pop():
+            raise CorruptBank(f"encoder {id!r} does not fit its concepts or its site")
+    for place in places:
+        shelf.rows(place, sites)
+
+
+def _say_strays(home: Home, records: Mapping[str, Any]) -> None:
+    """Warn of files in a folder that nothing checks."""
+    known = {*records, "bank.json", SIGNATURE}
+    if not home.repository and (found := trust.strays(home.path, known)):
+        warnings.warn(
+            f"{home.path.name} holds {len(found)} files that bank.json does not list, so that nothing checks them and they "
+            f"are not published: {', '.join(found[:5])}{', …' if len(found) > 5 else ''}; to make them part of the bank, "
+            "save it with files={name: path}",
+            SteeringWarning,
+            stacklevel=4,
+        )
 
 
 def grown(shelf: Shelf, name: str, known: dict[str, Concept]) -> Concept | None:

@@ -48,6 +48,14 @@ def checked_name(name: str) -> str:
     return name
 
 
+def is_plain_name(name: str) -> bool:
+    """Whether a bank may hold a file of this name."""
+    try:
+        return checked_name(name) == name
+    except CorruptBank:
+        return False
+
+
 def checked_files(files: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """What `bank.json` says of the other files, each with a size, a SHA-256 and perhaps the hashes of its groups of blocks."""
     names = [checked_name(name) for name in files]

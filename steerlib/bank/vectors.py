@@ -7,9 +7,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..encoders import Directions
+from ..encoders import Directions, Encoder
 from ..errors import BadBank, WrongWidth
+from ..hosts import digest_of, host_for
 from .concepts import Concept, Part
+from .manifest import BaseModel, SiteFacts
 
 Where = str | int | Sequence[str | int] | None
 """A site by its name; a number L means `layers.L`, the residual stream after block L. Several: one concept at all."""
@@ -75,3 +77,25 @@ def _together(site: str, rows: Sequence[Tensor]) -> Tensor | Sequence[Tensor]:
     if len({row.shape for row in rows}) > 1:
         raise WrongWidth(f"expected vectors of equal width at {site!r}, got widths {sorted({len(row) for row in rows})}")
     return rows if any(row.requires_grad for row in rows) else torch.stack(list(rows))
+
+
+def placed_in(
+    encoders: Mapping[str, Encoder], reads: Mapping[str, str], base: object, norm: float | Mapping[str, float] | None
+) -> dict[str, Any]:
+    """Arguments of `ConceptBank` that say where in a model encoders of one's own belong, by name of site."""
+    host, places = host_for(base), [*encoders, *reads.values()]
+    norms = norm if isinstance(norm, Mapping) else dict.fromkeys(encoders, norm)
+    if len(encoders) > 1 and norm is not None and norm is not norms or norms.keys() - {*places}:
+        raise BadBank(f"expected norm= by name of the sites {', '.join(places)}, got {norm!r:.80}")
+    widths: dict[str, int] = {}
+    for site, encoder in encoders.items():
+        rows = encoder.rows([0])
+        for at, width in ((site, rows.write.shape[-1]), (reads.get(site, site), rows.read.shape[-1])):
+            if widths.setdefault(at, width) != width or host.width(host.site(at)) not in (None, width):
+                raise WrongWidth(f"site {at!r} has width {host.width(host.site(at))}, got vectors of width {width}")
+    return {
+        "base": BaseModel(id=host.name(), fingerprint=host.fingerprint(), weights=digest_of(host)),
+        "sites": {at: SiteFacts(width=width, norm=norms.get(at)) for at, width in widths.items()},
+        "where": {site: site for site in encoders},
+        "reads": reads,
+    }

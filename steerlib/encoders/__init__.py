@@ -11,6 +11,7 @@ from .base import KINDS as KINDS
 from .base import Encoder as Encoder
 from .base import Rows as Rows
 from .batchtopk import BatchTopK as BatchTopK
+from .codebook import Codebook as Codebook
 from .directions import Directions as Directions
 from .gated import Gated as Gated
 from .jumprelu import JumpReLU as JumpReLU

@@ -93,6 +93,8 @@ class Encoder(ABC):
     """Names of those that belong to all of its concepts; all may be missing."""
     objective: ClassVar[Objective | None] = None
     """How it is trained; None: not by `fit`."""
+    discrete: ClassVar[bool] = False
+    """Whether a coordinate is there or not, so that it is swapped and never moved by an amount."""
 
     def __init_subclass__(cls) -> None:
         if hasattr(cls, "kind") and KINDS.setdefault(cls.kind, cls) is not cls:

@@ -32,13 +32,7 @@ def mediation(
 
     A concept whose `tie` is nothing is no lever of that prompt's effect, however well its readings tell prompts apart.
     """
-    alone = [
-        Concept(name=f"{name}, place {i}", encoder=place.encoder, index=place.index, unit=place.unit)
-        for name in concepts
-        for i, place in enumerate(bank[name].places)
-    ]
-    places = bank.with_concepts([*bank.concepts.values(), *alone])
-    names = [concept.name for concept in alone]
+    places, names = places_of(bank, concepts)
 
     def once(do: Mapping[str, Any]) -> dict[str, Any]:
         held = {name: Patch({name: do[name]}) for name in names if name in do}
@@ -47,3 +41,13 @@ def mediation(
             return {"outcome": run(do["prompt"]), **tape}
 
     return effects(once, "prompt", "outcome", names, value=value, reference=reference)
+
+
+def places_of(bank: ConceptBank, concepts: Sequence[str]) -> tuple[ConceptBank, list[str]]:
+    """A bank with a concept for each place of some concepts, beside its own, and their names."""
+    alone = [
+        Concept(name=f"{name}, place {i}", encoder=place.encoder, index=place.index, unit=place.unit)
+        for name in concepts
+        for i, place in enumerate(bank[name].places)
+    ]
+    return bank.with_concepts([*bank.concepts.values(), *alone]), [concept.name for concept in alone]

@@ -54,15 +54,15 @@ def strip_of(pictures: Sequence[NDArray[np.uint8]] | Pictures) -> NDArray[np.uin
 
 
 def draw_as_told(
-    pipe: Any, captions: Sequence[str], *, steps: int = 20, guidance: float = 2.0, seed: int = 0, batch: int = 64
+    pipe: Any, captions: Sequence[str], *, steps: int = 20, guidance: float | None = 2.0, seed: int = 0, batch: int = 64
 ) -> NDArray[np.uint8]:
-    """Bytes `[B, H, W, 3]`; picture `k` starts from a noise of its own."""
-    drawn = []
+    """Bytes `[B, H, W, 3]`; picture `k` starts from a noise of its own. A guidance of None is the pipeline's own."""
+    drawn, guided = [], {} if guidance is None else {"guidance_scale": guidance}
     pipe.set_progress_bar_config(disable=True)
     for start in range(0, len(captions), batch):
         some = list(captions[start : start + batch])
         generators = [torch.Generator().manual_seed(seed + start + k) for k in range(len(some))]
-        options = {"num_inference_steps": steps, "guidance_scale": guidance, "generator": generators, "output_type": "np"}
+        options = {"num_inference_steps": steps, "generator": generators, "output_type": "np", **guided}
         drawn.append(pipe(some, **options).images)
     return (np.concatenate(drawn) * 255).round().astype(np.uint8)
 

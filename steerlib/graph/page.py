@@ -6,12 +6,11 @@ from dataclasses import asdict
 from importlib.resources import files
 from typing import Any
 
+from ..bank.card import THUMBNAIL
 from ..bank.concept_bank import ConceptBank
 from .exports import joined, levels
 
 MARK = "/*graph*/"
-THUMBNAIL = "thumbnails/{}.png"
-"""Where a bank keeps the picture of a concept: what steering by it does."""
 
 
 def page(bank: ConceptBank) -> str:

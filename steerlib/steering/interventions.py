@@ -85,6 +85,8 @@ class Intervention(ABC):
     mask: Any = field(default=None, kw_only=True, compare=False)
     spares_first: ClassVar[bool] = False
     """Whether it leaves the first token of a text alone unless `tokens` says otherwise."""
+    keeps_codes: ClassVar[bool] = False
+    """Whether a code of a quantiser, which is there or not, is one afterwards."""
 
     def __init_subclass__(cls) -> None:
         """What `help` shows of an intervention lists the arguments that all have, too."""
@@ -357,6 +359,7 @@ class Patch(Intervention):
     """
 
     tape: Any
+    keeps_codes: ClassVar[bool] = True
 
     def aim(self, at: Coordinate) -> Aim:
         held = next((name for name in (at.name, at.site) if name in self.tape), None)

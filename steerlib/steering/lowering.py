@@ -9,11 +9,13 @@ import torch
 
 from ..bank import ConceptBank
 from ..bank.concepts import Concept, Gate, Place
-from ..encoders import Rows
+from ..bank.matching import Match
+from ..encoders import KINDS, Rows
 from ..errors import BadEdit, Unanswerable
 from ..hosts import Host
 from ..passes import Branch
 from ..schedules import Schedule, Within
+from ..sites import Site
 from . import masks
 from .aims import AsTwin, Forecast
 from .dialect import is_word
@@ -36,6 +38,7 @@ class Options(NamedTuple):
     allow_ood: bool = False
     exact: bool = True
     tokenizer: Any = None
+    match: Match = "model"
 
 
 @dataclass(frozen=True)
@@ -52,9 +55,9 @@ class Lowering:
 
     def edit(self, concept: Concept, place: Place, intervention: Intervention, leaves: Key | None = None) -> Edit:
         """One intervention at one of a concept's places."""
-        site = self.bank.site_of(place)
-        when = self._when(concept, place, intervention)
+        site, when = self.bank.site_of(place), self._when(concept, place, intervention)
         _check(concept, self.host, site, intervention, when)
+        _check_code(self.bank, concept, place, intervention)
         read, natural = self._reader(concept, place), None if self.options.allow_ood else reach(place.natural)
         is_latent, given = self.bank.rows(place).is_sparse, intervention.gate
         other = partial(_other, self, concept, place, is_open=given == "open")
@@ -70,7 +73,7 @@ class Lowering:
         shares += [Half(branch, concept.name)] if branch != "both" else []
         shares += [self._gated(concept.name, place, self._bounded(gate)) for gate in gates]
         if intervention.matches_norm(concept.match_norm):
-            shares.append(OwnLength(self._norm(site)))
+            shares.append(OwnLength(self._norm(place)))
         shares += [Masked(masks.mask_of(intervention.mask), concept.name)] if intervention.mask is not None else []
         return replace(self._made(concept, place, read, aim, shares, leaves), cut=cut)
 
@@ -110,8 +113,7 @@ class Lowering:
 
     def _is_before(self, one: str, other: str) -> bool:
         """Whether a pass of one stack reaches one site before another."""
-        first, second = self.host.site(one), self.host.site(other)
-        return self.host.order(first) < self.host.order(second) and self.host.clocks(first) == self.host.clocks(second)
+        return _is_reached_first(self.host, self.host.site(one), self.host.site(other))
 
     def beside(self, edit: Edit, pinned: Iterable[Edit]) -> Edit:
         """An edit, closed wherever the gate of a pinned concept of its encoder is open that it does not share: pinning one
@@ -184,11 +186,18 @@ class Lowering:
             )
         return replace(gate, above=present)
 
-    def _norm(self, site: str) -> float:
+    def _norm(self, place: Place) -> float:
         """The length that a token's own is compared with."""
-        if (norm := self.bank.sites[site].norm) is None:
-            raise BadEdit(f"match_norm needs the median length of activations at {site!r}, which bank {self.bank.name!r} lacks")
+        if (norm := self.bank.norm_of(place)) is None:
+            raise BadEdit(NO_LENGTH.format(self.bank.site_of(place), self.bank.name))
         return norm
+
+
+def _is_reached_first(host: Host, first: Site, second: Site) -> bool:
+    """Whether a pass of one stack reaches one site before another; what a module is given, before what it gives."""
+    if first.module == second.module and "input" in (first.side, second.side):
+        return first.side == "input" != second.side
+    return host.order(first) < host.order(second) and host.clocks(first) == host.clocks(second)
 
 
 def _other(lower: Lowering, concept: Concept, place: Place, name: str | Concept, *, is_open: bool) -> Other:
@@ -213,6 +222,7 @@ def _other(lower: Lowering, concept: Concept, place: Place, name: str | Concept,
     return Other(NoteReader(key, old.name), where.unit, ((read, Note(key, told)),))
 
 
+NO_LENGTH = "match_norm needs the median length of activations at {0!r}, which bank {1!r} lacks"
 UNREAD = (
     "{0!r} is read at {1!r}, where nothing is changed, so it cannot be made to read 0; Ablate() without exact= takes all of it "
     "away at {2!r}, where it is written"
@@ -250,6 +260,15 @@ def _check(concept: Concept, host: Host, site: str, intervention: Intervention, 
         raise Unanswerable(
             f"{concept.name!r}: tokens={intervention.tokens!r} counts tokens of text, and those of {site!r} are none; "
             "use mask= for a part of an image, and when= for a part of the run"
+        )
+
+
+def _check_code(bank: ConceptBank, concept: Concept, place: Place, intervention: Intervention) -> None:
+    """Refuse an amount of what is there or not."""
+    if KINDS[bank.encoder_facts[place.encoder].kind].discrete and not intervention.keeps_codes:
+        raise Unanswerable(
+            f"{concept.name!r} is a code of a quantiser, which is there or not, so there is no amount of it to change; put "
+            "another in its place with sl.Swap, or those of another run with sl.Patch"
         )
 
 

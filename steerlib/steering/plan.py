@@ -13,7 +13,17 @@ from torch import nn
 from ..bank import ConceptBank
 from ..bank.algebra import leaves
 from ..bank.concepts import Concept
-from ..errors import BadBank, BadEdit, ConflictingEdits, OtherWeights, OutOfRange, RowMismatch, Unanswerable, Unmeasured
+from ..errors import (
+    BadBank,
+    BadEdit,
+    ConflictingEdits,
+    OtherWeights,
+    OutOfRange,
+    RowMismatch,
+    Unanswerable,
+    Unmeasured,
+    WrongWidth,
+)
 from ..hosts import Host
 from ..sites import Site
 from .edit import Edit, EditTensors
@@ -59,7 +69,7 @@ class Plan:
 def resolve(bank: ConceptBank, host: Host, edits: Edits, options: Options) -> Plan:
     """Everything that can be known, and refused, before the first pass."""
     _check_options(options)
-    notices: list[tuple[str, type[Warning]]] = [(notice, OtherWeights)] if (notice := bank.check(host)) else []
+    notices: list[tuple[str, type[Warning]]] = [(notice, OtherWeights)] if (notice := bank.check(host, options.match)) else []
     wanted = {name: _intervention(name, value) for name, value in edits.items()}
     _check_rows(wanted)
     moved = _moved(bank, wanted, options)
@@ -84,15 +94,23 @@ def resolve(bank: ConceptBank, host: Host, edits: Edits, options: Options) -> Pl
     for site, note in (found for edit in made for found in lower.notes(edit)):
         notes.setdefault(site, []).append(note)
     programs = {
-        name: Program(by_site.get(name, ()), notes.get(name, ()), _cap(bank, name, options)) for name in [*by_site, *notes]
+        name: Program(own := by_site.get(name, []), notes.get(name, ()), _cap(bank, own, options))
+        for name in [*by_site, *notes]
     }
     for edit in made:
         lower.check_order(edit)
+    for name in by_site if options.match == "sites" else ():
+        if host.width(host.site(name)) not in (None, width := bank.sites[name].width):
+            raise WrongWidth(
+                f"site {name!r} of this model is not {width} wide, as bank {bank.name!r} has it; see bank.fits(model)"
+            )
     notices += [(text, OutOfRange) for name, program in programs.items() for text in _too_long(name, program)]
     return Plan(tuple(host.site(name) for name in programs), programs, options.do == "hold", tuple(notices))
 
 
 def _check_options(options: Options) -> None:
+    if options.match not in ("model", "sites"):
+        raise BadEdit(f"expected match 'model' or 'sites', got {options.match!r:.80}")
     if options.branch not in ("both", "cond", "uncond"):
         raise BadEdit(f"expected branch 'both', 'cond' or 'uncond', got {options.branch!r}")
     if options.do not in ("model", "hold", "graph"):
@@ -177,10 +195,10 @@ def _combined(concept: Concept, options: Options) -> Iterator[str]:
         yield f"nothing was measured of {concept.name!r}, whose unit is what is left of one of {of.name!r}: it has no range"
 
 
-def _cap(bank: ConceptBank, site: str, options: Options) -> float:
-    """The longest change at a site."""
-    norm = bank.sites[site].norm if site in bank.sites else None  # masks read sites of their own
-    return inf if options.allow_ood or norm is None else SHARE * norm
+def _cap(bank: ConceptBank, edits: Iterable[Edit], options: Options) -> float:
+    """The longest change that some edits together make at their site."""
+    norms = [norm for edit in edits if (norm := bank.norm_of(edit.place)) is not None]
+    return inf if options.allow_ood else SHARE * min(norms, default=inf)
 
 
 def _too_long(site: str, program: Program) -> Iterator[str]:

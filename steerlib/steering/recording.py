@@ -83,6 +83,15 @@ def _acting(target: object, role: Any, acts: Mapping[str, Callable[[Tensor, Step
         yield
 
 
+def conditional(x: Tensor, state: StepState) -> Tensor | None:
+    """The rows that the prompt steers: all without guidance, none in a pass for the other half alone."""
+    if not state.branches:
+        return x
+    if "cond" not in state.branches:
+        return None
+    return x.chunk(len(state.branches))[state.branches.index("cond")]
+
+
 def _keeper(out: list[tuple[StepState, Tensor]], read: Callable[[Tensor, StepState], Tensor]) -> Observe:
     def keep(x: Tensor, state: StepState) -> None:
         with unrounded(x):

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..bank.manifest import level_of
 from ..passes import StepState
 from .edit import Edit
 
@@ -195,7 +196,7 @@ def line(edit: Edit, k: int, site: str, norm: float | None, tally: Tally) -> Lin
         largest=None if largest == -inf else largest,
         capped=float(tokens > 0) if edit.cut else (cut + planned) / later if later else 0.0,
         why="" if tokens else why_not(edit, tally),
-        level=edit.place.encoder.partition("@")[2].partition("#")[0],
+        level=level_of(edit.place.encoder),
     )
 
 

@@ -6,6 +6,9 @@ from types import TracebackType
 from typing import Any, Literal
 
 from ..bank import ConceptBank
+from ..bank.editing import together
+from ..bank.matching import Match
+from ..errors import BadEdit
 from ..hooks.attach import LOCK, related
 from ..hosts import host_for
 from ..passes import Branch
@@ -13,9 +16,12 @@ from .compiled import stand
 from .dispatch import SHARED, rewire
 from .ending import has_run, said_of
 from .plan import Do, Edits, Options, Plan, plan_for
+from .presets import Preset
 from .program import Run
 from .report import Report, line
 from .stay import Stay
+
+Banks = ConceptBank | Sequence[ConceptBank]
 
 
 class Steering:
@@ -26,7 +32,7 @@ class Steering:
     generator, it acts in what the generator runs. Printing it shows the report.
 
     Attributes:
-        bank: the bank whose concepts it edits.
+        bank: the bank whose concepts it edits; one of all concepts, where several were given.
         host: the model, as steerlib sees it.
         plan: what is done.
 
@@ -36,9 +42,11 @@ class Steering:
     [('a', 'layers.0', 4)]
     """
 
-    def __init__(self, target: object, bank: ConceptBank, *, edits: Edits, options: Options):
-        self.host, self.bank, self.options = host_for(target), bank, options
-        self.plan: Plan = plan_for(bank, self.host, edits, options)
+    def __init__(self, target: object, bank: Banks, edits: Edits, options: Options):
+        self.host, self.options = host_for(target), options
+        given: Any = bank
+        self.bank: ConceptBank = together(given) if isinstance(given, list | tuple) else given
+        self.plan: Plan = plan_for(self.bank, self.host, edits, options)
         self.held: list[Callable[[], None]] = []
         """What takes away that it is attached."""
         self._stay: Stay | None = None
@@ -55,7 +63,7 @@ class Steering:
 
         Args:
             edits: as for `sl.steer`.
-            options: `branch`, `do`, `hold`, `free`, `allow_ood`, `exact` and `tokenizer` of `sl.steer`; those left out stay.
+            options: `branch`, `do`, `hold`, `free`, `allow_ood`, `exact`, `tokenizer`, `match` of `sl.steer`; others stay.
 
         Returns this session. Raises what `sl.steer` raises, and then edits what it edited before.
 
@@ -108,8 +116,8 @@ class Steering:
         """What was edited where, how much, and how far off the natural range; and why nothing happened, if so."""
         lines = []
         for name, run in self.runs.items():
-            counts, norm = run.counts, self.bank.sites[name].norm if run.program.edits else None
-            lines += [line(edit, k, name, norm, counts) for k, edit in enumerate(run.program.edits)]
+            edits = run.program.edits
+            lines += [line(edit, k, name, self.bank.norm_of(edit.place), run.counts) for k, edit in enumerate(edits)]
         ran = self._stay is not None and (self._ran or has_run(self._stay))
         return Report(tuple(lines), ran, self.plan.cautions)
 
@@ -127,14 +135,16 @@ def notify(plan: Plan, stacklevel: int) -> None:
 
 
 def steer(
-    target: object, bank: ConceptBank, edits: Edits, *, branch: Literal["both"] | Branch = "both", do: Do = "model",
-    hold: Sequence[str] = (), free: Sequence[str] = (), allow_ood: bool = False, exact: bool = True, tokenizer: Any = None,
+    target: object, bank: Banks | Preset, edits: Edits | None = None, *, branch: Literal["both"] | Branch = "both",
+    do: Do = "model", hold: Sequence[str] = (), free: Sequence[str] = (), allow_ood: bool = False, exact: bool = True,
+    tokenizer: Any = None, match: Match = "model",
 ) -> Steering:  # fmt: skip
     """Change concepts of a model inside a `with` block.
 
     Args:
         target: a transformers or PEFT model, a diffusers pipeline, or any `torch.nn.Module`. Compiled ones: `sl.attach` first.
-        bank: whose concepts are edited; it must have been made for this architecture.
+        bank: whose concepts are edited. Or a list of banks: edits, gates and `hold` name concepts of all; a name that two of
+            them have is `bank/name`, after the bank's. Or an `sl.Preset`, which says edits and options too.
         edits: name, `encoder/index` or a combination such as `bank["a"] - bank["b"]` -> an addition in units of the concept,
             one for each prompt, or an intervention.
         branch: the half of guidance that is edited: "both", "cond" (with the prompt) or "uncond".
@@ -144,9 +154,10 @@ def steer(
         hold, free: with `do="hold"`, other concepts to pin, and descendants that are not pinned.
         allow_ood: allow changes of any length and values outside the natural range ("out of distribution"): no caps.
         exact: read latents that compete (TopK) beside all others; False: by the bank's threshold, as cheap as a direction.
-            `Ablate(exact=True)` is about what is read afterwards.
         tokenizer: the model's, for edits of parts of the text, as with `tokens="answer"`. Each pass then waits for the device
             once, to read the tokens so far.
+        match: "model": the model must have the architecture the bank was made for (a vocabulary of another size is said).
+            "sites": sites must agree by name and width, as on an inpainting kin (`bank.fits(model)`).
 
     Returns a `Steering`; its `report()` says what happened. Raises before the model is touched: `UnknownConcept`,
     `UnknownSite`, `UnsupportedTarget`, `BadEdit`, `BadBank`, `CompiledModel`. From the run: `RowMismatch` where amounts are
@@ -154,23 +165,31 @@ def steer(
 
     >>> with sl.steer(model, bank, {"a": 2.0, "b": sl.Ablate()}) as session:
     ...     _ = model(torch.ones(1, 4, dtype=torch.long))
-    >>> session.report().ran
-    True
     """
-    session = Steering(
-        target, bank, edits=edits, options=Options(branch, do, tuple(hold), tuple(free), allow_ood, exact, tokenizer)
-    )
+    options = Options(branch, do, tuple(hold), tuple(free), allow_ood, exact, tokenizer, match)
+    session = Steering(target, *_said(bank, edits, options))
     notify(session.plan, 3)
     return session
 
 
+def _said(bank: Any, edits: Any, options: Options) -> tuple[Any, Any, Options]:
+    """Bank, edits and options, as a preset says them where one was given."""
+    if not isinstance(bank, Preset):
+        if edits is None:
+            raise BadEdit("expected edits as a mapping from concept names, got none; a preset says them itself")
+        return bank, edits, options
+    if edits is not None or options != Options(tokenizer=options.tokenizer):
+        raise BadEdit("a preset says edits and options itself; make another one: sl.Preset({...}, preset.banks, ...)")
+    return bank.bank, bank.edits, Options(**bank.options, tokenizer=options.tokenizer)
+
+
 def attach(
-    target: object, bank: ConceptBank, *, allow_ood: bool = False, exact: bool = True, tokenizer: Any = None
+    target: object, bank: Banks, *, allow_ood: bool = False, exact: bool = True, tokenizer: Any = None, match: Match = "model"
 ) -> Steering:  # fmt: skip
     """Put sockets at every site of a bank that stay until `detach()`. Do this before compiling; edit with `set`.
 
     Args:
-        target, bank, allow_ood, exact, tokenizer: as for `sl.steer`.
+        target, bank, allow_ood, exact, tokenizer, match: as for `sl.steer`.
 
     Returns a `Steering` that edits nothing yet. Raises `CompiledModel` where torch has compiled the model already, since it
     ignores hooks that are added later, and what `sl.steer` raises about bank and model.
@@ -178,7 +197,8 @@ def attach(
     >>> steering = sl.attach(model, bank)
     >>> steering.set({"a": 2.0}).detach()
     """
-    session = Steering(target, bank, edits={}, options=Options(allow_ood=allow_ood, exact=exact, tokenizer=tokenizer))
+    options = Options(allow_ood=allow_ood, exact=exact, tokenizer=tokenizer, match=match)
+    session = Steering(target, bank, {}, options)
     notify(session.plan, 3)
     return session.attach()
 

@@ -41,6 +41,7 @@ class Swap(Intervention):
     new: "str | Concept"
     tokens: Literal["all", "prompt", "generated"] | slice | None = field(default=None, kw_only=True)
     spares_first: ClassVar[bool] = True
+    keeps_codes: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -74,6 +75,7 @@ class Received(Intervention):
     keeps: bool = True
     tokens: Literal["all", "prompt", "generated"] | slice | None = field(default=None, kw_only=True)
     spares_first: ClassVar[bool] = True
+    keeps_codes: ClassVar[bool] = True
 
     def joined(self, other: Intervention) -> Intervention | None:
         mine, theirs = ({**one.scope, "mask": id(one.mask)} for one in (self, other))

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from ..bank.concept_bank import ConceptBank
 from ..errors import BadRecipe, CorruptBank
 from .fields import UNSAID, made_of
-from .recipe import DirectionRecipe, PipelineEncoderRecipe, Recipe, TextEncoderRecipe, kind_of
+from .recipe import DirectionRecipe, PictureRecipe, PipelineEncoderRecipe, Recipe, TextEncoderRecipe, kind_of
 
 R = TypeVar("R", bound=Recipe)
 RECIPE = "recipe.jsonl"
@@ -47,6 +47,8 @@ def _named(recipe: Recipe) -> Iterator[str]:
         yield from (f"{folder}/{c.name}.jsonl" for folder in (recipe.pairs, recipe.scoring) for c in recipe.concepts)
     if isinstance(recipe, TextEncoderRecipe):
         yield from recipe.attributes
+    if isinstance(recipe, PictureRecipe):
+        yield from (recipe.prompts, *(f"{recipe.pairs}/{c.name}.jsonl" for c in recipe.concepts))
     if (
         isinstance(recipe, PipelineEncoderRecipe)
         and sum(len(recipe.bytes_of(name) or b"") for name in recipe.corpus) <= LARGEST
@@ -82,12 +84,13 @@ def on(recipe: R, source: str, *, base: str = "", **others: Any) -> R:
     return replace(recipe, **{"source": source, "base": known, "license": "", "description": "", **others})
 
 
-def ported(recipe: Recipe, bank: ConceptBank, source: str, concepts: Sequence[str] = (), **others: Any) -> DirectionRecipe:
-    """The recipe of a bank for another model, with all concepts or some: its layers become shares of the model's depth.
+def ported(recipe: R, bank: ConceptBank, source: str, concepts: Sequence[str] = (), **others: Any) -> R:
+    """The recipe of a bank for another model, with all concepts or some: its layers become shares of the model's depth, sites
+    of a pipeline those of the new one.
 
     `others` are what `on` takes. Raises `BadRecipe` for latents, which belong to their model, `UnknownConcept`.
     """
-    if not isinstance(recipe, DirectionRecipe):
+    if not isinstance(recipe, (DirectionRecipe, PictureRecipe)):
         raise BadRecipe(
             f"bank {bank.name!r} has latents, which are found in a model and not asked for; train those of {source!r} by a "
             f"recipe with a corpus: steerlib train recipe.toml --model {source}"
@@ -96,9 +99,15 @@ def ported(recipe: Recipe, bank: ConceptBank, source: str, concepts: Sequence[st
     if strange := {*names} - {concept.name for concept in recipe.concepts}:
         raise BadRecipe(f"the recipe of bank {bank.name!r} has no concepts {', '.join(sorted(strange))}")
     depth = bank.base.fingerprint.get("num_hidden_layers")
-    chosen = {
+    chosen: dict[str, Any] = {
         "concepts": tuple(concept for concept in recipe.concepts if concept.name in names),
-        "layers": tuple(k if isinstance(k, float) or not k else round(k / depth, 4) for k in recipe.layers) if depth else (),
         "description": f"The concepts of the bank {bank.name}, made anew for this model by its recipe.",
     }
+    if isinstance(recipe, PictureRecipe):
+        if "budget" in others:
+            raise BadRecipe(f"bank {bank.name!r} is of pictures, whose search has no budget of answers; leave it out")
+        return on(recipe, source, **{**chosen, "sites": (), **others})
+    chosen["layers"] = (
+        tuple(k if isinstance(k, float) or not k else round(k / depth, 4) for k in recipe.layers) if depth else ()
+    )
     return on(recipe, source, **{**chosen, **others})

@@ -52,6 +52,23 @@ class ConceptRecipe:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PictureConcept:
+    """One concept of pictures to make.
+
+    Args:
+        name: What edits call it, and what the recipe's template says of it.
+        label: What it means, for the card. Default: the name.
+        positive: Prompts that show it. Without them pairs are read from a file, or made by the template.
+        negative: As many prompts that do not, each like its partner but for the concept.
+    """
+
+    name: str
+    label: str = ""
+    positive: tuple[str, ...] = ()
+    negative: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
 class SiteEncoder:
     """One sparse encoder to make. In TOML its fields stand beside those of its `EncoderRecipe`.
 

@@ -131,7 +131,10 @@ def _read(recipe: Recipe) -> list[Sides]:
     if isinstance(recipe, TextEncoderRecipe) and recipe.attributes:
         return [Sides(Path(name).stem, scoring=_labelled(recipe, name)) for name in recipe.attributes]
     if not isinstance(recipe, DirectionRecipe):
-        raise BadRecipe(f"recipe {recipe.name!r} has no contrast data: expected [[concepts]], or attributes of encoders")
+        raise BadRecipe(
+            f"recipe {recipe.name!r} has no contrast data of text: expected [[concepts]] of a language model, or attributes of "
+            "encoders"
+        )
     prompts = _lines(recipe, recipe.prompts)
     kept = [Text(recipe.prompts, n, line["prompt"]) for n, line in prompts if line["split"] != "train"]
     held = _lines(recipe, recipe.held_out)

@@ -1,4 +1,6 @@
-"""`make`: concepts from their names alone. The model writes the contrast pairs; the rest is a recipe like any other.
+"""`make`: concepts from their names alone. The rest is a recipe like any other.
+
+Of a pipeline that draws, prompts with and without the name are the contrast pairs. A language model writes its own.
 
 Every concept joins two directions: what makes the words of its name likelier, and how answers of the model that was asked for
 it differ from those of the model that was not. Layer and mixture are those that best tell such answers apart, under a bound on
@@ -19,10 +21,10 @@ from ..errors import BadRecipe, UnsupportedTarget
 from ..hosts import digest_of, host_for, load
 from .directions.methods import word
 from .directions.written import ASKINGS, written
-from .entries import ConceptRecipe, Pair
+from .entries import ConceptRecipe, Pair, PictureConcept
 from .fields import check_file_name
-from .pipeline import train
-from .recipe import RESERVED, DirectionRecipe
+from .pipeline import Score, train
+from .recipe import RESERVED, DirectionRecipe, PictureRecipe
 from .store import remembered
 
 METHODS = ("word-and-means", "word", "difference-of-means")
@@ -37,47 +39,66 @@ Concepts made from their names alone, by `steerlib make`: the model itself wrote
 sentence model that knows only the name scored them. Figures are of few answers. *Random word* is what the direction of a random
 word, as long and in the same place, does; *best random* is a single random direction."""
 
+DRAWN: dict[str, Any] = {"train_prompts": 32, "dev_prompts": 6, "evaluation_prompts": 8}
+"""Pairs of prompts to learn from, to choose with and to measure on."""
+PROMPTS = "prompts.txt"
+"""What a bank calls the prompts that `make` was given."""
+ABOUT_PICTURES = (
+    "Concepts made from their names alone, by `steerlib make`: how a prompt that says one differs from one that does not."
+)
+
 
 def make(
-    target: Any,
-    names: str | Sequence[str],
-    *,
-    tokenizer: Any = None,
-    source: str = "",
-    name: str = "made",
-    seed: int = 0,
-    work: str | os.PathLike[str] | None = None,
-) -> ConceptBank:
+    target: Any, names: str | Sequence[str], *, tokenizer: Any = None, source: str = "", name: str = "made", seed: int = 0,
+    work: str | os.PathLike[str] | None = None, prompts: Sequence[str] | None = None, score: Score | None = None,
+) -> ConceptBank:  # fmt: skip
     """Make a bank of concepts from nothing but their names: a few minutes each for a small model on a processor.
 
     Args:
-        target: A language model of transformers; or where it is: a folder, a Hub id, or `package:<name>/<file>.gguf`.
-        names: What the concepts are about: a word or a few, such as `"pirate"` or `"medieval knight"`.
-        tokenizer: Of the model. Needed with a model that is loaded already.
+        target: A language model, a pipeline of diffusers, or where it is: a folder, a Hub id, `package:<name>/<file>.gguf`.
+        names: What they are about, such as `"medieval knight"`; of pictures what a prompt would say, such as `"by night"`.
+        tokenizer: Of a language model. Needed with one that is loaded already.
         source: Where the model was loaded from, which the bank says. Default: as the model says.
         name: Of the bank.
         seed: Of all random choices.
         work: A folder that keeps what each stage made, from which the same call goes on. Default: nothing is kept.
+        prompts: Of a pipeline: prompts that say nothing of the names, four or more. Default: some that come with steerlib.
+        score: Of a pipeline: what `sl.train` takes.
 
     Returns the bank, with its card and the recipe that it could be made again from; `save_pretrained` writes it.
 
     Raises:
         BadRecipe: A name is empty or given twice, the tokenizer cannot write it, or the model does not write about it.
-        UnsupportedTarget: Not a language model.
+        UnsupportedTarget: Neither a language model nor a pipeline that draws.
         MissingExtra: A package of the extra `steerlib[eval]` is not installed.
 
     Example:
         >>> bank = sl.make(model, ["pirate", "medieval knight"], tokenizer=tokenizer)     # doctest: +SKIP
+        >>> scenes = sl.make(pipe, ["by night", "in the snow"])                           # doctest: +SKIP
     """
     check_given(names := [names] if isinstance(names, str) else list(names))
     if isinstance(target, str):
         source, (target, tokenizer) = source or target, load(target)
         target = target.to(best_device())
-    check_target(target, tokenizer, names)
+    if host_for(target).has_progress:
+        known = source or getattr(target, "name_or_path", "") or type(target).__name__
+        return train(target, picture_recipe_of(names, known, prompts, name=name, seed=seed), work=work, score=score)
+    check_target(target, tokenizer, names, of_pictures=(prompts, score))
     known = source or getattr(target.config, "name_or_path", "") or type(target).__name__
     plan = DirectionRecipe(name=name, base=known, source=known, seed=seed, description=ABOUT, **FEW)
     recipe = recipe_of(plan, target, tokenizer, _pairs(target, tokenizer, names, plan, work))
     return train(target, recipe, tokenizer=tokenizer, work=work)
+
+
+def picture_recipe_of(names: Sequence[str], source: str, prompts: Sequence[str] | None, **others: Any) -> PictureRecipe:
+    """The recipe of concepts of pictures by name, over prompts that say nothing of them."""
+    if prompts is not None and (isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts)):
+        raise BadRecipe(f"expected prompts as a list of texts, got {prompts!r:.80}")
+    concepts = tuple(PictureConcept(name=name) for name in names)
+    plan = PictureRecipe(base=source, source=source, concepts=concepts, description=ABOUT_PICTURES, **DRAWN, **others)
+    if prompts is None:
+        return plan
+    return replace(plan, prompts=PROMPTS, texts={PROMPTS: "".join(f"{' '.join(prompt.split())}\n" for prompt in prompts)})
 
 
 def _pairs(target: Any, tokenizer: Any, names: list[str], plan: DirectionRecipe, work: Any) -> dict[str, Any]:
@@ -86,6 +107,13 @@ def _pairs(target: Any, tokenizer: Any, names: list[str], plan: DirectionRecipe,
     key = sha256(repr((names, plan.seed, host.fingerprint(), digest_of(host))).encode()).hexdigest()[:16]
     path = None if work is None else Path(work) / f"pairs-{key}.json"
     return remembered(path, lambda: written(target, tokenizer, names, plan.read_prompts("train"), seed=plan.seed))
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The prompts of a file, one a line; raises `BadRecipe` where there is none."""
+    if not path.is_file():
+        raise BadRecipe(f"expected a file of prompts, one a line, found none at {str(path)!r}")
+    return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
 def check_given(names: Sequence[str]) -> None:
@@ -100,8 +128,11 @@ def check_given(names: Sequence[str]) -> None:
         raise BadRecipe(f"expected each name once, got {', '.join(names)}")
 
 
-def check_target(target: Any, tokenizer: Any, names: Sequence[str]) -> None:
-    """Raise `UnsupportedTarget` for what is no language model with its tokenizer, `BadRecipe` for names it cannot write."""
+def check_target(target: Any, tokenizer: Any, names: Sequence[str], *, of_pictures: Sequence[Any] = ()) -> None:
+    """Raise `UnsupportedTarget` for what is no language model with its tokenizer, `BadRecipe` for names it cannot write and for
+    arguments that are of pictures."""
+    if any(given is not None for given in of_pictures):
+        raise BadRecipe(f"prompts= and score= are of pictures, and {type(target).__name__} is no pipeline that draws")
     layers = [site for site in host_for(target).sites() if site.removeprefix("layers.").isdigit()]
     if not layers or not hasattr(target, "generate"):
         raise UnsupportedTarget(f"expected a language model that writes answers, got {type(target).__name__}")

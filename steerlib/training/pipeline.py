@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -12,25 +13,37 @@ from ..bank import sentences
 from ..bank.concept_bank import ConceptBank
 from ..bank.search import LABELS, stored, text_of
 from ..devices import best_device
-from ..errors import BadBank
+from ..errors import BadBank, BadRecipe
 from ..hosts import load
 from .carry import RECIPE, carried
-from .recipe import CorpusRecipe, DirectionRecipe, PipelineEncoderRecipe, Recipe, TextEncoderRecipe
+from .recipe import CorpusRecipe, DirectionRecipe, PictureRecipe, PipelineEncoderRecipe, Recipe, TextEncoderRecipe
 
+Score = Callable[[Any, str], Any]
+"""Of pictures, bytes `[B, H, W, 3]`, and the name of a concept: `[B]` numbers, how much each shows it."""
 FEW = 100
 """Labels up to this number are read when they are searched; of more, what they mean is stored."""
 
 
-def train(target: Any, recipe: Recipe, *, tokenizer: Any = None, work: str | os.PathLike[str] | None = None) -> ConceptBank:
+def train(
+    target: Any,
+    recipe: Recipe,
+    *,
+    tokenizer: Any = None,
+    work: str | os.PathLike[str] | None = None,
+    score: Score | None = None,
+) -> ConceptBank:
     """Make a bank for a model: record, fit, label or choose by measured effect, calibrate, evaluate.
 
     Args:
-        target: A language model of transformers; a pipeline of diffusers for a `PipelineEncoderRecipe`; or None to load
-            `recipe.source`.
+        target: A language model of transformers; a pipeline of diffusers for a `PictureRecipe` or a `PipelineEncoderRecipe`; or
+            None to load `recipe.source`.
         recipe: What to make; `Recipe.from_file` reads one.
         tokenizer: Of the language model. Default: that of `recipe.source`.
         work: A folder that keeps what each stage made, apart for every recipe. With the same recipe a second run goes on from
             there. Default: nothing is kept.
+        score: Of a `PictureRecipe`: how much each of some pictures, bytes `[B, H, W, 3]`, shows the concept of a name, on any
+            scale. Default: the pipeline itself tells, by how well prompts explain them. A run goes on where one of a scorer
+            of the same name stopped.
 
     Returns:
         The bank, with its card; `save_pretrained` writes it.
@@ -45,10 +58,10 @@ def train(target: Any, recipe: Recipe, *, tokenizer: Any = None, work: str | os.
         >>> bank.save_pretrained("out/bank")                                     # doctest: +SKIP
     """
     check(recipe)
-    if work is not None:
-        return _made(target, tokenizer, recipe, Path(work) / key_of(recipe))
-    with TemporaryDirectory() as place:
-        return _made(target, tokenizer, recipe, Path(place) / key_of(recipe))
+    if score is not None and not isinstance(recipe, PictureRecipe):
+        raise BadRecipe(f"score= is of pictures, and recipe {recipe.name!r} makes no concepts of them")
+    with TemporaryDirectory() if work is None else nullcontext(work) as place:
+        return _made(target, tokenizer, recipe, Path(place) / key_of(recipe), score)
 
 
 def key_of(recipe: Recipe) -> str:
@@ -79,17 +92,22 @@ def check(recipe: Recipe) -> None:
         from .package.directions import check_methods
 
         check_methods(recipe)
+    if isinstance(recipe, PictureRecipe):
+        from .package.prompted import check_methods as check_picture_methods
+
+        check_picture_methods(recipe)
 
 
-def _made(target: Any, tokenizer: Any, recipe: Recipe, folder: Path) -> ConceptBank:
+def _made(target: Any, tokenizer: Any, recipe: Recipe, folder: Path, score: Any) -> ConceptBank:
     """The bank, with what it needs to be used and measured again: its recipe, whether its model is asked in a chat, and what
     its labels mean."""
-    if isinstance(recipe, PipelineEncoderRecipe):
+    if isinstance(recipe, (PictureRecipe, PipelineEncoderRecipe)):
         target = load(recipe.weights)[0].to(best_device()) if target is None else target
     elif target is None or tokenizer is None:
         loaded, tokenizer = load(recipe.weights)
         target = loaded.to(best_device()) if target is None else target
-    bank = WAYS[type(recipe)](target, tokenizer, recipe, folder)
+    more = {} if score is None else {"score": score}
+    bank = WAYS[type(recipe)](target, tokenizer, recipe, folder, **more)
     if tokenizer is not None:
         bank.provenance["chat"] = getattr(tokenizer, "chat_template", None) is not None
     bank.files = {**bank.files, RECIPE: carried(recipe)}
@@ -116,8 +134,15 @@ def _pipeline_encoders(target: Any, tokenizer: Any, recipe: PipelineEncoderRecip
     return train_pictures(target, recipe, folder)
 
 
-WAYS: dict[type[Recipe], Callable[[Any, Any, Any, Path], ConceptBank]] = {
+def _pictures(target: Any, tokenizer: Any, recipe: PictureRecipe, folder: Path, score: Any = None) -> ConceptBank:  # noqa: ARG001
+    from .package.prompted import train_prompted
+
+    return train_prompted(target, recipe, folder, score)
+
+
+WAYS: dict[type[Recipe], Callable[..., ConceptBank]] = {
     DirectionRecipe: _directions,
+    PictureRecipe: _pictures,
     TextEncoderRecipe: _text_encoders,
     PipelineEncoderRecipe: _pipeline_encoders,
 }

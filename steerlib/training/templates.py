@@ -88,7 +88,35 @@ k = 12
 batch = 1024
 """
 
-TEMPLATES = {"text": _TEXT, "latents": _LATENTS, "graph": _GRAPH, "pictures": _PICTURES}
+_PROMPTS = """# Concepts of a diffusion model from prompts. `steerlib train recipe.toml` makes the bank, `--quick` a rough one.
+name = "my-prompts"
+base = "org/pipeline"          # the pipeline's id, for the card
+source = "pipeline"            # its folder, or a Hub id
+license = "apache-2.0"
+description = "What this bank is for."
+template = "{prompt}, {concept}"   # how a prompt says a concept, over the prompts of the line below
+# prompts = "prompts.txt"      # prompts that say nothing of the concepts, one a line; default: some that come with steerlib
+
+[[concepts]]
+name = "by night"
+
+[[concepts]]
+name = "snow"                  # or with prompts of its own; ten pairs or more are better
+positive = [
+    "a house in deep snow",
+    "a car on a snowy road",
+    "a dog playing in the snow",
+    "a snowy street with a few shops",
+]
+negative = [
+    "a house on a lawn",
+    "a car on a dry road",
+    "a dog playing on a meadow",
+    "a sunny street with a few shops",
+]
+"""
+
+TEMPLATES = {"text": _TEXT, "latents": _LATENTS, "graph": _GRAPH, "pictures": _PICTURES, "prompts": _PROMPTS}
 """By kind; each is read as it stands, beside the corpus that it names."""
 
 

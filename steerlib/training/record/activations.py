@@ -67,9 +67,9 @@ def _computing_in(model: Any, dtype: torch.dtype | None) -> Callable[..., Any]:
 
 @torch.no_grad()
 def answers(
-    model: Any, tokenizer: Any, texts: Sequence[tuple[str, str]], sites: Sequence[str], *, what: str
+    model: Any, tokenizer: Any, texts: Sequence[tuple[Any, str]], sites: Sequence[str], *, what: str
 ) -> dict[str, list[Float[Tensor, "tokens D"]]]:
-    """Activations over the tokens of each answer to a chat prompt, by site, float32."""
+    """Activations over the tokens of each answer to a prompt, a string or the messages of a chat, by site, float32."""
     prompts = [chat(tokenizer, prompt, model=model) for prompt, _ in texts]
     if is_pair(model):
         return _decoded(model, tokenizer, prompts, [answer for _, answer in texts], sites, what)

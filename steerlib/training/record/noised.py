@@ -13,7 +13,7 @@ from torch import Tensor
 from ...errors import SiteNotReached
 from ...passes import StepState
 from ...schedules import Window, windows
-from ...steering.recording import observing
+from ...steering.recording import conditional, observing
 
 Seen = dict[str, Float[Tensor, "B N D"]]
 """By `site@level`."""
@@ -50,15 +50,6 @@ def at_levels(pipe: Any, sites: Sequence[str], levels: Sequence[int], run: Calla
     if missed := [site for site in sites if f"{site}@{levels[0]}" not in nearest]:
         raise SiteNotReached(f"the pipeline ran and did not reach {', '.join(missed)}; name sites of its denoiser")
     return {f"{site}@{level}": nearest[f"{site}@{level}"][1] for level in levels for site in sites}
-
-
-def conditional(x: Tensor, state: StepState) -> Tensor | None:
-    """The rows that the prompt steers: all without guidance, none in a pass for the other half alone."""
-    if not state.branches:
-        return x
-    if "cond" not in state.branches:
-        return None
-    return x.chunk(len(state.branches))[state.branches.index("cond")]
 
 
 def joined(parts: Sequence[Mapping[str, Tensor]]) -> Seen:

@@ -1,0 +1,265 @@
+"""What a lever of pictures does to pictures of held-out prompts, as the pipeline itself or a scorer of the user sees it.
+
+Every pair has a plain picture, of the negative prompt, a prompted one, of the positive prompt from the same noise, and steered
+ones, of the negative prompt too. With e(x|c) the denoising error of picture x under prompt c (`evaluation/denoising.py`), n the
+negative and p the positive prompt, u the plain, q the prompted and s the steered picture:
+
+    gain(x) = e(x|n) - e(x|p)                              how much better the prompt that says the concept explains x
+    effect  = clip((gain(s) - gain(u)) / (gain(q) - gain(u)), 0, 1)
+    damage  = min(e(s|n), e(s|p)) / mean(e(u|n), e(q|p)) - 1, at least 0
+
+An effect is 0 for the plain and 1 for the prompted picture; a damage of 1: neither prompt explains the steered picture without
+twice the error of the pipeline's own pictures. Both are means over pairs. The setting with the largest effect less damage is
+chosen. To remove a concept, the prompted picture is steered: then the plain one is what it should become.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import product, takewhile
+from typing import Any, NamedTuple
+from warnings import catch_warnings, simplefilter
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ...bank.concept_bank import ConceptBank
+from ...errors import BadRecipe
+from ...evaluation.denoising import errors
+from ...evaluation.pictures import Pictures, edit_of
+from ...steering.interventions import Ablate, Add, Intervention, Scale
+from ...steering.session import steer
+from ..picture_recipe import PictureRecipe, PromptPair
+
+Score = Callable[[Pictures, str], Any]
+"""Of pictures `[B, H, W, 3]` and the name of a concept: `[B]` numbers, how much each shows it, on any scale."""
+HARM = 1.0
+"""Damage up to which an amount counts as safe."""
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A pipeline that draws as a recipe says: so many steps, this guidance, each prompt from the noise of its seed."""
+
+    pipe: Any
+    recipe: PictureRecipe
+
+    def __call__(self, prompts: Sequence[str], seeds: Sequence[int], *, output: str = "latent") -> Any:
+        """Latents of some prompts, or, with `output="np"`, pictures `[B, H, W, 3]` of numbers from 0 to 1."""
+        how: dict[str, Any] = {"num_inference_steps": self.recipe.steps, "output_type": output}
+        if self.recipe.guidance is not None:
+            how["guidance_scale"] = self.recipe.guidance
+        found = []
+        for start in range(0, len(prompts), self.recipe.batch):
+            some = slice(start, start + self.recipe.batch)
+            noises = [torch.Generator().manual_seed(seed) for seed in seeds[some]]
+            found.append(self.pipe(list(prompts[some]), generator=noises, **how)[0])
+        return torch.cat(found) if output == "latent" else np.concatenate(found)
+
+    def pictures(self, prompts: Sequence[str], seeds: Sequence[int]) -> Pictures:
+        """The same as bytes."""
+        return (self(prompts, seeds, output="np") * 255).round().astype(np.uint8)
+
+    def errors(self, latents: Tensor, prompts: Sequence[str]) -> Float[Tensor, " B"]:
+        """How badly each prompt explains its picture."""
+        parts = zip(latents.split(self.recipe.batch), range(0, len(prompts), self.recipe.batch), strict=True)
+        seed, most = self.recipe.seed, self.recipe.batch
+        return torch.cat([errors(self.pipe, some, prompts[k : k + most], seed=seed) for some, k in parts])
+
+
+class Trial(NamedTuple):
+    """What a setting did: means over pairs."""
+
+    effect: float
+    damage: float
+
+    @property
+    def score(self) -> float:
+        """The more, the better."""
+        return self.effect - self.damage
+
+
+class Trials:
+    """The pairs of one concept, drawn plain and prompted once, and what settings do to them.
+
+    Args:
+        drawing: How pictures are drawn.
+        pairs: Pairs that no lever was made from.
+        concept: Its name, which `score` is given.
+        score: A scorer in place of the pipeline itself; damage stays the pipeline's.
+    """
+
+    def __init__(self, drawing: Drawing, pairs: Sequence[PromptPair], concept: str, score: Score | None = None):
+        self.drawing, self.pairs, self.concept, self.score = drawing, list(pairs), concept, score
+        self.seeds = [pair.seed for pair in pairs]
+        self.said = {"n": [pair.negative for pair in pairs], "p": [pair.positive for pair in pairs]}
+
+    def of(self, bank: ConceptBank, edits: Mapping[str, Any], *, remove: bool = False) -> Trial:
+        """The effect and the damage of edits; with `remove` on pictures of positive prompts, which should lose the concept."""
+        asked, arm, goal = ("p", self._prompted, self._plain) if remove else ("n", self._plain, self._prompted)
+        seen = self._seen(self.said[asked], bank, edits)
+        way = goal.shown - arm.shown
+        sure = way > 0 if not remove else way < 0
+        share = ((seen.shown - arm.shown) / way).clamp(0, 1)[sure]
+        natural = (self._plain.errors["n"] + self._prompted.errors["p"]) / 2
+        harm = torch.minimum(*seen.errors.values()) / natural - 1
+        return Trial(round(float(share.mean()) if len(share) else 0.0, 4), round(float(harm.clamp(min=0).mean()), 4))
+
+    @property
+    def told(self) -> float:
+        """Share of pairs whose prompted picture scores higher than the plain one: without them, nothing can be measured."""
+        return float((self._prompted.shown > self._plain.shown).float().mean())
+
+    @cached_property
+    def _plain(self) -> "_Seen":
+        return self._seen(self.said["n"])
+
+    @cached_property
+    def _prompted(self) -> "_Seen":
+        return self._seen(self.said["p"])
+
+    def _seen(self, prompts: Sequence[str], bank: ConceptBank | None = None, edits: Mapping[str, Any] | None = None) -> "_Seen":
+        """What is drawn of some prompts, as it is scored."""
+        with steered(self.drawing.pipe, bank, edits):
+            drawn = self.drawing(prompts, self.seeds)
+            pictures = self.drawing.pictures(prompts, self.seeds) if self.score else None
+        found = {arm: self.drawing.errors(drawn, said) for arm, said in self.said.items()}
+        if self.score is None or pictures is None:
+            return _Seen(found, found["n"] - found["p"])
+        shown = np.asarray(self.score(pictures, self.concept), dtype=np.float32)
+        if shown.shape != (len(prompts),) or not np.isfinite(shown).all():
+            raise BadRecipe(f"expected a finite number from score= for each of {len(prompts)} pictures, got {shown!r:.80}")
+        return _Seen(found, torch.from_numpy(shown))
+
+
+class _Seen(NamedTuple):
+    errors: dict[str, Float[Tensor, " B"]]
+    """Under the negative and the positive prompts."""
+    shown: Float[Tensor, " B"]
+    """How much of the concept there is."""
+
+
+@contextmanager
+def steered(pipe: Any, bank: ConceptBank | None, edits: Mapping[str, Any] | None) -> Iterator[None]:
+    """Inside a `with` block edits, if any, act on the half of guidance that reads the prompt; none is said to go too far."""
+    if bank is None or not edits:
+        yield
+        return
+    with catch_warnings():
+        simplefilter("ignore")
+        with steer(pipe, bank, edits, branch="cond", allow_ood=True):
+            yield
+
+
+EDITS = ("Add", "Set")
+"""Kinds of edits that a concept can be stored with."""
+TOLD, MOVED = 0.75, 0.5
+"""Share of prompted pictures that have to be told from plain ones, and effect, from which on an amount counts as useful."""
+REMOVED: dict[str, Callable[[float], Intervention]] = {
+    "subtracted": lambda amount: Add(-amount),
+    "ablated": lambda _: Ablate(),
+    "reflected": lambda _: Scale(-1.0),
+}
+"""Ways of removing a concept, of which one is chosen: less of it by its useful amount, none, or its reading turned around
+(CASteer, arXiv 2503.09630)."""
+FIRST, DOSES = 2.5, (1.0, 1.75, 4.0, 6.0)
+"""The amount at which methods are compared, and others of the best."""
+
+
+class Attempt(NamedTuple):
+    """A setting and what it did."""
+
+    method: str
+    edit: str
+    amount: float
+    effect: float
+    damage: float
+
+    @property
+    def score(self) -> float:
+        """The more, the better."""
+        return self.effect - self.damage
+
+
+class Choice(NamedTuple):
+    """What was chosen for a concept, of all that was tried; how it is best removed, and what shows that it can be measured."""
+
+    best: Attempt
+    tried: list[Attempt]
+    removal: str
+    told: float
+
+    @property
+    def edit(self) -> Intervention:
+        """The edit that was chosen."""
+        return edit_of(self.best.edit, self.best.amount)
+
+    @property
+    def way(self) -> Intervention:
+        """The edit that removes it."""
+        return REMOVED[self.removal](self.best.amount)
+
+    @property
+    def doses(self) -> list[Attempt]:
+        """What was tried of the method and the kind of edit, from the smallest amount on."""
+        own = [line for line in self.tried if line[:2] == self.best[:2]]
+        return sorted(own, key=lambda line: line.amount)
+
+    @property
+    def range(self) -> tuple[float, float]:
+        """From 0 to the largest amount up to which no smaller one did harm."""
+        return 0.0, max((line.amount for line in takewhile(lambda line: line.damage <= HARM, self.doses)), default=0.0)
+
+    @property
+    def is_useful(self) -> bool:
+        """Whether it moves the concept clearly, and more than it harms."""
+        return self.told >= TOLD and self.best.effect >= MOVED and self.best.damage <= HARM
+
+    @property
+    def beyond(self) -> str:
+        """What is known of amounts beyond the range, or why there is no useful one."""
+        if self.told < TOLD:
+            return f"only {self.told:.0%} of pictures whose prompt says it are told from plain ones, so nothing is known of it"
+        if not self.is_useful:
+            return f"no amount that was tried moved it by {MOVED:.0%} without a damage above {HARM:g}"
+        harmful = next((line for line in self.doses if line.damage > HARM), None)
+        return "" if harmful is None else f"at {harmful.amount:g} a damage of {harmful.damage:.1f}"
+
+    @classmethod
+    def from_json(cls, values: Sequence[Any]) -> "Choice":
+        """What `remembered` gives back."""
+        best, tried, removal, told = values
+        return cls(Attempt(*best), [Attempt(*line) for line in tried], removal, told)
+
+
+def chosen(
+    trials: Trials, bank: Callable[[str], ConceptBank], methods: Sequence[str], narrower: Callable[[str], Sequence[str]]
+) -> Choice:
+    """The best method, kind of edit and amount for a concept; then whether it does better at fewer sites or levels; then the
+    best way to remove it.
+
+    Args:
+        bank: Gives a bank by the name of a method.
+        methods: Names of methods.
+        narrower: Gives the names under which a method acts at fewer sites or levels.
+    """
+    tried: list[Attempt] = []
+
+    def attempt(methods: Iterable[tuple[str, str]], amounts: Sequence[float]) -> Attempt:
+        for method, edit in methods:
+            for amount in amounts:
+                tried.append(Attempt(method, edit, amount, *trials.of(bank(method), {trials.concept: edit_of(edit, amount)})))
+        tried.sort(key=lambda line: -line.score)
+        return tried[0]
+
+    attempt(product(methods, EDITS), [FIRST])
+    best = attempt([(line.method, line.edit) for line in tried[:2]], DOSES)
+    if (fewer := attempt([(name, best.edit) for name in narrower(best.method)], [best.amount])) != best:
+        best = attempt([(fewer.method, fewer.edit)], [amount for amount in (FIRST, *DOSES) if amount != fewer.amount])
+    removals = {
+        way: trials.of(bank(best.method), {trials.concept: make(best.amount)}, remove=True) for way, make in REMOVED.items()
+    }
+    return Choice(best, tried, max(removals, key=lambda way: removals[way].score), round(trials.told, 4))

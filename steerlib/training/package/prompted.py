@@ -1,0 +1,222 @@
+"""From a diffusers pipeline and pairs of prompts to a bank of concepts: find, choose without a judge, measure, show.
+
+folder/sums/      by concept, sums over pairs of how activations differ
+folder/chosen/    by concept, what was chosen for it and what it does
+folder/strips/    by concept, pictures of it
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import cache
+from importlib.util import find_spec
+from inspect import signature
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ...bank.card import front
+from ...bank.concept_bank import ConceptBank
+from ...bank.concepts import Concept, signed
+from ...bank.effects import PictureEffects
+from ...errors import BadRecipe, UnsupportedTarget
+from ...evaluation.pictures import edit_of, grid
+from ...evaluation.report import markdown
+from ...hosts import host_for
+from ...text import progress, stage
+from ..calibrate.prompted import HARM, Choice, Drawing, Score, Trial, Trials, chosen, steered
+from ..directions.prompted import METHODS, Lever, bank_of, found_by, reaches
+from ..entries import PictureConcept
+from ..picture_recipe import PictureRecipe
+from ..record.contrasts import Sums, contrasts, places
+from ..store import recorded, remembered, whole
+from .card import described
+
+SHOWN = 3
+"""Seeds that a strip of pictures shows."""
+SHARES = (-1.0, 0.5, 1.0, 1.5)
+"""Amounts that it shows, as shares of the useful one."""
+
+
+class Found(NamedTuple):
+    """What was found for a concept: its lever, how it was chosen, and what it does to pictures that nothing was chosen on."""
+
+    lever: Lever
+    choice: Choice
+    moved: Trial
+    removed: Trial
+    told: float
+
+
+def check_methods(recipe: PictureRecipe) -> None:
+    """Raise `BadRecipe` for a method that is not in the registry."""
+    if unknown := sorted({*recipe.methods} - set(METHODS)):
+        raise BadRecipe(f"unknown methods {', '.join(unknown)}; known are {', '.join(METHODS)}")
+
+
+def train_prompted(pipe: Any, recipe: PictureRecipe, folder: Path, score: Score | None = None) -> ConceptBank:
+    """A concept for each entry of the recipe, from prompts alone: its lever, amount and way of removal chosen by what the
+    pipeline itself, or `score`, says of its pictures."""
+    making = Making(pipe, recipe, folder, score)
+    pipe.set_progress_bar_config(disable=True)
+    with stage(1, 3, f"drawing pairs of prompts for {len(recipe.concepts)} concepts, at {len(making.sites)} sites"):
+        for concept in recipe.concepts:
+            making.sums(concept)
+    with stage(2, 3, "choosing methods and amounts by what they do to pictures, and measuring them on other prompts"):
+        found = {concept.name: making.found(concept) for concept in progress(recipe.concepts, "concepts")}
+    concepts = [making.concept(concept, found[concept.name]) for concept in recipe.concepts]
+    levers = {name: own.lever for name, own in found.items()}
+    bank = bank_of(pipe, recipe.name, levers, recipe.levels, base=recipe.base, concepts=concepts)
+    bank.license = recipe.license
+    bank.provenance = {**recipe.provenance, "steps": recipe.steps, "guidance": recipe.guidance}
+    with stage(3, 3, "drawing what concepts do"):
+        bank.pictures = making.strips(bank) if find_spec("matplotlib") else {}
+    return bank.with_concepts([*bank.concepts.values()], card=prompted_card(bank, recipe, found))
+
+
+class Making:
+    """A pipeline, a recipe, and the folder that keeps what is made on the way to a bank."""
+
+    def __init__(self, pipe: Any, recipe: PictureRecipe, folder: Path, score: Score | None):
+        if not (host := host_for(pipe)).has_progress or "prompt" not in signature(pipe.__call__).parameters:
+            raise UnsupportedTarget(f"recipe {recipe.name!r} is of a pipeline that draws what prompts say, not of {type(pipe)}")
+        self.pipe, self.recipe, self.folder, self.score = pipe, recipe, folder, score
+        self.drawing, self.sites = Drawing(pipe, recipe), [*recipe.sites] or places(host)
+
+    @property
+    def scorer(self) -> str:
+        """What tells how much of a concept there is."""
+        return "the pipeline itself" if self.score is None else getattr(self.score, "__name__", type(self.score).__name__)
+
+    def sums(self, concept: PictureConcept) -> Sums:
+        """What pairs of a concept differ by, or what an earlier run found."""
+        pairs = self.recipe.read_splits(concept).train
+        how: Any = {"sites": self.sites, "levels": self.recipe.levels, "batch": self.recipe.batch}
+        path = self.folder / "sums" / f"{concept.name}.safetensors"
+        return recorded(path, lambda: contrasts(self.pipe, pairs, self.drawing, **how))
+
+    def found(self, concept: PictureConcept) -> Found:
+        """The best that was found for a concept, or what an earlier run found."""
+        sums, name, splits = self.sums(concept), concept.name, self.recipe.read_splits(concept)
+        place = self.sites, self.recipe.levels
+
+        @cache
+        def bank(method: str) -> ConceptBank:
+            return bank_of(self.pipe, name, {name: found_by(method, sums, *place)}, self.recipe.levels)
+
+        def search() -> dict[str, Any]:
+            dev, test = (Trials(self.drawing, pairs, name, self.score) for pairs in splits[1:])
+            choice = chosen(dev, bank, self.recipe.methods, lambda method: reaches(method, sums, *place))
+            own = bank(choice.best.method)
+            moved, removed = test.of(own, {name: choice.edit}), test.of(own, {name: choice.way}, remove=True)
+            return {"choice": choice, "moved": moved, "removed": removed, "told": round(test.told, 4)}
+
+        scorer = "" if self.score is None else f" by {self.scorer}"
+        kept = remembered(self.folder / f"chosen{scorer}" / f"{name}.json", search)
+        choice = Choice.from_json(kept["choice"])
+        lever = found_by(choice.best.method, sums, *place)
+        return Found(lever, choice, Trial(*kept["moved"]), Trial(*kept["removed"]), kept["told"])
+
+    def concept(self, concept: PictureConcept, found: Found) -> Concept:
+        """A concept with what was measured of it; its places are those of its lever."""
+        choice = found.choice
+        effects: PictureEffects = {
+            "edit": choice.best.edit,
+            "amount": choice.best.amount,
+            "effect": found.moved.effect,
+            "damage": found.moved.damage,
+            "told": found.told,
+            "removal": choice.removal,
+            "removed": found.removed.effect,
+            "scorer": self.scorer,
+        }
+        return Concept(
+            name=concept.name,
+            encoder=next(iter(found.lever.moves)),
+            index=0,
+            label=concept.label or concept.name,
+            source=f"{choice.best.method}, chosen among {len(choice.tried)} settings by {self.scorer}",
+            useful=choice.best.amount if choice.is_useful else None,
+            useful_as=choice.best.edit,
+            range=choice.range,
+            beyond=choice.beyond,
+            effects=effects,
+        )
+
+    def strips(self, bank: ConceptBank) -> dict[str, bytes]:
+        """For each concept a table of pictures as PNG, by file name."""
+        found = {}
+        for k, concept in enumerate(progress(self.recipe.concepts, "strips")):
+            path = self.folder / "strips" / f"{concept.name}.png"
+            if not path.is_file():
+                with whole(path) as part:
+                    part.write_bytes(self.strip(bank, concept))
+            found[strip_name(k)] = path.read_bytes()
+        return found
+
+    def strip(self, bank: ConceptBank, concept: PictureConcept) -> bytes:
+        """Pictures of the first prompts that it is measured on: seeds down; plain, amounts and prompted across."""
+        pairs, known = self.recipe.read_splits(concept).evaluation[:SHOWN], bank[concept.name]
+        seeds, plain = [pair.seed for pair in pairs], [pair.negative for pair in pairs]
+        columns = {"plain": self.drawing.pictures(plain, seeds)}
+        for share in SHARES:
+            amount = share * known.effects["amount"]
+            with steered(self.pipe, bank, {concept.name: edit_of(known.useful_as, amount)}):
+                columns[f"{known.useful_as} {amount:+.2f}"] = self.drawing.pictures(plain, seeds)
+        columns["prompted"] = self.drawing.pictures([pair.positive for pair in pairs], seeds)
+        rows = {f"seed {seed}": {name: drawn[k : k + 1] for name, drawn in columns.items()} for k, seed in enumerate(seeds)}
+        return grid(rows, title=concept.name)
+
+
+# -- what a person looks at --------------------------------------------------------------------------------------
+
+
+def strip_name(k: int) -> str:
+    """The file of the strip of the k-th concept."""
+    return f"strips/{k:03}.png"
+
+
+SCORED = """No judge of pictures had a say. *Effect*: how far a steered picture has come from the plain one to the one whose
+prompt says the concept, all from the same noise, by how much better that prompt explains it (denoising error of the pipeline
+itself, or the scorer that the table names). *Damage*: by how much the error of the steered picture, under the better of the
+two prompts, exceeds that of the pipeline's own pictures; 1 is twice as much. *Told*: the share of prompted pictures that the
+scorer tells from plain ones; where it is low, the other figures say little. *Removed*: the same effect the other way, on
+pictures whose prompt says the concept. Figures are of {evaluation} pairs of prompts; amounts were chosen on {dev} others,
+directions found on {train}. A safe range ends before the first amount whose damage is above {harm:g}."""
+
+
+def prompted_card(bank: ConceptBank, recipe: PictureRecipe, found: Mapping[str, Found]) -> str:
+    """The card of a bank of concepts from prompts."""
+    levers = [bank[concept.name] for concept in recipe.concepts]
+    first = next((c for c in levers if c.useful is not None), levers[0])
+    said = SCORED.format(evaluation=recipe.evaluation_prompts, dev=recipe.dev_prompts, train=recipe.train_prompts, harm=HARM)
+    shown = [f"![{c.name}]({name})" for k, c in enumerate(levers) if (name := strip_name(k)) in bank.pictures]
+    parts = [
+        front(bank.name, bank.base.id, bank.license, levers, {"tags": ["diffusers"]}).strip(),
+        f"# {bank.name}\n\n{described(recipe)}",
+        _example(recipe, first),
+        "One unit of a concept is the mean difference that its prompts make.",
+        f"## What was measured\n\n{said}\n\n{_table(levers, found)}",
+        "## As it looks\n\nSeeds down; plain, amounts and prompted across.\n\n" + "\n\n".join(shown) if shown else "",
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _example(recipe: PictureRecipe, concept: Concept) -> str:
+    edit = f"sl.{concept.useful_as}({concept.effects['amount']:g})"
+    return (
+        f'```python\nimport steerlib as sl\n\npipe, _ = sl.load("{recipe.source}")\n'
+        f'bank = sl.ConceptBank.from_pretrained("{recipe.name}")\n'
+        f'with sl.steer(pipe, bank, {{"{concept.name}": {edit}}}, branch="cond"):\n'
+        f"    picture = pipe({recipe.plain!r}).images[0]\n```"
+    )
+
+
+def _table(levers: Sequence[Concept], found: Mapping[str, Found]) -> str:
+    rows = []
+    for c in levers:
+        own, figures = found[c.name], c.effects
+        useful = f"{c.useful_as} {signed(c.useful)}" if c.useful is not None else c.beyond
+        measured = (f"{number:.2f}" for number in (own.moved.effect, own.moved.damage, own.told))
+        removal = f"{figures['removal']}: {own.removed.effect:.2f} / {own.removed.damage:.2f}"
+        made = own.choice.best.method
+        rows.append((c.name, c.label, made, useful, signed(*c.range or ()), *measured, removal, figures["scorer"]))
+    head = "concept | meaning | method | useful | safe range | effect | damage | told | removed / damage | scored by"
+    return markdown(head, rows)

@@ -1,0 +1,130 @@
+"""A bank and a model that it was not made on: what fits, what is said, what is refused."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import two_directions
+from tiny_models import tiny
+from tiny_pipelines import PIPELINES, run
+
+import steerlib as sl
+from steerlib import errors
+from steerlib.hosts import hub_id
+
+IDS = torch.tensor([[1, 2, 3]])
+
+
+def of(model, **changes):
+    """A model of the same family whose config differs."""
+    return type(model)(type(model.config)(**{**model.config.to_dict(), **changes})).eval()
+
+
+def changed(model, bank, **options):
+    """What an edit moves at the site."""
+    with torch.no_grad(), sl.record(model, ["layers.0"]) as plain:
+        model(IDS)
+    with torch.no_grad(), sl.steer(model, bank, {"a": 2.0}, **options), sl.record(model, ["layers.0"]) as moved:
+        model(IDS)
+    return moved["layers.0"][0][1] - plain["layers.0"][0][1]
+
+
+def test_a_bank_of_own_directions_knows_the_weights_it_was_made_on():
+    model, other = tiny("llama"), tiny("llama")
+    bank = two_directions(model)
+    assert bank.fits(model) == {"layers.0": "same weights"} and bank.base.weights is not None
+    with torch.no_grad():
+        other.lm_head.weight.add_(1.0)
+    assert bank.fits(other) == {"layers.0": "other weights"} and repr(bank.fits(other)).endswith("other weights")
+    sl.steer(other, bank, {"a": 1.0})  # nothing was measured that could differ
+    measured = bank.with_concepts([replace(concept, range=(-2.0, 2.0)) for concept in bank.concepts.values()])
+    with pytest.warns(errors.OtherWeights, match="other weights"):
+        sl.steer(other, measured, {"a": 1.0})
+
+
+def test_a_token_more_in_the_vocabulary_is_said_and_nothing_else():
+    model = tiny("llama")
+    bank = two_directions(model)
+    larger = of(model, vocab_size=model.config.vocab_size + 1)
+    with pytest.warns(errors.OtherWeights, match="vocab_size=.* this model has .*: its sites fit, effects may differ"):
+        change = changed(larger, bank)
+    torch.testing.assert_close(change, 2 * bank.rows(bank["a"]).write.expand_as(change))
+
+
+def test_sites_match_by_name_and_width_where_that_is_asked_for():
+    model = tiny("llama")
+    bank = two_directions(model).add("deep", torch.ones(32), site="layers.1")
+    shallow = of(model, num_hidden_layers=1)
+    assert bank.fits(shallow) == {"layers.0": "same width", "layers.1": "missing"}
+    with pytest.raises(errors.WrongModel, match="num_hidden_layers=2, this model has 1.* match='sites'"):
+        sl.steer(shallow, bank, {"a": 1.0})
+    with pytest.warns(errors.OtherWeights, match=r"effects may differ; not there: layers.1 \(missing\)"):
+        change = changed(shallow, bank, match="sites")
+    torch.testing.assert_close(change, 2 * bank.rows(bank["a"]).write.expand_as(change))
+    with pytest.raises(errors.UnknownSite, match="layers.1"):
+        sl.steer(shallow, bank, {"deep": 1.0}, match="sites")
+
+
+def test_what_fits_nowhere_is_refused():
+    model = tiny("llama")
+    narrow = of(model, hidden_size=16, num_attention_heads=2, num_key_value_heads=2, head_dim=8)
+    bank = two_directions(model)
+    assert bank.fits(narrow) == {"layers.0": "other width"}
+    with pytest.raises(errors.WrongModel, match=r"no site of bank 'directions'.* layers.0 \(other width\)"):
+        sl.steer(narrow, bank, {"a": 1.0}, match="sites")
+    partly = bank.with_concepts(sites={**bank.sites, "layers.1": replace(bank.sites["layers.0"], width=16)})
+    with pytest.raises(errors.WrongWidth, match="site 'layers.0' of this model is not 32 wide"):
+        sl.steer(narrow, partly, {"a": 1.0}, match="sites")
+
+
+def test_a_bank_of_four_channels_steers_a_denoiser_of_nine():
+    """A UNet that takes image and mask beside the latent, as for inpainting: what is added at its sites is the same."""
+    pipe, site = PIPELINES["sd1"].build(), "unet.mid_block.attentions.0"
+    kin = PIPELINES["sd1"].build()
+    kin.unet = type(kin.unet).from_config(kin.unet.config, in_channels=9).eval()
+    text = torch.zeros(1, 4, kin.unet.config.cross_attention_dim)
+
+    def seen():
+        with torch.no_grad(), sl.record(kin, [site]) as tape:
+            kin.unet(torch.zeros(1, 9, 16, 16), torch.tensor(500), text)
+        return tape[site][0][1]
+
+    bank = sl.ConceptBank.from_directions({"a": torch.linspace(-1, 1, seen().shape[-1])}, site=site, base=pipe)
+    assert bank.fits(pipe)[site] == "same weights" and bank.fits(kin)[site] in ("same width", "unknown width")
+    with pytest.raises(errors.WrongModel, match="match='sites'"):
+        sl.steer(kin, bank, {"a": 1.0})
+    plain = seen()
+    with pytest.warns(errors.OtherWeights, match="its sites fit"):
+        session = sl.steer(kin, bank, {"a": 1.0}, match="sites")
+    with session:
+        moved = seen()
+    torch.testing.assert_close(moved - plain, bank.rows(bank["a"]).write.expand_as(plain))
+
+
+def test_vectors_at_two_sites_of_a_denoiser_each_have_a_window():
+    pipe, (mid, up) = PIPELINES["sd1"].build(), ("unet.mid_block.attentions.0", "unet.mid_block.resnets.0")
+    with sl.record(pipe, [mid, up]) as tape:
+        run(pipe, steps=4, height=16, width=16)
+    vectors = {site: torch.ones(tape[site][0][1].shape[-1]) for site in (mid, up)}
+    bank = sl.ConceptBank.from_directions({"snow": vectors}, when={mid: sl.Window(0.0, 0.4)}, base=pipe)
+    assert [bank.window_of(place) for place in bank["snow"].places] == [sl.Window(0.0, 0.4), None]
+    with sl.steer(pipe, bank, {"snow": 1.0}) as session, sl.record(pipe, [mid]) as moved:
+        run(pipe, steps=4, height=16, width=16)
+    early = [not torch.equal(x, y) for (_, x), (_, y) in zip(tape[mid][:1], moved[mid][:1], strict=True)]
+    calls = {line.site: line.acted for line in session.report().lines}
+    assert early == [True] and calls[mid] < calls[up]
+    whole = sl.ConceptBank.from_directions({"snow": vectors[mid]}, site=mid, when=sl.Window(0.5, 1.0), base=pipe)
+    assert whole.window_of(whole["snow"]) == sl.Window(0.5, 1.0) and whole["snow"].id == f"{mid}@0.5-1/0"
+    with pytest.raises(errors.BadBank, match="when= names 'unet.nowhere'"):
+        sl.ConceptBank.from_directions({"snow": vectors}, when={"unet.nowhere": sl.Window(0, 0.4)}, base=pipe)
+    with pytest.raises(errors.Unanswerable, match="text has no progress"):
+        sl.ConceptBank.from_directions({"a": torch.ones(32)}, site=0, when=sl.Window(0, 0.4), base=tiny("llama"))
+
+
+def test_only_an_id_of_the_hub_is_kept_as_the_name_of_a_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "org" / "here").mkdir(parents=True)
+    assert [hub_id(name) for name in ("org/model", "org/here", "/tmp/model", "model", None)] == ["org/model", "", "", "", ""]
+    model = tiny("llama")
+    model.name_or_path = "org/model"
+    assert two_directions(model).base.id == "org/model"

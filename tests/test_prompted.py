@@ -1,0 +1,434 @@
+"""Concepts of pictures from prompts alone: sums, levers, the score without a judge, recipes, and whole banks at toy size."""
+
+import json
+import zlib
+from contextlib import contextmanager
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import tiny_pipelines
+import torch
+from conftest import two_directions
+from scenes import world
+from tiny_models import tiny
+
+import steerlib as sl
+from steerlib import cli
+from steerlib.encoders import Directions
+from steerlib.errors import BadRecipe, Unanswerable
+from steerlib.evaluation import denoising
+from steerlib.hosts import host_for
+from steerlib.training import named
+from steerlib.training.calibrate import prompted as calibrate
+from steerlib.training.calibrate.prompted import Attempt, Choice, Drawing
+from steerlib.training.carry import recipe_in
+from steerlib.training.directions import prompted
+from steerlib.training.entries import PictureConcept
+from steerlib.training.package import prompted as package
+from steerlib.training.picture_recipe import PictureRecipe, PromptPair
+from steerlib.training.record import contrasts as record
+
+SITE = "unet.up_blocks.0.attentions.0.transformer_blocks.0.attn2"
+LEVELS = (850, 300)
+RECIPE = """
+name = "toy"
+base = "toy"
+source = "toy"
+template = "{prompt} at {concept}"
+prompts = "prompts.txt"
+levels = [850, 300]
+methods = ["mean", "placed"]
+train_prompts = 3
+dev_prompts = 1
+evaluation_prompts = 1
+steps = 3
+guidance = 2.0
+sites = ["%s"]
+
+[[concepts]]
+name = "night"
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    return written(tmp_path, RECIPE % SITE)
+
+
+def written(folder, text):
+    (folder / "prompts.txt").write_text("\n".join(world.captions(world.draw(8).factors)) + "\n\n")
+    (folder / "recipe.toml").write_text(text)
+    return sl.Recipe.from_file(folder / "recipe.toml")
+
+
+# -- finding -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def sums(toy):
+    pairs = [PromptPair(f"{said} at night", said, k) for k, said in enumerate(world.captions(world.draw(3).factors))]
+    draw = Drawing(toy, PictureRecipe(name="x", base="x", source="x", steps=3, guidance=2.0))
+    return pairs, draw, record.contrasts(toy, pairs, draw, sites=[SITE], levels=LEVELS, batch=4)
+
+
+def test_sums_are_those_of_activations_that_were_recorded_whole(toy, sums):
+    pairs, draw, found = sums
+    with sl.record(toy, [SITE, f"{SITE}.in"]) as tape:
+        draw([pair.positive for pair in pairs] + [pair.negative for pair in pairs], [0, 1, 2] * 2)
+    for level, window in record.spans(toy, LEVELS).items():
+        seen = [(x, u) for (now, x), (_, u) in zip(tape[SITE], tape[f"{SITE}.in"], strict=True)
+                if window.start <= now.progress < window.stop]  # fmt: skip
+        rows = torch.cat([x.chunk(2)[1] for x, _ in seen], 1)  # the half of guidance that reads the prompt
+        positive, negative = rows.chunk(2)
+        difference = positive - negative
+        length = difference.norm(dim=-1, keepdim=True)
+        own = {name.partition("|")[2]: value for name, value in found.items() if name.startswith(f"{SITE}@{level}|")}
+        torch.testing.assert_close(own["difference"] / own["count"], difference.mean((0, 1)), rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(
+            own["weighed"] / own["length"], (length * difference).sum((0, 1)) / length.sum(), rtol=1e-3, atol=1e-5
+        )
+        zero = (length * negative).sum((0, 1)) / length.sum()
+        torch.testing.assert_close(own["zero"] / own["length"], zero, rtol=1e-3, atol=1e-5)
+        given = torch.cat([u.chunk(2)[1] for _, u in seen], 1)
+        torch.testing.assert_close(own["inside sum"] + own["outside sum"], given.sum((0, 1)), rtol=1e-3, atol=1e-2)
+        assert float(own["inside count"] + own["outside count"]) == given.shape[0] * given.shape[1]
+
+
+def test_values_are_parted_where_that_leaves_the_largest_variance_between_both():
+    rows = torch.rand(6, 9, generator=torch.Generator().manual_seed(0))
+    for row, found in zip(rows, record.apart(rows), strict=True):
+
+        def between(top, row=row):
+            inside, outside = row[top], row[~top]
+            return len(inside) * len(outside) * (inside.mean() - outside.mean()) ** 2
+
+        best = max((row >= value for value in row if value > row.min()), key=between)
+        assert torch.equal(found, best)
+
+
+def test_levers_read_nothing_where_the_concept_is_not_and_gates_read_where_it_is(toy, sums):
+    _, _, found = sums
+    lever = prompted.placed(found)
+    bank = prompted.bank_of(toy, "x", {"night": lever}, LEVELS)
+    assert bank["night"].gate == sl.Gate("night.where", above=0.5, full=1.0) and set(bank.levels) == {"850", "300"}
+    for key, own in prompted.by_key(found).items():
+        gate, move = bank.encoder(f"{key}#where"), bank.encoder(key)
+        assert isinstance(move, Directions)
+        ends = torch.stack([own[f"{side} sum"] / own[f"{side} count"] for side in ("outside", "inside")])
+        torch.testing.assert_close(gate.encode(ends)[:, 0], torch.tensor([0.0, 1.0]), rtol=1e-3, atol=1e-3)
+        assert bank.read_at(bank["night.where"]) == f"{SITE}.in"
+        zero = own["zero"] / own["length"]
+        assert float(move.encode(zero[None])[0, 0]) == pytest.approx(0, abs=1e-3)
+        torch.testing.assert_close(move.decoder[0], own["weighed"] / own["length"])
+
+
+def test_a_reach_leaves_the_directions_of_some_sites_or_levels(toy, sums):
+    _, _, found = sums
+    whole, part = (prompted.found_by(name, found, [SITE], LEVELS) for name in ("placed", "placed, low noise"))
+    assert [*part.moves] == [*part.gates] == [f"{SITE}@300"] and len(whole.moves) == 2
+    assert torch.equal(part.moves[f"{SITE}@300"], whole.moves[f"{SITE}@300"])
+    assert prompted.reaches("mean", found, [SITE], LEVELS) == ["mean, high noise", "mean, low noise"]
+    early = {name: value for name, value in found.items() if "@850" in name}
+    assert not prompted.reaches("mean", early, [SITE], LEVELS)  # nothing is left, or all
+
+
+def test_a_gate_is_read_at_what_the_very_module_is_given_and_not_the_other_way_round(toy, sums):
+    _, draw, found = sums
+    bank = prompted.bank_of(toy, "x", {"night": prompted.placed(found)}, LEVELS)
+    plain = draw(["a red square"], [0])
+    with sl.steer(toy, bank, {"night": 3.0}, branch="cond", allow_ood=True) as session:
+        moved = draw(["a red square"], [0])
+    assert not torch.equal(plain, moved) and session.report().lines[0].acted
+    behind = sl.ConceptBank.from_directions({"a": {f"{SITE}.in": torch.ones(16)}, "b": {SITE: torch.ones(16)}}, base=toy)
+    with pytest.raises(Unanswerable, match="is read at"):
+        sl.steer(toy, behind, {"a": sl.Add(1.0, gate=sl.Gate("b", above=0.0))})
+
+
+@pytest.mark.parametrize(
+    ("family", "ending"), [("sd1", ".attn2"), ("pixart", ".attn2"), ("sd3", ":image.update"), ("flux", ".update")]
+)
+def test_concepts_are_looked_for_at_cross_attention_or_at_what_blocks_add(family, ending):
+    host = host_for(tiny_pipelines.PIPELINES[family].make())
+    found = record.places(host)
+    assert found and any(name.endswith(ending) for name in found) and not any(":text" in name for name in found)
+    assert all(host.site(record.given_to(name)).side == "input" for name in found)
+
+
+# -- the score without a judge -----------------------------------------------------------------------------------
+
+
+def test_errors_are_those_of_the_denoiser_called_by_hand(toy):
+    prompts = ["a red square", "a blue circle"]
+    latents = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(5))
+    found = denoising.errors(toy, latents, prompts, seed=3, draws=1)
+    noise = torch.randn(2, 32 * 32, 3, generator=torch.Generator().manual_seed(3)).transpose(1, 2).reshape(2, 3, 32, 32)
+    toy.scheduler.set_timesteps(denoising.STEPS)
+    words = toy.tokenizer(prompts, padding="max_length", max_length=toy.tokenizer.model_max_length, return_tensors="pt")
+    text, due = toy.text_encoder(words.input_ids)[0], []
+    for t in toy.scheduler.timesteps:
+        if denoising.JUDGED[0] <= 1 - float(t) / 1000 <= denoising.JUDGED[1]:
+            times = t.expand(2)
+            with torch.no_grad():
+                guess = toy.unet(toy.scheduler.add_noise(latents, noise, times), t, encoder_hidden_states=text).sample
+            velocity = toy.scheduler.get_velocity(latents, noise, times)
+            due.append((guess - velocity).square().mean((1, 2, 3)))
+    assert len(due) == 3
+    torch.testing.assert_close(found, torch.stack(due).mean(0), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_denoiser_that_knows_the_picture_has_no_error_and_its_opposite_is_refused(toy, monkeypatch, sign):
+    latents = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(5))
+
+    def forward(sample, timestep, encoder_hidden_states=None, **_):  # noqa: ARG001 - as the pipeline calls it
+        clean, noise = (toy.scheduler.alphas_cumprod[timestep], 1 - toy.scheduler.alphas_cumprod[timestep])
+        e = (sample - clean.sqrt() * latents) / noise.sqrt()
+        return (sign * (clean.sqrt() * e - noise.sqrt() * latents),)
+
+    monkeypatch.setattr(toy.unet, "forward", forward)
+    if sign < 0:
+        with pytest.raises(sl.errors.UnsupportedTarget, match="the opposite"):
+            denoising.errors(toy, latents, ["a", "b"], draws=1)
+    else:
+        assert (denoising.errors(toy, latents, ["a", "b"], draws=1) < 1e-4).all()
+
+
+def test_a_scheduler_that_says_nothing_of_its_denoiser_is_refused():
+    class Silent:
+        config = type("Config", (), {})()
+
+    with pytest.raises(sl.errors.UnsupportedTarget, match="does not say what its denoiser predicts"):
+        denoising.predicts(Silent())
+
+
+def test_a_choice_says_what_is_safe_and_whether_it_is_useful():
+    tried = [Attempt("mean", "Add", amount, min(1.0, amount / 4), amount**2 / 20) for amount in (2.5, 1.0, 6.0, 4.0)]
+    best = max(tried, key=lambda line: line.score)
+    choice = Choice(best, tried, "subtracted", 1.0)
+    assert choice.range == (0.0, 4.0) and choice.beyond == "at 6 a damage of 1.8" and choice.is_useful
+    assert choice.edit == sl.Add(best.amount) and choice.way == sl.Add(-best.amount)
+    assert not choice._replace(told=0.5).is_useful and "told from plain ones" in choice._replace(told=0.5).beyond
+    assert Choice.from_json(json.loads(json.dumps(choice))) == choice
+    lucky = choice._replace(tried=[*tried, Attempt("mean", "Add", 8.0, 1.0, 0.1)])
+    assert lucky.range == (0.0, 4.0)  # beyond an amount that does harm nothing is safe
+
+
+class Written(Drawing):
+    """Draws no picture; errors of a negative and a positive prompt on what would be drawn are written down."""
+
+    def __call__(self, prompts, seeds, *, output="latent"):  # noqa: ARG002 - as `Drawing`
+        return torch.tensor([{"day": 0.0, "night": 1.0}[prompt] for prompt in prompts]) + 2.0 * STEERED[-1]
+
+    def errors(self, latents, prompts):
+        table = {"day": (1.0, 3.0, 2.0, 2.0), "night": (2.0, 1.0, 1.5, 1.5)}  # of a plain, prompted, and steered picture
+        return torch.tensor([table[prompt][int(x)] for x, prompt in zip(latents, prompts, strict=True)])
+
+
+STEERED = [False]
+
+
+def test_effect_and_damage_of_errors_that_are_written_down(toy, monkeypatch):
+    """Shown are -1 plain, 2 prompted, 0.5 steered; the better prompt's error is 1 on natural pictures, 1.5 on steered ones."""
+
+    @contextmanager
+    def steered(_, bank, edits):
+        STEERED.append(bool(edits))
+        yield
+        STEERED.pop()
+
+    monkeypatch.setattr(calibrate, "steered", steered)
+    drawing = Written(toy, PictureRecipe(name="x", base="x", source="x"))
+    trials = calibrate.Trials(drawing, [PromptPair("night", "day", k) for k in range(3)], "night")
+    bank = two_directions(tiny("llama"))
+    assert trials.of(bank, {"a": 1.0}) == (0.5, 0.5) and trials.told == 1.0
+    assert trials.of(bank, {"a": 1.0}, remove=True) == (0.5, 0.5)
+
+
+class Known(calibrate.Trials):
+    """Trials of which all is known: a method acts well at 4, better at fewer sites, and reflecting removes best."""
+
+    told = 1.0
+
+    def __init__(self):
+        self.concept = "night"
+
+    def of(self, bank, edits, *, remove=False):
+        edit = edits[self.concept]
+        if remove:
+            ways = {sl.Add: (0.9, 0.5), sl.Ablate: (0.7, 0.1), sl.Scale: (0.8, 0.1)}
+            return calibrate.Trial(*ways[type(edit)])
+        amount = edit.value if isinstance(edit, sl.Set) else edit.amount
+        strength = {"mean": 16, "placed": 4, "placed, later": 4}[bank] * (1 + isinstance(edit, sl.Set))
+        harm = {"mean": 0, "placed": 0.1, "placed, later": 0.05}[bank]
+        return calibrate.Trial(min(1.0, amount / strength), harm * amount)
+
+
+def test_the_search_finds_the_best_method_amount_reach_and_removal():
+    choice = calibrate.chosen(Known(), lambda name: name, ["mean", "placed"], lambda name: [f"{name}, later"])
+    assert choice.best == Attempt("placed, later", "Add", 4.0, 1.0, 0.2) and choice.removal == "reflected"
+
+
+# -- recipes -----------------------------------------------------------------------------------------------------
+
+
+def test_pairs_are_lists_or_a_file_or_prompts_with_a_template(recipe, tmp_path):
+    concept, prompts = recipe.concepts[0], recipe.read_prompts()
+    assert len(prompts) == 8 and recipe.read_pairs(concept)[0] == (f"{prompts[0]} at night", prompts[0])
+    (tmp_path / "pairs").mkdir()
+    lines = [{"positive": f"{k} dark", "negative": f"{k} light"} for k in range(5)]
+    (tmp_path / "pairs" / "night.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert recipe.read_pairs(concept)[4] == ("4 dark", "4 light")
+    own = replace(concept, positive=("a", "b"), negative=("c", "d"))
+    assert recipe.read_pairs(own) == [("a", "c"), ("b", "d")]
+    for wrong, said in (
+        (replace(own, negative=("c",)), "as many negative"),
+        (replace(own, negative=("a", "d")), "two different"),
+    ):
+        with pytest.raises(BadRecipe, match=said):
+            recipe.read_pairs(wrong)
+
+
+def test_no_prompt_and_no_noise_is_in_two_parts(recipe):
+    many = replace(recipe, train_prompts=20, dev_prompts=7, evaluation_prompts=5)
+    parts = many.read_splits(many.concepts[0])
+    assert [len(part) for part in parts] == [20, 7, 5]
+    said = [{pair.negative for pair in part} for part in parts]
+    assert not (said[0] & said[1] or said[1] & said[2] or said[0] & said[2]) and len(said[0] | said[1] | said[2]) == 8
+    assert len({pair.seed for part in parts for pair in part}) == 32
+
+
+@pytest.mark.parametrize(("change", "said"), [
+    ({"template": "{prompt} at night"}, "with {concept}"), ({"levels": ()}, "levels as timesteps"),
+    ({"levels": (5, 5)}, "each once"), ({"methods": ()}, "a method or more"), ({"methods": ("median",)}, "unknown methods"),
+    ({"texts": {"prompts.txt": "one\ntwo"}}, "4 different pairs"), ({"steps": 0}, "positive numbers"),
+])  # fmt: skip
+def test_what_cannot_work_is_refused_before_anything_is_loaded(recipe, change, said):
+    with pytest.raises(BadRecipe, match=said):
+        sl.train(None, replace(recipe, **change))
+
+
+# -- whole banks -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def quickly(monkeypatch):
+    """Fewer amounts and noises."""
+    monkeypatch.setattr("steerlib.training.calibrate.prompted.DOSES", (5.0,))
+    monkeypatch.setattr("steerlib.training.package.prompted.SHARES", (1.0,))
+    monkeypatch.setattr(denoising, "DRAWS", 1)
+
+
+@pytest.mark.usefixtures("quickly")
+def test_a_pipeline_gets_a_bank_of_concepts_from_prompts(toy, recipe, tmp_path):
+    bank = sl.train(toy, recipe, work=tmp_path / "work")
+    night = bank["night"]
+    assert {place.encoder for place in night.places} <= {f"{SITE}@850", f"{SITE}@300"}
+    assert night.effects["scorer"] == "the pipeline itself" and 0 <= night.effects["effect"] <= 1
+    assert "No judge of pictures had a say" in bank.card and "strips/000.png" in bank.card
+    opened = sl.ConceptBank.from_pretrained(bank.save_pretrained(tmp_path / "bank"))
+    opened.verify()
+    carried = recipe_in(opened)
+    assert isinstance(carried, PictureRecipe) and carried.read_splits(carried.concepts[0]) == recipe.read_splits(
+        recipe.concepts[0]
+    )
+    again = sl.train(toy, recipe, work=tmp_path / "work").save_pretrained(tmp_path / "again")
+    files = [path.relative_to(again) for path in again.rglob("*") if path.is_file()]
+    assert files and all((again / path).read_bytes() == (tmp_path / "bank" / path).read_bytes() for path in files)
+
+
+@pytest.mark.usefixtures("quickly")
+def test_a_run_that_was_killed_goes_on_to_the_same_bytes(toy, recipe, tmp_path, monkeypatch):
+    whole = sl.train(toy, recipe, work=tmp_path / "a").save_pretrained(tmp_path / "whole")
+    with monkeypatch.context() as killed, pytest.raises(KeyboardInterrupt):
+        killed.setattr(package, "chosen", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        sl.train(toy, recipe, work=tmp_path / "b")
+    (sums,) = (tmp_path / "b").glob("*/sums/night.safetensors")
+    monkeypatch.setattr(package, "contrasts", lambda *_, **__: pytest.fail("drawn again"))
+    gone_on = sl.train(toy, recipe, work=tmp_path / "b").save_pretrained(tmp_path / "gone on")
+    files = [path.relative_to(whole) for path in whole.rglob("*") if path.is_file()]
+    assert sums.is_file() and files and all((gone_on / path).read_bytes() == (whole / path).read_bytes() for path in files)
+
+
+@pytest.mark.usefixtures("quickly")
+def test_a_scorer_of_the_user_is_given_pictures_and_the_name(toy, tmp_path):
+    seen = []
+
+    def redness(pictures, name):
+        seen.append((pictures.shape[1:], pictures.dtype, name))
+        return pictures[..., 0].mean((1, 2))
+
+    prompts = [f"{said} " for said in world.captions(world.draw(4).factors)]
+    quick = {"steps": 2, "train_prompts": 2, "dev_prompts": 1, "evaluation_prompts": 1, "sites": (SITE,), "methods": ("mean",)}
+    made = PictureRecipe(
+        name="x", base="x", source="x", concepts=(), prompts="p.txt", texts={"p.txt": "\n".join(prompts)}, **quick
+    )
+    recipe = replace(made, concepts=(PictureConcept(name="night"),))
+    with pytest.raises(BadRecipe, match="a finite number from score= for each of 1 pictures"):
+        sl.train(toy, recipe, score=lambda pictures, name: 3.0)  # noqa: ARG005
+    bank = sl.train(toy, recipe, score=redness)
+    assert bank["night"].effects["scorer"] == "redness" and {*seen} == {((32, 32, 3), np.dtype("uint8"), "night")}
+
+
+@pytest.mark.usefixtures("quickly")
+def test_a_pipeline_makes_concepts_of_names_and_draws_with_them_at_the_command_line(toy, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(named, "DRAWN", {"train_prompts": 2, "dev_prompts": 1, "evaluation_prompts": 1, "steps": 2})
+    monkeypatch.setattr("steerlib.training.package.prompted.find_spec", lambda _: None)
+    toy.save_pretrained(tmp_path / "pipe")
+    (tmp_path / "prompts.txt").write_text("\n".join(world.captions(world.draw(4).factors)))
+    folder, picture = tmp_path / "bank", tmp_path / "picture.png"
+    files = {"prompts": tmp_path / "prompts.txt", "work": tmp_path / "work", "out": folder}
+    cli.make(str(tmp_path / "pipe"), ["by night"], threads=1, **files)
+    recipe = recipe_in(sl.ConceptBank.from_pretrained(folder))
+    assert isinstance(recipe, PictureRecipe) and recipe.read_pairs(recipe.concepts[0])[0][0].endswith(", by night")
+    assert recipe.plain in capsys.readouterr().out  # the prompt of the command that it ends with
+    cli.steer(str(folder), "a red square", ["by night=2"], threads=1, out=picture)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_prompts_are_of_pipelines_alone():
+    with pytest.raises(BadRecipe, match="prompts= and score= are of pictures"):
+        sl.make(tiny("llama"), "river", tokenizer=object(), prompts=["a house"])
+
+
+@pytest.mark.parametrize(("given", "said"), [
+    ({"prompts": "a house"}, "prompts as a list"), ({"prompts": ["a", "b"]}, "4 different pairs"), ({"names": []}, "a name"),
+])  # fmt: skip
+def test_what_cannot_become_concepts_of_pictures_is_refused(toy, given, said):
+    with pytest.raises(BadRecipe, match=said):
+        sl.make(toy, given.pop("names", ["night"]), **given)
+
+
+# -- every kind of pipeline --------------------------------------------------------------------------------------
+
+
+def asked_in_words(family):
+    """A pipeline at toy size that makes embeddings of its own of each prompt."""
+    pipe = family.build()
+
+    def call(self, prompt, **how):
+        given = family.call(self, batch=len(prompt))
+        for name, shape in family.prompt.items():
+            if "mask" not in name:
+                seeds = [zlib.crc32(text.encode()) for text in prompt]
+                given[name] = family.join([torch.randn(shape, generator=tiny_pipelines.seeded(seed)) for seed in seeds])
+        return type(pipe).__mro__[1].__call__(self, **{**given, **how})
+
+    pipe.__class__ = type("AskedInWords", (type(pipe),), {"__call__": call})
+    return pipe
+
+
+@pytest.mark.parametrize("family", ["sdxl", "pixart", "sd3", "flux", "qwenimage", "wan"])
+def test_pairs_are_drawn_and_pictures_are_judged_under_every_kind_of_denoiser_and_scheduler(family):
+    pipe = asked_in_words(tiny_pipelines.PIPELINES[family])
+    host, plan = host_for(pipe), PictureRecipe(name="x", base="x", source="x", steps=3)
+    draw, sites = Drawing(pipe, plan), record.places(host)
+    found = record.contrasts(pipe, [PromptPair("a", "b", 0)], draw, sites=sites, levels=(500,), batch=2)
+    lever = prompted.placed(found)
+    assert len(lever.moves) >= len(sites) - 1  # what no later block sees may not differ
+    latents = draw(["a", "a"], [0, 1])
+    bank = prompted.bank_of(pipe, "x", {"c": lever}, (500,))
+    with sl.steer(pipe, bank, {"c": 4.0}, branch="cond", allow_ood=True):
+        assert not torch.equal(draw(["a", "a"], [0, 1]), latents)
+    own, again, other = (denoising.errors(pipe, latents, [said] * 2, draws=1) for said in ("a", "a", "b"))
+    assert own.shape == (2,) and (own > 0).all() and torch.equal(own, again) and not torch.equal(own, other)

@@ -1,0 +1,108 @@
+"""A study of an autoencoder in one command: data read, figures, page, pictures and bank written."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from tiny_pipelines import quantizer
+from torch import nn
+from torch.distributions import Normal
+
+import steerlib as sl
+from steerlib import errors
+from steerlib.evaluation.study import opened, page, read, studied, write
+
+SIDE = 6
+
+
+class Bars(nn.Module):
+    """Pictures of a bright row and a bright column, by one latent each; the third says nothing, and its encoder knows that."""
+
+    def __init__(self):
+        super().__init__()
+        rows = torch.zeros(3, SIDE, SIDE)
+        rows[0, :, 0], rows[1, 0, 1:] = 1.0, 1.0
+        self.decoder = nn.Sequential(nn.Linear(3, SIDE * SIDE, bias=False), nn.Unflatten(1, (1, SIDE, SIDE)))
+        linear: nn.Linear = self.decoder[0]  # type: ignore[assignment]
+        linear.weight.data = rows.flatten(1).T.clone()
+
+    def encode(self, x):
+        mean = torch.stack([x[:, 0, 1, 0], x[:, 0, 0, 1], 0 * x[:, 0, 0, 0]], -1)
+        return Normal(mean, torch.tensor([0.1, 0.1, 1.0]).expand_as(mean))
+
+    def decode(self, z):
+        return self.decoder(z)
+
+
+def bars():
+    return Bars().requires_grad_(False)
+
+
+@pytest.fixture
+def data(tmp_path):
+    v = np.random.default_rng(0).integers(3, size=(80, 2))
+    z = torch.as_tensor(np.concatenate([v - 1, np.zeros((80, 1))], 1)).float()
+    path = tmp_path / "bars.npz"
+    np.savez(path, images=bars().decode(z).numpy()[:, 0], across=v[:, 0], down=v[:, 1], still=np.ones(80), other=np.arange(5))
+    return path
+
+
+def test_a_study_finds_what_a_decoder_was_made_of_and_writes_it(data, tmp_path):
+    found = studied(opened("test_study:bars"), read(data))
+    whole = found.figures["coordinates"]
+    assert found.figures["passive"] == ["z2"] and whole["dead"] == ()
+    assert [label.partition(" (")[0] for label in found.figures["labels"].values()] == ["across", "down"]
+    assert whole["modularity"] == pytest.approx(1, abs=1e-5)
+    z0, z1 = whole["each"]
+    assert z0["focus"] == pytest.approx(1 - np.log(6) / np.log(36), abs=1e-4) and z1["focus"] > z0["focus"]
+    real, control = found.figures["disentanglement"], found.figures["shuffled factors"]
+    assert real["dci_disentanglement"] > 0.95 and real["infom"] > 0.9 and real["mig"] > 0.9
+    assert control["mig"] < 0.2 and control["dci_informativeness"] < 0.6
+    written = write(found, tmp_path / "out", "Bars <b>")
+    text = written.read_text()
+    assert "Bars &lt;b&gt;" in text and "http" not in text and text.count("<tr>") == 3 and text.count("<img") == 2
+    assert json.loads((tmp_path / "out" / "study.json").read_text())["moved"] == 48
+    assert list(sl.ConceptBank.from_pretrained(tmp_path / "out" / "bank")) == ["z0", "z1"]
+    assert (tmp_path / "out" / "traversals.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_quantiser_is_studied_by_swaps_beside_moves():
+    vq = quantizer().eval().requires_grad_(False)
+    vq.quantize.embedding.weight.data = 4 * torch.randn(16, 4, generator=torch.Generator().manual_seed(0))
+    x = torch.rand(6, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    found = studied(vq, read_of(x))
+    codes = found.figures.get("codes", {})
+    assert all(name.startswith("code ") and one["relative"] >= 0 for name, one in codes.items())
+    assert "undefined" in page(found, "VQ") or found.figures["coordinates"]["modularity"] is not None
+
+
+def read_of(x):
+    from steerlib.evaluation.study import Data
+
+    return Data(x, {})
+
+
+def test_files_are_read_as_they_are(data, tmp_path):
+    read_back = read(data)
+    assert read_back.inputs.shape == (80, 1, SIDE, SIDE) and list(read_back.factors) == ["across", "down"]
+    np.savez(
+        tmp_path / "d.npz", imgs=np.full((3, 4, 4), 255, np.uint8), latents_classes=np.array([[0, 1, 5], [0, 2, 5], [0, 3, 6]])
+    )
+    sprites = read(tmp_path / "d.npz")
+    assert float(sprites.inputs.max()) == 1.0 and sprites.factors == {"factor 1": [1, 2, 3], "factor 2": [5, 5, 6]}
+    np.savez(tmp_path / "e.npz", pictures=np.zeros(3))
+    with pytest.raises(errors.BadEdit, match="'?imgs or images"):
+        read(tmp_path / "e.npz")
+    (tmp_path / "none").mkdir()
+    with pytest.raises(errors.BadEdit, match="expected pictures"):
+        read(tmp_path / "none")
+
+
+def test_a_folder_of_an_autoencoder_is_opened_and_another_class_refused(tmp_path):
+    quantizer().save_pretrained(tmp_path / "vq")
+    assert type(opened(str(tmp_path / "vq"))).__name__ == "VQModel"
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text("{}")
+    with pytest.raises(errors.UnsupportedTarget, match="no class of diffusers"):
+        opened(str(tmp_path / "other"))
