@@ -1,4 +1,4 @@
-"""What steering breaks of what a model knows: `python scripts/harness.py [--concept french] [--limit 20] [--out damage.json]`.
+"""What steering breaks of what a model knows: `python scripts/harness.py [--concept music] [--limit 20] [--out damage.json]`.
 
 lm-evaluation-harness, unsteered, with each concept at its useful amount, and with a random direction of equal length at the
 same site. The default task needs no download. Never give the harness `use_cache`: its cache does not record what was steered.

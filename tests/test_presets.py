@@ -119,7 +119,7 @@ def test_another_bank_in_the_place_of_the_kept_one_is_refused(kept, tmp_path):
 
 def test_several_banks_and_shipped_ones_are_kept_by_name(kept, tmp_path):
     shipped = sl.ConceptBank.from_pretrained("smollm2-135m-instruct")
-    assert 'source = "smollm2-135m-instruct"' in sl.Preset({"anger": 1.0}, shipped).to_toml(tmp_path)
+    assert 'source = "smollm2-135m-instruct"' in sl.Preset({"music": 1.0}, shipped).to_toml(tmp_path)
     other = two_directions(tiny("llama")).rename({"a": "c", "b": "d"}).save_pretrained(tmp_path / "other")
     edits = {"c": 1.0, "a": sl.Add(1.0, gate=sl.Gate("c", above=0.0))}
     both = sl.Preset(edits, [kept, sl.ConceptBank.from_pretrained(other)])
