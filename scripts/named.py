@@ -1,4 +1,4 @@
-"""Concepts from their names, beside prompting: `python scripts/named.py [MODEL] [--work FOLDER] [--out named.json]`.
+"""Concepts from their names, beside prompting: `python scripts/named.py [MODEL] [--dtype bfloat16] [--out named.json]`.
 
 Makes each concept of a recipe from nothing but its name, in a bank of its own, and measures it with the recipe's prompts and
 scorer, which `sl.make` never sees: ratio to prompting, also of a random word's direction of the same length at the same place;
@@ -9,9 +9,10 @@ import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
+import torch
 import typer
 
 import steerlib as sl
@@ -37,9 +38,9 @@ TEXTS = 24
 class Bench:
     """A model, and what every concept of a recipe is measured with."""
 
-    def __init__(self, recipe: DirectionRecipe, source: str, work: Path):
+    def __init__(self, recipe: DirectionRecipe, source: str, work: Path, dtype: torch.dtype):
         self.recipe, self.source, self.work = recipe, source, work
-        self.model, self.tokenizer = sl.load(source)
+        self.model, self.tokenizer = sl.load(source, dtype=dtype)
         self.judge = judge_for(recipe.scorers)
         self.unrelated = Unrelated(self.model, self.tokenizer, recipe.read_texts(recipe.unrelated))
 
@@ -115,13 +116,14 @@ def table(records: list[Mapping[str, Any]]) -> str:
 
 def main(
     model: Annotated[str, typer.Argument(help="folder, Hub id or package: (default: the recipe's)")] = "",
+    dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="of the model's weights")] = "float32",
     recipe: Annotated[Path, typer.Option(help="names, prompts that ask for them, texts for the scorer")] = RECIPE,
     work: Annotated[Path, typer.Option(help="where a run that stops goes on")] = Path("out/named"),
     out: Annotated[Path | None, typer.Option(help="write the figures here as JSON")] = None,
 ) -> None:
     """Make and measure."""
     read = DirectionRecipe.from_file(recipe, to_train=False)
-    bench = Bench(read, model or read.source, work)
+    bench = Bench(read, model or read.source, work, getattr(torch, dtype))
     names = [concept.name for concept in read.concepts]
     records = [remembered(work / f"{name}.json", lambda name=name: bench.measured(name)) for name in names]
     texts, labels = read.read_held_out()
