@@ -100,8 +100,8 @@ class Bench:
         }
 
 
-def table(records: list[Mapping[str, Any]]) -> str:
-    """A line a concept, and all of them together."""
+def table(figures: Mapping[str, Any]) -> str:
+    """A line a concept, all of them together, and how they were measured."""
 
     def line(name: str, several: list[Mapping[str, Any]]) -> tuple[str, ...]:
         found = ratios({kind: np.concatenate([record["joint"][kind] for record in several]) for kind in SHOWN})
@@ -110,8 +110,12 @@ def table(records: list[Mapping[str, Any]]) -> str:
         loops = [np.mean([record["repeated"][kind] for record in several]) for kind in SHOWN[:3]]
         return name, *said, f"{kl:.2f}", ", ".join(f"{each:.2f}" for each in loops), f"{seconds:.0f}"
 
+    records, scorer = figures["concepts"], figures["scorer"]
     head = "concept | ratio to prompting | random word | KL | repeated trigrams: unsteered, prompted, steered | seconds"
-    return markdown(head, [line(record["concept"], [record]) for record in records] + [line("**together**", records)])
+    lines = [line(record["concept"], [record]) for record in records] + [line("**together**", records)]
+    how = "{model} in {dtype}, threads: {threads}, {answers} answers to each condition".format_map(figures)
+    said = f"the scorer names the concept of {scorer['accuracy']:.0%} of {scorer['texts']} texts that it never saw"
+    return f"{markdown(head, lines)}\n\n{how}; {said}."
 
 
 def main(
@@ -124,13 +128,18 @@ def main(
     """Make and measure."""
     read = DirectionRecipe.from_file(recipe, to_train=False)
     bench = Bench(read, model or read.source, work, getattr(torch, dtype))
-    names = [concept.name for concept in read.concepts]
-    records = [remembered(work / f"{name}.json", lambda name=name: bench.measured(name)) for name in names]
-    texts, labels = read.read_held_out()
-    print(table(records))
-    print(f"the scorer names the concept of {bench.judge.accuracy(texts, labels):.0%} of {len(texts)} texts it never saw")
+    names, (texts, labels) = [concept.name for concept in read.concepts], read.read_held_out()
+    figures = {
+        "model": Path(bench.source).stem,
+        "dtype": dtype,
+        "answers": len(read.read_prompts("evaluation")) * read.seeds,
+        "threads": torch.get_num_threads(),
+        "scorer": {"accuracy": bench.judge.accuracy(texts, labels), "texts": len(texts)},
+        "concepts": [remembered(work / f"{name}.json", lambda name=name: bench.measured(name)) for name in names],
+    }
+    print(table(figures))
     if out is not None:
-        out.write_text(json.dumps(records, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        out.write_text(json.dumps(figures, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
