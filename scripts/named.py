@@ -1,4 +1,4 @@
-"""Concepts from their names, beside prompting: `python scripts/named.py [MODEL] [--work FOLDER] [--out named.json]`.
+"""Concepts from their names, beside prompting: `python scripts/named.py [MODEL] [--dtype bfloat16] [--out named.json]`.
 
 Makes each concept of a recipe from nothing but its name, in a bank of its own, and measures it with the recipe's prompts and
 scorer, which `sl.make` never sees: ratio to prompting, also of a random word's direction of the same length at the same place;
@@ -9,9 +9,10 @@ import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
+import torch
 import typer
 
 import steerlib as sl
@@ -37,9 +38,9 @@ TEXTS = 24
 class Bench:
     """A model, and what every concept of a recipe is measured with."""
 
-    def __init__(self, recipe: DirectionRecipe, source: str, work: Path):
+    def __init__(self, recipe: DirectionRecipe, source: str, work: Path, dtype: torch.dtype):
         self.recipe, self.source, self.work = recipe, source, work
-        self.model, self.tokenizer = sl.load(source)
+        self.model, self.tokenizer = sl.load(source, dtype=dtype)
         self.judge = judge_for(recipe.scorers)
         self.unrelated = Unrelated(self.model, self.tokenizer, recipe.read_texts(recipe.unrelated))
 
@@ -99,8 +100,8 @@ class Bench:
         }
 
 
-def table(records: list[Mapping[str, Any]]) -> str:
-    """A line a concept, and all of them together."""
+def table(figures: Mapping[str, Any]) -> str:
+    """A line a concept, all of them together, and how they were measured."""
 
     def line(name: str, several: list[Mapping[str, Any]]) -> tuple[str, ...]:
         found = ratios({kind: np.concatenate([record["joint"][kind] for record in several]) for kind in SHOWN})
@@ -109,26 +110,36 @@ def table(records: list[Mapping[str, Any]]) -> str:
         loops = [np.mean([record["repeated"][kind] for record in several]) for kind in SHOWN[:3]]
         return name, *said, f"{kl:.2f}", ", ".join(f"{each:.2f}" for each in loops), f"{seconds:.0f}"
 
+    records, scorer = figures["concepts"], figures["scorer"]
     head = "concept | ratio to prompting | random word | KL | repeated trigrams: unsteered, prompted, steered | seconds"
-    return markdown(head, [line(record["concept"], [record]) for record in records] + [line("**together**", records)])
+    lines = [line(record["concept"], [record]) for record in records] + [line("**together**", records)]
+    how = "{model} in {dtype}, threads: {threads}, {answers} answers to each condition".format_map(figures)
+    said = f"the scorer names the concept of {scorer['accuracy']:.0%} of {scorer['texts']} texts that it never saw"
+    return f"{markdown(head, lines)}\n\n{how}; {said}."
 
 
 def main(
     model: Annotated[str, typer.Argument(help="folder, Hub id or package: (default: the recipe's)")] = "",
+    dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="of the model's weights")] = "float32",
     recipe: Annotated[Path, typer.Option(help="names, prompts that ask for them, texts for the scorer")] = RECIPE,
     work: Annotated[Path, typer.Option(help="where a run that stops goes on")] = Path("out/named"),
     out: Annotated[Path | None, typer.Option(help="write the figures here as JSON")] = None,
 ) -> None:
     """Make and measure."""
     read = DirectionRecipe.from_file(recipe, to_train=False)
-    bench = Bench(read, model or read.source, work)
-    names = [concept.name for concept in read.concepts]
-    records = [remembered(work / f"{name}.json", lambda name=name: bench.measured(name)) for name in names]
-    texts, labels = read.read_held_out()
-    print(table(records))
-    print(f"the scorer names the concept of {bench.judge.accuracy(texts, labels):.0%} of {len(texts)} texts it never saw")
+    bench = Bench(read, model or read.source, work, getattr(torch, dtype))
+    names, (texts, labels) = [concept.name for concept in read.concepts], read.read_held_out()
+    figures = {
+        "model": Path(bench.source).stem,
+        "dtype": dtype,
+        "answers": len(read.read_prompts("evaluation")) * read.seeds,
+        "threads": torch.get_num_threads(),
+        "scorer": {"accuracy": bench.judge.accuracy(texts, labels), "texts": len(texts)},
+        "concepts": [remembered(work / f"{name}.json", lambda name=name: bench.measured(name)) for name in names],
+    }
+    print(table(figures))
     if out is not None:
-        out.write_text(json.dumps(records, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        out.write_text(json.dumps(figures, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 from answering import table as answering
 from check_score import table as read_table
+from named import table as named
 from scenes import card as scene_card
 
 import steerlib as sl
@@ -144,6 +145,11 @@ def ported(made: sl.ConceptBank) -> str:
     return "\n".join(lines) + f"\n\n{said}.{rough}"
 
 
+def from_names(found: Sequence[Path]) -> str:
+    """Concepts made from their names alone, a table a model."""
+    return "\n\n".join(named(json.loads(path.read_text(encoding="utf-8"))) for path in found)
+
+
 def put(section: str, content: str) -> None:
     """Replace what stands between a section's marks, in the README that has them."""
     marks = re.compile(rf"(<!-- begin: {section} -->\n).*?(<!-- end: {section} -->)", re.DOTALL)
@@ -159,6 +165,7 @@ def from_banks() -> None:
 
     bank = sl.ConceptBank.from_pretrained("smollm2-135m-instruct")
     put("output", output(bank, recipe_of(bank, None).source))
+    put("named", from_names(sorted((RECIPES / "named").glob("*.json"))))
     for name in ("fresh", "unseen"):
         put(name, unseen(json.loads((RECIPES / name / "measured.json").read_text(encoding="utf-8"))))
     put("scenes-levers", scene_card.by_factor(sl.ConceptBank.from_pretrained("scenes-32")))

@@ -139,6 +139,16 @@ def test_word_and_means_halves_the_angle_between_its_two_directions(task):
     assert len({word.random_word(task.tokenizer, seed) for seed in range(8)}) > 4
 
 
+def test_everywhere_is_what_word_and_means_finds_at_every_site(task):
+    """And its control that of the random word there."""
+    everywhere, here = METHODS["word-and-means-everywhere"], METHODS["word-and-means"]
+    for name in ("fit", "control"):
+        found = getattr(everywhere, name)(task.elsewhere(SITES[0])).moves
+        assert list(found) == SITES
+        for site in SITES:
+            assert torch.equal(found[site], getattr(here, name)(task.elsewhere(site)).moves[site])
+
+
 def test_halves_of_a_task_share_no_pair_and_are_the_whole_together(task):
     halves = task.half(0), task.half(1)
     assert [*halves[0].pairs, *halves[1].pairs] == [PAIRS[0], PAIRS[2], PAIRS[1], PAIRS[3]]

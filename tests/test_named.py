@@ -23,6 +23,7 @@ from steerlib.training.entries import Pair
 from steerlib.training.recipe import COMMON, DirectionRecipe
 
 NAMES = ["river", "red stone"]
+EVERYWHERE = "word-and-means-everywhere"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -51,7 +52,9 @@ def test_names_give_a_bank_like_any_other(made):
     assert sorted(concept.name for concept in levers) == sorted(NAMES)
     for concept in levers:
         assert concept.unit > 0 and concept.natural and concept.range and concept.range[0] <= 0 < concept.useful
-        assert len({trial[:2] for trial in map(tuple, concept.effects["tried"])}) == 1  # what the screening left
+        tried = [tuple(trial[:2]) for trial in map(tuple, concept.effects["tried"])]
+        screened = {trial for trial in tried if trial[0] != EVERYWHERE}
+        assert len(screened) == 1 and tried.count((EVERYWHERE, "layers.1")) == 2  # two amounts; of others what is left of all
         uses_words = concept.effects["method"] != "difference-of-means"
         assert ("random word" in concept.effects["conditions"]) is uses_words
         assert f"| {concept.name} | {concept.label} |" in bank.card

@@ -26,7 +26,7 @@ from steerlib.evaluation import report
 from steerlib.evaluation.comparison import Condition, Unrelated
 from steerlib.evaluation.score import Scores
 from steerlib.training.calibrate import doses as calibrate
-from steerlib.training.calibrate.measure import ANSWERING
+from steerlib.training.calibrate.measure import ANSWERING, moved
 from steerlib.training.directions import methods
 from steerlib.training.directions.levers import Lever
 from steerlib.training.directions.methods import METHODS
@@ -133,6 +133,8 @@ def test_training_gives_a_bank_with_units_ranges_effects_gates_and_card(uninterr
         assert concept.unit > 0 and concept.natural and concept.range and concept.useful and concept.label
         assert concept.range[0] <= 0 < concept.useful <= concept.range[1] + 1e-3 and len(concept.examples) == 3
         assert f"| {concept.name} | {concept.label} |" in bank.card
+        asked = {"prompt", "unsteered", "prompted", "steered", *(["reversed"] if concept.range[0] else [])}
+        assert all(example.keys() == asked for example in concept.effects["examples"])
         for place in concept.places:
             assert bank.rows(place).write.norm() == pytest.approx(1.0, abs=1e-5)
     for name in ("tea.present", ANSWERING):
@@ -185,6 +187,39 @@ def test_a_budget_is_spent_on_methods_first_and_on_sites_coarse_to_fine():
     assert said.endswith("budget = 710 tries all")
     assert calibrate.untried(replace(recipe, budget=710), concept, sites) == ""
     assert calibrate.untried(replace(recipe, budget=709), concept, sites) != ""
+
+
+class Planned(calibrate.Search):
+    """A search that only writes down what it tries; a method of all layers does best, at every site alike."""
+
+    def __init__(self, methods, sites):
+        self.concept = ConceptRecipe(name="a", label="a", methods=methods)
+        recipe = DirectionRecipe(name="r", base="b", source="s", concepts=(self.concept,), budget=10_000)
+        self.studio = SimpleNamespace(recipe=recipe, sites=sites)
+        self.tried = []
+
+    def _try(self, shares):
+        self.tried += [(method, site) for method, site, _ in shares]
+        known = {("pca", "layers.1"): 0.5, ("pca", "layers.2"): 0.7, ("probe", "layers.1"): 0.4}
+        return [
+            calibrate.Trial(method, site, share, 0.9 if method == "several-layers" else known.get((method, site), 0.1))
+            for method, site, share in shares
+        ]
+
+
+def test_further_sites_are_those_of_the_best_method_that_has_one():
+    methods, sites = ("probe", "several-layers", "pca"), ["layers.0", "layers.1", "layers.2"]
+    search = Planned(methods, sites)
+    search._tried(methods, calibrate.coarse_to_fine(sites))
+    first = [(method, "layers.1") for method in methods]
+    further = [("pca", "layers.0"), ("pca", "layers.2")]
+    best = [("several-layers", "layers.1"), ("pca", "layers.2"), ("probe", "layers.2")]
+    assert search.tried == [*first, *further, *(setting for setting in best for _ in calibrate.SHARES)]
+
+
+def test_a_prompt_counts_as_moved_where_its_mean_over_seeds_rises():
+    plain, steered = [[0.2, 0.5, 0.1], [0.4, 0.5, 0.1]], [[0.3, 0.1, 0.3], [0.4, 0.2, 0.0]]
+    assert moved(np.array([plain, steered])) == pytest.approx(2 / 3)
 
 
 def test_strengths_are_shares_of_the_strongest_that_leaves_ordinary_text_nearly_as_it_is(uninterrupted):

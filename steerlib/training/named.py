@@ -3,8 +3,8 @@
 Of a pipeline that draws, prompts with and without the name are the contrast pairs. A language model writes its own.
 
 Every concept joins two directions: what makes the words of its name likelier, and how answers of the model that was asked for
-it differ from those of the model that was not. Layer and mixture are those that best tell such answers apart, under a bound on
-the change of ordinary text; the amount is chosen by what it does to a few new answers.
+it differ from those of the model that was not. They act at three layers together, or at one layer in the mixture that best
+tells such answers apart, under a bound on the change of ordinary text; which, and how much, is chosen by a few new answers.
 """
 
 import json
@@ -27,7 +27,7 @@ from .pipeline import Score, train
 from .recipe import RESERVED, DirectionRecipe, PictureRecipe
 from .store import remembered
 
-METHODS = ("word-and-means", "word", "difference-of-means")
+METHODS = ("word-and-means-everywhere", "word-and-means", "word", "difference-of-means")
 DEPTHS = (0.3, 0.4, 0.5)
 """Layers that are tried, as shares of the model's depth."""
 FEW: dict[str, Any] = {"dev_prompts": 6, "evaluation_prompts": 10, "seeds": 1, "new_tokens": 24, "is_brief": True}

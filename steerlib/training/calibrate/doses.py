@@ -165,10 +165,10 @@ class Search:
     First the best prompt; then every method at the middle site; then the best of them at further sites, coarse to fine (of
     those that act at one site; others do the same wherever they are tried); then the methods at the best site, the best first,
     at other strengths; then the best few once more on greedy answers; then the range of the best. For a brief recipe, sites
-    and methods are compared by likelihood instead. Best is the highest joint score, in proportion less where other concepts
-    rise too. Strengths are shares of the strongest that leaves ordinary text nearly as it is, so sites and methods are
-    compared where they disturb it alike. Of the recipe's budget, enough is kept for the last two; `untried` says what the rest
-    does not reach.
+    and methods of one site are compared by likelihood instead. Best is the highest joint score, in proportion less where
+    other concepts rise too. Strengths are shares of the strongest that leaves ordinary text nearly as it is, so sites and
+    methods are compared where they disturb it alike. Of the recipe's budget, enough is kept for the last two; `untried` says
+    what the rest does not reach.
     """
 
     def __init__(self, studio: Studio, concept: ConceptRecipe, judge: Judge):
@@ -216,10 +216,13 @@ class Search:
         self._try([(method, at.get(method, sites[0]), share) for method in order for share in SHARES][: split.strengths])
 
     def _screened(self, methods: Sequence[str], sites: Sequence[str]) -> None:
-        """Sites by the first method, then methods there, by `_apart`; then strengths of the best by the answers they give."""
-        site = max(sites, key=lambda site: self._apart(methods[0], site))
-        method = max(methods, key=lambda method: self._apart(method, site))
-        self._try([(method, site, share) for share in (*SHARES, QUICK)])
+        """Sites by the first method that acts at one, then such methods there, by `_apart`; then the best of them, and those
+        that act everywhere, by the answers they give at a strength or two."""
+        placed = [method for method in methods if not is_everywhere(method)]
+        site = max(sites, key=lambda site: self._apart(placed[0], site))
+        method = max(placed, key=lambda method: self._apart(method, site))
+        spread = [(method, sites[0], share) for method in methods if is_everywhere(method) for share in (1.0, QUICK)]
+        self._try([*spread, (method, site, 1.0), *([] if spread else [(method, site, share) for share in (QUICK, SHARES[0])])])
 
     @torch.no_grad()
     def _apart(self, method: str, site: str) -> float:

@@ -60,7 +60,7 @@ def measure(bank: ConceptBank, concept: ConceptRecipe, judge: Judge, studio: Stu
         "least": _least(fact),
         "instruction": concept.asked[which],
         "answers": scores.nll[0].size,
-        "moved": _moved(scores.concepts[[rows["unsteered"], rows["steered"]], ..., column]),
+        "moved": moved(scores.concepts[[rows["unsteered"], rows["steered"]], ..., column]),
         "conditions": {n: _line(scores, found, column, i) | ratio[n] | effects.get(n, {}) for n, i in rows.items()},
         "joint": {name: found.total[i].mean(0).tolist() for name, i in rows.items()},
         "before": {name: found.before[i].mean(0).tolist() for name, i in rows.items()},
@@ -153,7 +153,7 @@ def _line(scores: Scores, found: Joint, column: int, i: int) -> dict[str, float]
     }
 
 
-def _moved(concept: Float[np.ndarray, "2 seeds prompts"]) -> float:
+def moved(concept: Float[np.ndarray, "2 seeds prompts"]) -> float:
     """The share of prompts on which the second condition has more of a concept than the first."""
     before, after = concept.mean(1)
     return float((after > before).mean())
