@@ -24,10 +24,14 @@ from steerlib.text import chat, complete
 from steerlib.training.calibrate.measure import GATED
 
 ROOT = Path(__file__).parent.parent
-READMES = [ROOT / folder / "README.md" for folder in (".", "concept_banks", "hooks", "scripts", "steerlib/training")]
+READMES = [
+    ROOT / folder / "README.md" for folder in (".", "concept_banks", "hooks", "scripts", "steerlib", "steerlib/training")
+]
 RECIPES = ROOT / "concept_banks" / "recipes"
 ASKED = (("Tell me about your day.", ("sports", "science"), 2), ("Describe a perfect morning.", ("science", "fantasy"), 1))
 """Prompts of the first example, the concepts that each is steered by, and how many sentences are shown."""
+SHOWN = 260
+"""Letters of an answer that are shown of scopes."""
 
 
 def output(bank: sl.ConceptBank, source: str) -> str:
@@ -42,6 +46,36 @@ def output(bank: sl.ConceptBank, source: str) -> str:
             shown = " ".join(re.split(r"(?<=[.!?])\s+", " ".join(text.split()))[:sentences])
             how = f"`{name}` {edits[name]:+.2f}" if name else "nothing"
             lines.append(f"| {'' if name else prompt} | {how} | {shown} |".replace("|  |", "| |"))
+    return "\n".join(lines)
+
+
+def scopes(bank: sl.ConceptBank, source: str) -> str:
+    """Answers to look at: swaps, a concept without another, a part of an answer, a gate that the prompt decides."""
+    model, tokenizer = sl.load(source)
+    finance, fantasy, music = (bank[name].useful or 1.0 for name in ("finance", "fantasy", "music"))
+    gated = sl.Add(music, gate=sl.Gate("science.present", above=0.42, over="prompt"))
+    team, lawyer, code = (
+        "Tell me about my favourite football team.",
+        "How do I choose a lawyer?",
+        "Write a Python function that adds two numbers, and explain it.",
+    )
+    asked: list[tuple[str, str, dict[Any, Any]]] = [
+        (team, "nothing", {}),
+        ("", '`"sports": Swap("finance")`', {"sports": sl.Swap("finance")}),
+        ("", '`"sports": Swap("music")`', {"sports": sl.Swap("music")}),
+        (lawyer, "`finance`", {"finance": finance}),
+        ("", "`finance` without `law`", {bank["finance"] - bank["law"]: finance}),
+        (code, "`fantasy`", {"fantasy": fantasy}),
+        ("", '`fantasy`, `tokens="not-code"`', {"fantasy": sl.Add(fantasy, tokens="not-code")}),
+        ("Explain how vaccines work in the body.", "`music`, if the prompt is of science", {"music": gated}),
+        ("Tell me about my savings account.", "`music`, if the prompt is of science", {"music": gated}),
+    ]
+    lines, prompt = ["| asked | steered by | answer |", "|---|---|---|"], ""
+    for said, how, edits in asked:
+        prompt = said or prompt
+        with sl.steer(model, bank, edits, tokenizer=tokenizer):
+            text = complete(model, tokenizer, [chat(tokenizer, prompt)], new_tokens=90).texts[0]
+        lines.append(f"| {said} | {how} | {' '.join(text.split())[:SHOWN]} … |".replace("|  |", "| |"))
     return "\n".join(lines)
 
 
@@ -165,6 +199,7 @@ def from_banks() -> None:
 
     bank = sl.ConceptBank.from_pretrained("smollm2-135m-instruct")
     put("output", output(bank, recipe_of(bank, None).source))
+    put("scopes", scopes(bank, recipe_of(bank, None).source))
     put("named", from_names(sorted((RECIPES / "named").glob("*.json"))))
     for name in ("fresh", "unseen"):
         put(name, unseen(json.loads((RECIPES / name / "measured.json").read_text(encoding="utf-8"))))
