@@ -52,23 +52,23 @@ def output(bank: sl.ConceptBank, source: str) -> str:
 def scopes(bank: sl.ConceptBank, source: str) -> str:
     """Answers to look at: swaps, a concept without another, a part of an answer, a gate that the prompt decides."""
     model, tokenizer = sl.load(source)
-    finance, fantasy, music = (bank[name].useful or 1.0 for name in ("finance", "fantasy", "music"))
-    gated = sl.Add(music, gate=sl.Gate("science.present", above=0.42, over="prompt"))
-    team, lawyer, code = (
+    fantasy, cooking = (bank[name].useful or 1.0 for name in ("fantasy", "cooking"))
+    gated = sl.Add(cooking, gate=sl.Gate("science.present", above=0.6, over="prompt"))
+    team, morning, code = (
         "Tell me about my favourite football team.",
-        "How do I choose a lawyer?",
+        "Describe a perfect morning.",
         "Write a Python function that adds two numbers, and explain it.",
     )
     asked: list[tuple[str, str, dict[Any, Any]]] = [
         (team, "nothing", {}),
         ("", '`"sports": Swap("finance")`', {"sports": sl.Swap("finance")}),
         ("", '`"sports": Swap("music")`', {"sports": sl.Swap("music")}),
-        (lawyer, "`finance`", {"finance": finance}),
-        ("", "`finance` without `law`", {bank["finance"] - bank["law"]: finance}),
+        (morning, "`fantasy`", {"fantasy": fantasy}),
+        ("", "`fantasy` without `nature`", {bank["fantasy"] - bank["nature"]: fantasy}),
         (code, "`fantasy`", {"fantasy": fantasy}),
         ("", '`fantasy`, `tokens="not-code"`', {"fantasy": sl.Add(fantasy, tokens="not-code")}),
-        ("Explain how vaccines work in the body.", "`music`, if the prompt is of science", {"music": gated}),
-        ("Tell me about my savings account.", "`music`, if the prompt is of science", {"music": gated}),
+        ("What is DNA?", "`cooking`, if the prompt is of science", {"cooking": gated}),
+        ("Tell me about my savings account.", "`cooking`, if the prompt is of science", {"cooking": gated}),
     ]
     lines, prompt = ["| asked | steered by | answer |", "|---|---|---|"], ""
     for said, how, edits in asked:

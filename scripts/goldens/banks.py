@@ -108,7 +108,7 @@ def answered(questions: Sequence[str], bank: sl.ConceptBank, edits: Edits) -> di
 
 def shipped_text() -> Iterator[Entry]:
     bank = sl.ConceptBank.from_pretrained("smollm2-135m-instruct")
-    for name in ("formality", "law", "romance", "science"):  # matched to the length, of several layers, oblique, a probe
+    for name in ("formality", "fantasy", "poetic", "science"):  # matched to the length, of several layers, of one, a probe
         for i, question in enumerate(QUESTIONS):
             yield f"{name}/{i}", partial(answered, [question], bank, {name: bank[name].useful})
     yield "together", partial(answered, QUESTIONS, bank, {"science": [2.0, 0.0, -1.0], "finance": sl.Ablate(), "music": 0.7})
