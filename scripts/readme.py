@@ -52,8 +52,8 @@ def output(bank: sl.ConceptBank, source: str) -> str:
 def scopes(bank: sl.ConceptBank, source: str) -> str:
     """Answers to look at: swaps, a concept without another, a part of an answer, a gate that the prompt decides."""
     model, tokenizer = sl.load(source)
-    fantasy, cooking = (bank[name].useful or 1.0 for name in ("fantasy", "cooking"))
-    gated = sl.Add(cooking, gate=sl.Gate("science.present", above=0.6, over="prompt"))
+    fantasy, religion = (bank[name].useful or 1.0 for name in ("fantasy", "religion"))
+    gated = sl.Add(religion, gate=sl.Gate("science.present", above=0.6, over="prompt"))
     team, morning, code = (
         "Tell me about my favourite football team.",
         "Describe a perfect morning.",
@@ -67,8 +67,8 @@ def scopes(bank: sl.ConceptBank, source: str) -> str:
         ("", "`fantasy` without `nature`", {bank["fantasy"] - bank["nature"]: fantasy}),
         (code, "`fantasy`", {"fantasy": fantasy}),
         ("", '`fantasy`, `tokens="not-code"`', {"fantasy": sl.Add(fantasy, tokens="not-code")}),
-        ("What is DNA?", "`cooking`, if the prompt is of science", {"cooking": gated}),
-        ("Tell me about my savings account.", "`cooking`, if the prompt is of science", {"cooking": gated}),
+        ("Explain how vaccines work in the body.", "`religion`, if the prompt is of science", {"religion": gated}),
+        ("Tell me about my savings account.", "`religion`, if the prompt is of science", {"religion": gated}),
     ]
     lines, prompt = ["| asked | steered by | answer |", "|---|---|---|"], ""
     for said, how, edits in asked:

@@ -141,13 +141,13 @@ def test_a_shipped_bank_merged_with_itself_is_saved_and_reads_the_same_twice(nam
 
 
 def test_concepts_of_two_shipped_banks_in_one_act_by_the_bits_that_they_have_alone(real, shipped):
-    """At layers.15 the two banks measured other lengths of activations, by which `formality` is matched and all are capped."""
+    """At layers.15 the two banks measured other lengths of activations, by which `music` is matched and all are capped."""
     model, tokenizer = real
     inputs = tokenizer("Dear all, the meeting", return_tensors="pt")
     styles, latents = shipped["smollm2-135m-instruct"], shipped["smollm2-135m-latents"]
-    both = latents.merge(styles).rename({"formality": "formal", "layers.15/7": "seven"})
-    assert both["formal"].match_norm and both.norm_of(both["formal"]) == styles.norm_of(styles["formality"])
-    for old, name, bank in (("formality", "formal", styles), ("layers.15/7", "seven", latents), ("anger", "anger", styles)):
+    both = latents.merge(styles).rename({"music": "songs", "layers.15/7": "seven"})
+    assert both["songs"].match_norm and both.norm_of(both["songs"]) == styles.norm_of(styles["music"])
+    for old, name, bank in (("music", "songs", styles), ("layers.15/7", "seven", latents), ("cooking", "cooking", styles)):
         logits = []
         for one, key in ((bank, old), (both, name)):
             with torch.no_grad(), sl.steer(model, one, {key: 2.0}):

@@ -170,11 +170,13 @@ def test_what_is_stored_follows_from_the_scores_of_every_answer(shipped):
         lines = concept.effects["conditions"]
         means = {name: np.mean(values) for name, values in concept.effects["joint"].items()}
         gain = means["prompted"] - means["unsteered"]
-        ratio = (means["steered"] - means["unsteered"]) / gain if gain > 0 else 0
-        assert lines["steered"]["ratio"] == pytest.approx(ratio, abs=2e-3)
+        ratio = (means["steered"] - means["unsteered"]) / gain
+        half = ratio >= 0.5 if "ratio" in lines["steered"] else means["steered"] >= means["prompted"]
+        assert lines["steered"].get("ratio", ratio) == pytest.approx(ratio, abs=2e-3)  # without one: it is undefined
+        loops = concept.effects["loops"]["steered"] - concept.effects["loops"]["unsteered"]
         randoms = [means[name] for name in means if name.startswith("random-")]
         worse = lines["steered"]["nll"] - lines["prompted"]["nll"]
-        cleared = concept.effects["moved"] >= 0.8 and means["steered"] > max(randoms) and worse <= 0.5 and ratio >= 0.5
+        cleared = concept.effects["moved"] >= 0.8 and means["steered"] > max(randoms) and worse <= 0.5 and half and loops <= 0.05
         assert len(randoms) == RANDOM_DIRECTIONS and bool(cleared) == all(concept.effects["passes"].values())
 
 
@@ -193,7 +195,7 @@ def test_a_small_evaluation_finds_the_effect_and_no_effect_of_the_controls(real,
     """`steerlib eval` itself, on fewer prompts."""
     model, tokenizer = real
     few = replace(recipe_of(shipped, None), evaluation_prompts=6, dev_prompts=4, seeds=1, new_tokens=24)
-    name = next(concept.name for concept in levers(shipped) if concept.gate is None)
+    name = next(concept.name for concept in levers(shipped) if "ratio" in concept.effects["conditions"]["steered"])
     (record,) = evaluate(model, tokenizer, shipped, few, concepts=[name])
     found = summary([record])
     controls = [found[control]["ratio"] for control in ("no-op", "random direction", "wrong concept", "shuffled labels")]
