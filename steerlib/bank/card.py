@@ -64,6 +64,12 @@ def example(name: str, base: str, edit: str) -> str:
     )
 
 
+def shown(levers: Sequence[Concept]) -> Concept | None:
+    """The concept of a card's example: the first that adds the same on every token. What grows with a token's length is capped
+    on the longest ones, with a notice."""
+    return next((concept for concept in levers if not concept.match_norm), next(iter(levers), None))
+
+
 def for_hub(card: str, name: str, repo: str, base: str, license: str, concepts: Sequence[Concept]) -> str:
     """A card with true metadata, whose example opens the bank by its name on the Hub."""
     found = FRONT.match(card)
@@ -74,7 +80,7 @@ def for_hub(card: str, name: str, repo: str, base: str, license: str, concepts: 
     levers = [concept for concept in concepts if concept.present is None]
     lines = [f"| {cell(c.name)} | {cell(c.label)} | {signed(c.useful)} | {signed(*c.range or ())} |" for c in levers[:100]]
     table = ["| concept | meaning | useful amount | safe range |\n|---|---|---|---|", *lines] if lines else []
-    edit = f"{{{levers[0].name!r}: {levers[0].useful or 1.0:+.2f}}}" if levers else '{"<encoder>/17": sl.Set(1.0)}'
+    edit = f"{{{first.name!r}: {first.useful or 1.0:+.2f}}}" if (first := shown(levers)) else '{"<encoder>/17": sl.Set(1.0)}'
     parts = [head, f"# {name}", example(repo, base or "<the model>", edit), "\n".join(table)]
     return "\n".join(f"{part}\n" for part in parts if part)
 

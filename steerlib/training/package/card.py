@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ...bank.card import example, front
+from ...bank.card import example, front, shown
 from ...bank.concept_bank import ConceptBank
 from ...bank.concepts import Concept
 from ...bank.effects import MeasuredEffects
@@ -33,7 +33,7 @@ def card(bank: ConceptBank, recipe: DirectionRecipe, records: Sequence[MeasuredE
         front(recipe.name, recipe.base, recipe.license, list(bank.concepts.values())).strip(),
         f"# {recipe.name}\n\n{described(recipe)}",
         PAGE if bank.provenance.get("chat") is False else "",
-        example(recipe.name, recipe.source, f'{{"{levers[0].name}": {levers[0].useful:+.2f}}}') if levers else "",
+        example(recipe.name, recipe.source, f'{{"{first.name}": {first.useful:+.2f}}}') if (first := shown(levers)) else "",
         f"## The {f'{len(levers)} concepts' if len(levers) != 1 else 'concept'}\n\n{UNITS}\n\n{_concepts(levers)}",
         f"## What was measured\n\nOn {recipe.evaluation_prompts} requests used for nothing else, {recipe.seeds} answers to "
         f"each, {recipe.new_tokens} new tokens, each concept at its useful amount. {CONTROLS}\n\n{table(kept)}",
