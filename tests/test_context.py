@@ -138,7 +138,7 @@ def test_pictures_are_read_whole_and_each_place_is_written_for_its_own_amounts()
 @pytest.mark.parametrize("wrong", [
     {"effects": 2 * tensors()["effects"]}, {"effects": tensors()["effects"] - 0.5}, {"bias": torch.zeros(K, OUT + 1)},
     {"expressive.0": torch.zeros(K, OUT, IN + 1)}, {"noise.bias": None}, {"unpool": torch.zeros(K, 3, D)},
-    {"more": torch.ones(K)},
+    {"more": torch.ones(K)}, {"pool": torch.zeros(K, 4)},
 ], ids=lambda one: next(iter(one)))  # fmt: skip
 def test_tensors_that_are_no_module_are_refused(wrong):
     given = {name: tensor for name, tensor in {**tensors(), **wrong}.items() if tensor is not None}

@@ -71,6 +71,8 @@ class Context(Encoder):
         found = self._tensors
         if type(self.positions) is not int or self.positions < 1 or not {"pool", "noise", "unpool", "effects"} <= found.keys():
             return False
+        if [found[name].ndim for name in ("pool", "unpool", "effects")] != [3, 3, 5]:
+            return False
         (n, i, width), (o, every) = found["pool"].shape, (found["unpool"].shape[1], found["effects"].shape[2])
         wide = [i, *(found[name].shape[1] for name in LAYERS[: self.depth])]
         shapes: dict[str, tuple[int, ...]] = {"pool": (n, i, width), "noise": (n, 2, i, i), "effects": (n, 2, every, o, o)}
@@ -132,15 +134,7 @@ class Context(Encoder):
 
     def pooled(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*places K I"]:
         """z of activations; of positions that are read together there is one."""
-        together = x.float()
-        if self.positions > 1:
-            if x.ndim < 2 or x.shape[-2] != self.positions:
-                raise WrongWidth(
-                    f"expected {self.positions} positions, which a context module reads together, got activations "
-                    f"{tuple(x.shape)}; use pictures of the size that it was trained on"
-                )
-            together = together.flatten(-2)[..., None, :]
-        return torch.einsum("...d,kid->...ki", together, self._at("pool", x)) + self._at("pool.bias", x)
+        return read(x, self._at("pool", x), self._at("pool.bias", x), self.positions)
 
     def concepts(self, z: Float[Tensor, "*#places K I"], a: Float[Tensor, "*#places K"]) -> Float[Tensor, "*places K O"]:
         """c of noise, with concepts intervened on as far as a says."""
@@ -166,3 +160,18 @@ class Context(Encoder):
 
     def _at(self, name: str, x: Tensor) -> Tensor:
         return placed(self._tensors[name], x.device)
+
+
+def read(
+    x: Float[Tensor, "*batch D"], pool: Float[Tensor, "K I PD"], bias: Float[Tensor, "K I"], positions: int
+) -> Float[Tensor, "*places K I"]:
+    """z of activations by rows of pool. Raises `WrongWidth` where there are not as many positions as they read together."""
+    together = x.float()
+    if positions > 1:
+        if x.ndim < 2 or x.shape[-2] != positions:
+            raise WrongWidth(
+                f"expected {positions} positions, which a context module reads together, got activations {tuple(x.shape)}; use "
+                "pictures of the size that it was trained on"
+            )
+        together = together.flatten(-2)[..., None, :]
+    return torch.einsum("...d,kid->...ki", together, pool) + bias

@@ -60,6 +60,8 @@ class Aim:
     """What it has to know, and the sites at which that is read."""
     module: Context | None = None
     """The context module that switches the concept, as far as the rule's shift says."""
+    source: tuple[str, str] | None = None
+    """The note of what that module reads, and its site, where that is an earlier one."""
 
     def shift(self, x: Tensor, now: StepState) -> Float[Tensor, "B N"] | None:  # noqa: ARG002
         """What is added to the rule's shift."""
@@ -171,6 +173,11 @@ class Switched(Aim):
 
     rule: Rule
     module: Context
+    source: tuple[str, str] | None = None
+
+    @property
+    def notes(self) -> tuple[tuple[str, Note], ...]:  # type: ignore[override]
+        return () if self.source is None else ((self.source[1], Note(self.source, None)),)
 
 
 @dataclass(frozen=True, eq=False)

@@ -52,6 +52,8 @@ class Coordinate(NamedTuple):
     """Who tells what other concepts read."""
     module: Context | None = None
     """The context module that switches it, if one does."""
+    reads: str = ""
+    """The earlier site at which it is read, if it is."""
 
 
 @dataclass(frozen=True)

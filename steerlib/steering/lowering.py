@@ -61,7 +61,8 @@ class Lowering:
         read, natural = self._reader(concept, place), None if self.options.allow_ood else reach(place.natural)
         is_latent, given = self.bank.rows(place).is_sparse, intervention.gate
         other = partial(_other, self, concept, place, is_open=given == "open")
-        at = Coordinate(concept.name, site, place.unit, read, natural, len(concept.places), is_latent, other, module)
+        reads = self.bank.read_at(place) if isinstance(read, NoteReader) else ""
+        at = Coordinate(concept.name, site, place.unit, read, natural, len(concept.places), is_latent, other, module, reads)
         aim, cut = intervention.aim(at), natural is not None and intervention.is_capped(place.unit, natural)
         if aim.is_exact and isinstance(read, NoteReader):
             raise Unanswerable(UNREAD.format(concept.name, self.bank.read_at(place), site))

@@ -99,7 +99,7 @@ class Program:
         return Given(
             gains=gains,
             row=row,
-            beside=_switched(self, x, gains, row) if self.modules else None,
+            beside=_switched(self, x, now, gains, row) if self.modules else None,
             forecast=_stacked([0.0 if s is None else s for s in shifts], x, shape)
             if any(s is not None for s in shifts)
             else None,
@@ -331,7 +331,9 @@ def _grouped(edits: Sequence[Edit], of: Callable[[Edit], Any]) -> dict[Any, list
     return found
 
 
-def _switched(program: Program, x: Float[Tensor, "B N D"], gains: Tensor | None, row: Tensor | None) -> Float[Tensor, "B N D"]:
+def _switched(
+    program: Program, x: Float[Tensor, "B N D"], now: StepState, gains: Tensor | None, row: Tensor | None
+) -> Float[Tensor, "B N D"]:
     """What context modules add where concepts of theirs are switched."""
     assert program.tensors is not None
     shift = placed(program.tensors.shift, x.device)
@@ -341,7 +343,8 @@ def _switched(program: Program, x: Float[Tensor, "B N D"], gains: Tensor | None,
         a = x.new_zeros(*x.shape[:2], module.count, dtype=torch.float32)
         for k in members:
             a[..., program.edits[k].place.index] = amounts[..., k]
-        total = total + module.change(x, a)
+        source = program.edits[members[0]].aim.source
+        total = total + module.change(x if source is None else now.notes[source].to(x.device), a)
     return total
 
 

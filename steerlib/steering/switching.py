@@ -38,4 +38,4 @@ class Do(Intervention):
 
     def aim(self, at: Coordinate) -> Aim:
         assert at.module is not None
-        return Switched(Rule(shift=self.amount), at.module)
+        return Switched(Rule(shift=self.amount), at.module, ("kept", at.reads) if at.reads else None)
