@@ -173,26 +173,9 @@ class ContextLayer(nn.Module):
 
     @torch.no_grad()
     def begin(self, contexts: Mapping[str, Float[Tensor, "n wide"]]) -> None:
-        """Start from the linear module that explains mean and covariance of each context, of activations `[n, P D]` by name.
-
-        Intervened on, a concept receives nothing; all else is as it was. So, where noise moves x along lines:
-
-        w_k    reads how far x is moved along the shift of context k, and along that of no other: noise of concept k
-        g_j    what x gains per unit of that of j, observed; g_j^i in the context of i, where what i receives is cut
-        A_ij unpool_i = g_j - g_j^i          unpool_j = g_j - sum_i A_ij unpool_i
-        """
+        """Start from the linear module that explains mean and covariance of each context, of activations `[n, P D]` by name."""
         observed, others = contexts[OBSERVED], [contexts[name] for name in self.concepts]
-        middle = observed.mean(0)
-        w = torch.linalg.pinv(torch.stack([x.mean(0) - middle for x in others]), rtol=0.05).T
-        spread = ((observed - middle) @ w.T).std(0)
-        w = torch.where(spread > 0.02 * spread.max(), w.T / spread, 0.0).T  # a context like the observed one shows nothing
-        gains = _gains(observed, w)
-        cut = w.new_zeros(len(w), *w.shape)  # [effect, cause, wide]
-        for i, x in enumerate(others):
-            rest = [j for j in range(len(w)) if j != i]  # with what i is set to, x would be known whatever it receives
-            cut[i, rest] = gains[rest] - _gains(x, w[rest])
-        write = gains - cut.sum(0)
-        effects = (cut * write[:, None]).sum(-1) / write.square().sum(-1).clamp(min=1e-12)[:, None]
+        middle, (w, write, effects) = observed.mean(0), _linear(observed, others)
         scale = _scales(effects)
         effects, write = effects * scale[:, None] / scale, write / scale[:, None]
         self.unpool.mul_(0.1)[:, 1] = 0.0
@@ -230,6 +213,28 @@ def _price(effects: Float[Tensor, "K 2 K O O"], settings: ContextFit) -> Tensor:
     off = 1 - torch.eye(len(effects), device=effects.device)
     squares = (effects * off[:, None, :, None, None]).square().sum((-2, -1))
     return settings.sparse * (squares + 1e-12).sqrt().sum() + settings.small * (squares.sum() + 1e-12).sqrt()
+
+
+def _linear(observed: Float[Tensor, "n wide"], others: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """The linear module of contexts: what reads noise, `[K, wide]`, what concepts write, `[K, wide]`, and effects `[K, K]`.
+
+    Intervened on, a concept receives nothing; all else is as it was. So, where noise moves x along lines:
+
+        w_k    reads how far x is moved along the shift of context k, and along that of no other: noise of concept k
+        g_j    what x gains per unit of that of j, observed; g_j^i in the context of i, where what i receives is cut
+        A_ij unpool_i = g_j - g_j^i          unpool_j = g_j - sum_i A_ij unpool_i
+    """
+    middle = observed.mean(0)
+    w = torch.linalg.pinv(torch.stack([x.mean(0) - middle for x in others]), rtol=0.05).T
+    spread = ((observed - middle) @ w.T).std(0)
+    w = torch.where(spread > 0.02 * spread.max(), w.T / spread, 0.0).T  # a context like the observed one shows nothing
+    gains = _gains(observed, w)
+    cut = w.new_zeros(len(w), *w.shape)  # [effect, cause, wide]
+    for i, x in enumerate(others):
+        rest = [j for j in range(len(w)) if j != i]  # with what i is set to, x would be known whatever it receives
+        cut[i, rest] = gains[rest] - _gains(x, w[rest])
+    write = gains - cut.sum(0)
+    return w, write, (cut * write[:, None]).sum(-1) / write.square().sum(-1).clamp(min=1e-12)[:, None]
 
 
 def _gains(x: Float[Tensor, "n wide"], w: Float[Tensor, "K wide"]) -> Float[Tensor, "K wide"]:
@@ -273,15 +278,9 @@ Cost = Callable[[Any], Tensor]
 
 
 def fit_contexts(
-    model: nn.Module,
-    batches: Batches,
-    cost: Cost,
-    settings: ContextFit,
-    *,
-    learns: Literal["all", "module", "late"] = "all",
-    folder: str | PathLike[str] | None = None,
-    save_every: int = 500,
-) -> ContextLayer:
+    model: nn.Module, batches: Batches, cost: Cost, settings: ContextFit, *, learns: Literal["all", "module", "late"] = "all",
+    folder: str | PathLike[str] | None = None, save_every: int = 500,
+) -> ContextLayer:  # fmt: skip
     """Train the context layer in a model, and the model around it.
 
     Args:
@@ -310,19 +309,24 @@ def fit_contexts(
             name = names[int(torch.randint(len(names), (), generator=g))]
             with layer.within(name):
                 loss = cost(batches(name, g)) + settings.beta * layer.kl + _price(layer.effects, settings)
-            adam.zero_grad()
-            loss.backward()
-            for parameter in learned.values() if learns == "late" and step < settings.steps / 5 else ():
-                parameter.grad = parameter.grad if id(parameter) in own else None
-            for group in adam.param_groups:
-                group["lr"] = settings.rate_at(step)
-            adam.step()
+            is_early = learns == "late" and step < settings.steps / 5
+            _learn(adam, loss, settings.rate_at(step), waits=[p for p in learned.values() if is_early and id(p) not in own])
             layer.clamp()
             bar.update()
             if path is not None and ((step + 1) % save_every == 0 or step + 1 == settings.steps):
                 _keep(path, model, learned, adam, step + 1, about)
     model.eval()
     return layer
+
+
+def _learn(adam: torch.optim.Adam, loss: Tensor, rate: float, waits: Sequence[Tensor]) -> None:
+    """One step of all parameters but those that wait."""
+    adam.zero_grad()
+    loss.backward()
+    for parameter in waits:
+        parameter.grad = None
+    adam.param_groups[0]["lr"] = rate
+    adam.step()
 
 
 def _keep(path: Path, model: nn.Module, learned: Mapping[str, Tensor], adam: Any, step: int, about: str) -> None:
