@@ -193,7 +193,12 @@ def test_a_recipe_with_contexts_makes_a_bank_that_is_switched(tmp_path):
     opened = sl.ConceptBank.from_pretrained(tmp_path / "bank")
     opened.verify()
     kept = recipe_in(opened)
-    assert isinstance(kept, ContextRecipe) and kept.digest == made.digest and kept.read_contexts() == made.read_contexts()
+    assert (
+        isinstance(kept, ContextRecipe)
+        and kept.digest == made.digest
+        and kept.plain == made.plain
+        and kept.read_contexts() == made.read_contexts()
+    )
     ids = torch.tensor([[1, 5, 6, 7]])
     plain = model(ids).logits
     with sl.steer(model, opened, {"tea": sl.Do(tokens="prompt")}) as session:
@@ -291,3 +296,25 @@ def test_the_rest_learns_late_after_a_fifth_of_the_steps():
 
     fit_contexts(model, lambda *_: data[:32], cost, replace(FIT, steps=10), learns="late")
     assert seen == [True] * 3 + [False] * 7  # the third batch is the first that moves it
+
+
+@pytest.mark.parametrize(("site", "level"), [("unet.mid_block", 500), ("text_encoder.layers.1", None)])
+def test_a_pipeline_is_switched_where_its_recipe_says(toy, tmp_path, site, level):
+    scene = "a {} plain {} square at the front left {} on grass under a navy sky lit from the left"
+    kinds = [(size, colour) for size in ("small", "medium", "large") for colour in ("red", "green", "blue")]
+    given = {
+        OBSERVED: [scene.format(*kind, "by day") for kind in kinds],
+        "night": [scene.format(*k, "at night") for k in kinds],
+    }
+    few: dict[str, Any] = {"seeds": 1, "samples": 8, "steps": 2, "batch": 4, "fit": replace(FIT, outer=2, steps=3, batch=4)}
+    made = ContextRecipe(name="x", base="b", source="s", contexts=given, site=site, level=level, **few)
+    bank = sl.train(toy, made, work=tmp_path)
+
+    def draw() -> Any:
+        return toy(given[OBSERVED][:1], num_inference_steps=4, generator=torch.manual_seed(0), output_type="np").images
+
+    plain = draw()
+    with sl.steer(toy, bank, {"night": sl.Do()}) as session:
+        assert (draw() != plain).any()
+    assert session.report().lines[0].tokens > 0 and (draw() == plain).all()
+    assert (bank.window_of(bank["night"]) is None) == (level is None)

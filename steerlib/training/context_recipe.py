@@ -79,6 +79,11 @@ class ContextRecipe(Recipe):
         files = [self.rows] if self.rows else [name for name in (self.contexts or {}).values() if isinstance(name, str)]
         return tuple(sorted(files))
 
+    @property
+    def plain(self) -> str:
+        """A prompt in which nothing was intervened on."""
+        return self.read_contexts()[OBSERVED][0]
+
     def read_contexts(self) -> dict[str, list[str]]:
         """The prompts of each context, `observed` first."""
         found: dict[str, list[str]] = {}
