@@ -33,6 +33,7 @@ if TYPE_CHECKING:  # what HOMES says, for type checkers and editors
     from .steering.recording import record
     from .steering.session import Steering, attach, detach, share, steer
     from .steering.swapping import Swap
+    from .steering.switching import Do
     from .training.contrast import Contrast, directions
     from .training.linting import lint
     from .training.named import make
@@ -43,10 +44,10 @@ if TYPE_CHECKING:  # what HOMES says, for type checkers and editors
     __version__: str
 
 __all__ = [
-    "Ablate", "Add", "BaseModel", "CausalGraph", "Clamp", "Concept", "ConceptBank", "Contrast", "Directions", "Edge", "Encoder",
-    "Gate", "Host", "Intervention", "Part", "Patch", "PerStep", "Preset", "Ramp", "Recipe", "Scale", "Schedule", "Set", "Site",
-    "Steering", "StepState", "Steps", "Swap", "Window", "Word", "attach", "detach", "directions", "lint", "list_banks", "load",
-    "make", "read_bank", "record", "share", "steer", "train", "words",
+    "Ablate", "Add", "BaseModel", "CausalGraph", "Clamp", "Concept", "ConceptBank", "Contrast", "Directions", "Do", "Edge",
+    "Encoder", "Gate", "Host", "Intervention", "Part", "Patch", "PerStep", "Preset", "Ramp", "Recipe", "Scale", "Schedule",
+    "Set", "Site", "Steering", "StepState", "Steps", "Swap", "Window", "Word", "attach", "detach", "directions", "lint",
+    "list_banks", "load", "make", "read_bank", "record", "share", "steer", "train", "words",
 ]  # fmt: skip
 
 HOMES = {
@@ -67,6 +68,7 @@ HOMES = {
     "steering.recording": ("record",),
     "steering.session": ("Steering", "attach", "detach", "share", "steer"),
     "steering.swapping": ("Swap",),
+    "steering.switching": ("Do",),
     "training.contrast": ("Contrast", "directions"),
     "training.linting": ("lint",),
     "training.named": ("make",),

@@ -229,11 +229,13 @@ class TextPass(StepState):
         if count == self.length:
             return self
         if count > self.length:  # called by hand, outside the model's own forward
-            return TextPass(count, like=self.like)
+            more = TextPass(count, like=self.like)
+            more.notes = self.notes
+            return more
         start = self.start + self.length - count
         last = TextPass(count, start, self.prompt, self.mask, self.prompts, self.branches, self.like)
         last.refused, last.places = self.refused, None if self.places is None else self.places[:, -count:]
-        last.text = self.text
+        last.text, last.notes = self.text, self.notes
         return last
 
     def beside(self, count: int) -> "TextPass":

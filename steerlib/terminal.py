@@ -23,6 +23,7 @@ from .steering.interventions import Ablate, Add, Clamp, Intervention, Scale, Set
 from .steering.presets import Preset
 from .steering.session import steer
 from .steering.swapping import Swap
+from .steering.switching import Do
 from .text import begun, chat, complete, is_pair, progress
 
 TEXT_BANK, SCENES_BANK = "smollm2-135m-instruct", "scenes-32"
@@ -50,6 +51,7 @@ KINDS: dict[str, tuple[type[Intervention], int]] = {
     "scale": (Scale, 1),
     "clamp": (Clamp, 2),
     "ablate": (Ablate, 0),
+    "do": (Do, 1),
 }
 """What stands behind `concept=`, and how many numbers follow, each after a colon. A number alone is added."""
 USEFUL = "useful"
@@ -119,7 +121,8 @@ def example_of(bank: ConceptBank) -> str:
     """An edit that works on a bank, as it is typed; nothing for a bank that describes no concept."""
     levers = [concept for concept in bank.concepts.values() if concept.present is None]
     best = max(levers, key=lambda concept: (concept.useful is not None, bool(concept.effects.get("verified", {}).get("holds"))))
-    amount = "1" if best.useful is None else f"{'set:' * (best.useful_as == 'Set')}{best.useful:g}"
+    kind = "" if best.useful_as == "Add" else f"{best.useful_as.lower()}:"
+    amount = "1" if best.useful is None else f"{kind}{best.useful:g}"
     return shlex.join(["-e", f"{best.name}={amount}"])
 
 

@@ -180,7 +180,8 @@ def test_a_template_is_written_once(tmp_path):
 
 @pytest.mark.parametrize(("text", "expected"), [
     ("a=2", sl.Add(2.0)), ("a=add:-2", sl.Add(-2.0)), ("a=set:1.5", sl.Set(1.5)), ("a=scale:0.5", sl.Scale(0.5)),
-    ("a=clamp:-1:1", sl.Clamp(-1.0, 1.0)), ("a=ablate", sl.Ablate()), ("a=swap:b", sl.Swap("b")), ("a=useful", sl.Set(3.0)),
+    ("a=do:0.5", sl.Do(0.5)), ("a=clamp:-1:1", sl.Clamp(-1.0, 1.0)), ("a=ablate", sl.Ablate()), ("a=swap:b", sl.Swap("b")),
+    ("a=useful", sl.Set(3.0)),
 ])  # fmt: skip
 def test_edits_are_read_as_they_are_typed(text, expected):
     from steerlib.terminal import read_edits

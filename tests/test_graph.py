@@ -109,7 +109,7 @@ def test_a_graph_of_weights_alone_still_loads():
 
 @pytest.mark.parametrize(
     ("column", "value"),
-    [("src", torch.tensor([3])), ("dst", torch.tensor([-1])), ("relation", torch.tensor([2])), ("evidence", torch.tensor([9])),
+    [("src", torch.tensor([3])), ("dst", torch.tensor([-1])), ("relation", torch.tensor([3])), ("evidence", torch.tensor([9])),
      ("weight", torch.tensor([1.0, 2.0]))],
 )  # fmt: skip
 def test_a_file_that_cannot_be_is_refused(column, value):

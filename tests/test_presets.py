@@ -23,7 +23,7 @@ SCHEDULES = [
 ]  # fmt: skip
 EDITS = [
     sl.Add(2.0), sl.Add((1.0, -0.1)), sl.Add(0.1, match_norm=True, keep_norm=True, unit="raw"), sl.Scale(0.5), sl.Set(1e-7),
-    sl.Ablate(), sl.Ablate(exact=True, tokens="all"), sl.Clamp(high=1.0), sl.Clamp(low=(0.5, 0.25)), sl.Swap("b"),
+    sl.Ablate(), sl.Ablate(exact=True, tokens="all"), sl.Clamp(high=1.0), sl.Clamp(low=(0.5, 0.25)), sl.Swap("b"), sl.Do(0.5),
     sl.Add(1.0, tokens=slice(2, None)), sl.Add(1.0, tokens=(slice(0, 9), "generated", "not-code", '<a "b">...</a>')),
     sl.Set(1.0, gate=GATE, branch="cond"), sl.Set(1.0, gate="open"), sl.Set(1.0, gate=sl.Gate('ünïcode "q"', below=-1.0)),
     *(sl.Add(1.0, when=when) for when in SCHEDULES),

@@ -33,7 +33,14 @@ from steerlib.training.directions.methods import METHODS
 from steerlib.training.directions.studio import PRESENT, Studio
 from steerlib.training.entries import ConceptRecipe
 from steerlib.training.package.directions import sites_to_try
-from steerlib.training.recipe import KINDS, DirectionRecipe, PictureRecipe, PipelineEncoderRecipe, TextEncoderRecipe
+from steerlib.training.recipe import (
+    KINDS,
+    ContextRecipe,
+    DirectionRecipe,
+    PictureRecipe,
+    PipelineEncoderRecipe,
+    TextEncoderRecipe,
+)
 from steerlib.training.record.activations import answers
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*a budget of [23][0-9] answers:steerlib.errors.Unmeasured")
@@ -423,6 +430,9 @@ def test_a_file_is_read_as_the_kind_that_it_describes(tmp_path):
         PictureRecipe: 'name = "x"\nbase = "b"\nsource = "s"\ntemplate = "{prompt}, {concept}"\n[[concepts]]\nname = "a"\n',
         PipelineEncoderRecipe: f'name = "x"\nbase = "b"\nsource = "s"\ncorpus = ["c.txt"]\n{entry}level = 500\n',
     }
+    texts[ContextRecipe] = (
+        'name = "x"\nbase = "b"\nsource = "s"\nsite = "layers.0"\n[contexts]\nobserved = "a.txt"\nb = "b.txt"\n'
+    )
     assert {*texts} == {*KINDS}
     for kind, text in texts.items():
         (tmp_path / "recipe.toml").write_text(text)

@@ -164,7 +164,7 @@ class Concept:
         natural: raw coordinates below and above which 0.5 % of the reference data lie.
         range: amounts measured to be safe, in units.
         useful: the least amount measured to move the concept clearly, in units; None where none within the range did.
-        useful_as: the edit that `useful` and `range` are amounts of: `"Add"`, or `"Set"`.
+        useful_as: the edit that `useful` and `range` are amounts of: `"Add"`, `"Set"`, or, of a context bank, `"Do"`.
         beyond: what was seen beyond the range.
         parts: other coordinates that the same edit moves.
         gate: where edits of it act; a gate that an edit brings narrows it further.
@@ -319,7 +319,7 @@ def is_sound(concept: Concept) -> bool:
             isinstance(t, str) and len(t) <= MAX_TEXT
             for t in (concept.beyond, concept.label, concept.source, concept.factor, *concept.examples)
         )
-        and concept.useful_as in ("Add", "Set")
+        and concept.useful_as in ("Add", "Set", "Do")
         and isinstance(concept.effects, dict)
         and all(type(place.index) is int and place.index >= 0 and place.unit > 0 for place in places)
         and type(concept.match_norm) is bool

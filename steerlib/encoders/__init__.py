@@ -12,6 +12,7 @@ from .base import Encoder as Encoder
 from .base import Rows as Rows
 from .batchtopk import BatchTopK as BatchTopK
 from .codebook import Codebook as Codebook
+from .context import Context as Context
 from .directions import Directions as Directions
 from .gated import Gated as Gated
 from .jumprelu import JumpReLU as JumpReLU

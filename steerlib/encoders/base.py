@@ -95,6 +95,8 @@ class Encoder(ABC):
     """How it is trained; None: not by `fit`."""
     discrete: ClassVar[bool] = False
     """Whether a coordinate is there or not, so that it is swapped and never moved by an amount."""
+    switched: ClassVar[bool] = False
+    """Whether its concepts are switched by `Do`, all of a site together, and never moved by an amount."""
 
     def __init_subclass__(cls) -> None:
         if hasattr(cls, "kind") and KINDS.setdefault(cls.kind, cls) is not cls:

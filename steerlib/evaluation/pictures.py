@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from ..errors import MissingExtra
 from ..steering.interventions import Add, Intervention, Set
+from ..steering.switching import Do
 
 Pictures = NDArray[np.uint8]
 """`[B, H, W, 3]`"""
@@ -68,5 +69,5 @@ def draw_as_told(
 
 
 def edit_of(kind: str, amount: float) -> Intervention:
-    """`Set` or `Add`, by name."""
-    return Set(amount) if kind == "Set" else Add(amount)
+    """`Set`, `Do` or `Add`, by name."""
+    return {"Set": Set, "Do": Do}.get(kind, Add)(amount)

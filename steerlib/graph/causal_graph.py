@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import BadBank, CorruptBank
 
-Relation = Literal["compute", "selection"]
+Relation = Literal["compute", "selection", "context"]
 Evidence = Literal["observed", "randomised", "verified"]
 RELATIONS: tuple[Relation, ...] = get_args(Relation)
 EVIDENCE: tuple[Evidence, ...] = get_args(Evidence)
@@ -25,12 +25,13 @@ class Edge:
         dst: name of the effect.
         weight: change of `dst` per unit of `src`, with no other concept between them.
         relation: `compute`: moving the one moves the other, along the order of generation. `selection`: the one is a part of
-            the other in the data, against that order; steering follows no such edge.
+            the other in the data, against that order; steering follows no such edge. `context`: a total effect that a
+            context module learned, over all paths; `sl.Do` has the module itself compute it.
         evidence: `observed` in readings, or stated by hand; `randomised`: found by ablating many at random; `verified`: by
             ablating the source alone, `n_verify` times, with `tau` as the result.
         tau: `E[z_dst - z_dst | do(z_src = 0)] / E[z_src]` on contexts that nothing was fitted to.
-        tau_lo: lower end of its 95 % interval, by bootstrap over contexts.
-        tau_hi: upper end.
+        tau_lo: lower end of its 95 % interval, by bootstrap over contexts; of a context module, the least over seeds.
+        tau_hi: upper end, or the largest.
         necessity: `1 - E[z_dst | do(z_src = 0)] / E[z_dst]` where both fire.
         sufficiency: `E[z_dst | do(z_src = q90)] / q90_dst` where the source does not fire.
         n_verify: number of contexts in which the source was ablated alone.
@@ -88,11 +89,13 @@ class Forecast(dict[str, float]):
 class CausalGraph:
     """Concepts joined by edges. Causes and forecasts follow those of relation `compute`; of the others only `edges` tells.
 
+    Total effects (`context`) are learned pair by pair, so two concepts may move each other; other relations have no cycles.
+
     Args:
         edges: in any order; at most one for each pair and relation.
 
     Raises:
-        CorruptBank: the edges of a relation form a cycle, or one stands twice.
+        CorruptBank: the edges of a relation other than `context` form a cycle, or one stands twice.
 
     >>> graph = sl.CausalGraph([sl.Edge(src="a", dst="b", weight=0.5), sl.Edge(src="b", dst="c", weight=2.0)])
     >>> graph.descendants("a")
@@ -103,7 +106,7 @@ class CausalGraph:
 
     def __init__(self, edges: Iterable[Edge] = ()):
         self.edges = tuple(sorted(edges, key=lambda edge: (edge.relation, edge.src, edge.dst)))
-        orders = {relation: _order([e for e in self.edges if e.relation == relation]) for relation in RELATIONS}
+        orders = {relation: _order([e for e in self.edges if e.relation == relation], relation) for relation in RELATIONS}
         self._parents, self._order = orders["compute"]
 
     def parents(self, name: str) -> Mapping[str, float]:
@@ -194,8 +197,8 @@ def _edge(row: Mapping[str, Any], names: Sequence[str]) -> Edge:
         raise CorruptBank(f"graph.safetensors: {error}") from None
 
 
-def _order(edges: Iterable[Edge]) -> tuple[dict[str, dict[str, float]], tuple[str, ...]]:
-    """Parents of each concept, and all concepts behind their parents."""
+def _order(edges: Iterable[Edge], relation: Relation) -> tuple[dict[str, dict[str, float]], tuple[str, ...]]:
+    """Parents of each concept, and all concepts behind their parents; total effects have no such order."""
     parents: dict[str, dict[str, float]] = {}
     for edge in edges:
         own = parents.setdefault(edge.dst, {})
@@ -203,6 +206,8 @@ def _order(edges: Iterable[Edge]) -> tuple[dict[str, dict[str, float]], tuple[st
             raise CorruptBank(f"expected one edge {edge.src!r} -> {edge.dst!r}, got two")
         own[edge.src] = edge.effect
         parents.setdefault(edge.src, {})
+    if relation == "context":
+        return parents, ()
     try:
         return parents, tuple(TopologicalSorter(parents).static_order())
     except CycleError as error:

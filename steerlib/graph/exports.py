@@ -28,7 +28,7 @@ def levels(bank: ConceptBank) -> list[str]:
     level = {end: bank[end].encoder for edge in bank.graph.edges for end in (edge.src, edge.dst)}
     before: dict[str, set[str]] = {name: set() for name in sorted(set(level.values()), key=_counted)}
     for edge in bank.graph.edges:
-        first, second = (edge.src, edge.dst) if edge.relation == "compute" else (edge.dst, edge.src)
+        first, second = (edge.src, edge.dst) if edge.relation != "selection" else (edge.dst, edge.src)
         before[level[second]] |= {level[first]} - {level[second]}
     order, sorter = [], TopologicalSorter(before)
     try:

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..encoders import Context
 from ..errors import Unanswerable
 from ..passes import StepState
 from .reading import Key, Note, Reader, laid
@@ -57,6 +58,10 @@ class Aim:
     """Whether what the concept has to read is told by `beyond`, not by `target`."""
     notes: tuple[tuple[str, Note], ...] = ()
     """What it has to know, and the sites at which that is read."""
+    module: Context | None = None
+    """The context module that switches the concept, as far as the rule's shift says."""
+    source: tuple[str, str] | None = None
+    """The note of what that module reads, and its site, where that is an earlier one."""
 
     def shift(self, x: Tensor, now: StepState) -> Float[Tensor, "B N"] | None:  # noqa: ARG002
         """What is added to the rule's shift."""
@@ -160,6 +165,19 @@ class Traded(Aim):
 
     def _received(self, x: Tensor, now: StepState) -> Tensor:
         return sum((times * read(x, now) for read, times in self.given), x.new_zeros(x.shape[:2], dtype=torch.float32))
+
+
+@dataclass(frozen=True, eq=False)
+class Switched(Aim):
+    """A concept of a context module intervened on, as far as the rule's shift says."""
+
+    rule: Rule
+    module: Context
+    source: tuple[str, str] | None = None
+
+    @property
+    def notes(self) -> tuple[tuple[str, Note], ...]:  # type: ignore[override]
+        return () if self.source is None else ((self.source[1], Note(self.source, None)),)
 
 
 @dataclass(frozen=True, eq=False)

@@ -168,8 +168,8 @@ def why_not(edit: Edit, *, blind: bool) -> str:
     if shares or not edit.aim.is_traceable or edit.aim.keeps_norm:
         return (
             f"{edit.name!r}: gates, parts of the text in tokens=, PerStep, when= at several levels, match_norm, keep_norm, "
-            "masks, branches, patches, swaps, Ablate(exact=True) of latents, do='hold' and 'graph' need Python at every pass, "
-            "which a compiled model leaves out; use them on one that is not compiled"
+            "masks, branches, patches, swaps, Do, Ablate(exact=True) of latents, do='hold' and 'graph' need Python at every "
+            "pass, which a compiled model leaves out; use them on one that is not compiled"
         )
     if edit.now is not None:
         return (

@@ -3,7 +3,7 @@
 `B` rows, `N` tokens of this pass, `D` width, `K` edits at the site, `R` rows that amounts are given for.
 
     z  = x r^T + b                                        what each concept reads
-    x1 = x + sum_k g_k ((scale_k - 1) z_k + shift_k) w_k  the additions
+    x1 = x + sum_k g_k ((scale_k - 1) z_k + shift_k) w_k  the additions, and what context modules add
     x2 = x1 + argmin |d|  with  r_k (x1 + d) + b_k = z_k(x1) + g_k (clamp(z_k(x1), low_k, high_k) - z_k(x1))
 
 for every target k that acts there (g_k > 0). The change is cast once.
@@ -75,6 +75,11 @@ class Edit:
         return self.aim.is_target
 
     @property
+    def is_sole(self) -> bool:
+        """Whether nothing else may be done to its concept in the same pass."""
+        return self.is_target or self.aim.module is not None
+
+    @property
     def gates(self) -> tuple[Gate, ...]:
         """Where it acts."""
         return tuple(share.gate for share in self.shares if share.gate is not None)
@@ -117,6 +122,8 @@ class Given(NamedTuple):
     """Added to shifts."""
     wanted: Float[Tensor, "B N K"] | None = None
     """Targets in place of the bounds; NaN: none."""
+    beside: Float[Tensor, "B N D"] | None = None
+    """What context modules add, which is never capped."""
     beyond: Float[Tensor, "B N K"] | None = None
     """Such targets less what was read before any edit; NaN: none."""
     known: Float[Tensor, "B N K"] | None = None
@@ -221,6 +228,7 @@ class EditTensors:
         if has.latents:
             moved = self._floored(moved, z)
         delta, total, share = _sum(moved, written), moved, None
+        delta = delta if given.beside is None else delta + given.beside
         if has.targets:
             wanted = _wanted(z, given)
             share = self.target if g is None else self.target * (g > 0)
@@ -236,11 +244,15 @@ class EditTensors:
                 total = total + share * others + miss
                 delta, moved = delta + self._least_change(miss, share.expand_as(z)), moved + miss
         change = Change(delta, z, moved, None)
-        return self._capped(change, total, share if has.directions else None, written) if has.cap else change
+        if not has.cap:
+            return change
+        return self._capped(change, total, share if has.directions else None, written, given.beside)
 
-    def _capped(self, change: Change, total: Float[Tensor, "B N K"], share: Tensor | None, written: Tensor) -> Change:
+    def _capped(
+        self, change: Change, total: Float[Tensor, "B N K"], share: Tensor | None, written: Tensor, beside: Tensor | None
+    ) -> Change:
         """A change whose additions are cut to the cap; `total` is how far the edits move readings, `share` 1 where a direction
-        is given a value."""
+        is given a value, `beside` what is not cut."""
         z = change.before
         taken = total.clamp(z.clamp(min=0).neg(), z.clamp(max=0).neg())  # no farther than to 0
         takes = ((total - taken).abs() <= 1e-5 * z.abs()) & (self.takes > 0)
@@ -250,6 +262,7 @@ class EditTensors:
         if share is not None:  # what takes from these directions, and from no other target
             own = share * (taken - less @ self.read.T)
             less, coded = less + self._least_change(own, share.expand_as(own)), coded + own
+        less = less if beside is None else less + beside
         more = change.delta - less
         # compiled code has caps that are infinite, through which gradients are not numbers
         length = (more.detach() if is_compiling() else more).norm(dim=-1, keepdim=True)

@@ -10,6 +10,7 @@ from math import inf, isfinite
 from typing import Any, ClassVar, Literal, NamedTuple
 
 from ..bank.concepts import Concept, Gate
+from ..encoders import Context
 from ..errors import BadEdit, Unanswerable
 from ..passes import Branch
 from ..schedules import Schedule
@@ -49,6 +50,10 @@ class Coordinate(NamedTuple):
     """Whether it is a latent of a sparse code."""
     other: "Callable[[str | Concept], Other] | None" = None
     """Who tells what other concepts read."""
+    module: Context | None = None
+    """The context module that switches it, if one does."""
+    reads: str = ""
+    """The earlier site at which it is read, if it is."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +92,8 @@ class Intervention(ABC):
     """Whether it leaves the first token of a text alone unless `tokens` says otherwise."""
     keeps_codes: ClassVar[bool] = False
     """Whether a code of a quantiser, which is there or not, is one afterwards."""
+    switches: ClassVar[bool] = False
+    """Whether it is for concepts of a context module, and for no others."""
 
     def __init_subclass__(cls) -> None:
         """What `help` shows of an intervention lists the arguments that all have, too."""
@@ -167,7 +174,7 @@ def _check_tokens(tokens: Any) -> None:
             )
 
 
-def _amount(value: Any) -> Amount:
+def amount_of(value: Any) -> Amount:
     """One finite float, or a tuple of them."""
     if getattr(value, "requires_grad", False):
         raise BadEdit(
@@ -213,7 +220,7 @@ class Add(Intervention):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "amount", _amount(self.amount))
+        object.__setattr__(self, "amount", amount_of(self.amount))
 
     def aim(self, at: Coordinate) -> Aim:
         return Numbers(Rule(shift=_times(self.amount, self.raw(at.unit))), self.keep_norm)
@@ -241,7 +248,7 @@ class Scale(Intervention):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "factor", _amount(self.factor))
+        object.__setattr__(self, "factor", amount_of(self.factor))
 
     def aim(self, at: Coordinate) -> Aim:  # noqa: ARG002 - a factor has no unit
         return Numbers(Rule(scale=self.factor))
@@ -267,7 +274,7 @@ class Set(Intervention):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "value", _amount(self.value))
+        object.__setattr__(self, "value", amount_of(self.value))
 
     def aim(self, at: Coordinate) -> Aim:
         value = _times(self.value, self.raw(at.unit))
@@ -323,8 +330,8 @@ class Clamp(Intervention):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        low = -inf if self.low is None else _amount(self.low)
-        high = inf if self.high is None else _amount(self.high)
+        low = -inf if self.low is None else amount_of(self.low)
+        high = inf if self.high is None else amount_of(self.high)
         if (self.low is None and self.high is None) or max(each(low)) > min(each(high)):
             raise BadEdit(f"expected a low, a high or both, with low <= high, got {self.low} and {self.high}")
         object.__setattr__(self, "low", low)

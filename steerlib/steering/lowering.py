@@ -10,7 +10,7 @@ import torch
 from ..bank import ConceptBank
 from ..bank.concepts import Concept, Gate, Place
 from ..bank.matching import Match
-from ..encoders import KINDS, Rows
+from ..encoders import KINDS, Context, Rows
 from ..errors import BadEdit, Unanswerable
 from ..hosts import Host
 from ..passes import Branch
@@ -57,11 +57,12 @@ class Lowering:
         """One intervention at one of a concept's places."""
         site, when = self.bank.site_of(place), self._when(concept, place, intervention)
         _check(concept, self.host, site, intervention, when)
-        _check_code(self.bank, concept, place, intervention)
+        module = _module(self.bank, concept, place, intervention)
         read, natural = self._reader(concept, place), None if self.options.allow_ood else reach(place.natural)
         is_latent, given = self.bank.rows(place).is_sparse, intervention.gate
         other = partial(_other, self, concept, place, is_open=given == "open")
-        at = Coordinate(concept.name, site, place.unit, read, natural, len(concept.places), is_latent, other)
+        reads = self.bank.read_at(place) if isinstance(read, NoteReader) else ""
+        at = Coordinate(concept.name, site, place.unit, read, natural, len(concept.places), is_latent, other, module, reads)
         aim, cut = intervention.aim(at), natural is not None and intervention.is_capped(place.unit, natural)
         if aim.is_exact and isinstance(read, NoteReader):
             raise Unanswerable(UNREAD.format(concept.name, self.bank.read_at(place), site))
@@ -136,7 +137,7 @@ class Lowering:
             if isinstance(read, NoteReader):
                 return found._replace(read=torch.zeros_like(found.write), bias=torch.zeros(1), norm="")
             # alone a row that competes tells one thing: at 0 or below a latent reads 0 whatever the others do
-            return found if read.code is None else found._replace(threshold=torch.zeros(1))
+            return found if read.code is None or read.code.switched else found._replace(threshold=torch.zeros(1))
 
         return Edit(
             key=self.key(place),
@@ -263,13 +264,24 @@ def _check(concept: Concept, host: Host, site: str, intervention: Intervention, 
         )
 
 
-def _check_code(bank: ConceptBank, concept: Concept, place: Place, intervention: Intervention) -> None:
-    """Refuse an amount of what is there or not."""
-    if KINDS[bank.encoder_facts[place.encoder].kind].discrete and not intervention.keeps_codes:
+def _module(bank: ConceptBank, concept: Concept, place: Place, intervention: Intervention) -> Context | None:
+    """The context module that switches a concept, if it is one of such; refuses an amount of what is there or not, or is
+    switched."""
+    kind = KINDS[bank.encoder_facts[place.encoder].kind]
+    if kind.discrete and not intervention.keeps_codes:
         raise Unanswerable(
             f"{concept.name!r} is a code of a quantiser, which is there or not, so there is no amount of it to change; put "
             "another in its place with sl.Swap, or those of another run with sl.Patch"
         )
+    if kind.switched != intervention.switches:
+        raise Unanswerable(
+            f"{concept.name!r} is a concept of a context module, which an intervention switches, alone or beside others; use "
+            "sl.Do()"
+            if kind.switched
+            else f"sl.Do() switches concepts of context banks, and {concept.name!r} is none; move it by an amount or sl.Set"
+        )
+    encoder = bank.encoder(place.encoder) if kind.switched else None
+    return encoder if isinstance(encoder, Context) else None
 
 
 def reach(natural: tuple[float, float] | None) -> tuple[float, float] | None:

@@ -26,13 +26,14 @@ from .interventions import Ablate, Add, Clamp, Intervention, Patch, Scale, Set
 from .lowering import Options
 from .masks import Box, Weights, Word, mask_of
 from .swapping import Swap
+from .switching import Do
 
 FORMAT = 1
 CHUNK = "steerlib"
 """What the text in a PNG is called."""
 KINDS: dict[str, Any] = {
     kind.__name__: kind
-    for kind in (Add, Scale, Set, Ablate, Clamp, Swap, Window, Steps, Ramp, PerStep, Within, Gate, Box, Word)
+    for kind in (Add, Scale, Set, Ablate, Clamp, Swap, Do, Window, Steps, Ramp, PerStep, Within, Gate, Box, Word)
 }
 """Values that are written field by field."""
 OPTIONS = {name: value for name, value in Options()._asdict().items() if name != "tokenizer"}

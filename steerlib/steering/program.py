@@ -11,7 +11,6 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ..devices import placed, unrounded
-from ..encoders.base import Encoder
 from ..errors import ConflictingEdits, RowMismatch, Unanswerable, WrongWidth
 from ..passes import StepState
 from .aims import Aim
@@ -46,16 +45,9 @@ class Program:
         self.is_exact = any(edit.aim.is_exact for edit in edits)
         self.is_relative = any(edit.aim.is_relative for edit in edits)
         self.keeps = [k for k, edit in enumerate(edits) if edit.aim.keeps_norm]
-        self.codes, self.gauge, self.cut = self._by_encoder(), gauge(edits), self._cut()
+        self.codes, self.modules = (_grouped(edits, of) for of in (lambda e: e.read.code, lambda e: e.aim.module))
+        self.gauge, self.cut = gauge(edits), self._cut()
         self._refuse_dependent()
-
-    def _by_encoder(self) -> dict[Encoder, list[int]]:
-        """The edits that are read from a whole code, so that each code is made once."""
-        found: dict[Encoder, list[int]] = {}
-        for k, edit in enumerate(self.edits):
-            if edit.read.code is not None:
-                found.setdefault(edit.read.code, []).append(k)
-        return found
 
     def _cut(self) -> list[float]:
         """The share of the amounts of each edit that the cap cuts, where all are constant."""
@@ -103,9 +95,11 @@ class Program:
         """What differs between tokens in this pass."""
         edits, shape = self.edits, x.shape[:2]
         shifts = [edit.aim.shift(x, now) for edit in edits]
+        gains, row = _gains(x, now, weights), None if self.rows == 1 else now.row(self.rows, len(x)).to(x.device)
         return Given(
-            gains=_gains(x, now, weights),
-            row=None if self.rows == 1 else now.row(self.rows, len(x)).to(x.device),
+            gains=gains,
+            row=row,
+            beside=_switched(self, x, now, gains, row) if self.modules else None,
             forecast=_stacked([0.0 if s is None else s for s in shifts], x, shape)
             if any(s is not None for s in shifts)
             else None,
@@ -273,7 +267,7 @@ class Run:
             if edit.leaves is not None:
                 before = now.notes.get(edit.leaves)
                 now.notes[edit.leaves] = change.moved[..., k] + (0 if before is None else before.to(x.device))
-        y, on, swaps = self._replaced(_kept(program, x, x + change.delta.to(x.dtype), change), now, weights, given.gains)
+        y, on, swaps = self._replaced(_kept(program, x, x + change.delta.to(x.dtype), change), now, weights, given)
         tally.count(now, on, change.cut)
         state = now.section, [isinstance(weight, Tensor) or weight > 0 for weight in weights]
         if tally.is_due(now, tally.turns) or tally.state != state:
@@ -291,11 +285,11 @@ class Run:
         return self.tensors
 
     def _replaced(
-        self, y: Tensor, now: StepState, weights: "Sequence[float | Tensor]", gains: Tensor | None
+        self, y: Tensor, now: StepState, weights: "Sequence[float | Tensor]", given: Given
     ) -> tuple[Tensor, Bool[Tensor, "B N K"] | None, dict[int, Tensor]]:
         """Whole activations of another run, as far as they are let in; where each edit acts, None: everywhere; and the length
-        of the change of those that replace."""
-        on, swaps = None if gains is None else gains > 0, {}
+        of the change of those that replace or are switched."""
+        on, swaps = None if given.gains is None else given.gains > 0, _switched_lengths(self.program, given)
         for k, (edit, weight) in enumerate(zip(self.program.edits, weights, strict=True)):
             if (other := edit.aim.whole(y, now)) is not None:
                 share = torch.zeros_like(y[..., 0], dtype=torch.float32) + weight
@@ -326,6 +320,37 @@ class Run:
                 length[..., k] = own
             code = torch.where(tensors.threshold > -inf, before + moved, after)
             self.tally.look(now.on(y.device), placed(program.gauge, y.device), (before, after, code), length, on)
+
+
+def _grouped(edits: Sequence[Edit], of: Callable[[Edit], Any]) -> dict[Any, list[int]]:
+    """The edits that share what `of` gives, so that it is run once for all of theirs."""
+    found: dict[Any, list[int]] = {}
+    for k, edit in enumerate(edits):
+        if (shared := of(edit)) is not None:
+            found.setdefault(shared, []).append(k)
+    return found
+
+
+def _switched(
+    program: Program, x: Float[Tensor, "B N D"], now: StepState, gains: Tensor | None, row: Tensor | None
+) -> Float[Tensor, "B N D"]:
+    """What context modules add where concepts of theirs are switched."""
+    assert program.tensors is not None
+    shift = placed(program.tensors.shift, x.device)
+    amounts = (shift[0] if row is None else shift[row, None]).expand(*x.shape[:2], -1)
+    amounts, total = amounts if gains is None else amounts * gains, torch.zeros_like(x, dtype=torch.float32)
+    for module, members in program.modules.items():
+        a = x.new_zeros(*x.shape[:2], module.count, dtype=torch.float32)
+        for k in members:
+            a[..., program.edits[k].place.index] = amounts[..., k]
+        source = program.edits[members[0]].aim.source
+        total = total + module.change(x if source is None else now.notes[source].to(x.device), a)
+    return total
+
+
+def _switched_lengths(program: Program, given: Given) -> dict[int, Tensor]:
+    """How far each edit that switches moves tokens, with all that are switched beside it."""
+    return {} if given.beside is None else {k: given.beside.norm(dim=-1) for own in program.modules.values() for k in own}
 
 
 def _kept(program: Program, x: Tensor, y: Tensor, change: Change) -> Tensor:

@@ -116,8 +116,8 @@ class Stay:
             is_compiled(modules_on(self.host.model, site.module)) for site in sites
         ):
             raise ModelBusy("another session steers this compiled model; take turns, or load a second copy")
-        fixed = {edit.key for one in together for edit in one.plan.edits if edit.is_target}
-        if twice := next((edit for edit in plan.edits if edit.is_target and edit.key in fixed), None):
+        fixed = {edit.key for one in together for edit in one.plan.edits if edit.is_sole}
+        if twice := next((edit for edit in plan.edits if edit.is_sole and edit.key in fixed), None):
             raise ConflictingEdits(f"{twice.name!r} is set by an outer steer() already; set it once")
         mine = self._targets(self.host, plan)
         for one in together:

@@ -47,6 +47,7 @@ def _named(recipe: Recipe) -> Iterator[str]:
         yield from (f"{folder}/{c.name}.jsonl" for folder in (recipe.pairs, recipe.scoring) for c in recipe.concepts)
     if isinstance(recipe, TextEncoderRecipe):
         yield from recipe.attributes
+    yield from recipe.listed
     if isinstance(recipe, PictureRecipe):
         yield from (recipe.prompts, *(f"{recipe.pairs}/{c.name}.jsonl" for c in recipe.concepts))
     if (
@@ -92,8 +93,8 @@ def ported(recipe: R, bank: ConceptBank, source: str, concepts: Sequence[str] = 
     """
     if not isinstance(recipe, (DirectionRecipe, PictureRecipe)):
         raise BadRecipe(
-            f"bank {bank.name!r} has latents, which are found in a model and not asked for; train those of {source!r} by a "
-            f"recipe with a corpus: steerlib train recipe.toml --model {source}"
+            f"bank {bank.name!r} has latents or a context module, which belong to their model and its sites; train those of "
+            f"{source!r} by a recipe with a corpus or with contexts: steerlib train recipe.toml --model {source}"
         )
     names = [bank[name].name for name in concepts] or [concept.name for concept in recipe.concepts]
     if strange := {*names} - {concept.name for concept in recipe.concepts}:

@@ -11,7 +11,7 @@ from ..errors import BadRecipe
 
 WORDS: dict[Any, str] = {str: "a text", int: "a whole number", float: "a number", bool: "true or false", Mapping: "a table"}
 """Types of fields, as errors call them."""
-NAMES = "expected at least one concept, or instead at least one encoder, each name once"
+NAMES = "expected at least one concept, or instead at least one encoder, or contexts, each name once"
 UNSAID = ("folder", "texts")
 """Fields that no file gives."""
 

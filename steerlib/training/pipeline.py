@@ -9,6 +9,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
+
 from ..bank import sentences
 from ..bank.concept_bank import ConceptBank
 from ..bank.search import LABELS, stored, text_of
@@ -16,7 +18,15 @@ from ..devices import best_device
 from ..errors import BadBank, BadRecipe
 from ..hosts import load
 from .carry import RECIPE, carried
-from .recipe import CorpusRecipe, DirectionRecipe, PictureRecipe, PipelineEncoderRecipe, Recipe, TextEncoderRecipe
+from .recipe import (
+    ContextRecipe,
+    CorpusRecipe,
+    DirectionRecipe,
+    PictureRecipe,
+    PipelineEncoderRecipe,
+    Recipe,
+    TextEncoderRecipe,
+)
 
 Score = Callable[[Any, str], Any]
 """Of pictures, bytes `[B, H, W, 3]`, and the name of a concept: `[B]` numbers, how much each shows it."""
@@ -35,8 +45,8 @@ def train(
     """Make a bank for a model: record, fit, label or choose by measured effect, calibrate, evaluate.
 
     Args:
-        target: A language model of transformers; a pipeline of diffusers for a `PictureRecipe` or a `PipelineEncoderRecipe`; or
-            None to load `recipe.source`.
+        target: A language model of transformers; a pipeline of diffusers for a `PictureRecipe` or a `PipelineEncoderRecipe`;
+            either for a `ContextRecipe`; or None to load `recipe.source`.
         recipe: What to make; `Recipe.from_file` reads one.
         tokenizer: Of the language model. Default: that of `recipe.source`.
         work: A folder that keeps what each stage made, apart for every recipe. With the same recipe a second run goes on from
@@ -101,7 +111,8 @@ def check(recipe: Recipe) -> None:
 def _made(target: Any, tokenizer: Any, recipe: Recipe, folder: Path, score: Any) -> ConceptBank:
     """The bank, with what it needs to be used and measured again: its recipe, whether its model is asked in a chat, and what
     its labels mean."""
-    if isinstance(recipe, (PictureRecipe, PipelineEncoderRecipe)):
+    draws = target is not None and not isinstance(target, torch.nn.Module)
+    if isinstance(recipe, (PictureRecipe, PipelineEncoderRecipe)) or (isinstance(recipe, ContextRecipe) and draws):
         target = load(recipe.weights)[0].to(best_device()) if target is None else target
     elif target is None or tokenizer is None:
         loaded, tokenizer = load(recipe.weights)
@@ -140,9 +151,16 @@ def _pictures(target: Any, tokenizer: Any, recipe: PictureRecipe, folder: Path, 
     return train_prompted(target, recipe, folder, score)
 
 
+def _contexts(target: Any, tokenizer: Any, recipe: ContextRecipe, folder: Path) -> ConceptBank:
+    from .package.contexts import train_context
+
+    return train_context(target, tokenizer, recipe, folder)
+
+
 WAYS: dict[type[Recipe], Callable[..., ConceptBank]] = {
     DirectionRecipe: _directions,
     PictureRecipe: _pictures,
     TextEncoderRecipe: _text_encoders,
     PipelineEncoderRecipe: _pipeline_encoders,
+    ContextRecipe: _contexts,
 }

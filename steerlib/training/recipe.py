@@ -1,9 +1,10 @@
-"""What determines a bank: the model, the data, the search. `Recipe.from_file` reads it from TOML, as one of four kinds.
+"""What determines a bank: the model, the data, the search. `Recipe.from_file` reads it from TOML, as one of five kinds.
 
     DirectionRecipe         concepts of a language model, each from contrast pairs or example sentences
     PictureRecipe           concepts of a diffusion model, each from pairs of prompts
     TextEncoderRecipe       sparse encoders of a language model, from a corpus of texts
     PipelineEncoderRecipe   sparse encoders of a diffusion model by noise level, from a corpus of prompts
+    ContextRecipe           concepts of either that are switched, from prompts sorted by what was intervened on
 
 `steerlib/training/pipeline.py` has the way from each of them to a bank.
 """
@@ -18,6 +19,7 @@ from typing import Any, ClassVar, TypeVar
 from ..errors import BadRecipe
 from ..evaluation.probing import LEAST
 from ..evaluation.text import Scorer, Scoring, counting
+from .context_recipe import ContextRecipe as ContextRecipe
 from .entries import ConceptRecipe, GraphRecipe, Pair, SiteEncoder
 from .fields import check_file_name, check_names, is_blank
 from .picture_recipe import PictureRecipe as PictureRecipe
@@ -290,4 +292,4 @@ class PipelineEncoderRecipe(CorpusRecipe):
         return sorted({made.level for made in self.encoders if made.level is not None}, reverse=True)
 
 
-KINDS += [DirectionRecipe, TextEncoderRecipe, PipelineEncoderRecipe, PictureRecipe]
+KINDS += [DirectionRecipe, TextEncoderRecipe, PipelineEncoderRecipe, PictureRecipe, ContextRecipe]

@@ -60,6 +60,8 @@ class Recipe(ABC):
     unrelated: str = "unrelated.jsonl"
     seed: int = 0
     is_quick: bool = False
+    listed: ClassVar[tuple[str, ...]] = ()
+    """Files that it names and the digest is of, beside those that several kinds have."""
     digested: ClassVar[tuple[str, ...]] = ()
     """Fields that the digest is of beside those of `DIGESTED`."""
 
@@ -184,12 +186,12 @@ DIGESTED = (
 
 
 def kind_of(values: Mapping[str, Any], where: str, folder: Path = Path()) -> type[Recipe]:
-    """The kind that a file in a folder describes, of concepts or of encoders."""
-    concepts, encoders = values.get("concepts"), values.get("encoders")
+    """The kind that a file in a folder describes, of concepts, of encoders or of contexts."""
+    concepts, encoders = values.get("concepts"), values.get("encoders") or values.get("contexts") or values.get("rows")
     if bool(concepts) == bool(encoders):
         near = [key for key in values if get_close_matches(key, ("concepts", "encoders"), n=1)] if not concepts else []
-        meant = f"; {near[0]!r} is none of these names" if near and near[0] not in ("concepts", "encoders") else ""
-        raise BadRecipe(f"{where}: {NAMES}, as [[concepts]] or [[encoders]]{meant}")
+        meant = f"; {near[0]!r} is none of these names" if near and near[0] not in ("concepts", "encoders", "contexts") else ""
+        raise BadRecipe(f"{where}: {NAMES}, as [[concepts]], [[encoders]] or [contexts]{meant}")
     return next(kind for kind in KINDS if kind.describes(values, folder))
 
 
@@ -201,6 +203,6 @@ def _digest(recipe: Recipe) -> str:
     sha = hashlib.sha256(repr({name: every[name] for name in (*DIGESTED, *recipe.digested)}).encode())
     names = [every["reference"], every["prompts"], every["unrelated"], *every["corpus"], *every["attributes"]]
     names += [f"{every[folder]}/{c.name}.jsonl" for folder in ("pairs", "scoring") for c in every["concepts"]]
-    for name in names:
+    for name in (*names, *recipe.listed):
         sha.update(name.encode() + (recipe.bytes_of(name) or b""))
     return sha.hexdigest() if not getattr(recipe, "is_brief", False) else hashlib.sha256(sha.digest()).hexdigest()

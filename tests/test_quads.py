@@ -1,0 +1,66 @@
+"""Quad data and the command that makes the table of context modules on it, at a size of seconds."""
+
+import json
+from itertools import combinations
+
+import pytest
+import quads
+import torch
+from quads import CONCEPTS, PAIRS, Autoencoder, Size, factors, render, with_module
+
+from steerlib.training.fit.contexts import OBSERVED, ContextFit
+
+TINY = Size(
+    side=8, pictures=64, hidden=4, latents=12, compared=64, fit=ContextFit(inner=2, outer=2, steps=4, batch=8, warmup=2)
+)
+
+
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def test_an_intervention_moves_its_concept_and_in_a_system_what_follows_and_nothing_else():
+    plain, done = (factors(4000, do, generator(), dependent=True) for do in ((), ("first",)))
+    moved = {name: float((done[name] - plain[name]).mean()) for name in plain}
+    assert moved["first"] == pytest.approx(quads.SHIFT, abs=0.05) and done["first"].std() == pytest.approx(
+        quads.SPREAD, rel=0.05
+    )
+    assert moved["third"] == pytest.approx(0.9 * quads.SHIFT / 2**0.5, abs=0.05)  # one cause
+    assert moved["colour"] == pytest.approx(0.5 * moved["third"] / 3**0.5, abs=0.05)  # by way of the third, of two causes
+    assert moved["second"] == moved["fourth"] == 0
+    free, alone = (factors(4000, do, generator(), dependent=False) for do in ((), ("first",)))
+    assert all(torch.equal(free[name], alone[name]) == (name != "first") for name in CONCEPTS)
+
+
+def test_each_quadrant_shows_its_own_hue_and_the_centre_its_size():
+    values = {name: torch.zeros(2) for name in (*CONCEPTS, "shape", "angle")}
+    for k, name in enumerate(CONCEPTS[:4]):
+        image = render({**values, name: torch.tensor([0.0, 2.0])}, 8)
+        changed = (image[0] != image[1]).any(0)
+        assert changed[0, 0].item() == (k == 0) and changed[0, 7].item() == (k == 1)
+        assert changed[7, 0].item() == (k == 2) and changed[7, 7].item() == (k == 3)
+    small, large = render({**values, "size": torch.tensor([-2.0, 2.0]), "colour": torch.full((2,), 1.0)}, 32)
+    assert ((large != small).any(0).float().mean() > 0.05) and small.min() >= 0 and large.max() <= 1
+
+
+def test_nine_pairs_are_held_out():
+    assert len({*PAIRS}) == 9 and {*PAIRS} <= {*combinations(CONCEPTS, 2)}
+    assert {name for pair in PAIRS for name in pair} == {*CONCEPTS}
+
+
+def test_in_frozen_mode_only_the_module_learns():
+    around = Autoencoder(TINY, 0, module=False)
+    data = {name: torch.rand(16, 3, 8, 8, generator=generator()) for name in (OBSERVED, *CONCEPTS)}
+    model = with_module(TINY, data, 1, around)
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in around.state_dict().items())
+
+
+def test_the_command_writes_figures_of_every_method_and_a_picture(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(quads, "Size", lambda **given: TINY._replace(**{k: v for k, v in given.items() if k == "compared"}))
+    quads.main(dependent=False, seeds=1, side=8, steps=4, count=64, out=tmp_path / "quads.json")
+    found = json.loads((tmp_path / "quads.json").read_text())
+    methods = ["base", "pooled", "end to end", "frozen", "shuffled"]
+    assert [*found["runs"][0]] == methods and (tmp_path / "quads.png").stat().st_size > 100
+    assert all(0 < value < 9 for run in found["runs"] for figures in run.values() for value in figures.values())
+    shown = capsys.readouterr().out
+    assert all(method in shown for method in methods) and "0.063 / 0.081" in shown
