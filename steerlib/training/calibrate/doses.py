@@ -167,8 +167,7 @@ class Search:
     at other strengths; then the best few once more on greedy answers; then the range of the best. For a brief recipe, sites
     and methods of one site are compared by likelihood instead. Best is the highest joint score, in proportion less where
     other concepts rise too. Strengths are shares of the strongest that leaves ordinary text nearly as it is, so sites and
-    methods are compared where they disturb it alike. Of the recipe's budget, enough is kept for the last two; `untried` says
-    what the rest does not reach.
+    methods are compared where they disturb it alike. Enough of the budget is kept for the last two; `untried`: what is not.
     """
 
     def __init__(self, studio: Studio, concept: ConceptRecipe, judge: Judge):
@@ -216,13 +215,13 @@ class Search:
         self._try([(method, at.get(method, sites[0]), share) for method in order for share in SHARES][: split.strengths])
 
     def _screened(self, methods: Sequence[str], sites: Sequence[str]) -> None:
-        """Sites by the first method that acts at one, then such methods there, by `_apart`; then the best of them, and those
-        that act everywhere, by the answers they give at a strength or two."""
-        placed = [method for method in methods if not is_everywhere(method)]
+        """Sites by the first method of one, then such methods there, by `_apart`; then strengths of the best, or that and methods
+        of all sites, by answers."""
+        placed = [name for name in methods if not is_everywhere(name)]
         site = max(sites, key=lambda site: self._apart(placed[0], site))
         method = max(placed, key=lambda method: self._apart(method, site))
-        spread = [(method, sites[0], share) for method in methods if is_everywhere(method) for share in (1.0, QUICK)]
-        self._try([*spread, (method, site, 1.0), *([] if spread else [(method, site, share) for share in (QUICK, SHARES[0])])])
+        spread = [(name, sites[0], share) for name in methods if is_everywhere(name) for share in (1.0, QUICK)]
+        self._try([(method, site, 1.0), *(spread or [(method, site, share) for share in (QUICK, SHARES[0])])])
 
     @torch.no_grad()
     def _apart(self, method: str, site: str) -> float:
