@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # what HOMES says, for type checkers and editors
     from .bank.hub import list_banks
     from .bank.manifest import BaseModel
     from .encoders import Directions, Encoder
+    from .evaluation.judges import Endpoint
     from .graph.causal_graph import CausalGraph, Edge
     from .hosts import Host, load
     from .passes import StepState
@@ -33,6 +34,7 @@ if TYPE_CHECKING:  # what HOMES says, for type checkers and editors
     from .steering.recording import record
     from .steering.session import Steering, attach, detach, share, steer
     from .steering.swapping import Swap
+    from .training.calibrate.sweeping import sweep
     from .training.contrast import Contrast, directions
     from .training.linting import lint
     from .training.named import make
@@ -43,10 +45,10 @@ if TYPE_CHECKING:  # what HOMES says, for type checkers and editors
     __version__: str
 
 __all__ = [
-    "Ablate", "Add", "BaseModel", "CausalGraph", "Clamp", "Concept", "ConceptBank", "Contrast", "Directions", "Edge", "Encoder",
-    "Gate", "Host", "Intervention", "Part", "Patch", "PerStep", "Preset", "Ramp", "Recipe", "Scale", "Schedule", "Set", "Site",
-    "Steering", "StepState", "Steps", "Swap", "Window", "Word", "attach", "detach", "directions", "lint", "list_banks", "load",
-    "make", "read_bank", "record", "share", "steer", "train", "words",
+    "Ablate", "Add", "BaseModel", "CausalGraph", "Clamp", "Concept", "ConceptBank", "Contrast", "Directions", "Edge",
+    "Encoder", "Endpoint", "Gate", "Host", "Intervention", "Part", "Patch", "PerStep", "Preset", "Ramp", "Recipe", "Scale",
+    "Schedule", "Set", "Site", "Steering", "StepState", "Steps", "Swap", "Window", "Word", "attach", "detach", "directions",
+    "lint", "list_banks", "load", "make", "read_bank", "record", "share", "steer", "sweep", "train", "words",
 ]  # fmt: skip
 
 HOMES = {
@@ -55,6 +57,7 @@ HOMES = {
     "bank.hub": ("list_banks",),
     "bank.manifest": ("BaseModel",),
     "encoders": ("Directions", "Encoder"),
+    "evaluation.judges": ("Endpoint",),
     "graph.causal_graph": ("CausalGraph", "Edge"),
     "hosts": ("Host", "load"),
     "passes": ("StepState",),
@@ -67,6 +70,7 @@ HOMES = {
     "steering.recording": ("record",),
     "steering.session": ("Steering", "attach", "detach", "share", "steer"),
     "steering.swapping": ("Swap",),
+    "training.calibrate.sweeping": ("sweep",),
     "training.contrast": ("Contrast", "directions"),
     "training.linting": ("lint",),
     "training.named": ("make",),
