@@ -34,6 +34,7 @@ if TYPE_CHECKING:  # what HOMES says, for type checkers and editors
     from .steering.recording import record
     from .steering.session import Steering, attach, detach, share, steer
     from .steering.swapping import Swap
+    from .training.calibrate.calibration import calibrate
     from .training.calibrate.sweeping import sweep
     from .training.contrast import Contrast, directions
     from .training.linting import lint
@@ -47,8 +48,8 @@ if TYPE_CHECKING:  # what HOMES says, for type checkers and editors
 __all__ = [
     "Ablate", "Add", "BaseModel", "CausalGraph", "Clamp", "Concept", "ConceptBank", "Contrast", "Directions", "Edge",
     "Encoder", "Endpoint", "Gate", "Host", "Intervention", "Part", "Patch", "PerStep", "Preset", "Ramp", "Recipe", "Scale",
-    "Schedule", "Set", "Site", "Steering", "StepState", "Steps", "Swap", "Window", "Word", "attach", "detach", "directions",
-    "lint", "list_banks", "load", "make", "read_bank", "record", "share", "steer", "sweep", "train", "words",
+    "Schedule", "Set", "Site", "Steering", "StepState", "Steps", "Swap", "Window", "Word", "attach", "calibrate", "detach",
+    "directions", "lint", "list_banks", "load", "make", "read_bank", "record", "share", "steer", "sweep", "train", "words",
 ]  # fmt: skip
 
 HOMES = {
@@ -70,6 +71,7 @@ HOMES = {
     "steering.recording": ("record",),
     "steering.session": ("Steering", "attach", "detach", "share", "steer"),
     "steering.swapping": ("Swap",),
+    "training.calibrate.calibration": ("calibrate",),
     "training.calibrate.sweeping": ("sweep",),
     "training.contrast": ("Contrast", "directions"),
     "training.linting": ("lint",),

@@ -139,7 +139,7 @@ def test_what_the_cap_on_lengths_cut_is_said(model, tokenizer, bank):
 def test_the_table_says_what_was_not_measured_is_written_and_drawn(model, tokenizer, bank, tmp_path):
     table = swept(model, tokenizer, bank, {"a": [0, 1, 2]}, judge=count, sites=["layers.1"])
     shown = repr(table)
-    assert "unit and range not measured: sl.calibrate(model, bank, ['a'], …)" in shown and "nats per token" in shown
+    assert "unit and range not measured: sl.calibrate(model, bank, ['a'], judge=…)" in shown and "nats per token" in shown
     values = json.loads(table.to_json(tmp_path / "table.json"))
     assert json.loads((tmp_path / "table.json").read_text()) == values and values["rows"] == table.rows
     assert values["settings"][2] == {"a": 2, "site": "layers.1"} and "<td>layers.1</td>" in table._repr_html_()

@@ -246,7 +246,7 @@ class Concept:
         if self.range is not None or self.present is not None:
             return ""
         what = "range" if self.natural is not None else "unit and range"
-        return f"{what} not measured: sl.calibrate(model, bank, [{self.name!r}], …)"
+        return f"{what} not measured: sl.calibrate(model, bank, [{self.name!r}], judge=…)"
 
     def __repr__(self) -> str:
         parts = f"{len(self.parts)} more places" if self.parts else ""
