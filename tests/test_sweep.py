@@ -143,6 +143,7 @@ def test_the_table_says_what_was_not_measured_is_written_and_drawn(model, tokeni
     values = json.loads(table.to_json(tmp_path / "table.json"))
     assert json.loads((tmp_path / "table.json").read_text()) == values and values["rows"] == table.rows
     assert values["settings"][2] == {"a": 2, "site": "layers.1"} and "<td>layers.1</td>" in table._repr_html_()
+    assert len(swept(model, tokenizer, bank, {"a": [0]}, judge=count).rows) == 1
     assert table.plot(tmp_path / "table.png").size[0] > 300 and (tmp_path / "table.png").stat().st_size > 1000
     swept(model, tokenizer, bank, {"a": [sl.Ablate(), sl.Set(1.0)]}).plot()
 
@@ -151,12 +152,15 @@ def test_the_table_says_what_was_not_measured_is_written_and_drawn(model, tokeni
     ({"edits": {"a": 1}}, "amounts by name of concept"), ({"edits": {}}, "amounts by"), ({"edits": {"a": "1"}}, "amounts by"),
     ({"edits": {"a": [None]}}, "numbers or edits"), ({"prompts": "why"}, "prompts as a list"), ({"prompts": []}, "as a list"),
     ({"seeds": []}, "seeds as a list"), ({"sites": [7]}, "moves at layers.0, layers.1, not at"),
-    ({"guidance_scale": 2.0}, "arguments of a pipeline"),
+    ({"guidance_scale": 2.0}, "arguments of a pipeline"), ({"also": [len, len]}, "functions of different names"),
 ])  # fmt: skip
 def test_what_cannot_be_swept_is_refused(model, tokenizer, bank, change, said):
     given: Any = {"edits": {"a": [0, 1]}, "prompts": PROMPTS, "tokenizer": tokenizer, "new_tokens": 2} | change
     with pytest.raises(BadEdit, match=said):
         sl.sweep(model, bank, **given)
+    for name in ("site", "nll"):
+        with pytest.raises(BadEdit, match=f"a concept called '{name}' cannot be told"):
+            swept(model, tokenizer, bank.rename({"a": name}), {name: [1]})
     with pytest.raises(sl.errors.UnknownConcept):
         sl.sweep(model, bank, {"c": [1]}, prompts=PROMPTS, tokenizer=tokenizer)
 

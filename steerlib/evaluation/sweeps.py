@@ -30,7 +30,10 @@ GIVEN = ("setting", "prompt", "seed", "answer", "picture")
 
 
 def settings_of(edits: Mapping[str, Sequence[Any]], sites: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """Every combination of amounts and sites that edits anything, behind the one that edits nothing."""
+    """Every combination of amounts and sites that edits anything, behind the one that edits nothing. Raises `BadEdit` for a
+    concept that is called as a column of the table is."""
+    if taken := sorted({"site", *MEANING, *GIVEN} & edits.keys()):
+        raise BadEdit(f"a concept called {taken[0]!r} cannot be told from that column; bank.rename gives it another name")
     given = [dict(zip(edits, amounts, strict=True)) for amounts in product(*edits.values())]
     edited = [setting for setting in given if any(not isinstance(x, int | float) or x for x in setting.values())]
     return [{}, *(setting | ({"site": site} if site else {}) for site in sites or [""] for setting in edited)]

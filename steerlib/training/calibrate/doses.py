@@ -298,7 +298,8 @@ class Search:
 
 def longest(bank: ConceptBank, concept: Concept) -> float:
     """The amount at which the first of a concept's moves reaches the cap on lengths, in units."""
-    moves = ((bank.norm_of(place), place.unit * float(bank.rows(place).write.norm())) for place in concept.places)
+    lengths = ((place, place.unit * float(bank.rows(place).write.norm())) for place in concept.places)
+    moves = ((bank.norm_of(place) or bank.sites[bank.site_of(place)].norm, length) for place, length in lengths)
     return min((SHARE * norm / length for norm, length in moves if norm is not None), default=inf)
 
 

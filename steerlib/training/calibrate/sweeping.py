@@ -17,7 +17,7 @@ from ...errors import BadEdit, OutOfRange, UnsupportedTarget
 from ...evaluation.comparison import TEMPERATURE, nll_behind
 from ...evaluation.judges import Endpoint, Judge, is_told, judged
 from ...evaluation.pictures import Pictures
-from ...evaluation.sweeps import Sweep, settings_of
+from ...evaluation.sweeps import MEANING, Sweep, settings_of
 from ...evaluation.text import repeated
 from ...hosts import host_for
 from ...steering.interventions import Intervention
@@ -41,8 +41,7 @@ def sweep(
             nothing is always tried, and first.
         prompts: requests, or what pictures are drawn of.
         judge: a function of requests and answers, or of prompts and pictures `[B, H, W, 3]` of bytes, that gives a number for
-            each, the more the better; if it has a parameter `concept`, it is given the name. `sl.Endpoint` is one. Default: no
-            score.
+            each, the more the better; with a parameter `concept` it is given the name. `sl.Endpoint` is one. Default: none.
         also: functions of the steered target, or one, that give a number, or numbers by name: benchmarks of one's own.
         sites: places at which concepts that have several are moved one after the other, instead of at all of them at once.
         seeds: of answers, which are drawn at a temperature of 0.7, and of noise. None: greedy answers.
@@ -60,22 +59,22 @@ def sweep(
     draws = host_for(target).has_progress
     if drawing and not draws:
         raise BadEdit(f"{', '.join(drawing)}: arguments of a pipeline, and {type(target).__name__} is none")
-    _check(edits, prompts, seeds, draws)
+    functions: Any = [also] if callable(also) else also
+    _check(edits, prompts, seeds, draws, functions)
     chosen: Any = together([*bank]) if isinstance(bank, list | tuple) else bank
     make = _Drawing(target, prompts, drawing) if draws else _Writing(target, tokenizer, prompts, new_tokens)
     amounts = {chosen[name].name: [_plain(amount) for amount in given] for name, given in edits.items()}
     settings = settings_of(amounts, [site_name(site) for site in sites])
-    functions: Any = [also] if callable(also) else also
-    return _swept(target, chosen, settings, make, judge, functions, seeds, "cond" if draws else "both", allow_ood)
+    branch: Any = "cond" if draws else "both"
+    return _swept(target, chosen, [*amounts], settings, make, judge, functions, seeds, branch, allow_ood)
 
 
 def _swept(
-    target: Any, bank: ConceptBank, settings: list[dict[str, Any]], make: Any, judge: Judge | None, also: Sequence[Benchmark],
-    seeds: Sequence[int | None], branch: Any, allow_ood: bool,
+    target: Any, bank: ConceptBank, names: Sequence[str], settings: list[dict[str, Any]], make: Any, judge: Judge | None,
+    also: Sequence[Benchmark], seeds: Sequence[int | None], branch: Any, allow_ood: bool,
 ) -> Sweep:  # fmt: skip
     records: list[dict[str, Any]] = []
     more: list[dict[str, Any]] = []
-    names = [*dict.fromkeys(name for setting in settings for name in setting if name != "site")]
     with stage(1, 1 + (judge is not None), f"{len(settings)} settings, {len(make.prompts) * len(seeds)} {make.what} each"):
         for k, setting in enumerate(progress(settings, "settings")):
             with _steered(target, bank, setting, branch, allow_ood) as session:
@@ -94,7 +93,7 @@ def _swept(
     return Sweep(settings=shown, records=records, more=more, pictures=make.pictures, notes=notes)
 
 
-def _check(edits: Any, prompts: Any, seeds: Sequence[Any], draws: bool) -> None:
+def _check(edits: Any, prompts: Any, seeds: Sequence[Any], draws: bool, also: Sequence[Benchmark]) -> None:
     """Raise `BadEdit` for what cannot be swept, before anything is run."""
     lists = edits.values() if isinstance(edits, Mapping) else [""]
     if not edits or any(isinstance(amounts, str) or not hasattr(amounts, "__len__") for amounts in lists):
@@ -103,6 +102,11 @@ def _check(edits: Any, prompts: Any, seeds: Sequence[Any], draws: bool) -> None:
         raise BadEdit(f"expected prompts as a list of texts, got {prompts!r:.80}")
     if not len(seeds) or None in seeds and draws:
         raise BadEdit(f"expected seeds as a list of numbers, of answers also None, got {seeds!r:.80}")
+    names = [_called(function) for function in also]
+    if len({*names, *MEANING}) < len(names) + len(MEANING):
+        raise BadEdit(
+            f"expected functions of different names in also=, other than {', '.join(MEANING)}; got {', '.join(names)}"
+        )
 
 
 def _plain(amount: Any) -> Any:
@@ -157,10 +161,15 @@ def placed(bank: ConceptBank, names: Sequence[str], site: str) -> ConceptBank:
     return ConceptBank(**{**own, "concepts": [*others, *moved]})
 
 
-def _figures(function: Benchmark, target: Any) -> Iterator[tuple[str, Any]]:
+def _called(function: Benchmark) -> str:
+    return getattr(function, "__name__", type(function).__name__)
+
+
+def _figures(function: Benchmark, target: Any) -> Iterator[tuple[str, float]]:
     """What a function of the steered model gives, by name."""
-    found, name = function(target), getattr(function, "__name__", type(function).__name__)
-    yield from found.items() if isinstance(found, Mapping) else [(name, float(found))]
+    found = function(target)
+    named = found if isinstance(found, Mapping) else {_called(function): found}
+    yield from ((name, float(value)) for name, value in named.items())
 
 
 def _score(judge: Judge, names: Sequence[str], records: Sequence[dict[str, Any]], pictures: Pictures | None) -> None:
