@@ -216,8 +216,8 @@ class Search:
         self._try([(method, at.get(method, sites[0]), share) for method in order for share in SHARES][: split.strengths])
 
     def _screened(self, methods: Sequence[str], sites: Sequence[str]) -> None:
-        """Sites by the first method of one, then such methods there, by `_apart`; then strengths of the best, or that and methods
-        of all sites, by answers."""
+        """Sites by the first method of one, then such methods there, by `_apart`; then strengths of the best, or that and
+        methods of all sites, by answers."""
         placed = [name for name in methods if not is_everywhere(name)]
         site = max(sites, key=lambda site: self._apart(placed[0], site))
         method = max(placed, key=lambda method: self._apart(method, site))
