@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # what HOMES says, for type checkers and editors
     from .bank.hub import list_banks
     from .bank.manifest import BaseModel
     from .encoders import Directions, Encoder
+    from .evaluation.judges import Endpoint
     from .graph.causal_graph import CausalGraph, Edge
     from .hosts import Host, load
     from .passes import StepState
@@ -34,6 +35,8 @@ if TYPE_CHECKING:  # what HOMES says, for type checkers and editors
     from .steering.session import Steering, attach, detach, share, steer
     from .steering.swapping import Swap
     from .steering.switching import Do
+    from .training.calibrate.calibration import calibrate
+    from .training.calibrate.sweeping import sweep
     from .training.contrast import Contrast, directions
     from .training.linting import lint
     from .training.named import make
@@ -45,9 +48,9 @@ if TYPE_CHECKING:  # what HOMES says, for type checkers and editors
 
 __all__ = [
     "Ablate", "Add", "BaseModel", "CausalGraph", "Clamp", "Concept", "ConceptBank", "Contrast", "Directions", "Do", "Edge",
-    "Encoder", "Gate", "Host", "Intervention", "Part", "Patch", "PerStep", "Preset", "Ramp", "Recipe", "Scale", "Schedule",
-    "Set", "Site", "Steering", "StepState", "Steps", "Swap", "Window", "Word", "attach", "detach", "directions", "lint",
-    "list_banks", "load", "make", "read_bank", "record", "share", "steer", "train", "words",
+    "Encoder", "Endpoint", "Gate", "Host", "Intervention", "Part", "Patch", "PerStep", "Preset", "Ramp", "Recipe", "Scale",
+    "Schedule", "Set", "Site", "Steering", "StepState", "Steps", "Swap", "Window", "Word", "attach", "calibrate", "detach",
+    "directions", "lint", "list_banks", "load", "make", "read_bank", "record", "share", "steer", "sweep", "train", "words",
 ]  # fmt: skip
 
 HOMES = {
@@ -56,6 +59,7 @@ HOMES = {
     "bank.hub": ("list_banks",),
     "bank.manifest": ("BaseModel",),
     "encoders": ("Directions", "Encoder"),
+    "evaluation.judges": ("Endpoint",),
     "graph.causal_graph": ("CausalGraph", "Edge"),
     "hosts": ("Host", "load"),
     "passes": ("StepState",),
@@ -69,6 +73,8 @@ HOMES = {
     "steering.session": ("Steering", "attach", "detach", "share", "steer"),
     "steering.swapping": ("Swap",),
     "steering.switching": ("Do",),
+    "training.calibrate.calibration": ("calibrate",),
+    "training.calibrate.sweeping": ("sweep",),
     "training.contrast": ("Contrast", "directions"),
     "training.linting": ("lint",),
     "training.named": ("make",),

@@ -120,9 +120,10 @@ def concepts(
     if as_json:
         said([{**concept.to_dict(), "site": opened.site_of(concept)} for concept in found], "", True)
         return
-    table = Table(Column("concept", overflow="fold"), "meaning", "site", "useful", "safe range")
+    how = "not measured: sl.calibrate(model, bank, [name], judge=…)" if any(c.unmeasured for c in found) else None
+    table = Table(Column("concept", overflow="fold"), "meaning", "site", "useful", "safe range", caption=how)
     for concept in found:
-        safe = signed(*concept.range or ())
+        safe = "not measured" if concept.unmeasured else signed(*concept.range or ())
         useful = f"{concept.useful_as} {signed(concept.useful)}" if concept.useful is not None else ""
         useful = useful if concept.present is None else "a gate"
         cells = (concept.name, concept.label, opened.site_of(concept), useful, safe)

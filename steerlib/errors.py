@@ -7,7 +7,7 @@ SteerlibError
 ├── BadBank (ValueError)             WrongModel, WrongWidth, UnknownFormat, UnknownBank, NoAccess, NotReached
 │   └── CorruptBank                  WrongSignature
 ├── BadRecipe (ValueError)
-├── SiteNotReached, CompiledModel, ModelBusy, NoSession (RuntimeError)
+├── SiteNotReached, CompiledModel, ModelBusy, NoSession, NoScore (RuntimeError)
 └── MissingExtra (ImportError)
 SteeringWarning (UserWarning)        OutOfRange, OtherWeights, Outlived, Unmeasured
 """
@@ -88,6 +88,9 @@ class ModelBusy(SteerlibError, RuntimeError):
 
 class NoSession(SteerlibError, RuntimeError):
     """Several sessions steer this model, and this thread or task has none."""
+
+class NoScore(SteerlibError, RuntimeError):
+    """A judge gave no score."""
 
 class MissingExtra(SteerlibError, ImportError):
     """An optional dependency is not installed."""

@@ -112,7 +112,7 @@ def _intervention(text: str, amount: str) -> Intervention:
 def useful_edit(concept: Concept) -> Intervention:
     """The edit that the bank's maker found useful; raises `BadEdit` where there is none."""
     if concept.useful is None:
-        why = f": {concept.beyond}" if concept.beyond else ""
+        why = f": {said}" if (said := concept.beyond or concept.unmeasured) else ""
         raise BadEdit(f"of {concept.name!r} no useful amount is known{why}; give a number, such as --edit {concept.name}=1")
     return edit_of(concept.useful_as, concept.useful)
 

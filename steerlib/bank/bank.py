@@ -308,6 +308,9 @@ def shown(bank: Bank) -> tuple[str, list[tuple[str, str, str, str]], list[str]]:
         lines.append(f"{len(others) - len(named):,} latents {where}")
     lines += [f"latents {text}, without labels" for text in bank.unnamed()]
     lines += [bank._shelf.maker.what] if bank._shelf.maker is not None else []
+    if unmeasured := [concept for concept in others if concept.unmeasured]:
+        names = f"[{unmeasured[0].name!r}, …]" if len(unmeasured) > 1 else f"[{unmeasured[0].name!r}]"
+        lines.append(f"ranges of {len(unmeasured):,} not measured: sl.calibrate(model, bank, {printable(names, 60)}, judge=…)")
     if gates:
         lines.append(f"gates: {printable(', '.join(gates), 400)}")
     listed = f"{len(others)} {'named ' if bank.unnamed() else ''}concepts"

@@ -80,6 +80,10 @@ def for_hub(card: str, name: str, repo: str, base: str, license: str, concepts: 
     levers = [concept for concept in concepts if concept.present is None]
     lines = [f"| {cell(c.name)} | {cell(c.label)} | {signed(c.useful)} | {signed(*c.range or ())} |" for c in levers[:100]]
     table = ["| concept | meaning | useful amount | safe range |\n|---|---|---|---|", *lines] if lines else []
+    if unmeasured := [concept for concept in levers[:100] if concept.unmeasured]:
+        table.append(
+            f"\nWithout a range: not measured. `sl.calibrate(model, bank, [{unmeasured[0].name!r}], judge=…)` measures it."
+        )
     edit = f"{{{first.name!r}: {first.useful or 1.0:+.2f}}}" if (first := shown(levers)) else '{"<encoder>/17": sl.Set(1.0)}'
     parts = [head, f"# {name}", example(repo, base or "<the model>", edit), "\n".join(table)]
     return "\n".join(f"{part}\n" for part in parts if part)

@@ -48,6 +48,7 @@ class ConceptBank(Derived):
     ConceptBank 'directions': 2 concepts for a model, 0 edges
       a                layers.0
       b                layers.0
+      ranges of 2 not measured: sl.calibrate(model, bank, ['a', …], judge=…)
     >>> list(bank), bank.site_of(bank["a"])
     (['a', 'b'], 'layers.0')
     """

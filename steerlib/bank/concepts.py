@@ -240,6 +240,14 @@ class Concept:
         known = {edit: signed(self.useful), "safe": signed(*self.range or ()), "present above": signed(self.present)}
         return "  ".join(f"{what} {amount}" for what, amount in known.items() if amount)
 
+    @property
+    def unmeasured(self) -> str:
+        """What is not known of its amounts, in words, with the command that measures it; nothing of gates."""
+        if self.range is not None or self.present is not None:
+            return ""
+        what = "range" if self.natural is not None else "unit and range"
+        return f"{what} not measured: sl.calibrate(model, bank, [{self.name!r}], judge=…)"
+
     def __repr__(self) -> str:
         parts = f"{len(self.parts)} more places" if self.parts else ""
         gate = f"gated by {self.gate.concept!r}" if self.gate else ""
@@ -247,6 +255,7 @@ class Concept:
             f"Concept {self.name!r}: {self.id}, unit {self.unit:.4g}",
             printable(self.label, 120),
             ", ".join(filter(None, (self.amounts, parts, gate))),
+            self.unmeasured if self.blend is None else "",
             f"beyond: {printable(self.beyond, 100)}" if self.beyond else "",
             f"examples: {printable(' | '.join(self.examples), 100)}" if self.examples else "",
         ]

@@ -48,6 +48,43 @@ def grid(cells: Mapping[str, Mapping[str, Pictures]], *, title: str = "") -> byt
         return file.getvalue()
 
 
+SMALL, LARGE = 96, 256
+"""Pixels that a picture is high at least and at most on a sheet; smaller ones are enlarged by whole numbers."""
+GAP, LINE = 4, 14
+"""Pixels between pictures, and of a line of letters."""
+
+
+def sheet(cells: Mapping[str, Mapping[str, NDArray[np.uint8]]]) -> Any:
+    """A contact sheet as PIL has pictures: a picture `[H, W, 3]` in every cell, names of rows on the left, of columns above."""
+    from PIL import Image, ImageDraw
+
+    columns = [*dict.fromkeys(name for row in cells.values() for name in row)]
+    shown = {(row, name): Image.fromarray(picture) for row, own in cells.items() for name, picture in own.items()}
+    width, height = next(iter(shown.values())).size
+    times = max(1, SMALL // height) if height <= LARGE else LARGE / height
+    size = round(width * times), round(height * times)
+    letters = max(8, size[0] // 7)
+    left, above = [fill_lines(row, 18) for row in cells], [fill_lines(name, letters) for name in columns]
+    margin, top = 18 * 7, GAP + LINE * max(name.count("\n") + 1 for name in above)
+    whole = Image.new("RGB", (margin + len(columns) * (size[0] + GAP), top + len(cells) * (size[1] + GAP)), "white")
+    draw = ImageDraw.Draw(whole)
+    for j, name in enumerate(columns):
+        draw.multiline_text((margin + j * (size[0] + GAP), 0), above[j], "black")
+        for i, row in enumerate(cells):
+            if (row, name) in shown:
+                place = margin + j * (size[0] + GAP), top + i * (size[1] + GAP)
+                way = Image.Resampling.NEAREST if times >= 1 else Image.Resampling.LANCZOS
+                whole.paste(shown[row, name].resize(size, way), place)
+    for i in range(len(cells)):
+        draw.multiline_text((GAP, top + i * (size[1] + GAP)), left[i], "black")
+    return whole
+
+
+def fill_lines(text: str, width: int) -> str:
+    """A text whose lines are at most so many letters long."""
+    return "\n".join(fill(line, width) for line in text.splitlines())
+
+
 def strip_of(pictures: Sequence[NDArray[np.uint8]] | Pictures) -> NDArray[np.uint8]:
     """Pictures side by side, a light line between them."""
     line = np.full((len(pictures[0]), 1, 3), 255, np.uint8)

@@ -1,9 +1,9 @@
 """Site, method and strength from measured effect; units from reference text; the range within which text stays sound."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
-from math import isclose, sqrt
+from math import inf, isclose, sqrt
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ...bank.concept_bank import ConceptBank
+from ...bank.concepts import Concept
 from ...errors import BadRecipe
 from ...evaluation.comparison import Condition, Unrelated, together
 from ...evaluation.score import Scores, best_prompt, joint, specificity, stacked
@@ -259,22 +260,15 @@ class Search:
         return found
 
     def _strongest(self, method: str, site: str) -> float:
-        """The strength at which ordinary text changes by as much as it may, or at which the cap on lengths begins.
-
-        The change grows about with the square of the strength, so a few looks find it.
-        """
+        """The strength at which ordinary text changes by as much as it may, or at which the cap on lengths begins."""
         key = method, site
         if key not in self.strongest:
-            longest = _longest(self.bank(method, site))
-            strength, best = longest / 2, 0.0
-            for _ in range(LOOKS):
-                kl = self.ordinary.side_effects(self._condition(method, site, strength)).kl
-                best = max(best, strength) if kl <= DISTURBANCE else best
-                closer = min(longest, strength * sqrt(0.95 * DISTURBANCE / max(kl, 1e-6)))  # a little less, to be within it
-                if best and closer < 1.05 * best:
-                    break
-                strength = closer
-            self.strongest[key] = best or strength
+            made = self.bank(method, site)
+
+            def change(strength: float) -> float:
+                return self.ordinary.side_effects(self._condition(method, site, strength)).kl
+
+            self.strongest[key] = strongest(longest(made, made["lever"]), change)
         return self.strongest[key]
 
     def _scored(self, settings: Sequence[tuple[str, str, float]], seed: int) -> list[Trial]:
@@ -296,22 +290,44 @@ class Search:
         doses = [round(dose * chosen.strength, 4) for dose in (DOSES[::2] if self.studio.recipe.is_brief else DOSES)]
         scores = self._answers([self._condition(chosen.method, chosen.site, dose) for dose in doses], DEV_SEEDS[:1])
         limit = float(self.anchors[0].nll.mean((1, 2)).max()) + WORN
-        worn = dict(zip(doses, scores.nll.mean((1, 2)), strict=True))
-        ends, seen = [0.0, 0.0], []
-        for end, sign in ((0, -1), (1, 1)):
-            for dose in sorted((dose for dose in doses if dose * sign > 0), key=abs):
-                if worn[dose] > limit:
-                    times = dose / chosen.strength
-                    seen.append(f"text was {worn[dose] - limit + WORN:.1f} nats per token less likely at {times:+.1f} × useful")
-                    break
-                ends[end] = dose
-        ends[1] = max(ends[1], chosen.strength)
-        if isclose(ends[0], ends[1]):
+        low, high, beyond = sound(dict(zip(doses, scores.nll.mean((1, 2)), strict=True)), limit, chosen.strength)
+        if isclose(low, high):
             raise BadRecipe(f"no strength of {chosen.method} at {chosen.site} leaves the text sound; try other layers or pairs")
-        return ends[0], ends[1], "; ".join(seen)
+        return low, high, beyond
 
 
-def _longest(bank: ConceptBank) -> float:
-    """The strength at which the first of a lever's moves reaches the cap on lengths."""
-    moves = ((bank.sites[bank.site_of(place)].norm, bank.rows(place).write.norm()) for place in bank["lever"].places)
-    return min(SHARE * norm / float(length) for norm, length in moves if norm is not None)
+def longest(bank: ConceptBank, concept: Concept) -> float:
+    """The amount at which the first of a concept's moves reaches the cap on lengths, in units."""
+    lengths = ((place, place.unit * float(bank.rows(place).write.norm())) for place in concept.places)
+    moves = ((bank.norm_of(place) or bank.sites[bank.site_of(place)].norm, length) for place, length in lengths)
+    return min((SHARE * norm / length for norm, length in moves if norm is not None), default=inf)
+
+
+def strongest(longest: float, change: Callable[[float], float]) -> float:
+    """The largest amount up to `longest` at which the change of ordinary text, in nats per token, is what it may be.
+
+    The change grows about with the square of the amount, so a few looks find it.
+    """
+    amount, best = longest / 2, 0.0
+    for _ in range(LOOKS):
+        kl = change(amount)
+        best = max(best, amount) if kl <= DISTURBANCE else best
+        closer = min(longest, amount * sqrt(0.95 * DISTURBANCE / max(kl, 1e-6)))  # a little less, to be within it
+        if best and closer < 1.05 * best:
+            break
+        amount = closer
+    return best or amount
+
+
+def sound(worn: Mapping[float, float], limit: float, useful: float) -> tuple[float, float, str]:
+    """Of amounts with the likelihood of their texts, in nats per token: the ends up to which texts stay within a limit, the
+    useful amount at least, and what was seen just beyond."""
+    ends, seen = [0.0, 0.0], []
+    for end, sign in ((0, -1), (1, 1)):
+        for dose in sorted((dose for dose in worn if dose * sign > 0), key=abs):
+            if worn[dose] > limit:
+                lost = worn[dose] - limit + WORN
+                seen.append(f"text was {lost:.1f} nats per token less likely at {dose / useful:+.1f} × useful")
+                break
+            ends[end] = dose
+    return ends[0], max(ends[1], useful), "; ".join(seen)
