@@ -505,13 +505,15 @@ def test_no_text_that_levers_are_made_from_is_one_that_scorers_learn_from_or_are
     groups = [pairs, scoring, held_out, ordinary, unrelated]
     assert (len(pairs) > 1000) is has_pairs and min(len(scoring) + len(pairs), len(ordinary)) > 1000 and len(unrelated) > 100
     assert all(a.isdisjoint(b) for i, a in enumerate(groups) for b in groups[:i])
+    assert learnt and learnt <= splits[0]  # sentences answer prompts to learn from
 
 
 def test_requests_serve_one_purpose_each(recipe):
     """To learn from, to choose with, to report on, or as the prompt of a contrast pair."""
     lines = [json.loads(line) for line in recipe.path(recipe.prompts).read_text(encoding="utf-8").splitlines()]
     splits = [{plain(line["prompt"]) for line in lines if line["split"] == name} for name in ("train", "dev", "evaluation")]
-    told = {plain(pair.prompt) for concept in recipe.concepts for pair in recipe.read_pairs(concept)}
+    paired, sentences = ([c for c in recipe.concepts if bool(c.positive) is given] for given in (False, True))
+    told, learnt = ({plain(pair.prompt) for c in some for pair in recipe.read_pairs(c)} for some in (paired, sentences))
     assert sum(map(len, splits)) == len(lines) and all(len(split) >= 10 for split in splits) and len(told) >= 24
     groups = [*splits, told]
     assert all(a.isdisjoint(b) for i, a in enumerate(groups) for b in groups[:i])

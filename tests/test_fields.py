@@ -9,6 +9,7 @@ import pytest
 import steerlib as sl
 from steerlib import errors
 from steerlib.training.carry import RECIPE, carried, recipe_in
+from steerlib.training.context_recipe import ContextRecipe
 from steerlib.training.entries import ConceptRecipe, GraphRecipe, PictureConcept, SiteEncoder
 from steerlib.training.fields import UNSAID
 from steerlib.training.fit.encoder_recipe import EncoderRecipe
@@ -22,6 +23,11 @@ SOUND: dict[Any, dict[str, Any]] = {
     DirectionRecipe: {**BASE, "concepts": [{"name": "tea", "label": "drinks", **TEXTS}]},
     TextEncoderRecipe: {**BASE, "corpus": ["c.txt"], "encoders": [ENCODER, {**ENCODER, "site": "layers.1"}], "graph": {}},
     PipelineEncoderRecipe: {**BASE, "corpus": ["c.txt"], "encoders": [{**ENCODER, "level": 500}]},
+    ContextRecipe: {
+        **BASE,
+        "site": "layers.0",
+        "contexts": {name: [f"{name} {k}" for k in range(8)] for name in ("observed", "day")},
+    },
     PictureRecipe: {**BASE, "template": "{prompt}, {concept}", "concepts": [{"name": "snow"}]},
 }
 VALUES = {

@@ -318,7 +318,7 @@ def test_layers_are_kept_as_shares_of_the_depth():
     with pytest.raises(errors.UnknownConcept, match="no concept 'sport'"):
         ported(recipe, bank, "org/other", ["sport"])
     own = TextEncoderRecipe(name="x", base="b", source="s")
-    with pytest.raises(errors.BadRecipe, match="latents, which are found in a model"):
+    with pytest.raises(errors.BadRecipe, match="has latents or a context module, which belong to their model"):
         ported(own, bank, "org/other")
     for wrong in ((0.0,), (1.0,), (-1,), (3, 3)):
         with pytest.raises(errors.BadRecipe, match="shares of the depth such as 0.4"):
