@@ -505,7 +505,6 @@ def test_no_text_that_levers_are_made_from_is_one_that_scorers_learn_from_or_are
     groups = [pairs, scoring, held_out, ordinary, unrelated]
     assert (len(pairs) > 1000) is has_pairs and min(len(scoring) + len(pairs), len(ordinary)) > 1000 and len(unrelated) > 100
     assert all(a.isdisjoint(b) for i, a in enumerate(groups) for b in groups[:i])
-    assert learnt and learnt <= splits[0]  # sentences answer prompts to learn from
 
 
 def test_requests_serve_one_purpose_each(recipe):
@@ -517,3 +516,4 @@ def test_requests_serve_one_purpose_each(recipe):
     assert sum(map(len, splits)) == len(lines) and all(len(split) >= 10 for split in splits) and len(told) >= 24
     groups = [*splits, told]
     assert all(a.isdisjoint(b) for i, a in enumerate(groups) for b in groups[:i])
+    assert learnt and learnt <= splits[0]  # sentences answer prompts to learn from
