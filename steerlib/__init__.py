@@ -3,7 +3,7 @@
     import steerlib as sl
 
     bank = sl.ConceptBank.from_pretrained("smollm2-135m-instruct")
-    with sl.steer(model, bank, {"science": 2.5}):
+    with sl.steer(model, bank, {"science": 2.1}):
         model.generate(**inputs)
 
 Nothing is loaded before it is used, neither torch nor a part of steerlib: `sl.steer` loads what steering needs, `sl.train`
