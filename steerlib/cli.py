@@ -379,10 +379,9 @@ def _eval_concepts(
     for name in names:
         bank[name]
     read = recipe_of(bank, recipe)
-    if hasattr(read, "levels"):
-        raise BadRecipe(
-            f"bank {bank.name!r} is of pictures; its figures are in its README.md, and steerlib train makes them anew"
-        )
+    if hasattr(read, "levels") or not hasattr(read, "concepts"):
+        what = f"bank {bank.name!r} is of pictures or contexts"
+        raise BadRecipe(f"{what}; its figures are in its README.md, and steerlib train makes them anew")
     if quick:
         read = replace(read, evaluation_prompts=4, dev_prompts=4, seeds=1, new_tokens=24)
     model, tokenizer = loaded(source or (source_of(bank) if recipe is None else read.weights), threads)

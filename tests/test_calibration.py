@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_models import WORDS, tiny, toy_tokenizer
+from tiny_models import toy_tokenizer, toy_writer
 
 import steerlib as sl
 from steerlib.encoders import TopK
@@ -25,16 +25,8 @@ SITES = ("layers.0", "layers.1")
 pytestmark = pytest.mark.filterwarnings("ignore::steerlib.errors.OutOfRange")
 
 
-@pytest.fixture(scope="module")
-def model() -> Any:
-    model = tiny("llama", vocab_size=len(WORDS) + 3)
-    model.generation_config.eos_token_id = None
-    return model
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    return toy_tokenizer()
+model = pytest.fixture(scope="module")(toy_writer)
+tokenizer = pytest.fixture(scope="module")(toy_tokenizer)
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from test_training import contents, toy
 from tiny_models import WORDS, toy_tokenizer
 
 import steerlib as sl
-from steerlib import errors
+from steerlib import cli, errors
 from steerlib.evaluation.contexts import concept_match, correlations, distances, sliced_wasserstein
 from steerlib.training.carry import recipe_in
 from steerlib.training.context_recipe import ContextRecipe
@@ -185,7 +185,10 @@ def test_a_recipe_with_contexts_makes_a_bank_that_is_switched(tmp_path):
     made, model = recipe(tmp_path / "recipe"), toy()
     bank = sl.train(model, made, tokenizer=toy_tokenizer(), work=tmp_path / "work")
     assert list(bank) == ["tea"] and bank.encoders["layers.0"].kind == "context"
-    assert bank["tea"].effects.keys() == {"distance", "plain"} and "sl.Do()" in bank.card
+    assert bank["tea"].effects.keys() == {"distance", "plain"} and "sl.Do()" in bank.card and "model.generate(" in bank.card
+    assert not bank["tea"].unmeasured and "not measured" not in repr(bank)  # amounts of `Do` go from 0 to 1
+    with pytest.raises(errors.BadRecipe, match="its figures are in its README.md"):
+        cli.eval_(str(bank.save_pretrained(tmp_path / "made")), threads=1)
     before = contents(tmp_path / "work")
     first = contents(bank.save_pretrained(tmp_path / "bank"))
     again = sl.train(model, made, tokenizer=toy_tokenizer(), work=tmp_path / "work")
@@ -309,6 +312,7 @@ def test_a_pipeline_is_switched_where_its_recipe_says(toy, tmp_path, site, level
     few: dict[str, Any] = {"seeds": 1, "samples": 8, "steps": 2, "batch": 4, "fit": replace(FIT, outer=2, steps=3, batch=4)}
     made = ContextRecipe(name="x", base="b", source="s", contexts=given, site=site, level=level, **few)
     bank = sl.train(toy, made, work=tmp_path)
+    assert f"pipe({made.plain!r})" in bank.card
 
     def draw() -> Any:
         return toy(given[OBSERVED][:1], num_inference_steps=4, generator=torch.manual_seed(0), output_type="np").images

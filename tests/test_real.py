@@ -1,5 +1,6 @@
 """The real SmolLM2-135M-Instruct with the shipped bank: parity, and an effect that scorers see."""
 
+import json
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ import steerlib as sl
 from steerlib.cli import recipe_of
 from steerlib.evaluation.comparison import RANDOM_DIRECTIONS
 from steerlib.evaluation.report import summary, table
+from steerlib.evaluation.score import ratios
 from steerlib.text import chat
 from steerlib.training.calibrate.measure import ANSWERING
 from steerlib.training.label.verify import dose, gains, next_tokens, opened
@@ -179,6 +181,22 @@ def test_what_is_stored_follows_from_the_scores_of_every_answer(shipped):
         sound = worse <= 0.5 and loops <= 0.05
         cleared = concept.effects["moved"] >= 0.8 and means["steered"] > max(randoms) and half and sound
         assert len(randoms) == RANDOM_DIRECTIONS and bool(cleared) == all(concept.effects["passes"].values())
+
+
+def test_the_readmes_say_of_concepts_what_was_measured(shipped):
+    root = Path(__file__).parent.parent
+    first, second = (" ".join((root / place / "README.md").read_text().split()) for place in (".", "concept_banks"))
+    found = summary([concept.effects for concept in shipped.concepts.values() if "conditions" in concept.effects])
+    steered, random = found["steered"], found["random direction"]["ratio"]
+    text = "Ratio to prompting {ratio:.2f} (95 %: {low:.2f} to {high:.2f}) over {concepts} concepts".format_map(steered)
+    assert f"{text}; random directions {random:.2f}".replace("-", "−") in first
+    figures = json.loads((root / "concept_banks/recipes/named/smollm2-135m-instruct.json").read_text())["concepts"]
+    joint = {kind: np.concatenate([line["joint"][kind] for line in figures]) for kind in figures[0]["joint"]}
+    assert f"From names alone, on ten: {ratios(joint)['steered']['ratio']:.2f}." in first
+    own = [
+        f"{shipped[name].effects['conditions']['steered']['specificity']:.2f}" for name in ("formality", "finance", "nature")
+    ]
+    assert "(specificity {}, {} and {}); over all it is {:.2f}".format(*own, steered["specificity"]) in second
 
 
 def test_useful_amounts_are_carried_out_whole(real, shipped, batch):

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_models import WORDS, tiny, toy_tokenizer
+from tiny_models import toy_tokenizer, toy_writer
 
 import steerlib as sl
 from steerlib.errors import BadEdit, NoScore
@@ -19,16 +19,8 @@ PROMPTS = ["why rain", "the red house"]
 NEW = 6
 
 
-@pytest.fixture(scope="module")
-def model() -> Any:
-    model = tiny("llama", vocab_size=len(WORDS) + 3)
-    model.generation_config.eos_token_id = None
-    return model
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    return toy_tokenizer()
+model = pytest.fixture(scope="module")(toy_writer)
+tokenizer = pytest.fixture(scope="module")(toy_tokenizer)
 
 
 @pytest.fixture(scope="module")

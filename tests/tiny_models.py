@@ -122,6 +122,13 @@ WORDS = """? . the sun moon rises falls slowly now why red blue tea cup yes ston
     song drum book page glass lamp chair table""".split()  # noqa: SIM905
 
 
+def toy_writer() -> Any:
+    """A toy model of the toy tokenizer's words whose answers are as long as they may be."""
+    model = tiny("llama", vocab_size=len(WORDS) + 3)
+    model.generation_config.eos_token_id = None
+    return model
+
+
 def toy_tokenizer() -> Any:
     """A token a word; what it does not know is the first word. Requests end in a full stop."""
     words = models.WordLevel({"<pad>": 0, "<s>": 1, "</s>": 2} | {f"▁{w}": i + 3 for i, w in enumerate(WORDS)}, unk_token="▁?")

@@ -64,6 +64,15 @@ def example(name: str, base: str, edit: str) -> str:
     )
 
 
+def example_of_pictures(name: str, base: str, edit: str, prompt: str) -> str:
+    """The same on a pipeline that draws."""
+    return (
+        f'```python\nimport steerlib as sl\n\npipe, _ = sl.load("{base}")\n'
+        f'bank = sl.ConceptBank.from_pretrained("{name}")\n'
+        f'with sl.steer(pipe, bank, {edit}, branch="cond"):\n    picture = pipe({prompt!r}).images[0]\n```'
+    )
+
+
 def shown(levers: Sequence[Concept]) -> Concept | None:
     """The concept of a card's example: the first that adds the same on every token. What grows with a token's length is capped
     on the longest ones, with a notice."""

@@ -242,8 +242,9 @@ class Concept:
 
     @property
     def unmeasured(self) -> str:
-        """What is not known of its amounts, in words, with the command that measures it; nothing of gates."""
-        if self.range is not None or self.present is not None:
+        """What is not known of its amounts, in words, with the command that measures it; nothing of gates, and of what is
+        switched, whose amounts go from 0 to 1."""
+        if self.range is not None or self.present is not None or self.useful_as == "Do":
             return ""
         what = "range" if self.natural is not None else "unit and range"
         return f"{what} not measured: sl.calibrate(model, bank, [{self.name!r}], judge=…)"

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ...bank.card import example, front
+from ...bank.card import example, example_of_pictures, front
 from ...bank.concept_bank import BaseModel, ConceptBank, SiteFacts
 from ...bank.concepts import Concept
 from ...encoders import Context
@@ -58,7 +58,7 @@ def train_context(target: Any, tokenizer: Any, recipe: ContextRecipe, folder: Pa
         fitted = [fitted_to(learned, fit, folder / f"seed-{fit.seed}") for fit in seeds]
     bank = _bank(target, recipe, fitted, seen)
     bank.provenance, bank.license = recipe.provenance, recipe.license
-    return bank.with_concepts(bank.concepts, card=_card(bank, recipe))
+    return bank.with_concepts(bank.concepts, card=_card(bank, recipe, draws=tokenizer is None))
 
 
 def held(x: Tensor) -> int:
@@ -208,7 +208,7 @@ def _graph(names: list[str], fitted: list[Fitted]) -> CausalGraph:
     return CausalGraph(edges)
 
 
-def _card(bank: ConceptBank, recipe: ContextRecipe) -> str:
+def _card(bank: ConceptBank, recipe: ContextRecipe, draws: bool) -> str:
     """The card, in Markdown with model-card metadata."""
     rows = [(c.name, f"{c.effects['distance']:.3g}", f"{c.effects['plain']:.3g}") for c in bank.concepts.values()]
     effects = [
@@ -220,11 +220,11 @@ def _card(bank: ConceptBank, recipe: ContextRecipe) -> str:
         )
         for e in bank.graph.edges
     ]
-    first = next(iter(bank.concepts))
+    shown = recipe.name, recipe.source, f'{{"{next(iter(bank.concepts))}": sl.Do()}}'
     parts = [
         front(recipe.name, recipe.base, recipe.license, [*bank.concepts.values()]).strip(),
         f"# {recipe.name}\n\n{described(recipe)}".strip(),
-        example(recipe.name, recipe.source, f'{{"{first}": sl.Do()}}'),
+        example_of_pictures(*shown, recipe.plain) if draws else example(*shown),
         MEASURED + "\n\n" + markdown("concept | distance | without Do", rows),
         EFFECTS + "\n\n" + markdown("cause | effect | units per unit | over seeds", effects) if effects else "",
     ]

@@ -12,7 +12,7 @@ from inspect import signature
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ...bank.card import front
+from ...bank.card import example_of_pictures, front
 from ...bank.concept_bank import ConceptBank
 from ...bank.concepts import Concept, signed
 from ...bank.effects import PictureEffects
@@ -200,13 +200,8 @@ def prompted_card(bank: ConceptBank, recipe: PictureRecipe, found: Mapping[str, 
 
 
 def _example(recipe: PictureRecipe, concept: Concept) -> str:
-    edit = f"sl.{concept.useful_as}({concept.effects['amount']:g})"
-    return (
-        f'```python\nimport steerlib as sl\n\npipe, _ = sl.load("{recipe.source}")\n'
-        f'bank = sl.ConceptBank.from_pretrained("{recipe.name}")\n'
-        f'with sl.steer(pipe, bank, {{"{concept.name}": {edit}}}, branch="cond"):\n'
-        f"    picture = pipe({recipe.plain!r}).images[0]\n```"
-    )
+    edit = f'{{"{concept.name}": sl.{concept.useful_as}({concept.effects["amount"]:g})}}'
+    return example_of_pictures(recipe.name, recipe.source, edit, recipe.plain)
 
 
 def _table(levers: Sequence[Concept], found: Mapping[str, Found]) -> str:
