@@ -107,7 +107,7 @@ def test_figures_of_other_weights_are_not_saved_beside_the_hash_of_the_old(monke
     other = tiny("llama")
     with torch.no_grad():
         other.lm_head.weight.add_(1.0)
-    monkeypatch.setattr(cli, "recipe_of", lambda *_: SimpleNamespace(source=""))
+    monkeypatch.setattr(cli, "recipe_of", lambda *_: SimpleNamespace(source="", concepts=[]))
     monkeypatch.setattr(cli, "loaded", lambda *_: (other, None))
     with pytest.raises(errors.BadEdit, match="hash of other weights .* leave out --save"):
         cli._eval_concepts(bank, None, [], False, "somewhere", "", 0)
