@@ -162,8 +162,9 @@ def signs(figures: Mapping[str, Any]) -> str:
 def ported(made: sl.ConceptBank) -> str:
     """Concepts of a bank made for another model, beside the bank whose recipe it was made by."""
     shipped = sl.ConceptBank.from_pretrained("smollm2-135m-instruct")
-    lines = ["| concept | model | made by | score: unsteered, prompted, steered | best random | ratio to prompting | KL |"]
-    lines.append("|---" * 7 + "|")
+    head = "concept | model | made by | score: unsteered, prompted, steered | best random | ratio to prompting"
+    loops = "repeated trigrams of greedy answers: unsteered, prompted, steered"
+    lines = [f"| {head} | specificity | KL | {loops} |", "|---" * 9 + "|"]
     for name in (concept.name for concept in made.concepts.values() if "conditions" in concept.effects):
         for bank in (shipped, made):
             record = bank[name].effects
@@ -171,7 +172,9 @@ def ported(made: sl.ConceptBank) -> str:
             scores = ", ".join(f"{found[way]['score']:.2f}" for way in ("unsteered", "prompted", "steered"))
             random = max(line["score"] for way, line in found.items() if way.startswith("random-"))
             ratio = ratio_of(record["joint"])
-            cells = [f"{record['method']} at {record['site']}", scores, f"{random:.2f}", ratio, f"{found['steered']['kl']:.2f}"]
+            sides = [f"{found['steered'][what]:.2f}" for what in ("specificity", "kl")]
+            loops = ", ".join(f"{record['loops'][way]:.2f}" for way in ("unsteered", "prompted", "steered"))
+            cells = [f"{record['method']} at {record['site']}", scores, f"{random:.2f}", ratio, *sides, loops]
             lines.append(f"| {name if bank is shipped else ''} | {bank.base.id} | {' | '.join(cells)} |".replace("|  |", "| |"))
     answers = {bank.base.id: next(iter(bank.concepts.values())).effects["answers"] for bank in (shipped, made)}
     said = "; ".join(f"{id}: {count} answers to each condition" for id, count in answers.items())
