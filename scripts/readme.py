@@ -203,7 +203,7 @@ def from_banks() -> None:
     bank = sl.ConceptBank.from_pretrained("smollm2-135m-instruct")
     put("output", output(bank, recipe_of(bank, None).source))
     put("scopes", scopes(bank, recipe_of(bank, None).source))
-    put("named", from_names(sorted((RECIPES / "named").glob("*.json"))))
+    put("named", from_names(sorted((RECIPES / "named").glob("*.json"), reverse=True)))
     for name in ("fresh", "unseen"):
         put(name, unseen(json.loads((RECIPES / name / "measured.json").read_text(encoding="utf-8"))))
     put("scenes-levers", scene_card.by_factor(sl.ConceptBank.from_pretrained("scenes-32")))
