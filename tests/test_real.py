@@ -190,9 +190,12 @@ def test_the_readmes_say_of_concepts_what_was_measured(shipped):
     steered, random = found["steered"], found["random direction"]["ratio"]
     text = "Ratio to prompting {ratio:.2f} (95 %: {low:.2f} to {high:.2f}) over {concepts} concepts".format_map(steered)
     assert f"{text}; random directions {random:.2f}".replace("-", "−") in first
-    figures = json.loads((root / "concept_banks/recipes/named/smollm2-135m-instruct.json").read_text())["concepts"]
-    joint = {kind: np.concatenate([line["joint"][kind] for line in figures]) for kind in figures[0]["joint"]}
-    assert f"From names alone, on ten: {ratios(joint)['steered']['ratio']:.2f}." in first
+    together = []
+    for model in ("smollm2-135m-instruct", "gemma-3-270m"):
+        figures = json.loads((root / f"concept_banks/recipes/named/{model}.json").read_text())["concepts"]
+        joint = {kind: np.concatenate([line["joint"][kind] for line in figures]) for kind in figures[0]["joint"]}
+        together.append(ratios(joint)["steered"]["ratio"])
+    assert "From names alone, on ten: {:.2f}, and {:.2f} on a second model.".format(*together) in first
     own = [
         f"{shipped[name].effects['conditions']['steered']['specificity']:.2f}" for name in ("formality", "finance", "nature")
     ]
