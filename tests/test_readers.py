@@ -3,6 +3,7 @@
 import json
 import pickle
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -545,3 +546,136 @@ def test_files_of_a_special_case_are_not_read_as_the_format_it_is_a_case_of(tmp_
         sl.read_bank(tmp_path / "layers.4", "sparsify")
     assert sl.read_bank(tmp_path / "layers.4").provenance["format"] == "saeuron"
     assert sl.read_bank(tmp_path / "layers.3").provenance["format"] == "sparsify"
+
+
+# -- what is exported and read back does the same ------------------------------------------------------------------
+
+
+IDS = torch.tensor([[3, 1, 2, 5, 4]])
+
+
+def steered(model, bank, edits, **options):
+    """Logits at every token, in every pass."""
+    with torch.no_grad(), sl.steer(model, bank, edits, **options):
+        return model(IDS).logits
+
+
+def own_latents(model, norm=5.0, **facts):
+    """A bank of a small encoder in the middle of a model, of which two latents have names and units."""
+    torch.manual_seed(0)
+    encoder = JumpReLU(encoder=torch.randn(6, 32), bias=torch.zeros(6), decoder=torch.randn(6, 32), threshold=torch.rand(6))
+    rows = [sl.Concept(name="calm", encoder="layers.0", index=4, unit=0.5, **facts)]
+    rows.append(sl.Concept(name="layers.0/2", encoder="layers.0", index=2, unit=0.25, natural=(0.0, 2.0)))
+    return sl.ConceptBank.from_encoder(encoder, site="layers.0", base=model, concepts=rows, norm=norm)
+
+
+def own_vectors(model):
+    torch.manual_seed(1)
+    vectors = {"calm": {0: torch.randn(32), 1: torch.randn(32)}, "loud": {1: torch.randn(32)}, "deep": {1: torch.randn(32)}}
+    bank = sl.ConceptBank.from_directions(vectors, base=model, norm={"layers.0": 4.0, "layers.1": 3.0})
+    return bank.with_concepts(
+        [replace(c, unit=0.5, parts=tuple(replace(p, unit=0.7) for p in c.parts)) for c in bank.concepts.values()]
+    )
+
+
+WRITTEN: Any = {
+    "repeng": (own_vectors, "calm.gguf", ["calm"], {"calm": 2.0}),
+    "repeng, a folder": (own_vectors, "folder", None, {"calm": 0.3, "loud": -0.4}),
+    "repeng, capped": (own_vectors, "calm.gguf", ["calm"], {"calm": 9.0}),
+    "saelens": (own_latents, "folder", None, {"calm": 2.0, "layers.0/2": sl.Set(1.5), "layers.0/1": 0.5}),
+    "saelens, one": (own_latents, "folder", ["calm"], {"calm": 1.5, "layers.0/1": sl.Set(0.5)}),
+    "saelens, capped": (own_latents, "folder", None, {"calm": 90.0, "layers.0/2": sl.Set(9.0)}),
+}
+
+
+@pytest.mark.parametrize("case", WRITTEN)
+@pytest.mark.filterwarnings("ignore::steerlib.errors.OutOfRange")
+def test_what_is_exported_and_read_back_changes_every_token_by_the_same(case, llama, tmp_path):
+    make, name, concepts, edits = WRITTEN[case]
+    bank = make(llama)
+    written = bank.export(tmp_path / name, concepts)
+    back = sl.read_bank(tmp_path / name, base=llama)
+    assert all(path.exists() for path in written) and set(concepts or bank.concepts) <= set(back)
+    found = steered(llama, back, edits)
+    torch.testing.assert_close(found, steered(llama, bank, edits), rtol=0, atol=1e-6)
+    assert ((found - steered(llama, bank, {})).abs().amax(-1) > 1e-4).all()
+
+
+def test_a_format_that_has_a_writer_is_tried_above():
+    assert {case.partition(",")[0] for case in WRITTEN} == {name for name, m in FORMATS.items() if hasattr(m, "export")}
+
+
+def bound_in(bank, name, **facts):
+    return bank.with_concepts([replace(c, **facts) if c.name == name else c for c in bank.concepts.values()])
+
+
+LOSSES: Any = {
+    "a gate": (own_vectors, "calm.gguf", {"gate": sl.Gate("loud", above=0.0)}, "acts where 'loud' shows"),
+    "matched norms": (own_vectors, "calm.gguf", {"match_norm": True}, "length of each token"),
+    "a part": (
+        own_vectors,
+        "calm.gguf",
+        {"parts": (sl.Part(encoder="layers.1.attn", index=0, unit=1.0),)},
+        "at 'layers.1.attn' too",
+    ),
+    "a latent": (own_latents, "calm.gguf", {}, "never goes below 0"),
+    "a gate of a latent": (own_latents, "folder", {"gate": sl.Gate("layers.0/2", above=0.0)}, "acts where"),
+    "a part of a latent": (
+        own_latents,
+        "folder",
+        {"parts": (sl.Part(encoder="layers.0", index=1, unit=1.0),)},
+        "moves 'layers.0/1' too",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", LOSSES)
+def test_a_loss_is_refused_or_said_in_the_file(case, llama, tmp_path):
+    make, name, facts, words = LOSSES[case]
+    bank = make(llama).add("other", torch.ones(32), site="layers.1.attn")
+    bank = bound_in(bank, "calm", **facts)
+    with pytest.raises(BadBank, match=f"{words}.*lossy=True"):
+        bank.export(tmp_path / name, ["calm"])
+    assert not (tmp_path / name).exists()
+    with pytest.warns(SteeringWarning, match=f"is lost: .*{words}"):
+        bank.export(tmp_path / name, ["calm"], lossy=True)
+    with pytest.warns(SteeringWarning, match=f"written with a loss: .*{words}"):
+        back = sl.read_bank(tmp_path / name, base=llama)
+    plain = bound_in(bank, "calm", gate=None, match_norm=False, parts=bank["calm"].parts if "layers.1" in back.sites else ())
+    torch.testing.assert_close(steered(llama, back, {"calm": 0.1}), steered(llama, plain, {"calm": 0.1}))
+
+
+def test_a_window_is_a_loss(tmp_path):
+    torch.manual_seed(0)
+    encoder = ReLU(encoder=torch.randn(6, 4), bias=torch.zeros(6), decoder=torch.randn(6, 4))
+    concept = sl.Concept(name="early", encoder="unet.mid_block@900", index=2)
+    about: Any = {
+        "base": sl.BaseModel(id="m"),
+        "sites": {"unet.mid_block": SiteFacts(width=4)},
+        "levels": {"900": sl.Window(0, 0.4)},
+    }
+    bank = sl.ConceptBank("own", [concept], {concept.encoder: encoder}, **about)
+    with pytest.raises(BadBank, match="'early' acts in a window of denoising.*lossy=True"):
+        bank.export(tmp_path / "folder")
+
+
+def test_exports_say_what_is_wrong_with_them(llama, tmp_path):
+    bank = own_vectors(llama)
+    with pytest.raises(UnknownFormat, match="a format that is written, format= one of repeng, saelens, got 'svec'"):
+        bank.export(tmp_path / "x.svec", ["calm"], format="svec")
+    with pytest.raises(BadBank, match="a control vector is one concept, got 3"):
+        bank.export(tmp_path / "x.gguf")
+    with pytest.raises(BadBank, match="expected a list of concepts"):
+        bank.export(tmp_path / "x.gguf", "calm")
+    with pytest.raises(BadBank, match="'up/down' cannot be the name of a file"):
+        bank.rename({"calm": "up/down"}).export(tmp_path / "folder")
+
+
+def test_units_that_no_line_has_are_a_loss(llama, tmp_path):
+    bank = own_latents(llama)
+    encoder = replace(bank.encoder("layers.0"), statistics={"unit": torch.tensor([0.0, 1.0, 2.0, 2.0, 2.0, 2.0])})
+    known = bank.with_concepts(encoders={"layers.0": encoder})
+    with pytest.raises(BadBank, match="the units of 2 latents of 'layers.0' that have no line"):
+        known.export(tmp_path / "folder")
+    known.export(tmp_path / "folder", ["calm", "layers.0/3"])
+    assert sl.read_bank(tmp_path / "folder", base=llama)["layers.0/3"].unit == 2.0

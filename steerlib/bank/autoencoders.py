@@ -18,7 +18,7 @@ from ..encoders import Codebook, Directions, Encoder
 from ..errors import BadBank, UnsupportedTarget
 from ..hosts import host_for
 from .concepts import Concept
-from .editing import Edited
+from .portable import Portable
 from .vectors import placed_in
 
 ENTRANCES = ("quantize", "post_quant_conv", "decoder")
@@ -52,7 +52,7 @@ class Latents(NamedTuple):
     passive: list[str]
 
 
-class Derived(Edited):
+class Derived(Portable):
     """What makes a bank of a model's own parts; `ConceptBank` sets the attributes."""
 
     @classmethod

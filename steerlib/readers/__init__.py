@@ -8,6 +8,7 @@ A format marked untested was checked against its documented layout and an indepe
 
 import os
 import re
+from collections.abc import Iterable
 from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
@@ -63,6 +64,21 @@ def read_bank(
     options |= {"base": base} if getattr(FORMATS[format], "READS_MODEL", False) else {}
     foreign = FORMATS[format].read(path, title, **options)
     return bank_of(foreign, Path(name_or_folder).name, format, site=site, reads=reads, base=base)
+
+
+def export(
+    bank: ConceptBank, path: str | os.PathLike[str], concepts: Iterable[str] | None, format: str | None, lossy: bool
+) -> list[Path]:
+    """What `ConceptBank.export` does."""
+    if isinstance(concepts, str) or concepts is not None and not (concepts := [*concepts]):
+        raise BadBank(f"expected a list of concepts, at least one, got {concepts!r:.80}")
+    chosen = None if concepts is None else [bank[name] for name in concepts]
+    kinds = {bank.encoders[c.encoder].kind for c in chosen or bank.concepts.values()} or {"sparse"}
+    format = format or ("repeng" if Path(path).suffix == ".gguf" or "directions" in kinds else "saelens")
+    writers = [name for name, module in FORMATS.items() if hasattr(module, "export")]
+    if format not in writers:
+        raise UnknownFormat(f"expected a format that is written, format= one of {', '.join(writers)}, got {format!r:.80}")
+    return FORMATS[format].export(bank, chosen, Path(path), lossy)
 
 
 def _located(name: str | os.PathLike[str], format: str | None, folder: str, hub: dict[str, Any]) -> tuple[Path, str]:

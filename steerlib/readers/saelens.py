@@ -8,7 +8,7 @@ inference, `expected_average_only_in` does not.
 import json
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from math import inf
 from pathlib import Path
@@ -20,11 +20,12 @@ from torch import Tensor
 
 from ..bank import trust
 from ..bank.concept_bank import ConceptBank
+from ..bank.concepts import Concept
 from ..encoders import BatchTopK, Encoder, Gated, JumpReLU, Matryoshka, ReLU, Sparse, TopK, Transcoder
 from ..encoders.base import Norm
 from ..errors import BadBank, CorruptBank, SteeringWarning
 from . import files, hookpoints
-from .foreign import Foreign, Found, refuse
+from .foreign import HERE, Foreign, Found, bound, refuse, settle, told
 from .table import UNSET, Table
 
 FILES = ("cfg.json", "sae_weights.safetensors")
@@ -60,6 +61,10 @@ UNKNOWN = {
     "matching_pursuit": "matching pursuit, which encodes one latent after another",
     "temporal": "a temporal autoencoder, which attends to earlier tokens",
 }
+OWN = "steerlib"
+"""The part of `metadata` that only steerlib writes."""
+KEPT = ("name", "index", "unit", "natural", "label")
+"""What it says of a concept there."""
 MODEL = """hook_name hook_name_out hf_hook_name hf_hook_name_out hook_head_index model_name model_from_pretrained_kwargs
     sae_lens_version sae_lens_training_version"""
 ABOUT = """context_size dataset_path dataset_trust_remote_code disable_concat_sequences exclude_special_tokens hook_layer
@@ -85,7 +90,7 @@ SETTINGS = Table(
         rescale_acts_by_decoder_norm activation_fn activation_fn_kwargs finetuning_scaling_factor """ + MODEL,
     aside=ABOUT + " " + TRAINING,
 )  # fmt: skip
-METADATA = Table(read=MODEL, aside=ABOUT, only={"hook_head_index_out": (None,)})
+METADATA = Table(read=f"{MODEL} {OWN}", aside=ABOUT, only={"hook_head_index_out": (None,)})
 LOADED = Table(
     read="center_writing_weights fold_ln fold_value_biases refactor_factored_attn_matrices",
     aside="""center_unembed dtype torch_dtype device device_map n_devices move_to_device default_prepend_bos first_n_layers
@@ -155,7 +160,19 @@ def _found(
         tag=re.sub(r"[^\w.-]", "-", folder.name, flags=re.ASCII),
         base=_base(metadata),
         source={} if is_changed else {"cfg": text, "dtypes": dtypes},
+        **_own(folder, metadata),
     )
+
+
+def _own(folder: Path, metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """What steerlib said when it wrote the files: latents with names or units, the length of an activation, what was lost."""
+    own = metadata.get(OWN) or {}
+    lines = own.get("concepts", []) if isinstance(own, dict) else own
+    if not isinstance(lines, list) or not all(isinstance(line, dict) for line in lines):
+        raise CorruptBank(f"expected concepts in {OWN!r} of {FILES[0]} of {folder.name!r}, got {own!r:.80}")
+    told(folder, own.get("lost"))
+    concepts = [Concept.from_dict({"name": f"{HERE}/{line.get('index')}", **line, "encoder": HERE}) for line in lines]
+    return {"concepts": concepts, "norm": own.get("norm")}
 
 
 def _hook(folder: Path, metadata: Mapping[str, Any], key: str) -> str:
@@ -349,7 +366,9 @@ def _part(tensors: Mapping[str, Tensor], ours: str, theirs: str) -> Tensor:
 # -- writing -------------------------------------------------------------------------------------------------
 
 
-def write(source: ConceptBank | Encoder, folder: str | Path, *, site: str = "", reads: str = "", model: str = "") -> list[Path]:
+def write(
+    source: ConceptBank | Encoder, folder: str | Path, *, site: str = "", reads: str = "", model: str = "", lossy: bool = False
+) -> list[Path]:
     """Write an encoder, or each of a bank in a folder of its own where there are several, as SAELens does.
 
     What was read from SAELens is written back bit by bit, but a TopK that counts in lengths of its decoder rows, which is
@@ -358,17 +377,51 @@ def write(source: ConceptBank | Encoder, folder: str | Path, *, site: str = "", 
     """
     if isinstance(source, Encoder):
         return [_write(source, Path(folder), {}, _metadata(site, reads, model))]
-    if bound := [c.name for c in source.concepts.values() if c.gate is not None or c.match_norm]:
-        raise BadBank(f"SAELens has no gates or matched norms, and {bound[0]!r} has; write encoders alone: bank.encoder(id)")
-    known, written = source.provenance.get("encoders", {}), []
-    for id, facts in sorted(source.encoders.items()):
-        place = Path(folder) if len(source.encoders) == 1 else Path(folder) / Path(facts.file).stem
-        kept = known.get(id, {}) if source.provenance.get("format") == "saelens" else {}
-        written.append(_write(source.encoder(id), place, kept, _metadata(facts.site, facts.reads, source.base.id)))
+    return export(source, None, Path(folder), lossy)
+
+
+def export(bank: ConceptBank, concepts: Sequence[Concept] | None, path: Path, lossy: bool) -> list[Path]:
+    """Write the encoders of some concepts, or all, whole, and beside them names and units of those concepts."""
+    chosen = list(bank.concepts.values()) if concepts is None else concepts
+    ids = sorted(bank.encoders if concepts is None else {concept.encoder for concept in chosen})
+    own = {id: [concept for concept in chosen if concept.encoder == id] for id in ids}
+    lost = {id: _losses(bank, own[id]) + ([] if concepts else _unnamed(bank, id, own[id])) for id in ids}
+    settle([said for some in lost.values() for said in some], lossy, "SAELens")
+    known, written = bank.provenance.get("encoders", {}), []
+    for id in ids:
+        facts, place = bank.encoders[id], path if len(ids) == 1 else path / Path(bank.encoders[id].file).stem
+        kept = known.get(id, {}) if bank.provenance.get("format") == "saelens" else {}
+        norm = bank.sites[facts.site].norm if facts.norm is None else facts.norm or None
+        said = {"concepts": _lines(own[id]), "norm": norm, "lost": lost[id]}
+        more = {OWN: {key: value for key, value in said.items() if value}} if any(said.values()) else {}
+        written.append(_write(bank.encoder(id), place, kept, _metadata(facts.site, facts.reads, bank.base.id) | more))
     return written
 
 
-def _metadata(site: str, reads: str, model: str) -> dict[str, str]:
+def _losses(bank: ConceptBank, concepts: Sequence[Concept]) -> list[str]:
+    """What files of latents do not do that edits of some concepts do, in words."""
+    parts = [f"{concept.name!r} moves {part.id!r} too" for concept in concepts for part in concept.places[1:]]
+    return [said for concept in concepts for said in bound(bank, concept)] + parts
+
+
+def _unnamed(bank: ConceptBank, id: str, concepts: Sequence[Concept]) -> list[str]:
+    """Of an encoder that is written for all its latents: how many have a unit and no line that says so."""
+    units = bank.encoder(id).to_tensors().get("unit", torch.zeros(0)).clone()
+    units[[concept.index for concept in concepts if len(units)]] = 1.0
+    count = int(((units > 0) & (units != 1)).sum())
+    return [f"the units of {count} latents of {id!r} that have no line in the bank"] if count else []
+
+
+def _lines(concepts: Sequence[Concept]) -> list[dict[str, Any]]:
+    """What an encoder does not say of its latents: names, units, what is natural for them."""
+    lines = [{key: value for key, value in concept.to_dict().items() if key in KEPT} for concept in concepts]
+    for line, concept in zip(lines, concepts, strict=True):
+        if concept.name == concept.id:
+            del line["name"]  # has none but its number
+    return [line for line in lines if line.keys() != {"index"}]
+
+
+def _metadata(site: str, reads: str, model: str) -> dict[str, Any]:
     hooks = {"hook_name": hookpoints.tensor(reads), "hook_name_out": hookpoints.tensor(site)}
     return {"model_name": model, **(hooks if reads else {"hook_name": hookpoints.tensor(site)})}
 
@@ -379,7 +432,9 @@ def _write(encoder: Encoder, folder: Path, kept: Mapping[str, Any], metadata: Ma
     architecture = _architecture(encoder)
     cfg = _cfg(encoder, architecture, metadata)
     if kept and _same(original := parsed(kept["cfg"]), cfg):
-        architecture, cfg = original["architecture"], None
+        architecture, said = original["architecture"], original["metadata"].get(OWN)
+        own = {**original["metadata"], OWN: metadata.get(OWN)}
+        cfg = None if said == metadata.get(OWN) else {**original, "metadata": {k: v for k, v in own.items() if v is not None}}
     ours = _ours(encoder)
     tensors = {theirs: ours[name].T if name in TURNED else ours[name] for name, theirs in TENSORS[architecture].items()}
     dtypes = kept.get("dtypes", {})

@@ -29,9 +29,8 @@ def read(path: Path, title: str, *, ignore: Iterable[str] = ()) -> Foreign:  # n
     for name, values in found.items():
         SETTINGS.check(Path(name), values, tuple(ignore))
     model = str(next(iter(found.values())).get("model_type", ""))
-    return repeng.of_layers(
-        {name: _vectors(name, values.get("directions")) for name, values in found.items()}, model, "layers.{}.input"
-    )
+    vectors = {name: _vectors(name, values.get("directions")) for name, values in found.items()}
+    return repeng.of_layers(vectors, {"model_hint": model}, "layers.{}.input")
 
 
 def _vectors(name: str, directions: object) -> dict[int, Tensor]:
