@@ -1,13 +1,23 @@
 """Directions from data: the means that a loop by hand computes, whatever the numbers, pads and turns."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from conftest import two_directions
 from tiny_models import WORDS, tiny, toy_tokenizer
 
 import steerlib as sl
 from steerlib import errors
+from steerlib.training.calibrate.prompted import Drawing
+from steerlib.training.carry import carried
+from steerlib.training.contrast import contrasts_in
+from steerlib.training.directions import prompted
+from steerlib.training.entries import ConceptRecipe
+from steerlib.training.picture_recipe import PictureRecipe, PromptPair
+from steerlib.training.recipe import DirectionRecipe
+from steerlib.training.record.contrasts import contrasts
 
 TALK = [
     {"role": "user", "content": "why rain"},
@@ -72,7 +82,7 @@ def test_a_method_is_a_function_or_a_name(model, tokenizer):
 
     data = {"polite": sl.Contrast(POSITIVE, NEGATIVE)}
     bank = sl.directions(model, data, sites=[0], method=mine, tokenizer=tokenizer)
-    assert given == [((4, 32), (2, 32))] and bank.provenance == {"method": "a function"}
+    assert given == [((4, 32), (2, 32))] and bank.provenance == {"directions": {"method": "a function"}}
     torch.testing.assert_close(bank.rows(bank["polite"]).write, by_hand(model, tokenizer, POSITIVE[:1], model.model.layers[0]))
     with pytest.raises(errors.BadBank, match="no method 'gated' works without a search"):
         sl.directions(model, data, sites=[0], method="gated", tokenizer=tokenizer)
@@ -119,3 +129,69 @@ def test_messages_without_a_chat_template_are_refused(model):
     plain.chat_template = None
     with pytest.raises(errors.UnsupportedTarget, match="no chat template to write messages with"):
         sl.directions(model, {"a": sl.Contrast(((TALK, "warm"),), ("cold rain",))}, sites=[0], tokenizer=plain)
+
+
+# -- pictures -------------------------------------------------------------------------------------------------------------
+
+SITE = "unet.up_blocks.0.attentions.0.transformer_blocks.0.attn2"
+PLAIN = ["a small red square", "a large blue circle on sand", "a green triangle"]
+NIGHT = [f"{prompt} by night" for prompt in PLAIN]
+
+
+def test_directions_of_pictures_are_the_mean_difference_of_pairs_drawn_from_one_noise(toy):
+    drawing = {"steps": 3, "guidance": 2.0, "seed": 7}
+    data = {"night": sl.Contrast.from_prompts(NIGHT, PLAIN)}
+    bank = sl.directions(toy, data, sites=[SITE], batch=4, **drawing)
+    recipe = PictureRecipe(name="x", base="x", source="x", steps=3, guidance=2.0)
+    pairs = [PromptPair(said, plain, 7 + k) for k, (said, plain) in enumerate(zip(NIGHT, PLAIN, strict=True))]
+    sums = contrasts(toy, pairs, Drawing(toy, recipe), sites=[SITE], levels=(500,), batch=6)  # summed by pair, in one batch
+    ((_, move),) = prompted.mean(sums).moves.items()
+    torch.testing.assert_close(bank.rows(bank["night"]).write[0], move, rtol=1e-4, atol=1e-6)
+    assert move.norm() > 0 and bank.norm_of(bank["night"]) and bank.provenance["directions"]["drawing"]["steps"] == 3
+    whole = sl.directions(toy, data, steps=1, batch=6)
+    assert SITE in whole.sites and all(name.endswith("attn2") for name in whole.sites)
+    with sl.steer(toy, bank, {"night": 1.0}) as session:
+        toy(PLAIN[:1], num_inference_steps=1, output_type="latent")
+    assert session.report().lines[0].acted
+
+
+def test_prompts_of_pictures_are_pairs(toy):
+    with pytest.raises(errors.BadBank, match="differs in the concept alone, got 3 and 2, of which 2 are"):
+        sl.Contrast.from_prompts(NIGHT, PLAIN[:2])
+    with pytest.raises(errors.BadBank, match="of which 1 are such pairs"):
+        sl.directions(toy, {"night": sl.Contrast(("a", "b"), ("c", "b"))}, sites=[SITE])
+    with pytest.raises(errors.BadBank, match="levels: no argument of what is drawn"):
+        sl.directions(toy, {"night": sl.Contrast.from_prompts(NIGHT, PLAIN)}, sites=[SITE], levels=(500,))
+
+
+# -- a bank is made again from itself --------------------------------------------------------------------------------------
+
+
+def test_a_bank_is_made_again_from_the_data_that_its_license_lets_it_carry(model, tokenizer, tmp_path):
+    data = {"polite": sl.Contrast(POSITIVE, NEGATIVE, license="CC0-1.0"), "mine": sl.Contrast(POSITIVE[:2], NEGATIVE)}
+    bank = sl.directions(model, data, sites=["layers.1", "layers.0.attn"], method="probe", tokenizer=tokenizer)
+    stored = sl.ConceptBank.from_pretrained(bank.rename({"polite": "kind"}).save_pretrained(tmp_path / "bank"))
+    assert contrasts_in(stored) == {"kind": data["polite"]} and b"mine" not in stored.content("contrast.jsonl")
+    again = sl.directions(model, stored, tokenizer=tokenizer)
+    assert list(again) == ["kind"] and again.provenance == bank.provenance and again.content("contrast.jsonl")
+    for one, other in zip(again["kind"].places, bank["polite"].places, strict=True):
+        assert again.site_of(one) == bank.site_of(other)
+        for mine, first in zip(again.rows(one)[:3], bank.rows(other)[:3], strict=True):
+            torch.testing.assert_close(mine, first)
+    plain = sl.directions(model, {"mine": data["mine"]}, sites=[0], tokenizer=tokenizer)
+    assert not plain.files
+    with pytest.raises(errors.BadBank, match="carries no contrast data"):
+        sl.directions(model, plain, tokenizer=tokenizer)
+    broken = bank.with_concepts(files={"contrast.jsonl": b'{"id": "layers.1/0", "positive": [1]}'})
+    with pytest.raises(errors.CorruptBank, match="has no contrast data"):
+        contrasts_in(broken)
+
+
+def test_the_pairs_of_a_recipe_are_contrast_data_too():
+    pairs: Any = {"positive": ("warm milk", "tea"), "negative": ("cold rain", "snow")}
+    concepts = (ConceptRecipe(name="a", label="warmth", **pairs), ConceptRecipe(name="gone", label="x", **pairs))
+    recipe = DirectionRecipe(name="r", base="b", source="s", concepts=concepts, license="CC0-1.0", prompts="p.jsonl")
+    recipe = replace(recipe, texts={"p.jsonl": '{"prompt": "why", "split": "train"}\n'})
+    bank = two_directions(tiny("llama")).with_concepts(files={"recipe.jsonl": carried(recipe)})
+    wanted = sl.Contrast((("why", "warm milk"), ("why", "tea")), (("why", "cold rain"), ("why", "snow")), license="CC0-1.0")
+    assert contrasts_in(bank) == {"a": wanted}

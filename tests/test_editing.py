@@ -2,6 +2,7 @@
 
 import random
 import warnings
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -335,6 +336,28 @@ def test_edits_and_gates_name_concepts_of_several_banks():
     wanted = 2 * c * (reading > bound)[:, None] + x + 0.5 * first.rows(first["a"]).write[0]
     torch.testing.assert_close(moved["layers.0"][0][1][0] - plain["layers.0"][0][1][0], wanted)
     assert 0 < int((reading > bound).sum()) < 4
+
+
+def test_readings_of_several_banks_are_recorded_and_those_of_another_bank_held():
+    model, ids = tiny("llama"), torch.tensor([[5, 6, 7, 8]])
+    first = two_directions(model)
+    late = sl.ConceptBank.from_directions({"late": torch.linspace(-1, 1, 32)}, site="layers.1", base=model, name="other")
+
+    def read(edits, **options):
+        how = sl.steer(model, [first, late], edits, **options) if edits else nullcontext()
+        with torch.no_grad(), how, sl.record(model, [first, late], ["a", "late"]) as tape:
+            model(ids)
+        return tape["a"][0][1], tape["late"][0][1]
+
+    (a, z), (moved, other), (again, held) = read({}), read({"a": 2.0}), read({"a": 2.0}, do="hold", hold=["late"])
+    rows = late.rows(late["late"])
+    with torch.no_grad(), sl.record(model, ["layers.1"]) as tape:
+        model(ids)
+    torch.testing.assert_close(z, rows.reading(tape["layers.1"][0][1])[..., 0])
+    torch.testing.assert_close(moved - a, torch.full_like(a, 2.0))
+    torch.testing.assert_close(again, moved)
+    torch.testing.assert_close(held, z, atol=1e-4, rtol=1e-4)
+    assert (other - z).abs().max() > 1e-3
 
 
 def test_a_name_that_two_banks_have_is_not_guessed():

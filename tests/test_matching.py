@@ -1,16 +1,18 @@
 """A bank and a model that it was not made on: what fits, what is said, what is refused."""
 
+import copy
 from dataclasses import replace
 
 import pytest
 import torch
 from conftest import two_directions
-from tiny_models import tiny
+from tiny_models import tiny, toy_tokenizer, toy_writer
 from tiny_pipelines import PIPELINES, run
 
 import steerlib as sl
 from steerlib import errors
 from steerlib.hosts import hub_id
+from steerlib.training.record.activations import tokens
 
 IDS = torch.tensor([[1, 2, 3]])
 
@@ -128,3 +130,128 @@ def test_only_an_id_of_the_hub_is_kept_as_the_name_of_a_model(tmp_path, monkeypa
     model = tiny("llama")
     model.name_or_path = "org/model"
     assert two_directions(model).base.id == "org/model"
+
+
+# -- another checkpoint ---------------------------------------------------------------------------------------------------
+
+WARM = sl.Contrast(
+    ("warm bread", "green tea now", "the sun rises slowly"), ("black stone", "the moon falls", "why snow"), "CC0-1.0"
+)
+TEXTS = ["the old bird sings now", "a boat runs down the river", "why rain falls", "red house . old door"]
+
+
+@pytest.fixture(scope="module")
+def talker():
+    return toy_writer().eval()
+
+
+@pytest.fixture(scope="module")
+def warm(talker):
+    """A bank of directions that carries its data, calibrated by hand."""
+    bank = sl.directions(talker, {"warm": WARM}, sites=["layers.0", "layers.1"], tokenizer=toy_tokenizer())
+    return bank.with_concepts([replace(bank["warm"], range=(-1.0, 1.0), natural=(-2.0, 2.0), useful=0.5)])
+
+
+def rotated(model):
+    """The same model in another basis of its residual stream: the same logits."""
+    turned, draw = copy.deepcopy(model), torch.Generator().manual_seed(0)
+    turn, _ = torch.linalg.qr(torch.randn(32, 32, generator=draw))
+    inner = turned.model
+    reads = [
+        m
+        for b in inner.layers
+        for m in (b.self_attn.q_proj, b.self_attn.k_proj, b.self_attn.v_proj, b.mlp.gate_proj, b.mlp.up_proj)
+    ]
+    with torch.no_grad():
+        inner.embed_tokens.weight.copy_(model.model.embed_tokens.weight @ turn)
+        for module in [*reads, turned.lm_head]:
+            module.weight.copy_(module.weight @ turn)
+        for block in inner.layers:
+            for module in (block.self_attn.o_proj, block.mlp.down_proj):
+                module.weight.copy_(turn.T @ module.weight)
+    assert all((norm.weight == 1).all() for norm in inner.modules() if type(norm).__name__ == "LlamaRMSNorm")
+    torch.testing.assert_close(turned(IDS).logits, model(IDS).logits, atol=1e-4, rtol=1e-3)
+    return turned
+
+
+def tuned(model):
+    """A little training's worth of noise on all weights."""
+    near, draw = copy.deepcopy(model), torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for weight in near.parameters():
+            weight.add_(0.02 * weight.std() * torch.randn(weight.shape, generator=draw) if weight.ndim > 1 else 0)
+    return near
+
+
+KIN = {
+    "itself": (copy.deepcopy, "same weights", ()),
+    "a fine-tune": (tuned, "other weights", ()),
+    "a rotated stream": (rotated, "other weights", ("layers.0", "layers.1")),
+    "a token more": (lambda model: of(model, vocab_size=model.config.vocab_size + 1), "other weights", None),
+    "a layer more": (lambda model: of(model, num_hidden_layers=3), "same width", None),
+}
+
+
+@pytest.mark.parametrize("case", KIN)
+def test_kin_of_a_model_fit_and_are_compared(case, talker, warm):
+    make, how, turned = KIN[case]
+    kin = make(talker)
+    assert warm.fits(kin) == {"layers.0": how, "layers.1": how}
+    found = warm.compare(kin, ["warm"], tokenizer=toy_tokenizer(), texts=TEXTS, prompts=["why rain"], judge=judge, new_tokens=3)
+    held = found["warm"]
+    assert turned is None or found.rotated == turned
+    assert found.fits == warm.fits(kin) and held.unit.stored == warm["warm"].unit and held.damage.here > 0
+    assert held.effect.here is not None and "stored → here" in repr(found)
+    alike = held.cosine.here
+    if case == "itself":
+        x = tokens(kin, toy_tokenizer(), TEXTS, ["layers.0"], what="texts")["layers.0"]
+        rows = warm.rows(warm["warm"])
+        assert held.unit.here == pytest.approx(float((x @ rows.read[0]).std()), rel=1e-4) and alike == pytest.approx(1)
+    elif case == "a fine-tune":
+        assert 0.9 < alike < 1
+    elif turned:
+        assert abs(alike) < 0.5 and "is rotated" in repr(found)
+
+
+def judge(requests, answers, concept):  # noqa: ARG001
+    return [len(answer) for answer in answers]
+
+
+def test_a_bank_without_data_or_amounts_is_compared_as_far_as_that_goes(talker):
+    bank = two_directions(talker)
+    found = bank.compare(talker, ["a"], tokenizer=toy_tokenizer(), texts=TEXTS)
+    assert found["a"].cosine == (None, None) and found["a"].damage == (None, None) and found["a"].unit.here
+    narrow = of(tiny("llama"), hidden_size=16, num_attention_heads=2, num_key_value_heads=2, head_dim=8)
+    with pytest.raises(errors.WrongModel, match=r"no concept of bank 'directions' fits this model: layers.0 \(other width\)"):
+        bank.compare(narrow, ["a"], tokenizer=toy_tokenizer(), texts=TEXTS)
+
+
+@pytest.mark.filterwarnings("ignore::steerlib.errors.OutOfRange")
+def test_an_adapted_bank_serves_the_new_model_and_says_that_it_was_measured_on_another(talker, warm):
+    larger = of(talker, num_hidden_layers=3)
+    with pytest.raises(errors.WrongModel):
+        sl.steer(larger, warm, {"warm": 0.5})
+    bank = warm.with_concepts(card="# Warm").adapt(larger)
+    assert {*bank.fits(larger).values()} == {"same weights"} and "serves another now" in bank.card
+    with pytest.warns(errors.OtherWeights, match="measured on another model and adapted to this one"):
+        sl.steer(larger, bank, {"warm": 0.5})
+    for one, other in zip(bank["warm"].places, warm["warm"].places, strict=True):
+        assert torch.equal(bank.rows(one).write, warm.rows(other).write)
+    done = bank.with_concepts(provenance={**bank.provenance, "calibrated": {"warm": {}}})
+    sl.steer(larger, done, {"warm": 0.5})
+    sl.steer(larger, two_directions(talker).adapt(larger), {"a": 0.5})  # nothing was measured that could differ
+    assert {*bank.merge(two_directions(larger))} == {"warm", "a", "b"}
+    with pytest.raises(errors.WrongModel, match=r"does not fit this model at layers.1 \(missing\); keep what fits"):
+        warm.adapt(of(talker, num_hidden_layers=1))
+
+
+def test_a_bank_of_pictures_is_compared_with_a_copy_of_its_pipeline(toy):
+    site = "unet.up_blocks.0.attentions.0.transformer_blocks.0.attn2"
+    plain = ["a small red square", "a green triangle"]
+    data = {"night": sl.Contrast.from_prompts([f"{prompt} by night" for prompt in plain], plain, license="CC0-1.0")}
+    bank = sl.directions(toy, data, sites=[site], steps=2, batch=4)
+    bank = bank.with_concepts([replace(bank["night"], useful=0.5, natural=(-1.0, 1.0))])
+    pairs = [(f"{prompt} by night", prompt) for prompt in plain]
+    held = bank.compare(toy, prompts=pairs, steps=2, batch=4)["night"]
+    assert held.cosine.here == pytest.approx(1, abs=1e-4) and held.unit.here > 0
+    assert 0 <= held.effect.here <= 1 and held.damage.here >= 0

@@ -26,8 +26,8 @@ from .shelf import Shelf
 from .trust import is_plain_name
 from .vectors import Where, gathered
 
-RECIPE = "recipe.jsonl"
-"""How a bank was made; that of the other bank says nothing of two that are joined."""
+MADE = ("recipe.jsonl", "contrast.jsonl")
+"""How a bank was made; those of the other bank say nothing of two that are joined."""
 
 
 B = TypeVar("B", bound="Edited")
@@ -175,7 +175,7 @@ def _joined(bank: Edited, other: Edited, prefix: str) -> dict[str, Any]:
         raise BadBank(f"both banks have {_quoted(twice)}; give prefix=, or rename or drop what one of them has")
     first, second = _called(bank, {}), _called(other, names, ids, prefix, sites)
     card, pictures = _beside(second["card"], bank.pictures, second["pictures"])
-    taken = {name.partition("/")[0] for name in (*bank.files, RECIPE)}
+    taken = {name.partition("/")[0] for name in (*bank.files, *MADE)}
     files = {name: file for name, file in other.files.items() if name.partition("/")[0] not in taken}
     return first | {
         "base": base,

@@ -59,8 +59,12 @@ def check(bank: Any, host: Host, match: Match) -> str:
             raise WrongModel(f"no site of bank {bank.name!r}, made for {maker}, fits this model: {', '.join(misfits[:3])}")
         less = f"; not there: {', '.join(misfits[:3])}{', …' if len(misfits) > 3 else ''}" if misfits else ""
         return f"bank {bank.name!r} was made for {maker} with {said}: its sites fit, effects may differ{less}"
-    is_measured = any(concept.effects or concept.range for concept in bank.concepts.values())
-    if base.weights is None or not is_measured or digest_of(host) in (None, base.weights):
+    measured = {concept.name for concept in bank.concepts.values() if concept.effects or concept.range}
+    if "adapted" in bank.provenance and measured - {*bank.provenance.get("calibrated", ())}:
+        return (
+            f"bank {bank.name!r} was measured on another model and adapted to this one: effects may differ until sl.calibrate"
+        )
+    if base.weights is None or not measured or digest_of(host) in (None, base.weights):
         return ""
     return (
         f"bank {bank.name!r} was measured on other weights of {base.id or 'this architecture'}; "

@@ -20,8 +20,9 @@ from .foreign import Foreign, Found, bound, refuse, settle, told
 
 FILES = (".gguf",)
 ARCHITECTURES = ("controlvector", "steeringvector")
-LOST, NORM = "steerlib.lost", "steerlib.norm.{}"
-"""Fields that steerlib adds: what was lost when a file was written, and the median length of an activation after a block."""
+LOST, NORM, MEAN = "steerlib.lost", "steerlib.norm.{}", "steerlib.mean.{}"
+"""Fields that steerlib adds: what was lost when a file was written, and of a block the median length of an activation and the
+average reading, in units of its vector."""
 BLOCK = re.compile(r"layers\.(\d+)")
 
 
@@ -36,7 +37,8 @@ def read(path: Path, title: str) -> Foreign:  # noqa: ARG001
     lost = [said for one in found.values() for said in one.lost]
     source = {"model_hint": next(iter(found.values())).hint, **({"lost": lost} if lost else {})}
     norms = {layer: norm for one in found.values() for layer, norm in one.norms.items()}
-    return of_layers({name: one.vectors for name, one in found.items()}, source, "layers.{}", norms)
+    means = {name: one.means for name, one in found.items()}
+    return of_layers({name: one.vectors for name, one in found.items()}, source, "layers.{}", norms, means)
 
 
 def _gguf() -> Any:
@@ -48,10 +50,11 @@ def _gguf() -> Any:
 
 
 class Read(NamedTuple):
-    """A file: by block its vectors, and median lengths of activations where it has any; the model, and what was lost."""
+    """A file: by block its vectors, lengths of activations and average readings; the model; what was lost."""
 
     vectors: dict[int, Tensor]
     norms: dict[int, float]
+    means: dict[int, float]
     hint: str
     lost: list[str]
 
@@ -71,16 +74,18 @@ def _read(path: Path) -> Read:
     if others := [name for name, found in layers.items() if found is None]:
         refuse(path, f"a control vector with {', '.join(others)!s:.80}", "a direction for each layer is read")
     vectors = {int(found[1]): files.part(tensors, name, 1) for name, found in layers.items() if found}
-    norms = {layer: said[name] for layer in vectors if (name := NORM.format(layer)) in said}
+    norms, means = ({k: said[name] for k in vectors if (name := field.format(k)) in said} for field in (NORM, MEAN))
     hint = str(said.get(f"{architecture}.model_hint", ""))  # an empty one is not written
-    return Read(vectors, norms, hint, told(path, said.get(LOST)))
+    return Read(vectors, norms, means, hint, told(path, said.get(LOST)))
 
 
 def of_layers(
-    vectors: dict[str, dict[int, Tensor]], source: dict[str, Any], hook: str, norms: Mapping[int, float] | None = None
-) -> Foreign:
-    """Concepts of one vector a layer each; `hook` names a layer's place, `source` and `norms` are what else the files say."""
+    vectors: dict[str, dict[int, Tensor]], source: dict[str, Any], hook: str, norms: Mapping[int, float] | None = None,
+    means: Mapping[str, Mapping[int, float]] | None = None,
+) -> Foreign:  # fmt: skip
+    """Concepts of one vector a layer each; `hook` names a layer's place, the others are what else the files say."""
     rows: dict[int, list[Tensor]] = {}
+    middles: dict[int, list[float]] = {}
     concepts = []
     for name, by_layer in vectors.items():
         if not by_layer:
@@ -88,13 +93,15 @@ def of_layers(
         places = []
         for layer in sorted(by_layer):
             rows.setdefault(layer, []).append(by_layer[layer])
+            middles.setdefault(layer, []).append(float((means or {}).get(name, {}).get(layer, 0.0)))
             places.append(Part(encoder=hook.format(layer), index=len(rows[layer]) - 1, unit=1.0))
         first, *parts = places
         concepts.append(Concept(name=name, encoder=first.encoder, index=first.index, parts=tuple(parts)))
     known = norms or {}
     found = [
-        Found(encoder=Directions(_stacked(some, layer)), hook=hook.format(layer), source=source, norm=known.get(layer))
+        Found(encoder=encoder, hook=hook.format(layer), source=source, norm=known.get(layer))
         for layer, some in sorted(rows.items())
+        for encoder in [Directions(_stacked(some, layer), torch.tensor(middles[layer]))]
     ]
     return Foreign(found=found, concepts=concepts)
 
@@ -110,11 +117,12 @@ def write(bank: ConceptBank, concept: str | Concept, path: str | Path, *, lossy:
 
     Raises `BadBank` where a control vector would do something else; with `lossy` the file says what is lost.
     """
-    own, vectors, norms = bank[concept], {}, {}
+    own, vectors, facts = bank[concept], {}, {}
     for place in own.places:
         if (layer := BLOCK.fullmatch(bank.site_of(place))) is not None:
-            block, vector = int(layer[1]), (place.unit * bank.rows(place).write[0]).float()
-            vectors[block], norms[block] = vectors.get(block, 0) + vector, bank.norm_of(place)
+            block, rows = int(layer[1]), bank.rows(place)
+            vectors[block] = vectors.get(block, 0) + (place.unit * rows.write[0]).float()
+            facts |= {NORM.format(block): bank.norm_of(place), MEAN.format(block): -float(rows.bias) / place.unit}
     if not vectors:
         where = ", ".join(repr(bank.site_of(place)) for place in own.places)
         raise BadBank(f"a control vector acts after blocks, layers.N; concept {own.name!r} acts at {where}")
@@ -128,8 +136,9 @@ def write(bank: ConceptBank, concept: str | Concept, path: str | Path, *, lossy:
         writer.add_array(LOST, lost)
     for layer, vector in sorted(vectors.items()):
         writer.add_tensor(f"direction.{layer}", vector.contiguous().numpy())
-        if norms[layer] is not None:
-            writer.add_float64(NORM.format(layer), norms[layer])
+    for name, fact in facts.items():
+        if fact:
+            writer.add_float64(name, fact)
     for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
         step()
     return Path(path)
@@ -137,11 +146,13 @@ def write(bank: ConceptBank, concept: str | Concept, path: str | Path, *, lossy:
 
 def losses(bank: ConceptBank, concept: Concept) -> list[str]:
     """What a control vector does not do that additions of a concept do, in words."""
-    elsewhere = [bank.site_of(place) for place in concept.places if BLOCK.fullmatch(bank.site_of(place)) is None]
+    sites = [bank.site_of(place) for place in concept.places]
+    elsewhere = [site for site in sites if BLOCK.fullmatch(site) is None]
     is_latent = any(bank.rows(place).is_sparse for place in concept.places)
     return [
         *bound(bank, concept),
         *[f"{concept.name!r} acts at {site!r} too, where no block ends" for site in elsewhere],
+        *[f"{concept.name!r} has several readings at {site!r}" for site in sorted({*sites}) if sites.count(site) > 1],
         *([f"{concept.name!r} is a latent, which never goes below 0"] if is_latent else []),
     ]
 

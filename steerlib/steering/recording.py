@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..bank import ConceptBank
 from ..bank.concepts import Concept
+from ..bank.editing import together
 from ..devices import unrounded
 from ..hosts import host_for
 from ..passes import StepState
@@ -21,13 +22,15 @@ Tape = dict[str, list[tuple[StepState, Tensor]]]
 
 @contextmanager
 def record(
-    target: object, bank_or_sites: ConceptBank | Sequence[str], concepts: Sequence[str | Concept] | None = None
+    target: object,
+    bank_or_sites: ConceptBank | Sequence[ConceptBank] | Sequence[str],
+    concepts: Sequence[str | Concept] | None = None,
 ) -> Iterator[Tape]:
     """Record every pass inside a `with` block.
 
     Args:
         target: what `sl.steer` takes.
-        bank_or_sites: a bank, or names of sites.
+        bank_or_sites: a bank, several, or names of sites.
         concepts: of the bank, by name, or combinations of them; None: all.
 
     Gives a tape: `tape[name]` lists `(state, values)`, one for each pass, where `state` says where the pass stands. With a
@@ -40,12 +43,12 @@ def record(
     torch.Size([1, 4])
     """
     tape: Tape = {}
-    if not isinstance(bank_or_sites, ConceptBank):
-        names = [bank_or_sites] if isinstance(bank_or_sites, str) else bank_or_sites
-        with observing(target, {name: _keeper(tape.setdefault(name, []), lambda x, _: x.detach().clone()) for name in names}):
+    given: Any = [bank_or_sites] if isinstance(bank_or_sites, str | ConceptBank) else [*bank_or_sites]
+    if not any(isinstance(one, ConceptBank) for one in given):
+        with observing(target, {name: _keeper(tape.setdefault(name, []), lambda x, _: x.detach().clone()) for name in given}):
             yield tape
         return
-    bank, host = bank_or_sites, host_for(target)
+    bank, host = together(given), host_for(target)
     bank.check(host)
     acts = []
     for concept in [bank[name] for name in (concepts if concepts is not None else bank.concepts)]:

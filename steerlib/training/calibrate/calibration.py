@@ -78,14 +78,14 @@ def calibrate(
     if not names:
         raise BadEdit(f"bank {bank.name!r} lists no concept; name some, such as {next(iter(bank.encoder_facts), 'x')}/0")
     if host_for(target).has_progress:
-        plan = _plan(bank, PictureRecipe, seed=seed, **drawing)
+        plan = plan_of(bank, PictureRecipe, seed=seed, **drawing)
         return _of_pictures(Drawing(target, plan), bank, names, prompts or plan.read_prompts()[: plan.dev_prompts], judge)
-    plan, tokenizer = _plan(bank, DirectionRecipe, **drawing), tokenizer or host_for(target).tokenizer()
-    judge, asked = judge or _own_judge(bank, plan), [*(prompts or plan.read_prompts("dev"))]
+    plan, tokenizer = plan_of(bank, DirectionRecipe, **drawing), tokenizer or host_for(target).tokenizer()
+    judge, asked = judge or own_judge(bank, plan), [*(prompts or plan.read_prompts("dev"))]
     return _of_texts(Asking(target, tokenizer, asked, judge, new_tokens), bank, names, plan, texts)
 
 
-def _plan(bank: ConceptBank, kind: Any, **given: Any) -> Any:
+def plan_of(bank: ConceptBank, kind: Any, **given: Any) -> Any:
     """The recipe that a bank carries, if it is of a kind, or one that names what comes with steerlib."""
     own: Any = recipe_in(bank)
     found = own if isinstance(own, kind) else kind(name="calibration", base="none", source="none")
@@ -94,7 +94,8 @@ def _plan(bank: ConceptBank, kind: Any, **given: Any) -> Any:
     return replace(found, **given)
 
 
-def _own_judge(bank: ConceptBank, plan: DirectionRecipe) -> Judge:
+def own_judge(bank: ConceptBank, plan: DirectionRecipe) -> Judge:
+    """The scorer of a bank's recipe; raises `BadEdit` where it has none."""
     if not plan.concepts:
         raise BadEdit(
             f"bank {bank.name!r} carries no recipe with a scorer; give judge=, a function of requests and answers that gives a "
@@ -123,19 +124,26 @@ def _calibrated(bank: ConceptBank, facts: Mapping[str, Concept], judge: Judge | 
 # -- units -----------------------------------------------------------------------------------------------------------------
 
 
+def unit_of(z: Float[Tensor, " tokens"], is_latent: bool) -> float | None:
+    """The standard deviation of readings, of a latent the median where it fires; None where it does not vary."""
+    known = z[z > 0] if is_latent else z
+    if len(known) < 2 or not float(known.std()):
+        return None
+    return float(known.median() if is_latent else known.double().std())
+
+
 def in_units(bank: ConceptBank, concept: Concept, z: Float[Tensor, " tokens"], is_latent: bool) -> Concept:
     """A concept with what is natural for it, by its readings on reference data, and with a unit, unless it has one that was
     measured or that a gate or the graph counts in."""
-    known = z[z > 0] if is_latent else z
-    if len(known) < 2 or not float(known.std()):
+    if (unit := unit_of(z, is_latent)) is None:
         return concept
+    known = z[z > 0] if is_latent else z
     low, high = torch.quantile(_some(known).double(), torch.tensor(TAILS, dtype=torch.float64)).tolist()
     natural = (0.0, high) if is_latent else (low, high)
     counted = {c.gate.concept for c in bank.concepts.values() if c.gate}
     counted |= {end for edge in bank.graph.edges for end in (edge.src, edge.dst)}
     if concept.natural is not None or concept.range is not None or concept.name in counted:
         return replace(concept, natural=concept.natural or natural)
-    unit = float(known.median() if is_latent else known.double().std())
     parts = tuple(replace(part, unit=part.unit * unit / concept.unit) for part in concept.parts)
     return replace(concept, unit=unit, natural=natural, parts=parts)
 
@@ -145,8 +153,12 @@ def _some(values: Float[Tensor, " n"], most: int = 1 << 22) -> Float[Tensor, " m
     return values[:: max(1, len(values) // most)]
 
 
-def _read(bank: ConceptBank, names: Sequence[str], x: Mapping[str, Tensor]) -> dict[str, Concept]:
-    """Concepts in units, from the activations `[tokens, D]` at their sites."""
+Readings = dict[str, Float[Tensor, " tokens"]]
+"""By concept."""
+
+
+def readings(bank: ConceptBank, names: Sequence[str], x: Mapping[str, Tensor]) -> Readings:
+    """What concepts read of the activations `[tokens, D]` at their sites, in raw coordinates."""
     by_encoder: dict[str, list[Concept]] = {}
     for name in names:
         by_encoder.setdefault(bank[name].encoder, []).append(bank[name])
@@ -155,8 +167,12 @@ def _read(bank: ConceptBank, names: Sequence[str], x: Mapping[str, Tensor]) -> d
         encoder = bank.encoder(id)
         parts = x[bank.read_at(own[0])].split(AT_ONCE)
         z = torch.cat([encoder.readings(part, [concept.index for concept in own]) for part in parts])
-        found |= {c.name: in_units(bank, c, z[:, k], bank.rows(c).is_sparse) for k, c in enumerate(own)}
+        found |= {concept.name: z[:, k] for k, concept in enumerate(own)}
     return found
+
+
+def _in_units(bank: ConceptBank, read: Readings) -> dict[str, Concept]:
+    return {name: in_units(bank, bank[name], z, bank.rows(bank[name]).is_sparse) for name, z in read.items()}
 
 
 def _sites(bank: ConceptBank, lengths: Mapping[str, float]) -> dict[str, SiteFacts]:
@@ -191,6 +207,12 @@ class Asking:
         return answer(self.model, self.tokenizer, conditions, self.prompts, own, **how)
 
 
+def sites_of(bank: ConceptBank, names: Sequence[str]) -> list[str]:
+    """Where some concepts are moved or read."""
+    places: list[Concept | Place] = [place for name in names for place in bank[name].places]
+    return sorted({site for place in places for site in (bank.site_of(place), bank.read_at(place))})
+
+
 def _of_texts(
     asking: Asking, bank: ConceptBank, names: Sequence[str], plan: DirectionRecipe, texts: Sequence[str] | None
 ) -> ConceptBank:
@@ -200,7 +222,7 @@ def _of_texts(
         sites = sorted({site for place in places for site in (bank.site_of(place), bank.read_at(place))})
         x = tokens(asking.model, asking.tokenizer, read, sites, what="ordinary texts")
         lengths = {site: float(own.norm(dim=-1).median()) for site, own in x.items()}
-        known = _with_facts(bank, _read(bank, names, x), sites=_sites(bank, lengths))
+        known = _with_facts(bank, _in_units(bank, readings(bank, names, x)), sites=_sites(bank, lengths))
         ordinary = Unrelated(asking.model, asking.tokenizer, read[-ORDINARY:])
     asked, facts = {concept.name: concept.asked for concept in plan.concepts}, {}
     with stage(2, 2, f"trying amounts of {len(names)} concepts"):
@@ -267,10 +289,10 @@ STALE = ("edit", "amount", "passes", "effect", "damage", "told", "removal", "rem
 def _of_pictures(
     drawing: Drawing, bank: ConceptBank, names: Sequence[str], prompts: Sequence[Any], judge: Judge | None
 ) -> ConceptBank:
-    pairs, facts = {name: _pairs(bank[name], prompts, drawing.recipe) for name in names}, {}
+    pairs, facts = {name: pairs_of(bank[name], prompts, drawing.recipe) for name in names}, {}
     with stage(1, 2, f"drawing {len(prompts)} plain pictures"):
-        read, lengths = _seen(drawing, bank, next(iter(pairs.values())), names)
-        known = _with_facts(bank, read)
+        read, lengths = seen(drawing, bank, next(iter(pairs.values())), names)
+        known = _with_facts(bank, _in_units(bank, read))
         lengthy = _with_facts(known, {}, sites=_sites(bank, lengths))  # what steers has no caps that it had not
     with stage(2, 2, f"trying amounts of {len(names)} concepts"):
         for name in progress(names, "concepts"):
@@ -279,7 +301,7 @@ def _of_pictures(
     return _calibrated(known, facts, judge, len(prompts))
 
 
-def _pairs(concept: Concept, prompts: Sequence[Any], recipe: PictureRecipe) -> list[PromptPair]:
+def pairs_of(concept: Concept, prompts: Sequence[Any], recipe: PictureRecipe) -> list[PromptPair]:
     """Each prompt with the concept and without it, and the seed of its noise."""
     found = []
     for k, prompt in enumerate(prompts):
@@ -292,10 +314,10 @@ def _pairs(concept: Concept, prompts: Sequence[Any], recipe: PictureRecipe) -> l
     return found
 
 
-def _seen(
+def seen(
     drawing: Drawing, bank: ConceptBank, pairs: Sequence[PromptPair], names: Sequence[str]
-) -> tuple[dict[str, Concept], dict[str, float]]:
-    """Concepts in units, by what they read while plain pictures are drawn, and median lengths of activations by site."""
+) -> tuple[Readings, dict[str, float]]:
+    """What concepts read while plain pictures are drawn, and median lengths of activations by site."""
     sites = sorted({bank.site_of(place) for name in names for place in bank[name].places})
     lengths: dict[str, list[Tensor]] = {site: [] for site in sites}
 
@@ -306,14 +328,13 @@ def _seen(
         drawing([pair.negative for pair in pairs], [pair.seed for pair in pairs])
     found = {}
     for name in names:
-        concept, when = bank[name], bank.window_of(bank[name])
+        when = bank.window_of(bank[name])
         read = [
             own.flatten().cpu()
             for state, z in tape[name]
             if _is_open(when, state) and (own := conditional(z, state)) is not None
         ]
-        z = torch.cat(read) if read else torch.zeros(0)
-        found[name] = in_units(bank, concept, z, bank.rows(concept).is_sparse)
+        found[name] = torch.cat(read) if read else torch.zeros(0)
     return found, {site: float(torch.cat(own).median()) for site, own in lengths.items() if own}
 
 
