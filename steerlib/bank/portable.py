@@ -44,6 +44,7 @@ class Portable(Edited):
 
         Returns the files or folders that were written. Raises `BadBank` where something would be lost, `UnknownFormat`.
 
+        >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     sl.read_bank(*bank.export(f"{folder}/calm.gguf", ["a"]), base=model).keys()
         dict_keys(['calm'])
