@@ -160,7 +160,9 @@ def test_the_unit_of_a_latent_is_the_median_where_it_fires(model, tokenizer):
     z = encoder.encode(x)
     name = f"layers.1/{int((z > 0).sum(0).argmax())}"
     own = z[:, bank[name].index]
-    found: Any = calibration._read(bank, [name], {"layers.1": x})[name]
+    found: Any = calibration.in_units(
+        bank, bank[name], calibration.readings(bank, [name], {"layers.1": x})[name], is_latent=True
+    )
     assert found.unit == pytest.approx(float(own[own > 0].median())) and found.natural[0] == 0.0
     silent = calibration.in_units(bank, bank[name], torch.zeros(20), True)
     assert silent == bank[name]  # of one that never fires nothing is known
