@@ -49,7 +49,7 @@ def main(
     model, tokenizer = sl.load(source)
     known = [json.loads(line)["text"] for line in REFERENCE.read_text(encoding="utf-8").splitlines()]
     texts = list(islice(cycle(known), rows))
-    data = {"a": sl.Contrast(texts[::2], texts[1::2])}
+    data = {"a": sl.Contrast(tuple(texts[::2]), tuple(texts[1::2]))}
     short = truncated(model, layer)
     short.norm = torch.nn.Identity()
 

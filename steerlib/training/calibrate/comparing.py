@@ -160,10 +160,11 @@ def _alike(
     by_site: dict[str, list[float]] = {}
     for concept in chosen:
         there = {again.site_of(place): again.rows(place).write[0] for place in again[concept.name].places}
-        pairs = [(site, bank.rows(place).write[0], there[site]) for place in concept.places for site in [bank.site_of(place)]]
-        for site, one, other in pairs:
+        sites = [bank.site_of(place) for place in concept.places]
+        ours, theirs = [bank.rows(place).write[0] for place in concept.places], [there[site] for site in sites]
+        for site, one, other in zip(sites, ours, theirs, strict=True):
             by_site.setdefault(site, []).append(_cosine(one, other) * len(one) ** 0.5)
-        found[concept.name] = Both(None, _cosine(*(torch.cat([pair[k] for pair in pairs]) for k in (1, 2))))
+        found[concept.name] = Both(None, _cosine(torch.cat(ours), torch.cat(theirs)))
     return found, [site for site, alike in by_site.items() if max(map(abs, alike)) <= CHANCE]
 
 
