@@ -90,8 +90,8 @@ def _stacked(rows: list[Tensor], layer: int) -> Tensor:
 def write(bank: ConceptBank, concept: str, path: str | Path) -> Path:
     """Write a concept that moves residual streams after blocks; its vectors are what one unit of it adds."""
     own, vectors = bank[concept], {}
-    if own.gate is not None or own.match_norm:
-        how = f"acts where {own.gate.concept!r} shows" if own.gate else "grows with the length of each token"
+    if own.gate is not None or own.match_norm or own.keep_norm:
+        how = f"acts where {own.gate.concept!r} shows" if own.gate else "goes by the length of each token"
         raise BadBank(f"a control vector is the same at every token, and {concept!r} {how}; steer it with steerlib")
     for place in own.places:
         layer = re.fullmatch(r"layers\.(\d+)", site := bank.site_of(place))

@@ -358,8 +358,10 @@ def write(source: ConceptBank | Encoder, folder: str | Path, *, site: str = "", 
     """
     if isinstance(source, Encoder):
         return [_write(source, Path(folder), {}, _metadata(site, reads, model))]
-    if bound := [c.name for c in source.concepts.values() if c.gate is not None or c.match_norm]:
-        raise BadBank(f"SAELens has no gates or matched norms, and {bound[0]!r} has; write encoders alone: bank.encoder(id)")
+    if bound := [c.name for c in source.concepts.values() if c.gate is not None or c.match_norm or c.keep_norm]:
+        raise BadBank(
+            f"SAELens has no gates and no matched or kept norms, and {bound[0]!r} has; write encoders alone: bank.encoder(id)"
+        )
     known, written = source.provenance.get("encoders", {}), []
     for id, facts in sorted(source.encoders.items()):
         place = Path(folder) if len(source.encoders) == 1 else Path(folder) / Path(facts.file).stem
