@@ -40,6 +40,8 @@ EDITS = "concept=amount in its units, or concept=useful, set:1.5, scale:0.5, cla
 Work = Annotated[Path, typer.Option(help="folder of what each stage made, so that a run can go on")]
 Quick = Annotated[bool, typer.Option("--quick", help="a rough bank in about two minutes, to see whether it works")]
 Clean = Annotated[bool, typer.Option("--clean", help="remove what the stages made once the bank is written")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="of pictures: what it will take, without loading any weight")]
+Tflops = Annotated[float, typer.Option(help="rate for --dry-run, in 10^12 operations a second (0: measured here)", min=0)]
 Threads = Annotated[int, typer.Option(help="processor threads (0: as many as a trial of 0.2 s finds fastest)", min=0)]
 
 Half = StrEnum("Half", ["text", "images"])  # what `demo` can show alone
@@ -235,6 +237,8 @@ def train(
     clean: Clean = False,
     model: Annotated[str, typer.Option(help="in place of the recipe's: folder, Hub id or package:<name>/<file>.gguf")] = "",
     threads: Threads = 0,
+    dry_run: DryRun = False,
+    tflops: Tflops = 0.0,
 ) -> None:
     """Train a bank from a recipe. Run it again to go on where it stopped."""
     if template:
@@ -245,12 +249,15 @@ def train(
         return
     if recipe is None:
         raise BadRecipe("expected a recipe: steerlib train recipe.toml; steerlib train --template writes one to start from")
+    from . import terminal
+
     read = sl.Recipe.from_file(recipe)
     if model:
         from .training.carry import on
 
         read = on(read, model, name=out.name if out else f"{read.name}-on-{Path(model).stem.lower()}")
-    _trained(read.quick() if quick else read, out, work, clean, threads)
+    read = read.quick() if quick else read
+    terminal.foretell(read, tflops, threads) if dry_run else terminal.train_to(read, out, work, clean, threads)
 
 
 @app.command()
@@ -268,27 +275,14 @@ def port(
     threads: Threads = 0,
 ) -> None:
     """Make a bank of the same concepts for another model, by the recipe of a bank."""
+    from . import terminal
     from .training.carry import ported
 
     opened = sl.ConceptBank.from_pretrained(bank)
     name = out.name if out else f"{opened.name}-on-{Path(model).stem.lower()}"
     more: dict[str, Any] = {"name": name, "license": license, **({"budget": budget} if budget else {})}
     read = ported(recipe_of(opened, None), opened, model, concept, base=base, **more)
-    _trained(read.quick() if quick else read, out, work, clean, threads)
-
-
-def _trained(recipe: Any, out: Path | None, work: Path, clean: bool, threads: int) -> None:
-    """Train, write and show a bank."""
-    from . import terminal
-    from .training import pipeline
-
-    pipeline.check(recipe)
-    folder, places = out or Path("out") / recipe.name, pipeline.work_of(recipe, work)
-    pipeline.check_writable(folder)
-    console.print(f"work folder: {work}, from which a run that stops goes on", markup=False, soft_wrap=True, style="dim")
-    model, tokenizer = loaded(recipe.weights, threads)
-    bank = sl.train(model.to(pipeline.best_device()), recipe, tokenizer=tokenizer, work=work)
-    terminal.finish(bank, folder, places, clean, terminal.asking(recipe, tokenizer))
+    terminal.train_to(read.quick() if quick else read, out, work, clean, threads)
 
 
 @app.command()
@@ -300,6 +294,8 @@ def make(
     prompts: Annotated[Path | None, typer.Option(help="of a pipeline: a file of prompts without the names, one a line")] = None,
     work: Work = Path("out/work"),
     threads: Threads = 0,
+    dry_run: DryRun = False,
+    tflops: Tflops = 0.0,
 ) -> None:
     """Make concepts of a model from their names alone, a few minutes each. Run it again to go on where it stopped."""
     from . import terminal
@@ -308,6 +304,9 @@ def make(
     named.check_given(names)
     pipeline.check_writable(out)
     given = None if prompts is None else named.read_prompts(prompts)
+    if dry_run:
+        terminal.foretell(named.picture_recipe_of(names, model, given, name=out.name, seed=seed), tflops, threads)
+        return
     target, tokenizer = loaded(model, threads)
     how = {"tokenizer": tokenizer, "source": model, "name": out.name, "seed": seed, "work": work, "prompts": given}
     bank = sl.make(target.to(pipeline.best_device()), names, **how)

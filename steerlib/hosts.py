@@ -3,6 +3,7 @@
 import hashlib
 import re
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
@@ -80,6 +81,12 @@ class Host(ABC):
     def load(cls, source: str, **kwargs: Any) -> tuple[Any, Any]:  # noqa: ARG003
         """The model or pipeline in a source, and its tokenizer or None. Called where `opens(source)` is true."""
         raise UnsupportedTarget(f"{cls.__name__} loads nothing by name; load the model yourself and pass it to sl.steer")
+
+    @classmethod
+    def outline(cls, source: str) -> tuple[Any, Counter[str]]:
+        """The model in a source without its weights, which runs for its shapes alone, and what its components do from now on:
+        calls of each by its name, and `flops`. Called where `opens(source)` is true."""
+        raise UnsupportedTarget(f"expected a pipeline of diffusers, {source!r} cannot be run without its weights")
 
     def tokenizer(self) -> Any:
         """The tokenizer of the model, as far as `load` gave one with it; raises `UnsupportedTarget` where none is found."""
@@ -219,6 +226,12 @@ def load(source: str, **kwargs: Any) -> tuple[Any, Any]:
     if tokenizer is not None:
         TOKENIZERS[model] = tokenizer
     return model, tokenizer
+
+
+def outline(source: str) -> tuple[Any, Counter[str]]:
+    """What `load` would give, without weights, and what its components do from now on; see `Host.outline`."""
+    hosts = map(_class, dict.fromkeys(reversed(HOSTS.values())))
+    return next(host for host in hosts if host.opens(source)).outline(source)
 
 
 TOKENIZERS: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()

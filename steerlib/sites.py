@@ -38,6 +38,20 @@ whatever follows; `BD...`: an image with channels first, or tokens `[B, N, D]`; 
 SAY = "say which axis is which: path:BND, path:NBD (rows second), path:BDN (channels first), path:B...D, path:ND (no rows)"
 
 
+def _joined(value: Any) -> Any:
+    """Lists of rows, alone or in a tuple, as one tensor each."""
+    if isinstance(value, list):
+        return torch.stack(value)
+    return tuple(map(_joined, value)) if type(value) is tuple and any(isinstance(part, list) for part in value) else value
+
+
+def _parted(joined: Any, like: Any) -> Any:
+    """The same as lists again, where `like` has them."""
+    if type(like) is tuple:
+        return tuple(map(_parted, joined, like))
+    return [*joined] if isinstance(like, list) else joined
+
+
 def _back(x: Tensor, layout: Layout, like: Tensor) -> Tensor:
     """`x[B, N, D]` in a module's own axis order, shape and, since kernels are chosen by them, strides."""
     if LAYOUTS[layout][2] is None:
@@ -63,6 +77,7 @@ class Site:
         columns: first and last (excluded) column, for a part of the width: one head.
         reads_text: whether the tokens here are those of an image's prompt.
         argument: name of the module's input, if it is not the first that is given.
+        listed: whether its rows may be a list of one tensor each.
 
     >>> site = sl.Site(name="layers.0", module="model.layers.0")
     >>> site.read((torch.zeros(1, 2, 4),)).shape
@@ -78,6 +93,7 @@ class Site:
     columns: tuple[int, int] | None = None
     reads_text: bool = False
     argument: str | None = None
+    listed: bool = False
 
     @property
     def is_plain(self) -> bool:
@@ -86,6 +102,8 @@ class Site:
 
     def read(self, value: Any) -> Tensor:
         """The tensor `x[B, N, D]` inside a module's output or input; raises `WrongWidth` where there is none."""
+        if self.listed:
+            value = _joined(value)
         x = value if isinstance(value, Tensor) else value[self.element if self.element is not None else self._only(value)]
         least, most, swap = LAYOUTS[self.layout]
         if not isinstance(x, Tensor) or not least <= x.ndim <= most:
@@ -104,6 +122,8 @@ class Site:
 
     def write(self, value: Any, x: Tensor) -> Any:
         """`value` with its tensor replaced; `value` itself is left alone."""
+        if self.listed and (whole := _joined(value)) is not value:
+            return _parted(self.write(whole, x), value)
         at = self.element if self.element is not None else self._only(value)
         whole = value if isinstance(value, Tensor) else value[at]
         swap = LAYOUTS[self.layout][2]

@@ -25,6 +25,7 @@ from .steering.session import steer
 from .steering.swapping import Swap
 from .steering.switching import Do
 from .text import begun, chat, complete, is_pair, progress
+from .threads import use_threads
 
 TEXT_BANK, SCENES_BANK = "smollm2-135m-instruct", "scenes-32"
 PROMPTS = ("How was your day?", "Describe your morning.", "Tell me about the place where you live.")
@@ -149,6 +150,30 @@ def finish(bank: ConceptBank, folder: Path, places: Sequence[Path], clean: bool,
     ]
     for line in lines:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def train_to(recipe: Any, out: Path | None, work: Path, clean: bool, threads: int) -> None:
+    """Train a recipe, write and show its bank."""
+    from .origins import loaded
+    from .training import pipeline
+
+    pipeline.check(recipe)
+    folder, places = out or Path("out") / recipe.name, pipeline.work_of(recipe, work)
+    pipeline.check_writable(folder)
+    console.print(f"work folder: {work}, from which a run that stops goes on", markup=False, soft_wrap=True, style="dim")
+    model, tokenizer = loaded(recipe.weights, threads)
+    bank = pipeline.train(model.to(pipeline.best_device()), recipe, tokenizer=tokenizer, work=work)
+    finish(bank, folder, places, clean, asking(recipe, tokenizer))
+
+
+def foretell(recipe: Any, tflops: float, threads: int) -> None:
+    """Say what a recipe will take."""
+    from .training.package.costs import costs_of
+    from .training.pipeline import check
+
+    check(recipe)
+    use_threads(threads)
+    console.print(str(costs_of(recipe, tflops * 1e12)), markup=False, highlight=False, soft_wrap=True)
 
 
 def asked(model: Any, tokenizer: Any, prompt: str, as_question: bool | None) -> str:

@@ -4,6 +4,8 @@ import json
 import zlib
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import wraps
+from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -16,9 +18,11 @@ from tiny_models import tiny
 
 import steerlib as sl
 from steerlib import cli
+from steerlib.bank.concepts import Concept
 from steerlib.encoders import Directions
 from steerlib.errors import BadRecipe, Unanswerable
 from steerlib.evaluation import denoising
+from steerlib.evaluation.pictures import draw_as_told
 from steerlib.hosts import host_for
 from steerlib.training import named
 from steerlib.training.calibrate import prompted as calibrate
@@ -124,14 +128,57 @@ def test_levers_read_nothing_where_the_concept_is_not_and_gates_read_where_it_is
         torch.testing.assert_close(move.decoder[0], own["weighed"] / own["length"])
 
 
+TEXT = "text_encoder.layers.0"
+
+
+def test_what_a_text_encoder_makes_of_prompts_is_found_and_moved(toy, sums):
+    pairs, draw, _ = sums
+    assert record.texts(host_for(toy)) == [TEXT]
+    found = record.contrasts(toy, pairs, draw, sites=[SITE], levels=LEVELS, batch=4, texts=[TEXT])
+    means = {}
+    for arm in ("positive", "negative"):
+        with sl.record(toy, [TEXT]) as tape:
+            draw([getattr(pair, arm) for pair in pairs], [0, 1, 2])
+        means[arm] = next(x for state, x in tape[TEXT] if state.branches == ("cond",)).mean((0, 1))
+    lever = prompted.found_by("text", found, [SITE], LEVELS)
+    assert [*lever.moves] == [TEXT] and prompted.usable(["mean", "text"], found) == ["mean", "text"]
+    torch.testing.assert_close(lever.moves[TEXT], means["positive"] - means["negative"], rtol=1e-3, atol=1e-5)
+    assert not [key for key in prompted.found_by("mean", found, [SITE], LEVELS).moves if "@" not in key]
+    bank = prompted.bank_of(toy, "x", {"night": lever}, LEVELS)
+    with sl.record(toy, [TEXT]) as tape, sl.steer(toy, bank, {"night": 1.0}, branch="cond"):
+        draw([pair.negative for pair in pairs], [0, 1, 2])
+    moved = next(x for state, x in tape[TEXT] if state.branches == ("cond",)).mean((0, 1))
+    torch.testing.assert_close(moved, means["positive"], rtol=1e-3, atol=1e-4)
+    without = {key: value for key, value in found.items() if "@" in key}
+    assert prompted.usable(["mean", "text"], without) == ["mean"]
+    with pytest.raises(BadRecipe, match="needs a text encoder"):
+        prompted.usable(["text"], without)
+
+
+def test_a_lever_that_keeps_norms_turns_tokens_as_the_edit_does_that_keeps_them(toy, sums):
+    _, draw, found = sums
+    kept, free = (
+        prompted.bank_of(toy, "x", {"night": prompted.found_by(name, found, [SITE], LEVELS)}, LEVELS)
+        for name in ("mean, norm kept", "mean")
+    )
+    assert kept["night"].keep_norm and prompted.reaches("mean", "Add", found, [SITE], LEVELS)[-1] == "mean, norm kept"
+    drawn = {}
+    for name, bank, edit in (("kept", kept, 3.0), ("asked", free, sl.Add(3.0, keep_norm=True)), ("free", free, 3.0)):
+        with sl.steer(toy, bank, {"night": edit}, branch="cond"):
+            drawn[name] = draw(["a red square"], [0])
+    assert torch.equal(drawn["kept"], drawn["asked"]) and not torch.equal(drawn["kept"], drawn["free"])
+    again = Concept.from_dict(kept["night"].to_dict())
+    assert again == kept["night"]
+
+
 def test_a_reach_leaves_the_directions_of_some_sites_or_levels(toy, sums):
     _, _, found = sums
     whole, part = (prompted.found_by(name, found, [SITE], LEVELS) for name in ("placed", "placed, low noise"))
     assert [*part.moves] == [*part.gates] == [f"{SITE}@300"] and len(whole.moves) == 2
     assert torch.equal(part.moves[f"{SITE}@300"], whole.moves[f"{SITE}@300"])
-    assert prompted.reaches("mean", found, [SITE], LEVELS) == ["mean, high noise", "mean, low noise"]
+    assert prompted.reaches("mean", "Set", found, [SITE], LEVELS) == ["mean, high noise", "mean, low noise"]
     early = {name: value for name, value in found.items() if "@850" in name}
-    assert not prompted.reaches("mean", early, [SITE], LEVELS)  # nothing is left, or all
+    assert not prompted.reaches("mean", "Set", early, [SITE], LEVELS)  # nothing is left, or all
 
 
 def test_a_gate_is_read_at_what_the_very_module_is_given_and_not_the_other_way_round(toy, sums):
@@ -178,6 +225,40 @@ def test_errors_are_those_of_the_denoiser_called_by_hand(toy):
     torch.testing.assert_close(found, torch.stack(due).mean(0), rtol=1e-3, atol=1e-4)
 
 
+def test_errors_of_two_prompts_in_one_call_are_those_of_two_calls(toy):
+    draw = Drawing(toy, PictureRecipe(name="x", base="x", source="x", batch=2, seed=3))
+    latents = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(5))
+    arms = ["a red square", "a", "b"], ["a blue circle", "c", "d"]
+    both = draw.errors(latents, *arms)
+    for found, arm in zip(both, arms, strict=True):
+        parts = [denoising.errors(toy, latents[some], arm[some], seed=3) for some in (slice(2), slice(2, 3))]
+        torch.testing.assert_close(found, torch.cat(parts), rtol=1e-4, atol=1e-5)
+
+
+def test_pictures_that_are_scored_are_those_of_the_latents_and_are_drawn_once(toy):
+    recipe = PictureRecipe(name="x", base="x", source="x", steps=2, guidance=2.0, batch=2)
+    draw, prompts, kind = Drawing(toy, recipe), ["a red square", "a hill", "a"], type(toy.scheduler)
+    latents, pictures = draw.shown(prompts, [4, 5, 6])
+    assert torch.equal(latents, draw(prompts, [4, 5, 6])) and type(toy.scheduler) is kind
+    noises = [torch.Generator().manual_seed(seed) for seed in (4, 5)]
+    own = toy(prompts[:2], generator=noises, num_inference_steps=2, guidance_scale=2.0, output_type="np").images
+    assert np.array_equal(pictures[:2], (own * 255).round().astype(np.uint8)) and pictures.shape == (3, 32, 32, 3)
+    passes = []
+    with toy.unet.register_forward_hook(lambda *_: passes.append(1)):
+        for score in (None, lambda some, _: some.mean((1, 2, 3))):
+            calibrate.Trials(draw, [PromptPair("a hill", "a", 4)], "hill", score).of(two_directions(tiny("llama")), {})
+            passes.append(0)
+    first, second, _ = "".join(map(str, passes)).split("0")
+    assert first == second and "1" in first
+
+
+def test_a_scheduler_is_left_as_it_was_where_a_run_breaks_off(toy):
+    kind = type(toy.scheduler)
+    with pytest.raises(ValueError, match="num_inference_steps|custom timesteps|steps"):
+        denoising.drawn(toy, ["a"], num_inference_steps=5000)
+    assert type(toy.scheduler) is kind
+
+
 @pytest.mark.parametrize("sign", [1, -1])
 def test_a_denoiser_that_knows_the_picture_has_no_error_and_its_opposite_is_refused(toy, monkeypatch, sign):
     latents = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(5))
@@ -218,12 +299,12 @@ def test_a_choice_says_what_is_safe_and_whether_it_is_useful():
 class Written(Drawing):
     """Draws no picture; errors of a negative and a positive prompt on what would be drawn are written down."""
 
-    def __call__(self, prompts, seeds, *, output="latent"):  # noqa: ARG002 - as `Drawing`
+    def __call__(self, prompts, seeds):  # noqa: ARG002 - as `Drawing`
         return torch.tensor([{"day": 0.0, "night": 1.0}[prompt] for prompt in prompts]) + 2.0 * STEERED[-1]
 
-    def errors(self, latents, prompts):
+    def errors(self, latents, *arms):
         table = {"day": (1.0, 3.0, 2.0, 2.0), "night": (2.0, 1.0, 1.5, 1.5)}  # of a plain, prompted, and steered picture
-        return torch.tensor([table[prompt][int(x)] for x, prompt in zip(latents, prompts, strict=True)])
+        return [torch.tensor([table[prompt][int(x)] for x, prompt in zip(latents, arm, strict=True)]) for arm in arms]
 
 
 STEERED = [False]
@@ -269,8 +350,25 @@ class Known(calibrate.Trials):
 
 def test_the_search_finds_the_best_method_amount_reach_and_removal():
     named: Any = str  # a bank is told by its name alone
-    choice = calibrate.chosen(Known(), named, ["mean", "placed"], lambda name: [f"{name}, later"])
+    choice = calibrate.chosen(Known(), named, ["mean", "placed"], lambda name, _: [f"{name}, later"])
     assert choice.best == Attempt("placed, later", "Add", 4.0, 1.0, 0.2) and choice.removal == "reflected"
+
+
+def test_the_second_best_is_not_tried_where_it_cannot_become_the_best():
+    tried = [Attempt("mean", "Add", 2.5, 0.6, 0.1), Attempt("placed", "Add", 2.5, 0.9, 0.05)]
+    assert calibrate.hoped(tried, "mean", "Add", 1.0) == 0.6 and calibrate.hoped(tried, "mean", "Add", 4.0) == 1 - 0.1
+    asked = []
+
+    class Seen(Known):
+        def of(self, bank, edits, *, remove=False):
+            asked.append((bank, edits["night"], remove))
+            return super().of(bank, edits, remove=remove)
+
+    named: Any = str
+    calibrate.chosen(Seen(), named, ["mean", "placed"], lambda name, _: [f"{name}, later"])
+    amounts = {edit.amount for bank, edit, _ in asked if bank == "mean" and isinstance(edit, sl.Add)}
+    assert amounts == {calibrate.FIRST, 4.0, 6.0}  # an effect of 0.16 at 2.5 is the most at less
+    assert len(asked) <= calibrate.most_trials(["mean", "placed"], 1)
 
 
 # -- recipes -----------------------------------------------------------------------------------------------------
@@ -422,7 +520,10 @@ def asked_in_words(family):
     return pipe
 
 
-@pytest.mark.parametrize("family", ["sdxl", "pixart", "sd3", "flux", "qwenimage", "wan"])
+WITH_PROMPTS = [name for name, family in tiny_pipelines.PIPELINES.items() if family.prompt]
+
+
+@pytest.mark.parametrize("family", ["sdxl", "pixart", "sd3", "flux", "flux2", "qwenimage", "wan", "zimage"])
 def test_pairs_are_drawn_and_pictures_are_judged_under_every_kind_of_denoiser_and_scheduler(family):
     pipe = asked_in_words(tiny_pipelines.PIPELINES[family])
     host, plan = host_for(pipe), PictureRecipe(name="x", base="x", source="x", steps=3)
@@ -436,3 +537,63 @@ def test_pairs_are_drawn_and_pictures_are_judged_under_every_kind_of_denoiser_an
         assert not torch.equal(draw(["a", "a"], [0, 1]), latents)
     own, again, other = (denoising.errors(pipe, latents, [said] * 2, draws=1) for said in ("a", "a", "b"))
     assert own.shape == (2,) and (own > 0).all() and torch.equal(own, again) and not torch.equal(own, other)
+
+
+@pytest.mark.parametrize(("family", "sign"), [("lumina2", -1), ("zimage", -1), ("sana", 1)])
+def test_a_denoiser_is_judged_by_what_its_scheduler_is_told(family, sign, monkeypatch):
+    """Lumina 2 and Z-Image give the velocity towards the picture, which their pipelines turn around."""
+    pipe = asked_in_words(tiny_pipelines.PIPELINES[family])
+    latents = Drawing(pipe, PictureRecipe(name="x", base="x", source="x", steps=1))(["a"], [0])
+
+    @wraps(plain := pipe.transformer.forward)
+    def knows(*args, **kwargs):
+        x, time, *_ = signature(plain).bind(*args, **kwargs).arguments.values()
+        time = kwargs.get("timestep", time)
+        sigma = 1 - float(time[0]) if sign < 0 else float(time[0]) / 1000
+        rows = torch.stack(x)[:, :, 0] if isinstance(x, list) else x
+        velocity = sign * (rows - latents) / sigma
+        return ([*velocity[:, :, None]] if isinstance(x, list) else velocity,)
+
+    monkeypatch.setattr(pipe.transformer, "forward", knows)
+    assert (denoising.errors(pipe, latents, ["a"], draws=1) < 1e-3).all()
+
+
+@pytest.fixture
+def briefly(monkeypatch):
+    """One method, one amount, one way of removal."""
+    few = {"train_prompts": 1, "dev_prompts": 1, "evaluation_prompts": 1, "steps": 2, "methods": ("placed",), "levels": (500,)}
+    monkeypatch.setattr(named, "DRAWN", few)
+    for name, value in {"DOSES": (), "EDITS": ("Add",), "REMOVED": {"ablated": lambda _: sl.Ablate()}}.items():
+        monkeypatch.setattr(calibrate, name, value)
+    monkeypatch.setattr(prompted, "REACHES", {"norm kept": lambda sites, levels: (sites, levels)})
+    monkeypatch.setattr(denoising, "DRAWS", 1)
+    monkeypatch.setattr(package, "find_spec", lambda _: None)
+
+
+@pytest.mark.usefixtures("briefly")
+@pytest.mark.parametrize("family", WITH_PROMPTS)
+def test_every_family_makes_concepts_of_names(family):
+    pipe = asked_in_words(tiny_pipelines.PIPELINES[family])
+    bank = sl.make(pipe, ["by night"], prompts=["a house", "a boat", "a hill", "a cup"])
+    assert bank["by night"].effects["scorer"] == "the pipeline itself" and bank.base.fingerprint
+    assert {*bank["by night"].effects} >= {"effect", "damage", "removed"} and "by night" in bank.card
+
+
+CLASSES: dict[str, Any] = {"positive": ("1", "3", "5", "tabby"), "negative": ("2", "4", "6", "8")}
+
+
+@pytest.mark.usefixtures("briefly")
+def test_a_pipeline_of_classes_makes_concepts_of_labels_and_refuses_prompts():
+    pipe = tiny_pipelines.PIPELINES["dit"].build()
+    pipe.labels = {"tabby": 7}
+    with pytest.raises(BadRecipe, match="draws classes: expected lists positive and negative"):
+        sl.make(pipe, ["by night"], prompts=["a house", "a boat", "a hill", "a cup"])
+    plan = named.picture_recipe_of([], "x", None, name="x")
+    recipe = replace(plan, concepts=(PictureConcept(name="odd", **CLASSES),), batch=4)
+    bank = sl.train(pipe, recipe)
+    assert "picture = pipe([8]).images[0]" in bank.card and bank["odd"].effects["told"] in (0.0, 1.0)
+    draw, plain = Drawing(pipe, recipe), draw_as_told(pipe, ["tabby"], steps=2)
+    assert np.array_equal(plain, draw_as_told(pipe, ["7"], steps=2)) and plain.shape[1:] == (16, 16, 3)
+    with sl.steer(pipe, bank, {"odd": 2.0}, branch="cond"):
+        moved = draw(["tabby"], [0])
+    assert not torch.equal(moved, draw(["7"], [0])) and len(moved) == 1

@@ -1,8 +1,10 @@
 """The host of diffusers pipelines: denoisers under every guidance layout, text encoders, autoencoders."""
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import cached_property
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -20,6 +22,7 @@ from ..transformers.sites import reads_text
 from .calls import Words, asking, branches, first_of, running, turn_of
 from .families import DENOISERS, Denoiser
 from .moments import DenoiserCall, grid_of
+from .outline import outline
 from .sites import PipelineSites
 from .sockets import Plugged
 
@@ -64,11 +67,11 @@ class PipelineHost(Host):
 
     @classmethod
     def load(cls, source: str, **kwargs: Any) -> tuple[Any, Any]:
-        try:
-            from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-        except ImportError:
-            raise MissingExtra("image pipelines need diffusers: pip install 'steerlib[diffusers]'") from None
-        return DiffusionPipeline.from_pretrained(source, **kwargs), None
+        return _diffusers().DiffusionPipeline.from_pretrained(source, **kwargs), None
+
+    @classmethod
+    def outline(cls, source: str) -> tuple[Any, Counter[str]]:
+        return outline(_diffusers(), source)
 
     @cached_property
     def _sites(self) -> PipelineSites:
@@ -172,6 +175,13 @@ class PipelineHost(Host):
 
     def weights_digest(self) -> str | None:
         return digest(self.model.get_submodule(next(iter(self.denoisers))))
+
+
+def _diffusers() -> Any:
+    try:
+        return import_module("diffusers")
+    except ImportError:
+        raise MissingExtra("image pipelines need diffusers: pip install 'steerlib[diffusers]'") from None
 
 
 def _holder(pipe: Any) -> nn.Module:

@@ -83,6 +83,7 @@ class PipelineSites:
             side={"in": "input"}.get(side, side),  # type: ignore[arg-type]
             layout="BD...",
             argument=_argument(module, stream),
+            listed=path in self.denoisers,
             reads_text=TEXTUAL.search(path) is not None
             or (streams is not None and part["element"] == streams.text is not None),
             **part,

@@ -64,8 +64,8 @@ def example(name: str, base: str, edit: str) -> str:
     )
 
 
-def example_of_pictures(name: str, base: str, edit: str, prompt: str) -> str:
-    """The same on a pipeline that draws."""
+def example_of_pictures(name: str, base: str, edit: str, prompt: Any) -> str:
+    """The same on a pipeline that draws prompts, or labels of classes."""
     return (
         f'```python\nimport steerlib as sl\n\npipe, _ = sl.load("{base}")\n'
         f'bank = sl.ConceptBank.from_pretrained("{name}")\n'

@@ -153,8 +153,7 @@ class Concept:
     Directions can be combined: `a - b` is `a` without what it shares with `b`, its part at right angles to it, and `a & b` is
     what it shares, its part along `b` or against it; together they make up `a`. `a - b - c` is at right angles to `b` and `c`.
     One unit is what is left of one of `a`. Nothing of a combination was measured, so it has no range and no useful amount; it
-    keeps sites, gate and `match_norm` of `a`. It is a key of edits, `{bank["a"] - bank["b"]: 2.0}`, and gets a name by
-    `with_concepts`.
+    keeps site, gate and norms of `a`. It is a key of edits, `{bank["a"] - bank["b"]: 2.0}`, and gets a name by `with_concepts`.
 
     Args:
         name: what users call it.
@@ -169,6 +168,7 @@ class Concept:
         parts: other coordinates that the same edit moves.
         gate: where edits of it act; a gate that an edit brings narrows it further.
         match_norm: whether additions grow and shrink with the length of each token's activation.
+        keep_norm: whether additions turn activations, and leave their length as it is.
         present: reading, in units, above which the concept counts as present. A concept that has one serves as a gate.
         label: what it means, in words.
         source: where the label comes from.
@@ -197,6 +197,7 @@ class Concept:
     parts: tuple[Part, ...] = ()
     gate: Gate | None = None
     match_norm: bool = False
+    keep_norm: bool = False
     present: float | None = None
     label: str = ""
     source: str = ""
@@ -311,6 +312,7 @@ def _blended(of: Concept, others: tuple[Concept, ...], *, only: bool) -> Concept
         parts=of.parts,
         gate=of.gate,
         match_norm=of.match_norm,
+        keep_norm=of.keep_norm,
         label=label,
         source="made of other concepts; nothing was measured of it",
         blend=blend,
@@ -332,7 +334,7 @@ def is_sound(concept: Concept) -> bool:
         and concept.useful_as in ("Add", "Set", "Do")
         and isinstance(concept.effects, dict)
         and all(type(place.index) is int and place.index >= 0 and place.unit > 0 for place in places)
-        and type(concept.match_norm) is bool
+        and type(concept.match_norm) is type(concept.keep_norm) is bool
         and all(type(number) in (int, float) and isfinite(number) for number in numbers)
         and all(low <= high for low, high in (concept.natural or (0, 0), concept.range or (0, 0)))
     )

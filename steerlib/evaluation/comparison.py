@@ -133,7 +133,7 @@ def random_bank(concept: Concept, bank: ConceptBank, *, count: int = RANDOM_DIRE
     concepts = []
     for i in range(count):
         first, *parts = (Part(encoder=id, index=i, unit=p.unit) for id, p in zip(where, concept.places, strict=True))
-        facts = {"parts": tuple(parts), "gate": concept.gate, "match_norm": concept.match_norm}
+        facts = {"parts": tuple(parts), "gate": concept.gate, "match_norm": concept.match_norm, "keep_norm": concept.keep_norm}
         concepts.append(Concept(name=f"random-{i + 1}", encoder=first.encoder, index=i, unit=concept.unit, **facts))
     if concept.gate is not None:
         gate = bank[concept.gate.concept]

@@ -1,6 +1,7 @@
 """Pictures to look at: drawn for captions, and laid out as a table."""
 
 from collections.abc import Mapping, Sequence
+from inspect import signature
 from io import BytesIO
 from textwrap import fill
 from typing import Any
@@ -9,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..errors import MissingExtra
+from ..errors import BadRecipe, MissingExtra
 from ..steering.interventions import Add, Intervention, Set
 from ..steering.switching import Do
 
@@ -91,6 +92,33 @@ def strip_of(pictures: Sequence[NDArray[np.uint8]] | Pictures) -> NDArray[np.uin
     return np.concatenate([part for picture in pictures for part in (picture, line)][:-1], 1)
 
 
+def stills(drawn: NDArray[Any]) -> Pictures:
+    """What a pipeline draws, numbers from 0 to 1, as bytes; of a video its middle frame."""
+    shown = drawn[:, drawn.shape[1] // 2] if drawn.ndim == 5 else drawn
+    return (shown * 255).round().astype(np.uint8)
+
+
+LABELS = "class_labels"
+"""What pipelines of classes call what is drawn."""
+
+
+def asked(pipe: Any, prompts: Sequence[str]) -> list[Any]:
+    """What the call of a pipeline takes of some prompts: themselves, or, of one of classes, the numbers of those they name.
+
+    Raises:
+        BadRecipe: A prompt is neither the name nor the number of a class.
+    """
+    if LABELS not in signature(pipe.__call__).parameters:
+        return list(prompts)
+    known: dict[str, int] = getattr(pipe, "labels", {})
+    if wrong := [prompt for prompt in prompts if prompt not in known and not prompt.isdecimal()]:
+        raise BadRecipe(
+            f"{type(pipe).__name__} draws classes: expected lists positive and negative of their names or numbers, "
+            f"got {wrong[0]!r:.80}"
+        )
+    return [known[prompt] if prompt in known else int(prompt) for prompt in prompts]
+
+
 def draw_as_told(
     pipe: Any, captions: Sequence[str], *, steps: int = 20, guidance: float | None = 2.0, seed: int = 0, batch: int = 64
 ) -> NDArray[np.uint8]:
@@ -101,8 +129,8 @@ def draw_as_told(
         some = list(captions[start : start + batch])
         generators = [torch.Generator().manual_seed(seed + start + k) for k in range(len(some))]
         options = {"num_inference_steps": steps, "generator": generators, "output_type": "np", **guided}
-        drawn.append(pipe(some, **options).images)
-    return (np.concatenate(drawn) * 255).round().astype(np.uint8)
+        drawn.append(stills(pipe(asked(pipe, some), **options)[0]))
+    return np.concatenate(drawn)
 
 
 def edit_of(kind: str, amount: float) -> Intervention:

@@ -54,11 +54,12 @@ def refuse(path: Path, what: str, do: str) -> NoReturn:
 
 
 def bound(bank: ConceptBank, concept: Concept) -> list[str]:
-    """What a file of vectors or latents alone has no place for of a concept, in words: its gate, matched norms and windows."""
+    """What a file of vectors or latents alone has no place for of a concept, in words: its gate, matched and kept norms, and windows."""
     name, when = repr(concept.name), {bank.window_of(place) for place in concept.places} - {None}
     return [
         *([f"{name} acts where {concept.gate.concept!r} shows"] if concept.gate else []),
         *([f"{name} grows with the length of each token"] if concept.match_norm else []),
+        *([f"{name} turns tokens and leaves their length as it is"] if concept.keep_norm else []),
         *([f"{name} acts in {'windows' if len(when) > 1 else 'a window'} of denoising"] if when else []),
     ]
 

@@ -54,6 +54,8 @@ class Coordinate(NamedTuple):
     """The context module that switches it, if one does."""
     reads: str = ""
     """The earlier site at which it is read, if it is."""
+    keep_norm: bool = False
+    """Whether additions leave the length of activations as it is."""
 
 
 @dataclass(frozen=True)
@@ -223,7 +225,7 @@ class Add(Intervention):
         object.__setattr__(self, "amount", amount_of(self.amount))
 
     def aim(self, at: Coordinate) -> Aim:
-        return Numbers(Rule(shift=_times(self.amount, self.raw(at.unit))), self.keep_norm)
+        return Numbers(Rule(shift=_times(self.amount, self.raw(at.unit))), self.keep_norm or at.keep_norm)
 
     @property
     def amounts(self) -> tuple[float, ...]:

@@ -59,10 +59,10 @@ class Lowering:
         _check(concept, self.host, site, intervention, when)
         module = _module(self.bank, concept, place, intervention)
         read, natural = self._reader(concept, place), None if self.options.allow_ood else reach(place.natural)
-        is_latent, given = self.bank.rows(place).is_sparse, intervention.gate
+        is_latent, given, n = self.bank.rows(place).is_sparse, intervention.gate, len(concept.places)
         other = partial(_other, self, concept, place, is_open=given == "open")
         reads = self.bank.read_at(place) if isinstance(read, NoteReader) else ""
-        at = Coordinate(concept.name, site, place.unit, read, natural, len(concept.places), is_latent, other, module, reads)
+        at = Coordinate(concept.name, site, place.unit, read, natural, n, is_latent, other, module, reads, concept.keep_norm)
         aim, cut = intervention.aim(at), natural is not None and intervention.is_capped(place.unit, natural)
         if aim.is_exact and isinstance(read, NoteReader):
             raise Unanswerable(UNREAD.format(concept.name, self.bank.read_at(place), site))

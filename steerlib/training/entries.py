@@ -58,7 +58,8 @@ class PictureConcept:
     Args:
         name: What edits call it, and what the recipe's template says of it.
         label: What it means, for the card. Default: the name.
-        positive: Prompts that show it. Without them pairs are read from a file, or made by the template.
+        positive: Prompts that show it, or, of a pipeline of classes, their names or numbers. Without them pairs are read from a
+            file, or made by the template.
         negative: As many prompts that do not, each like its partner but for the concept.
     """
 

@@ -47,7 +47,7 @@ class PictureRecipe(Recipe):
         pairs: Folder of `<concept>.jsonl`, lines of `positive` and `negative`, for concepts without lists of prompts.
         sites: Sites to find it at. Default: what cross-attention adds, or, where there is none, what blocks add.
         levels: Timesteps of noise levels; each has directions of its own, and acts at the noise that is nearest to it.
-        methods: Methods to try, of those in `steerlib/training/directions/prompted.py`.
+        methods: Methods to try, of those in `steerlib/training/directions/prompted.py`; `text` where there is a text encoder.
         train_prompts: The number of pairs to learn from. Fewer prompts are drawn again, from other noise.
         dev_prompts: The number of pairs to choose with.
         evaluation_prompts: The number of pairs to report on.
@@ -62,7 +62,7 @@ class PictureRecipe(Recipe):
     pairs: str = "pairs"
     sites: tuple[str, ...] = ()
     levels: tuple[int, ...] = (850, 500, 150)
-    methods: tuple[str, ...] = ("mean", "weighed", "placed")
+    methods: tuple[str, ...] = ("mean", "weighed", "placed", "text")
     train_prompts: int = 48
     dev_prompts: int = 8
     evaluation_prompts: int = 12

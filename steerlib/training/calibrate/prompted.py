@@ -28,8 +28,8 @@ from torch import Tensor
 
 from ...bank.concept_bank import ConceptBank
 from ...errors import BadRecipe
-from ...evaluation.denoising import errors
-from ...evaluation.pictures import Pictures, edit_of
+from ...evaluation.denoising import drawn, errors
+from ...evaluation.pictures import Pictures, edit_of, stills
 from ...steering.interventions import Ablate, Add, Intervention, Scale
 from ...steering.session import steer
 from ..picture_recipe import PictureRecipe, PromptPair
@@ -47,27 +47,31 @@ class Drawing:
     pipe: Any
     recipe: PictureRecipe
 
-    def __call__(self, prompts: Sequence[str], seeds: Sequence[int], *, output: str = "latent") -> Any:
-        """Latents of some prompts, or, with `output="np"`, pictures `[B, H, W, 3]` of numbers from 0 to 1."""
+    def __call__(self, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
+        """Latents of some prompts, as the denoiser is given them."""
+        return torch.cat([latents for latents, _ in self._runs(prompts, seeds, "latent")])
+
+    def shown(self, prompts: Sequence[str], seeds: Sequence[int]) -> tuple[Tensor, Pictures]:
+        """The same, and the pictures that the pipeline makes of them; of a video its middle frame."""
+        latents, made = zip(*self._runs(prompts, seeds, "np"), strict=True)
+        return torch.cat(latents), np.concatenate([stills(some) for some in made])
+
+    def _runs(self, prompts: Sequence[str], seeds: Sequence[int], output: str) -> Iterator[tuple[Tensor, Any]]:
         how: dict[str, Any] = {"num_inference_steps": self.recipe.steps, "output_type": output}
         if self.recipe.guidance is not None:
             how["guidance_scale"] = self.recipe.guidance
-        found = []
         for start in range(0, len(prompts), self.recipe.batch):
             some = slice(start, start + self.recipe.batch)
             noises = [torch.Generator().manual_seed(seed) for seed in seeds[some]]
-            found.append(self.pipe(list(prompts[some]), generator=noises, **how)[0])
-        return torch.cat(found) if output == "latent" else np.concatenate(found)
+            yield drawn(self.pipe, prompts[some], generator=noises, **how)
 
-    def pictures(self, prompts: Sequence[str], seeds: Sequence[int]) -> Pictures:
-        """The same as bytes."""
-        return (self(prompts, seeds, output="np") * 255).round().astype(np.uint8)
-
-    def errors(self, latents: Tensor, prompts: Sequence[str]) -> Float[Tensor, " B"]:
-        """How badly each prompt explains its picture."""
-        parts = zip(latents.split(self.recipe.batch), range(0, len(prompts), self.recipe.batch), strict=True)
-        seed, most = self.recipe.seed, self.recipe.batch
-        return torch.cat([errors(self.pipe, some, prompts[k : k + most], seed=seed) for some, k in parts])
+    def errors(self, latents: Tensor, *arms: Sequence[str]) -> list[Float[Tensor, " B"]]:
+        """How badly the prompts of each arm explain the pictures."""
+        found, most = [], self.recipe.batch
+        for k, some in enumerate(latents.split(most)):
+            prompts = [prompt for arm in arms for prompt in arm[k * most : (k + 1) * most]]
+            found.append(errors(self.pipe, some, prompts, seed=self.recipe.seed).unflatten(0, (len(arms), -1)))
+        return [*torch.cat(found, 1)]
 
 
 class Trial(NamedTuple):
@@ -124,9 +128,11 @@ class Trials:
     def _seen(self, prompts: Sequence[str], bank: ConceptBank | None = None, edits: Mapping[str, Any] | None = None) -> "_Seen":
         """What is drawn of some prompts, as it is scored."""
         with steered(self.drawing.pipe, bank, edits):
-            drawn = self.drawing(prompts, self.seeds)
-            pictures = self.drawing.pictures(prompts, self.seeds) if self.score else None
-        found = {arm: self.drawing.errors(drawn, said) for arm, said in self.said.items()}
+            if self.score is None:
+                latents, pictures = self.drawing(prompts, self.seeds), None
+            else:
+                latents, pictures = self.drawing.shown(prompts, self.seeds)
+        found = dict(zip(self.said, self.drawing.errors(latents, *self.said.values()), strict=True))
         if self.score is None or pictures is None:
             return _Seen(found, found["n"] - found["p"])
         shown = np.asarray(self.score(pictures, self.concept), dtype=np.float32)
@@ -235,16 +241,28 @@ class Choice(NamedTuple):
         return cls(Attempt(*best), [Attempt(*line) for line in tried], removal, told)
 
 
+def most_trials(methods: Sequence[str], narrower: int) -> int:
+    """How often `chosen` has the pairs drawn, at most, beside plain and prompted."""
+    return len(methods) * len(EDITS) + 2 * len(DOSES) + narrower + len(DOSES) + len(REMOVED)
+
+
+def hoped(tried: Iterable[Attempt], method: str, edit: str, amount: float) -> float:
+    """The most that a setting can score, if both effect and damage grow with its amount, by what was tried of the same."""
+    own = [line for line in tried if (line.method, line.edit) == (method, edit)]
+    effect = min((line.effect for line in own if line.amount > amount), default=1.0)
+    return effect - max((line.damage for line in own if line.amount < amount), default=0.0)
+
+
 def chosen(
-    trials: Trials, bank: Callable[[str], ConceptBank], methods: Sequence[str], narrower: Callable[[str], Sequence[str]]
+    trials: Trials, bank: Callable[[str], ConceptBank], methods: Sequence[str], narrower: Callable[[str, str], Sequence[str]]
 ) -> Choice:
     """The best method, kind of edit and amount for a concept; then whether it does better at fewer sites or levels; then the
-    best way to remove it.
+    best way to remove it. Of the second best at first, amounts are left out that cannot become the best (`hoped`).
 
     Args:
         bank: Gives a bank by the name of a method.
         methods: Names of methods.
-        narrower: Gives the names under which a method acts at fewer sites or levels.
+        narrower: Gives the names under which a method and a kind of edit act at fewer sites or levels, or otherwise.
     """
     tried: list[Attempt] = []
 
@@ -256,8 +274,12 @@ def chosen(
         return tried[0]
 
     attempt(product(methods, EDITS), [FIRST])
-    best = attempt([(line.method, line.edit) for line in tried[:2]], DOSES)
-    if (fewer := attempt([(name, best.edit) for name in narrower(best.method)], [best.amount])) != best:
+    first, *second = tried[:2]
+    best = attempt([first[:2]], DOSES)
+    for line, amount in product(second, DOSES):
+        if line[:2] == best[:2] or hoped(tried, line.method, line.edit, amount) > best.score:
+            best = attempt([line[:2]], [amount])
+    if (fewer := attempt([(name, best.edit) for name in narrower(best.method, best.edit)], [best.amount])) != best:
         best = attempt([(fewer.method, fewer.edit)], [amount for amount in (FIRST, *DOSES) if amount != fewer.amount])
     removals = {
         way: trials.of(bank(best.method), {trials.concept: make(best.amount)}, remove=True) for way, make in REMOVED.items()

@@ -31,18 +31,19 @@ RIDGE = 1e-2
 class Lever:
     """By `site@level`: the directions, what they read where the concept is not, and the share of tokens that get them.
 
-    A gate reads what its site is given: a direction, and its reading half-way between tokens in place and others; it is scaled
-    so that it reads 0 among the others and 1 in place.
+    With `keep_norm` tokens are turned, and keep their length. A gate reads what its site is given: a direction, and its reading
+    half-way between tokens in place and others; it is scaled so that it reads 0 among the others and 1 in place.
     """
 
     moves: dict[str, Float[Tensor, " D"]]
     zeros: dict[str, Float[Tensor, ""]]
     gates: dict[str, tuple[Float[Tensor, " E"], Float[Tensor, ""]]] = field(default_factory=dict)
+    keep_norm: bool = False
 
 
 def mean(sums: Sums) -> Lever:
     """Difference of means over all tokens."""
-    return _lever(sums, lambda own: own["difference"] / own["count"], lambda own: own["mean"] / own["count"])
+    return _lever(sums, _difference, _mean)
 
 
 def weighed(sums: Sums) -> Lever:
@@ -56,31 +57,49 @@ def placed(sums: Sums) -> Lever:
     return Lever(moves=found.moves, zeros=found.zeros, gates={key: _gate(by_key(sums)[key]) for key in found.moves})
 
 
-METHODS: dict[str, Callable[[Sums], Lever]] = {"mean": mean, "weighed": weighed, "placed": placed}
-"""By name. The first two act on every token."""
+def text(sums: Sums) -> Lever:
+    """Difference of means of what text encoders make of prompts, at every token that they read."""
+    return _lever(sums, _difference, _mean, of_text=True)
+
+
+METHODS: dict[str, Callable[[Sums], Lever]] = {"mean": mean, "weighed": weighed, "placed": placed, "text": text}
+"""By name. `placed` alone does not act on every token."""
+KEPT = "norm kept"
 REACHES: dict[str, Callable[[Sequence[str], Sequence[int]], tuple[Sequence[str], Sequence[int]]]] = {
     "earlier sites": lambda sites, levels: (sites[: len(sites) // 2], levels),
     "later sites": lambda sites, levels: (sites[len(sites) // 2 :], levels),
     "high noise": lambda sites, levels: (sites, sorted(levels)[1:]),
     "low noise": lambda sites, levels: (sites, sorted(levels)[:-1]),
+    KEPT: lambda sites, levels: (sites, levels),
 }
-"""Where and when a lever acts instead of at all sites, in the order of a pass, and at all levels. Named behind its method:
-`placed, later sites`."""
+"""Where and when a lever acts instead of at all sites, in the order of a pass, and at all levels; or that what it adds turns
+tokens, which keep their length (CASteer, arXiv 2503.09630). Named behind its method: `placed, later sites`."""
+
+
+def usable(methods: Sequence[str], sums: Sums) -> list[str]:
+    """Those of some methods that there are sums for; raises `BadRecipe` where there is none."""
+    has_text = any("@" not in key for key in sums)
+    if not (found := [name for name in methods if name != "text" or has_text]):
+        raise BadRecipe("method 'text' needs a text encoder that reads all prompts of a batch in one pass; name other methods")
+    return found
 
 
 def found_by(method: str, sums: Sums, sites: Sequence[str], levels: Sequence[int]) -> Lever:
     """What a method finds, at all sites and levels or within the reach that is named behind it."""
     name, _, reach = method.partition(", ")
     lever = METHODS[name](sums)
-    keys = [key for key in _within(reach, sites, levels) if key in lever.moves]
+    keys = [key for key in lever.moves if "@" not in key]
+    keys += [key for key in _within(reach, sites, levels) if key in lever.moves]
     moves, zeros = ({key: own[key] for key in keys} for own in (lever.moves, lever.zeros))
-    return Lever(moves=moves, zeros=zeros, gates={key: lever.gates[key] for key in keys if key in lever.gates})
+    gates = {key: lever.gates[key] for key in keys if key in lever.gates}
+    return Lever(moves=moves, zeros=zeros, gates=gates, keep_norm=reach == KEPT)
 
 
-def reaches(method: str, sums: Sums, sites: Sequence[str], levels: Sequence[int]) -> list[str]:
-    """The method with every reach that leaves some of its directions, and not all."""
+def reaches(method: str, edit: str, sums: Sums, sites: Sequence[str], levels: Sequence[int]) -> list[str]:
+    """The method with every reach that leaves some of its directions, and not all; of what is added also with norms kept."""
     whole = METHODS[method](sums).moves.keys()
-    return [f"{method}, {reach}" for reach in REACHES if 0 < len(whole & {*_within(reach, sites, levels)}) < len(whole)]
+    less = [reach for reach in REACHES if 0 < len(whole & {*_within(reach, sites, levels)}) < len(whole)]
+    return [f"{method}, {reach}" for reach in (*less, *([KEPT] if edit == "Add" else []))]
 
 
 def _within(reach: str, sites: Sequence[str], levels: Sequence[int]) -> list[str]:
@@ -90,7 +109,7 @@ def _within(reach: str, sites: Sequence[str], levels: Sequence[int]) -> list[str
 
 
 def by_key(sums: Sums) -> dict[str, dict[str, Tensor]]:
-    """The sums of each `site@level`."""
+    """The sums of each `site@level`, and of each site of a text encoder."""
     found: dict[str, dict[str, Tensor]] = {}
     for name, value in sums.items():
         key, _, what = name.partition("|")
@@ -98,8 +117,22 @@ def by_key(sums: Sums) -> dict[str, dict[str, Tensor]]:
     return found
 
 
-def _lever(sums: Sums, move: Callable[[Mapping[str, Tensor]], Tensor], zero: Callable[[Mapping[str, Tensor]], Tensor]) -> Lever:
-    differing = {key: own for key, own in by_key(sums).items() if own["length"] > 0}
+def _difference(own: Mapping[str, Tensor]) -> Tensor:
+    return own["difference"] / own["count"]
+
+
+def _mean(own: Mapping[str, Tensor]) -> Tensor:
+    return own["mean"] / own["count"]
+
+
+def _lever(
+    sums: Sums,
+    move: Callable[[Mapping[str, Tensor]], Tensor],
+    zero: Callable[[Mapping[str, Tensor]], Tensor],
+    *,
+    of_text: bool = False,
+) -> Lever:
+    differing = {key: own for key, own in by_key(sums).items() if own["length"] > 0 and ("@" not in key) == of_text}
     moves = {key: move(own) for key, own in differing.items()}
     moves = {key: row for key, row in moves.items() if row.any()}
     if not moves:
@@ -147,7 +180,7 @@ def bank_of(
         place = f"{concept}{WHERE}"
         gate = Gate(place, above=OPENS, full=1.0) if lever.gates else None
         about = known.get(concept, Concept(name=concept, encoder=own[0], index=own[1]))
-        made.append(replace(about, encoder=own[0], index=own[1], parts=parts, gate=gate))
+        made.append(replace(about, encoder=own[0], index=own[1], parts=parts, gate=gate, keep_norm=lever.keep_norm))
         if lever.gates:
             own, *others = [gates.add(f"{key}#where", *gate) for key, gate in lever.gates.items()]
             parts = tuple(Part(encoder=key, index=index, unit=1.0) for key, index in others)

@@ -17,15 +17,15 @@ from ...bank.concept_bank import ConceptBank
 from ...bank.concepts import Concept, signed
 from ...bank.effects import PictureEffects
 from ...errors import BadRecipe, UnsupportedTarget
-from ...evaluation.pictures import edit_of, grid
+from ...evaluation.pictures import LABELS, asked, edit_of, grid
 from ...evaluation.report import markdown
 from ...hosts import host_for
 from ...text import progress, stage
 from ..calibrate.prompted import HARM, Choice, Drawing, Score, Trial, Trials, chosen, steered
-from ..directions.prompted import METHODS, Lever, bank_of, found_by, reaches
+from ..directions.prompted import METHODS, Lever, bank_of, found_by, reaches, usable
 from ..entries import PictureConcept
 from ..picture_recipe import PictureRecipe
-from ..record.contrasts import Sums, contrasts, places
+from ..record.contrasts import Sums, contrasts, places, texts
 from ..store import recorded, remembered, whole
 from .card import described
 
@@ -68,27 +68,35 @@ def train_prompted(pipe: Any, recipe: PictureRecipe, folder: Path, score: Score 
     bank.provenance = {**recipe.provenance, "steps": recipe.steps, "guidance": recipe.guidance}
     with stage(3, 3, "drawing what concepts do"):
         bank.pictures = making.strips(bank) if find_spec("matplotlib") else {}
-    return bank.with_concepts([*bank.concepts.values()], card=prompted_card(bank, recipe, found))
+    return bank.with_concepts([*bank.concepts.values()], card=prompted_card(bank, recipe, found, making.plain))
 
 
 class Making:
     """A pipeline, a recipe, and the folder that keeps what is made on the way to a bank."""
 
     def __init__(self, pipe: Any, recipe: PictureRecipe, folder: Path, score: Score | None):
-        if not (host := host_for(pipe)).has_progress or "prompt" not in signature(pipe.__call__).parameters:
+        if not (host := host_for(pipe)).has_progress or not {"prompt", LABELS} & {*signature(pipe.__call__).parameters}:
             raise UnsupportedTarget(f"recipe {recipe.name!r} is of a pipeline that draws what prompts say, not of {type(pipe)}")
+        if getattr(pipe, "vae", host) is None:
+            raise UnsupportedTarget(f"{type(pipe).__name__} has no autoencoder (vae), so it makes no pictures")
         self.pipe, self.recipe, self.folder, self.score = pipe, recipe, folder, score
-        self.drawing, self.sites = Drawing(pipe, recipe), [*recipe.sites] or places(host)
+        self.drawing, self.sites, self.texts = Drawing(pipe, recipe), [*recipe.sites] or places(host), texts(host)
 
     @property
     def scorer(self) -> str:
         """What tells how much of a concept there is."""
         return "the pipeline itself" if self.score is None else getattr(self.score, "__name__", type(self.score).__name__)
 
+    @property
+    def plain(self) -> Any:
+        """What the pipeline's call takes to draw nothing of the first concept."""
+        (said,) = asked(self.pipe, [self.recipe.plain])
+        return said if isinstance(said, str) else [said]
+
     def sums(self, concept: PictureConcept) -> Sums:
         """What pairs of a concept differ by, or what an earlier run found."""
         pairs = self.recipe.read_splits(concept).train
-        how: Any = {"sites": self.sites, "levels": self.recipe.levels, "batch": self.recipe.batch}
+        how: Any = {"sites": self.sites, "levels": self.recipe.levels, "batch": self.recipe.batch, "texts": self.texts}
         path = self.folder / "sums" / f"{concept.name}.safetensors"
         return recorded(path, lambda: contrasts(self.pipe, pairs, self.drawing, **how))
 
@@ -103,7 +111,8 @@ class Making:
 
         def search() -> dict[str, Any]:
             dev, test = (Trials(self.drawing, pairs, name, self.score) for pairs in splits[1:])
-            choice = chosen(dev, bank, self.recipe.methods, lambda method: reaches(method, sums, *place))
+            methods = usable(self.recipe.methods, sums)
+            choice = chosen(dev, bank, methods, lambda method, edit: reaches(method, edit, sums, *place))
             own = bank(choice.best.method)
             moved, removed = test.of(own, {name: choice.edit}), test.of(own, {name: choice.way}, remove=True)
             return {"choice": choice, "moved": moved, "removed": removed, "told": round(test.told, 4)}
@@ -155,12 +164,12 @@ class Making:
         """Pictures of the first prompts that it is measured on: seeds down; plain, amounts and prompted across."""
         pairs, known = self.recipe.read_splits(concept).evaluation[:SHOWN], bank[concept.name]
         seeds, plain = [pair.seed for pair in pairs], [pair.negative for pair in pairs]
-        columns = {"plain": self.drawing.pictures(plain, seeds)}
+        columns = {"plain": self.drawing.shown(plain, seeds)[1]}
         for share in SHARES:
             amount = share * known.effects["amount"]
             with steered(self.pipe, bank, {concept.name: edit_of(known.useful_as, amount)}):
-                columns[f"{known.useful_as} {amount:+.2f}"] = self.drawing.pictures(plain, seeds)
-        columns["prompted"] = self.drawing.pictures([pair.positive for pair in pairs], seeds)
+                columns[f"{known.useful_as} {amount:+.2f}"] = self.drawing.shown(plain, seeds)[1]
+        columns["prompted"] = self.drawing.shown([pair.positive for pair in pairs], seeds)[1]
         rows = {f"seed {seed}": {name: drawn[k : k + 1] for name, drawn in columns.items()} for k, seed in enumerate(seeds)}
         return grid(rows, title=concept.name)
 
@@ -182,7 +191,7 @@ pictures whose prompt says the concept. Figures are of {evaluation} pairs of pro
 directions found on {train}. A safe range ends before the first amount whose damage is above {harm:g}."""
 
 
-def prompted_card(bank: ConceptBank, recipe: PictureRecipe, found: Mapping[str, Found]) -> str:
+def prompted_card(bank: ConceptBank, recipe: PictureRecipe, found: Mapping[str, Found], plain: Any) -> str:
     """The card of a bank of concepts from prompts."""
     levers = [bank[concept.name] for concept in recipe.concepts]
     first = next((c for c in levers if c.useful is not None), levers[0])
@@ -191,7 +200,7 @@ def prompted_card(bank: ConceptBank, recipe: PictureRecipe, found: Mapping[str, 
     parts = [
         front(bank.name, bank.base.id, bank.license, levers, {"tags": ["diffusers"]}).strip(),
         f"# {bank.name}\n\n{described(recipe)}",
-        _example(recipe, first),
+        _example(recipe, first, plain),
         "One unit of a concept is the mean difference that its prompts make.",
         f"## What was measured\n\n{said}\n\n{_table(levers, found)}",
         "## As it looks\n\nSeeds down; plain, amounts and prompted across.\n\n" + "\n\n".join(shown) if shown else "",
@@ -199,9 +208,9 @@ def prompted_card(bank: ConceptBank, recipe: PictureRecipe, found: Mapping[str, 
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _example(recipe: PictureRecipe, concept: Concept) -> str:
+def _example(recipe: PictureRecipe, concept: Concept, plain: Any) -> str:
     edit = f'{{"{concept.name}": sl.{concept.useful_as}({concept.effects["amount"]:g})}}'
-    return example_of_pictures(recipe.name, recipe.source, edit, recipe.plain)
+    return example_of_pictures(recipe.name, recipe.source, edit, plain)
 
 
 def _table(levers: Sequence[Concept], found: Mapping[str, Found]) -> str:

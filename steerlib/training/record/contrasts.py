@@ -4,6 +4,7 @@ Both arms of a pair start from the same noise and are drawn in one batch, so tha
 compared token by token; only sums over tokens, steps and pairs are kept. `b` pairs, `N` tokens of a site, `D` its width.
 """
 
+import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -27,7 +28,7 @@ Sums = dict[str, Tensor]
 """By `site@level|what`, in float32. *What* is one of `count` (tokens), `difference` (of positive less negative), `mean` (of
 negative), `length` (of differences), `weighed` (differences times their length), `zero` (negative times that length). Of what
 the site is given, at places where both arms differ, `inside`, and elsewhere, `outside`: `count`, `sum` and `square`, the sum of
-outer products."""
+outer products. Of a text encoder by `site|what`, the first four, where prompts count and not tokens."""
 
 
 def places(host: Host) -> list[str]:
@@ -52,6 +53,19 @@ def _crosses(host: Host, name: str) -> bool:
     return bool(getattr(module, "is_cross_attention", False))
 
 
+READS = re.compile(r"(?P<encoder>text_encoder\w*)\.(encoder\.)?layers\.(?P<block>\d+)")
+
+
+def texts(host: Host) -> list[str]:
+    """What each text encoder has made of the prompt before its last block: what its output and that of its last block but one,
+    which pipelines use, depend on."""
+    found: dict[str, list[tuple[int, str]]] = {}
+    for name in host.sites():
+        if match := READS.fullmatch(name):
+            found.setdefault(match["encoder"], []).append((int(match["block"]), name))
+    return [sorted(blocks)[-2:][0][1] for blocks in found.values()]
+
+
 def given_to(site: str) -> str:
     """The site of what a module is given that adds at a site."""
     return f"{site.removesuffix('.update')}.in"
@@ -66,18 +80,21 @@ def contrasts(
     sites: Sequence[str],
     levels: Sequence[int],
     batch: int,
+    texts: Sequence[str] = (),
 ) -> Sums:
     """Sums over pairs of prompts.
 
     Args:
         draw: draws some prompts, each from the noise of its seed.
         levels: timesteps; what passes belongs to the nearest one.
+        texts: sites of text encoders.
         batch: pictures that are drawn together, two of each pair.
     """
     windows, found = spans(pipe, levels), _Found()
     for start in progress(range(0, len(pairs), batch // 2), "drawing pairs"):
         some = pairs[start : start + batch // 2]
         seen = [observer for site in sites for observer in _observers(site, windows, found)]
+        seen += [(site, _reader(site, len(some), found)) for site in texts]
         with observing(pipe, dict(seen)):
             prompts = [pair.positive for pair in some] + [pair.negative for pair in some]
             draw(prompts, [pair.seed for pair in some] * 2)
@@ -116,6 +133,22 @@ def _observers(
     return [(given_to(site), enter), (site, leave)]
 
 
+def _reader(site: str, pairs: int, found: _Found) -> Callable[[Tensor, StepState], None]:
+    """What adds to the sums what a text encoder makes of prompts, where it reads all of a batch in one pass."""
+
+    def read(x: Tensor, state: StepState) -> None:
+        own = None if state.branches is None else conditional(x, state)
+        if own is not None and len(own) == 2 * pairs:
+            real = torch.ones(own.shape[:2]) if state.real is None else state.real.float()
+            shares = (real / real.sum(1, keepdim=True)).to(own.device)
+            positive, negative = (shares[..., None] * own.float()).sum(1).chunk(2)
+            difference = positive - negative
+            own = {"difference": difference.sum(0), "mean": negative.sum(0), "length": difference.norm(dim=-1).sum()}
+            found.add(site, {**own, "count": torch.tensor(float(pairs))})
+
+    return read
+
+
 def summed(x: Float[Tensor, "B N D"], given: Float[Tensor, "B N E"]) -> dict[str, Tensor]:
     """The sums of one pass: of positive rows, then of negative ones, at a site and of what it is given."""
     positive, negative = x.chunk(2)
@@ -135,6 +168,11 @@ def summed(x: Float[Tensor, "B N D"], given: Float[Tensor, "B N E"]) -> dict[str
         found |= {f"{name} count": torch.tensor(float(len(chosen))), f"{name} sum": chosen.sum(0)}
         found |= {f"{name} square": chosen.T @ chosen if chosen.shape[1] <= WIDE else chosen.square().sum(0)}
     return found
+
+
+def numbers_at(width: int, given: int) -> int:
+    """How many numbers `summed` gives of a site of this width that is given another."""
+    return sum(value.numel() for value in summed(torch.zeros(2, 2, width), torch.zeros(2, 2, given)).values())
 
 
 def apart(length: Float[Tensor, "b N"]) -> Bool[Tensor, "b N"]:
