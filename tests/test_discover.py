@@ -270,11 +270,11 @@ def partial_correlation(data, p, c, given):
 
 
 def test_tests_of_independence_are_another_method_and_can_be_ones_own():
-    system = Layers((24, 24), 4000, dropout=0.3, rate=0.03)
+    system = Layers((500, 24), 4000, dropout=0.3, rate=0.03)
     found = discover(system, method="independence", test=partial_correlation)
     assert edge_scores(found.fits["level0", "level1"].effects, system.truth["level0", "level1"]).f1 >= 0.9
     with pytest.raises(BadRecipe, match="at most"):
-        discover(Layers((256, 24), 400), method="independence", test=partial_correlation)
+        discover(Layers((501, 24), 400), method="independence", test=partial_correlation)
 
 
 def test_causal_learn_gives_the_same_edges():
@@ -341,6 +341,8 @@ def test_latents_that_are_one_become_one_lever_that_does_what_they_did_together(
     assert (joined.n_verify, joined.p_adj, joined.evidence) == (20, 0.5, "verified") and other == edges[2]
     assert [place.id for place in found["a/0"].places] == ["a/0", "a/1"] and "a/1" not in found.concepts
     assert found.graph.forecast({"a/0": 2.0})["b/2"] == pytest.approx(2.5)
+    stated = bank.with_concepts(concepts, graph=sl.CausalGraph([edges[0], sl.Edge(src="a/1", dst="b/2", weight=1.0)]))
+    assert merged(stated, [("a/0", "a/1")]).graph.edges[0].evidence == "asserted"
 
 
 # -- resuming ------------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ def test_forecast_equals_the_solution_of_the_linear_system(graph):
         w[names.index(dst), names.index(src)] = weight
     change = torch.tensor([1.0, 0, 0.5, 0, -2.0])
     solved = torch.linalg.solve(torch.eye(5) - w, change)
-    forecast = graph.forecast({n: float(v) for n, v in zip(names, change, strict=True) if v})
+    forecast = graph.forecast({n: float(v) for n, v in zip(names, change, strict=True) if v}, unmeasured=True)
     torch.testing.assert_close(torch.tensor([forecast.get(n, 0.0) for n in names]), solved)
 
 
@@ -70,15 +70,57 @@ MEASURED = sl.Edge(
     sufficiency=-0.5,
     p_adj=0.0,
     n_verify=64,
+    same=0.5,
+    everywhere=False,
 )
 
 
 def test_an_edge_is_verified_only_with_what_verified_it():
-    assert sl.Edge(src="a", dst="b", weight=9.0).evidence == "observed"
+    assert sl.Edge(src="a", dst="b", weight=9.0).evidence == "asserted"
     lackings: list[dict[str, Any]] = [{}, {"tau": 1.0}, {"n_verify": 3}]
     for lacking in lackings:
         with pytest.raises(BadBank, match="'a' -> 'b': a verified edge needs tau and n_verify"):
             sl.Edge(src="a", dst="b", weight=9.0, evidence="verified", **lacking)
+
+
+def test_effects_along_all_paths_add_up_to_the_totals_that_were_measured():
+    """With W the effects past all others and T = (I - W)^-1 the totals, the graph of some edges and all totals is that of W."""
+    g = torch.Generator().manual_seed(0)
+    w = torch.randn(6, 6, generator=g, dtype=torch.float64).tril(-1)  # [effect, cause]
+    totals, names = torch.linalg.inv(torch.eye(6) - w), "abcdef"
+    pairs = [(a, b) for b in range(6) for a in range(b)]
+    edges = [sl.Edge(src=names[a], dst=names[b], weight=float(w[b, a])) for a, b in pairs if (a + b) % 2]
+    for a, b in pairs:
+        if b > a + 1 or not (a + b) % 2:
+            tau = float(totals[b, a])
+            known: Any = {"evidence": "verified", "n_verify": 9, "tau": tau, "tau_lo": tau - 0.5, "tau_hi": tau + 0.5}
+            edges.append(sl.Edge(src=names[a], dst=names[b], weight=9.0, relation="total", **known))
+    graph = sl.CausalGraph(edges)
+    for a, b in pairs:
+        assert graph.parents(names[b])[names[a]] == pytest.approx(float(w[b, a]))
+    cut, change = w.clone(), torch.tensor([1.0, 0, -2.0, 0, 0, 0], dtype=torch.float64)
+    cut[3] = 0
+    solved = torch.linalg.solve(torch.eye(6) - cut, change)
+    found = graph.forecast({"a": 1.0, "c": -2.0}, fixed={"d"}, unmeasured=True)
+    assert found == pytest.approx({n: float(v) for n, v in zip(names, solved, strict=True) if v})
+    assert found.unmeasured == ("e", "f"), "a total goes through what is held"
+    free = graph.forecast({"a": 1.0, "c": -2.0})
+    middle = float(totals[5, 0] - 2 * totals[5, 2])
+    assert free.unmeasured == () and free["f"] == pytest.approx(middle)
+    assert free.intervals["f"] == pytest.approx((middle - 1.5, middle + 1.5))
+    assert "b" not in free.intervals, "stated by hand"
+
+
+def test_a_latent_that_reads_0_moves_nothing_down_and_none_falls_below_0():
+    edges = [("a", "b", 2.0), ("b", "c", 1.0), ("a", "d", -1.0)]
+    graph = sl.CausalGraph(sl.Edge(src=s, dst=d, weight=w) for s, d, w in edges)
+    assert graph.forecast({"a": -5.0}, given={"a": 0.0}, unmeasured=True) == {"a": 0.0}
+    found = graph.forecast({"a": -5.0}, given={"a": 1.0, "b": 0.5, "d": 0.25}, unmeasured=True)
+    assert found == {"a": -1.0, "b": -0.5, "c": -0.5, "d": 1.0}
+    assert graph.forecast({"a": 5.0}, given={"a": 0.0, "d": 2.0})["d"] == -2.0
+    readings = {"a": torch.tensor([[0.0, 1.0, 4.0]]), "b": torch.tensor([[9.0, 9.0, 3.0]])}
+    by_token = graph.forecast({"a": -2.0}, given=readings)
+    assert {name: by_token[name].tolist() for name in "abd"} == {"a": [[0, -1, -2]], "b": [[0, -2, -3]], "d": [[0, 1, 2]]}
 
 
 def test_a_forecast_says_what_it_multiplied_along_a_path():
@@ -109,7 +151,7 @@ def test_a_graph_of_weights_alone_still_loads():
 
 @pytest.mark.parametrize(
     ("column", "value"),
-    [("src", torch.tensor([3])), ("dst", torch.tensor([-1])), ("relation", torch.tensor([3])), ("evidence", torch.tensor([9])),
+    [("src", torch.tensor([3])), ("dst", torch.tensor([-1])), ("relation", torch.tensor([4])), ("evidence", torch.tensor([9])),
      ("weight", torch.tensor([1.0, 2.0]))],
 )  # fmt: skip
 def test_a_file_that_cannot_be_is_refused(column, value):

@@ -72,7 +72,7 @@ def forecast_r2(graph: CausalGraph, system: System, contexts: Contexts, causes: 
         run = system.run(contexts, {level: ablated(np.full(len(system.owners(contexts)), int(latent)))})
         moved = {name: mean - plain[name] for name, mean in _means(run).items()}
         said = {name: np.zeros_like(mean) for name, mean in moved.items()}
-        for name, change in graph.forecast({cause: -plain[level][int(latent)]}).items():
+        for name, change in graph.forecast({cause: -plain[level][int(latent)]}, unmeasured=True).items():
             said[name.rpartition("/")[0]][int(name.rpartition("/")[2])] = change
         later = [name for name in moved if name != level]
         wrong += sum(float(np.square(moved[name] - said[name]).sum()) for name in later)

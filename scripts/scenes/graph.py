@@ -20,8 +20,7 @@ from steerlib.bank.concept_bank import ConceptBank
 from steerlib.errors import CorruptBank
 from steerlib.graph.causal_graph import CausalGraph, Edge
 from steerlib.steering.interventions import Add
-from steerlib.training.discover.confirm import adjusted, effects
-from steerlib.training.discover.discovery import FDR
+from steerlib.training.discover.confirm import FDR, adjusted, effects
 
 LEAST = 0.2
 """Change of share, at a lever's own dose, from which a value follows a lever; of 0.1, 0.2 and 0.3, chosen on other scenes."""

@@ -97,8 +97,10 @@ def graphml(bank: ConceptBank) -> str:
     def add(tag: str, ends: dict[str, str], facts: dict[str, Any]) -> None:
         made = xml.SubElement(graph, tag, ends)
         for key, value in facts.items():
-            kinds[tag, key] = {str: "string", int: "long", float: "double"}[type(value)]
-            xml.SubElement(made, "data", key=f"{tag}.{key}").text = str(value)
+            kinds[tag, key] = {str: "string", int: "long", float: "double", bool: "boolean"}[type(value)]
+            xml.SubElement(made, "data", key=f"{tag}.{key}").text = (
+                str(value).lower() if isinstance(value, bool) else str(value)
+            )
 
     for concept in map(bank.__getitem__, joined(bank)):
         facts = {"label": concept.label, "level": concept.encoder, "index": concept.index, "unit": concept.unit}

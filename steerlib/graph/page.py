@@ -32,5 +32,5 @@ def facts(bank: ConceptBank) -> dict[str, Any]:
         }
         for concept in map(bank.__getitem__, joined(bank))
     ]
-    edges = [asdict(edge) for edge in bank.graph.edges]
+    edges = [asdict(edge) for edge in bank.graph.edges if edge.relation != "total"]  # these are drawn by the edges they sum up
     return {"name": bank.name, "base": bank.base.id, "levels": levels(bank), "concepts": concepts, "edges": edges}

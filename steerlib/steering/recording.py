@@ -4,12 +4,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..bank import ConceptBank
 from ..bank.concepts import Concept
 from ..bank.editing import together
 from ..devices import unrounded
+from ..errors import Unanswerable
 from ..hosts import host_for
 from ..passes import StepState
 from .dispatch import beside
@@ -17,7 +19,20 @@ from .reading import reader
 
 Observe = Callable[[Tensor, StepState], Any]
 Replace = Callable[[Tensor, StepState], Tensor]
-Tape = dict[str, list[tuple[StepState, Tensor]]]
+
+
+class Tape(dict[str, list[tuple[StepState, Tensor]]]):
+    """What was recorded, by name: see `record`. `bank` is whose concepts they are, None where whole sites were recorded."""
+
+    bank: ConceptBank | None = None
+
+    def latents(self) -> dict[str, Tensor]:
+        """Readings `z[B, N]` of its sparse latents in their units, those of all passes one after the other: where a forecast
+        for this prompt starts, `bank.graph.forecast(changes, given=tape)`."""
+        if self.bank is None:
+            raise Unanswerable("whole sites were recorded, which read no concepts; record a bank: sl.record(model, bank)")
+        sparse = {name: passes for name, passes in self.items() if self.bank.rows(self.bank[name]).is_sparse}
+        return {name: torch.cat([z for _, z in passes], 1) / self.bank[name].unit for name, passes in sparse.items()}
 
 
 @contextmanager
@@ -42,15 +57,22 @@ def record(
     >>> tape["a"][0][1].shape
     torch.Size([1, 4])
     """
+<<<<<<< HEAD
     tape: Tape = {}
     given: Any = [bank_or_sites] if isinstance(bank_or_sites, str | ConceptBank) else [*bank_or_sites]
     if not any(isinstance(one, ConceptBank) for one in given):
         with observing(target, {name: _keeper(tape.setdefault(name, []), lambda x, _: x.detach().clone()) for name in given}):
+=======
+    tape = Tape()
+    if not isinstance(bank_or_sites, ConceptBank):
+        names = [bank_or_sites] if isinstance(bank_or_sites, str) else bank_or_sites
+        with observing(target, {name: _keeper(tape.setdefault(name, []), lambda x, _: x.detach().clone()) for name in names}):
+>>>>>>> w-graph
             yield tape
         return
     bank, host = together(given), host_for(target)
     bank.check(host)
-    acts = []
+    tape.bank, acts = bank, []
     for concept in [bank[name] for name in (concepts if concepts is not None else bank.concepts)]:
         keep = _keeper(tape.setdefault(concept.name, []), reader(bank, concept, concept.name))
         acts.append((host.site(bank.read_at(concept)), "observe", keep))

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from scipy.stats import t as student
 
 from .rows import Folder
-from .systems import Codes, Columns, Contexts, Do, System, ablated, csr, fixed, held
+from .systems import NONE, Codes, Columns, Contexts, Do, System, ablated, csr, fixed, held
 
 CONFIRMED = 64
 """Contexts in which each parent is ablated: an edge of slope 0.5, its gate half open, is always found (measured)."""
@@ -25,6 +25,8 @@ LEAST_EFFECT = 0.05
 NEEDED = 0.5
 """… unless without it the child loses this share of what it reads: one of several that all have to be there."""
 RESAMPLED = 2000
+FDR = 0.05
+"""Share of accepted edges that may be false."""
 
 
 class Confirmation(NamedTuple):
@@ -39,10 +41,22 @@ class Confirmation(NamedTuple):
     p: NDArray[Any]
     """That it is 0, by Student's t of `d - tau z_p`."""
     necessity: NDArray[Any]
+    """NaN where the two never fire at one unit."""
     sufficiency: NDArray[Any]
     contexts: NDArray[Any]
     matters: NDArray[Any]
     """Whether `|tau| q90_p >= 0.05 q90_c`, or the child needs it."""
+
+    def holds(self, q: NDArray[Any]) -> NDArray[Any]:
+        """Which edges pass, given their p-values adjusted for all that were tested."""
+        return (q <= FDR) & self.matters & ((self.low > 0) | (self.high < 0))
+
+    def facts(self, i: int, q: float) -> dict[str, Any]:
+        """What an `Edge` says of the i-th, in the units of the readings."""
+        figures = {"tau": self.tau, "tau_lo": self.low, "tau_hi": self.high, "sufficiency": self.sufficiency}
+        needed = None if np.isnan(self.necessity[i]) else float(self.necessity[i])
+        found = {name: float(values[i]) for name, values in figures.items()}
+        return {**found, "necessity": needed, "n_verify": int(self.contexts[i]), "p_adj": q, "evidence": "verified"}
 
 
 class Trials(NamedTuple):
@@ -51,7 +65,7 @@ class Trials(NamedTuple):
     before: Float[NDArray, "U C"]
     after: Float[NDArray, "U C"]
     z: Float[NDArray, " U"]
-    """What the parent reads before."""
+    """What the parent reads before, where something is done to it."""
     owner: Int[NDArray, " U"]
     """The context of each unit."""
 
@@ -73,6 +87,8 @@ class Pair:
     dst: str
     edges: Codes
     """`[parents, children]`."""
+    whole: bool = False
+    """Whether levels in between go on with what reaches them, so that effects are total; else they keep their readings."""
 
     @cached_property
     def columns(self) -> tuple[Columns, Columns]:
@@ -95,30 +111,45 @@ class Pair:
     def children(self, parent: int) -> NDArray[Any]:
         return self.edges.indices[self.edges.indptr[parent] : self.edges.indptr[parent + 1]].astype(np.int64)
 
-    def trials(self, parents: Sequence[int], places: Sequence[NDArray[Any]], do: Callable[[NDArray[Any]], Do]) -> list[Trials]:
-        """Do something to each parent in its own contexts, all in one run, while the levels in between keep their readings."""
+    def trials(
+        self,
+        parents: Sequence[int],
+        places: Sequence[NDArray[Any]],
+        do: Callable[[NDArray[Any]], Do],
+        *,
+        once: np.random.Generator | None = None,
+    ) -> list[Trials]:
+        """Do something to each parent in its own contexts, all in one run; `once`: at one unit of each where it fires."""
         chosen = np.concatenate(places)
+        if not len(chosen):
+            return [Trials(none := np.empty((0, len(self.children(p)))), none, np.empty(0), np.empty(0, int)) for p in parents]
         starts, ends = (np.searchsorted(self.owners, chosen, side=side) for side in ("left", "right"))
         units = np.concatenate([np.arange(a, b) for a, b in zip(starts, ends, strict=True)])
         latents = np.repeat(np.repeat(parents, [len(some) for some in places]), ends - starts)
-        names = list(self.system.levels)
-        between = names[names.index(self.src) + 1 : names.index(self.dst)]
+        names, z = list(self.system.levels), np.asarray(self.seen[self.src][units, latents]).ravel()
+        moved = np.ones(len(units), bool)
+        if once is not None:
+            fires = once.permutation(np.flatnonzero(z > 0))
+            _, first = np.unique(np.repeat(np.arange(len(chosen)), ends - starts)[fires], return_index=True)
+            moved = np.isin(np.arange(len(units)), fires[first])
+        between = [] if self.whole else names[names.index(self.src) + 1 : names.index(self.dst)]
         kept = {name: held(csr(self.seen[name][units])) for name in between}
-        run = self.system.run(self.contexts[chosen], {self.src: do(latents), **kept})[self.dst].natural
+        done = do(np.where(moved, latents, NONE))
+        run = self.system.run(self.contexts[chosen], {self.src: done, **kept})[self.dst].natural
         bounds = np.searchsorted(latents, parents, side="left"), np.searchsorted(latents, parents, side="right")
         found = []
         for p, some, first, last in zip(parents, places, *bounds, strict=True):
             own, children = units[first:last], self.children(p)
             before = self.seen[self.dst][own][:, children].toarray()
             after = run[first:last][:, children].toarray()
-            z = self.seen[self.src][own][:, [p]].toarray()[:, 0]
-            found.append(Trials(before, after, z, np.searchsorted(np.sort(some), self.owners[own])))
+            read = np.where(moved, z, 0)[first:last]
+            found.append(Trials(before, after, read, np.searchsorted(np.sort(some), self.owners[own])))
         return found
 
 
 def ninety(z: Columns) -> NDArray[Any]:
-    """90 % quantile of each column where it is not 0; 0 where it always is."""
-    return np.array([np.quantile(part, 0.9) if len(part) else 0.0 for part in np.split(z.data, z.indptr[1:-1])])
+    """90 % quantile of the size of each column where it is not 0; 0 where it always is."""
+    return np.array([np.quantile(abs(part), 0.9) if len(part) else 0.0 for part in np.split(z.data, z.indptr[1:-1])])
 
 
 def confirmed(pair: Pair, folder: Folder, *, seed: int = 0, only: Collection[int] | None = None) -> Confirmation:
@@ -128,7 +159,7 @@ def confirmed(pair: Pair, folder: Folder, *, seed: int = 0, only: Collection[int
     each, jobs = max(1, pair.system.batch // CONFIRMED), {}
     for start in range(0, len(parents), each):
         group = parents[start : start + each]
-        name = f"verified-{pair.src}-{pair.dst}-{group[0]:07}".replace("/", "-")
+        name = f"{'total' if pair.whole else 'verified'}-{pair.src}-{pair.dst}-{group[0]:07}".replace("/", "-")
         jobs[name] = lambda group=group: _group(pair, group, seed)._asdict()
     found = folder.all(jobs, f"verifying {pair.src} to {pair.dst}")
     return Confirmation(*(np.concatenate([np.empty(0, kind), *(part[name] for part in found)]) for name, kind in KINDS.items()))
@@ -156,7 +187,7 @@ def _edges(pair: Pair, parent: int, taken: Trials, given: Trials) -> Confirmatio
     effect = effects(taken.sums(taken.before - taken.after), m)
     both = (taken.before > 0) & z
     without, whole = ((values * both).sum(0) for values in (taken.after, taken.before))
-    necessity = 1 - without / np.maximum(whole, 1e-12)
+    necessity = np.where(whole > 0, 1 - without / np.maximum(whole, 1e-12), np.nan)
     high, own = pair.high[1][children], pair.high[0][parent]
     n = np.ones(len(children), np.int64)
     return Confirmation(

@@ -4,7 +4,7 @@ z  readings [units, latents]     x  of the parents     y  of the children
 
 Every latent of a level is regressed on its candidates in the levels before. *Randomised*: `x` and `y` are what ablations at
 random changed, so that effects are causal whatever else moves both. *Observational*: they are readings, and effects positive.
-*Independence*: readings too, but candidates are tested, not fitted; for a few dozen latents.
+*Independence*: readings too, but candidates are tested, not fitted; for some hundreds of latents.
 """
 
 import os
@@ -32,8 +32,6 @@ from .systems import Codes, Contexts, System, csr, entries
 Method = Literal["randomised", "observational", "independence"]
 RATES = (1e-5, 0.1)
 """How often a latent has to fire, and may at most, to take part."""
-FDR = 0.05
-"""Share of accepted edges that may be false."""
 CHANGED = 0.05
 """Share of what a latent usually reads by which it has to change to count as changed."""
 
@@ -168,27 +166,13 @@ def _judged(
     edges, refused, start = [], 0, 0
     for (src, dst), fit in fits.items():
         found, left = results[src, dst], fit.effects.todok()
-        for i, (parent, child) in enumerate(zip(found.parent, found.child, strict=True)):
-            weight, q = float(left.pop((parent, child))), float(p[start + i])
-            if q > FDR or not found.matters[i] or found.low[i] <= 0 <= found.high[i]:
-                refused += 1
-                continue
-            edges.append(
-                Edge(
-                    src=f"{src}/{parent}",
-                    dst=f"{dst}/{child}",
-                    weight=weight,
-                    evidence="verified",
-                    tau=float(found.tau[i]),
-                    tau_lo=float(found.low[i]),
-                    tau_hi=float(found.high[i]),
-                    necessity=float(found.necessity[i]),
-                    sufficiency=float(found.sufficiency[i]),
-                    n_verify=int(found.contexts[i]),
-                    p_adj=q,
-                )
-            )
-        start += len(found.parent)
+        q = p[start : start + len(found.p)]
+        for i, (parent, child, holds) in enumerate(zip(found.parent, found.child, found.holds(q), strict=True)):
+            weight = float(left.pop((parent, child)))
+            refused += not holds
+            if holds:
+                edges.append(Edge(src=f"{src}/{parent}", dst=f"{dst}/{child}", weight=weight, **found.facts(i, float(q[i]))))
+        start += len(q)
         evidence = "randomised" if method == "randomised" else "observed"
         edges += [Edge(src=f"{src}/{a}", dst=f"{dst}/{b}", weight=float(w), evidence=evidence) for (a, b), w in left.items()]
     whole = sum(fit.effects.nnz for fit in fits.values())

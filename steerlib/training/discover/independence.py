@@ -1,4 +1,4 @@
-"""Parents by tests of independence, for a few dozen latents: PC's first phase (Spirtes & Glymour 1991), orders known.
+"""Parents by tests of independence, for some hundreds of latents: PC's first phase (Spirtes & Glymour 1991), orders known.
 
 p  a latent of an earlier level     c  one of a later     S  other latents that are still joined to c
 """
@@ -16,7 +16,7 @@ from .systems import csr
 
 Test = Callable[[NDArray[Any], int, int, Sequence[int]], float]
 """From data `[units, variables]`, two variables and those to condition on: the probability of independence."""
-MOST = 150
+MOST = 500
 """Latents that one level may be tested against."""
 ALPHA = 0.01
 GIVEN = 2

@@ -114,7 +114,7 @@ def _sum(src: str, edges: list[Edge]) -> Edge:
         tau=tau and sum(tau),
         tau_lo=low and sum(low),
         tau_hi=high and sum(high),
-        evidence=min((edge.evidence for edge in edges), key=EVIDENCE.index),
+        evidence=min((edge.evidence for edge in edges), key=("asserted", *EVIDENCE).index),
         n_verify=min(edge.n_verify for edge in edges),
         p_adj=p and max(p),
         necessity=None,

@@ -6,13 +6,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
 from ...bank.concept_bank import ConceptBank
 from ...encoders import Sparse
-from ...errors import BadRecipe
+from ...errors import BadRecipe, Unanswerable
 from ...passes import StepState
 from ...steering.recording import Replace, replacing
 from ..record.activations import Enough
@@ -43,7 +43,7 @@ class SteeredText(System):
         depth = {name: int("".join(filter(str.isdigit, bank.encoders[name].site)) or -1) for name in self._encoders}
         self._encoders = {name: self._encoders[name] for name in sorted(depth, key=depth.__getitem__)}
         self._sites = {bank.encoders[name].site: name for name in self._encoders}
-        self.model, self.ids, self.first = model, ids, first
+        self.model, self.bank, self.ids, self.first = model, bank, ids, first
 
     @property
     def levels(self) -> Mapping[str, int]:
@@ -75,20 +75,40 @@ class SteeredText(System):
     def weights(self, src: str, dst: str) -> tuple[Tensor, Tensor]:
         return self._encoders[src].decoder.cpu(), self._encoders[dst].encoder.cpu()
 
-    @torch.no_grad()
+    def place(self, name: str) -> tuple[str, int, float]:
+        """Of a concept of the bank, in its units."""
+        concept = self.bank[name]
+        if concept.encoder not in self._encoders or len(concept.places) > 1:
+            raise Unanswerable(f"expected one latent of {', '.join(self._encoders)}, got {name!r}")
+        return concept.encoder, concept.index, concept.unit
+
+    def logits(self, contexts: Contexts, do: Mapping[str, Do] | None = None) -> Float[Tensor, "C V"]:
+        """What the model says next, while something is done at some layers: for outcomes (`systems.Outcomes`)."""
+        return self._passed(contexts, do, None)[:, -1].float().cpu()
+
     def run(self, contexts: Contexts, do: Mapping[str, Do] | None = None) -> Mapping[str, Reading]:
         found: dict[str, Reading] = {}
+        with suppress(Enough):
+            self._passed(contexts, do, found)
+        return {name: found[name] for name in self.levels}
+
+    @torch.no_grad()
+    def _passed(self, contexts: Contexts, do: Mapping[str, Do] | None, found: dict[str, Reading] | None) -> Tensor:
+        """One pass; it ends where all layers were `found`, if that is asked."""
 
         def at(name: str) -> Replace:
             encoder, change = self._encoders[name], (do or {}).get(name)
 
             def replace(x: Tensor, state: StepState) -> Tensor:  # noqa: ARG001
                 own = x[:, self.first :]
+                if found is None and change is None:
+                    return x
                 natural = csr_matrix(encoder.encode(own).flatten(0, 1).cpu().numpy())
                 flows = change(natural) if change else natural
-                found[name] = Reading(natural, flows)
-                if len(found) == len(self._encoders):
-                    raise Enough
+                if found is not None:
+                    found[name] = Reading(natural, flows)
+                    if len(found) == len(self._encoders):
+                        raise Enough
                 if change is None:
                     return x
                 moved = csr(flows - natural)
@@ -99,6 +119,5 @@ class SteeredText(System):
 
             return replace
 
-        with replacing(self.model, {site: at(name) for site, name in self._sites.items()}), suppress(Enough):
-            self.model.base_model(self.ids[contexts].to(self.model.device), use_cache=False)
-        return {name: found[name] for name in self.levels}
+        with replacing(self.model, {site: at(name) for site, name in self._sites.items()}):
+            return self.model(self.ids[contexts].to(self.model.device), use_cache=False).logits

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import csc_matrix, csr_matrix
 
+from ...errors import UnknownConcept
 from ...graph.causal_graph import CausalGraph
 
 if TYPE_CHECKING:  # scipy says little of its types
@@ -22,6 +23,8 @@ else:
 Contexts = NDArray[np.int64]
 Do = Callable[[Codes], Codes]
 """From what a level would read to what it is to read: Pearl's do."""
+NONE = -1
+"""In place of a latent: nothing is ablated at this unit."""
 
 
 class Reading(NamedTuple):
@@ -68,6 +71,13 @@ class System(ABC):
     def weights(self, src: str, dst: str) -> tuple[Any, Any] | None:  # noqa: ARG002
         """Decoder rows of one level and encoder rows of a later one, where both are rows of one stream."""
         return None
+
+    def place(self, name: str) -> tuple[str, int, float]:
+        """Level and column of what is called so, and the unit that its effects are told in; here `level/index`, as it reads."""
+        level, _, index = name.rpartition("/")
+        if not index.isdecimal() or int(index) >= self.levels.get(level, 0):
+            raise UnknownConcept(f"expected a latent by level/index, of {dict(self.levels)}, got {name!r}")
+        return level, int(index), 1.0
 
 
 def ablated(latents: NDArray[Any]) -> Do:
@@ -132,6 +142,49 @@ class Around(System):
 
     def weights(self, src: str, dst: str) -> tuple[Any, Any] | None:
         return self.inner.weights(src, dst)
+
+    def place(self, name: str) -> tuple[str, int, float]:
+        return self.inner.place(name)
+
+
+class Outcomes(Around):
+    """Another system with a last level of outcomes, of which each context has one value, of either sign: a logit difference, a
+    score, what a judge says. It stands at the context's last unit.
+
+    Args:
+        measures: by name, what gives the values `[C]` of some contexts while some is done at levels.
+
+    >>> lengths = Outcomes(system, {"length": lambda contexts, do: texts(contexts, do)})  # doctest: +SKIP
+    >>> verify_edges(lengths, [("layers.7/3", "length")])  # doctest: +SKIP
+    """
+
+    LEVEL = "outcome"
+
+    def __init__(self, inner: System, measures: Mapping[str, Callable[[Contexts, Mapping[str, Do]], Any]]):
+        super().__init__(inner)
+        self.measures = dict(measures)
+
+    @property
+    def levels(self) -> Mapping[str, int]:
+        return {**self.inner.levels, self.LEVEL: len(self.measures)}
+
+    def run(self, contexts: Contexts, do: Mapping[str, Do] | None = None) -> Mapping[str, Reading]:
+        """Outcomes are measured with levels set to what they read here: what is done by chance is done once."""
+        done = {level: own for level, own in (do or {}).items() if level != self.LEVEL}
+        found = self.inner.run(contexts, done)
+        again = {level: held(found[level].flows) for level in done}
+        values = np.stack([np.asarray(measure(contexts, again), np.float32) for measure in self.measures.values()], 1)
+        owners, columns = self.owners(contexts), np.arange(len(self.measures))
+        last = np.searchsorted(owners, np.arange(len(contexts)), side="right") - 1
+        place = np.repeat(last, len(columns)), np.tile(columns, len(last))
+        z = csr((values.ravel(), place), shape=(len(owners), len(columns)))
+        return {**found, self.LEVEL: Reading(z, z)}
+
+    def weights(self, src: str, dst: str) -> tuple[Any, Any] | None:
+        return None if dst == self.LEVEL else self.inner.weights(src, dst)
+
+    def place(self, name: str) -> tuple[str, int, float]:
+        return (self.LEVEL, [*self.measures].index(name), 1.0) if name in self.measures else self.inner.place(name)
 
 
 class Shuffled(Around):

@@ -3,8 +3,9 @@
 p -> c  an edge     M  contexts     d  how much less a child reads where its parent is ablated alone, by context
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,11 +27,12 @@ from ..fit.run import fit
 from ..record.activations import reading
 from ..record.documents import pieces
 from ..store import remembered
-from .confirm import CONFIRMED, FEWEST, Pair
+from .confirm import CONFIRMED, FEWEST, Pair, resamples
 from .discovery import Discovery, discover, with_graph
 from .rows import Folder, observed
 from .steered import SteeredText
 from .systems import Shuffled, System, ablated, matrix
+from .verify import with_totals
 
 CARRIED = 0.2
 """How far an effect lies at most from the product of decoder and encoder row, as a share of it, to be the residual stream
@@ -60,9 +62,10 @@ def graphed(model: Any, bank: ConceptBank, ids: Int[Tensor, "C N"], recipe: Grap
     system = SteeredText(model, bank, made)
     verify = best_known(bank, list(system.levels)[:-1], recipe.parents)
     found = discover(system, held_out=recipe.held_out, verify=verify, folder=folder / "found", seed=recipe.seed)
-    graph = _verified(found)
-    result = with_graph(bank, graph)
-    rows = list(foretold(result, SteeredText(model, bank, third), graph, folder / "foretold", seed=recipe.seed))
+    result = with_graph(bank, _verified(found))
+    second = SteeredText(model, result, made[recipe.first :])
+    result.graph = with_totals(second, result.graph, folder=folder / "totals", seed=recipe.seed)
+    rows = list(foretold(result, SteeredText(model, bank, third), folder / "foretold", seed=recipe.seed))
     facts = {
         "recipe": asdict(recipe),
         **account(result, found),
@@ -103,10 +106,12 @@ def carried(bank: ConceptBank, edge: Edge) -> bool:
 def account(bank: ConceptBank, found: Discovery) -> dict[str, Any]:
     """How many edges there are, and of which kind."""
     assert bank.graph is not None
-    own = [carried(bank, edge) for edge in bank.graph.edges]
+    edges = [edge for edge in bank.graph.edges if edge.relation == "compute"]
+    own = [carried(bank, edge) for edge in edges]
     counts = {"proposed": found.proposed, "untested": found.untested, "refused": found.refused, "verified": len(own)}
+    counts["total"] = len(bank.graph) - len(own)
     pairs: dict[str, dict[str, int]] = {}
-    for edge, is_carried in zip(bank.graph.edges, own, strict=True):
+    for edge, is_carried in zip(edges, own, strict=True):
         ends = f"{bank[edge.src].encoder} to {bank[edge.dst].encoder}"
         counted = pairs.setdefault(ends, {"verified": 0, "carried": 0, "negative": 0})
         counted["verified"] += 1
@@ -125,23 +130,36 @@ class Foretold(NamedTuple):
     happened: NDArray[Any]
 
 
-def foretold(bank: ConceptBank, system: System, graph: CausalGraph, folder: Path, *, seed: int = 0) -> Iterator[Foretold]:
-    """Each parent ablated alone in contexts where it fires, and what `bank.graph.forecast` predicts for its children there."""
-    assert bank.graph is not None
-    names, everything, edges = list(system.levels), np.arange(len(system)), {(e.src, e.dst): e for e in bank.graph.edges}
-    kept = Folder(folder, {"contexts": len(system), "edges": len(graph), "seed": seed})
+def foretold(bank: ConceptBank, system: System, folder: Path, *, seed: int = 0) -> Iterator[Foretold]:
+    """Each parent ablated alone in contexts where it fires, and what `bank.graph.forecast` predicts there for its children, and
+    for concepts further on of which total effects are known."""
+    everything, whole = np.arange(len(system)), CausalGraph(_by_id(bank, edge) for edge in bank.graph.edges)
+    kept = Folder(folder, {"contexts": len(system), "edges": len(whole), "seed": seed})
     seen = observed(system, everything, kept)
-    for src, dst in zip(names, names[1:], strict=False):
-        pair = Pair(system, everything, seen, src, dst, matrix(graph, src, dst, (system.levels[src], system.levels[dst])))
-        parents = [p for p in np.flatnonzero(np.diff(pair.edges.indptr)).tolist() if len(pair.firing(p)) >= FEWEST]
-        jobs = {f"{src}-{p:07}": lambda p=p, pair=pair: _trial(pair, p, seed) for p in parents}
-        for p, found in zip(parents, kept.all(jobs, f"foretelling {src} to {dst}"), strict=True):
-            own = bank[f"{src}/{p}"]
-            for i, c in enumerate(pair.children(p)):
-                child = bank[f"{dst}/{c}"]
-                said = [bank.graph.forecast({own.name: -float(m) / own.unit})[child.name] for m in found["m"]]
-                edge, happened = edges[own.name, child.name], -found["d"][:, i] / child.unit
-                yield Foretold(f"{src} to {dst}", edge, carried(bank, edge), np.array(said), happened)
+    for src, dst in combinations(system.levels, 2):
+        for relation in ("compute", "total"):
+            graph = CausalGraph(edge for edge in whole.edges if edge.relation == relation)
+            edges = matrix(graph, src, dst, (system.levels[src], system.levels[dst]))
+            pair = Pair(system, everything, seen, src, dst, edges, relation == "total")
+            yield from _moved(bank, pair, {(edge.src, edge.dst): edge for edge in graph.edges}, kept, seed)
+
+
+def _by_id(bank: ConceptBank, edge: Edge) -> Edge:
+    """An edge between places, whatever their names are."""
+    return replace(edge, src=bank[edge.src].id, dst=bank[edge.dst].id)
+
+
+def _moved(bank: ConceptBank, pair: Pair, edges: Mapping[tuple[str, str], Edge], kept: Folder, seed: int) -> Iterator[Foretold]:
+    """The edges between two levels."""
+    parents = [p for p in np.flatnonzero(np.diff(pair.edges.indptr)).tolist() if len(pair.firing(p)) >= FEWEST]
+    jobs = {f"{pair.src}-{pair.dst}-{p:07}": lambda p=p: _trial(pair, p, seed) for p in parents}
+    for p, found in zip(parents, kept.all(jobs, f"foretelling {pair.src} to {pair.dst}"), strict=True):
+        own = bank[f"{pair.src}/{p}"]
+        for i, c in enumerate(pair.children(p)):
+            child, edge = bank[f"{pair.dst}/{c}"], edges[f"{pair.src}/{p}", f"{pair.dst}/{c}"]
+            said = [bank.graph.forecast({own.name: -float(m) / own.unit})[child.name] for m in found["m"]]
+            is_carried = not pair.whole and carried(bank, edge)
+            yield Foretold(f"{pair.src} to {pair.dst}", edge, is_carried, np.array(said), -found["d"][:, i] / child.unit)
 
 
 def _trial(pair: Pair, parent: int, seed: int) -> dict[str, NDArray[Any]]:
@@ -154,8 +172,10 @@ def _trial(pair: Pair, parent: int, seed: int) -> dict[str, NDArray[Any]]:
 
 def _kinds(rows: Sequence[Foretold], seed: int) -> dict[str, list[Foretold]]:
     """All edges that are more than carried on, those of each pair of levels, and those that are carried on; the first also with
-    forecasts from the regression's weights and, as a control, from effects that are permuted among edges."""
-    more = [row for row in rows if not row.carried]
+    forecasts from the regression's weights and, as a control, from effects that are permuted among edges. Total effects apart,
+    also with forecasts from products along paths."""
+    more = [row for row in rows if not row.carried and row.edge.relation == "compute"]
+    far = [row for row in rows if row.edge.relation == "total"]
     pairs = {pair: [row for row in more if row.pair == pair] for pair in dict.fromkeys(row.pair for row in more)}
     weights, effects = [row.edge.weight for row in more], np.array([row.edge.effect for row in more])
     return {
@@ -164,6 +184,8 @@ def _kinds(rows: Sequence[Foretold], seed: int) -> dict[str, list[Foretold]]:
         "… by the regression's weights": _by(more, weights),
         "… by effects dealt among edges": _by(more, np.random.default_rng([seed, 37]).permutation(effects).tolist()),
         "carried on": [row for row in rows if row.carried],
+        "over two levels or more": far,
+        "over two levels, by products along paths": _by(far, [row.edge.weight for row in far]),
     }
 
 
@@ -172,9 +194,9 @@ def _by(rows: Sequence[Foretold], effects: Sequence[float]) -> list[Foretold]:
     return [row._replace(said=row.said * own / row.edge.effect) for row, own in zip(rows, effects, strict=True)]
 
 
-def scores(rows: Sequence[Foretold]) -> dict[str, float]:
-    """Share of edges whose mean change has the predicted sign, and `1 - sum (d - f)^2 / sum d^2` of mean changes and
-    of those of single prompts."""
+def scores(rows: Sequence[Foretold]) -> dict[str, Any]:
+    """Share of edges whose mean change has the predicted sign, and `1 - sum (d - f)^2 / sum d^2` of mean changes, with its 95 %
+    interval by bootstrap over edges, and of those of single prompts."""
     if not rows:
         return {"edges": 0}
     said, happened = (np.array([getattr(row, name).mean() for row in rows]) for name in ("said", "happened"))
@@ -183,12 +205,19 @@ def scores(rows: Sequence[Foretold]) -> dict[str, float]:
         "edges": len(rows),
         "sign": round(float((np.sign(said) == np.sign(happened)).mean()), 4),
         "r2": round(_r2(said, happened), 4),
+        "r2 interval": [round(float(end), 4) for end in _r2_interval(said, happened)],
         "r2 by prompt": round(_r2(*by_prompt), 4),
     }
 
 
 def _r2(said: NDArray[Any], happened: NDArray[Any]) -> float:
     return 1 - float(np.square(happened - said).sum()) / max(float(np.square(happened).sum()), 1e-12)
+
+
+def _r2_interval(said: NDArray[Any], happened: NDArray[Any]) -> NDArray[Any]:
+    drawn = resamples(len(said))
+    left, power = drawn @ np.square(happened - said), drawn @ np.square(happened)
+    return np.quantile(1 - left / np.maximum(power, 1e-12), (0.025, 0.975))
 
 
 def shuffled(

@@ -105,7 +105,9 @@ GRAPH = """Edges between latents of one encoder and the next, in `bank.graph`: p
 verified one by one, by ablating the parent alone on texts that nothing was fitted to. Only verified edges are stored. *Carried
 on*: the effect lies within 20 % of the product of decoder and encoder row, the residual stream taking a concept along.
 Forecasts are `bank.graph.forecast` against what ablating a parent alone does to its children on a third part of the texts;
-*R²* is 1 − Σ(d − f)² / Σd² over the mean changes of edges, and over those of single prompts, in units of the child."""
+*R²* is 1 − Σ(d − f)² / Σd² over the mean changes of edges, with its 95 % interval by bootstrap over edges, and over those of
+single prompts, in units of the child. Over two levels or more the total effect of a latent is measured and stored; products of
+the effects along paths stand beside it. What was not measured is not foretold."""
 
 
 def graph_table(found: Mapping[str, Any]) -> str:
@@ -117,7 +119,7 @@ def graph_table(found: Mapping[str, Any]) -> str:
     whole, apart = "more than carried on", "carried on"
     order = sorted(found["forecast"].items(), key=lambda item: (item[0] == apart, item[0] != whole, item[0]))
     foretold = [
-        (name, str(row["edges"]), f"{row['sign']:.0%}", f"{row['r2']:.2f}", f"{row['r2 by prompt']:.2f}")
+        (name, str(row["edges"]), f"{row['sign']:.0%}", _between(row), f"{row['r2 by prompt']:.2f}")
         for name, row in order
         if row["edges"]
     ]
@@ -126,6 +128,11 @@ def graph_table(found: Mapping[str, Any]) -> str:
     head = "| proposed | not tested | refused | verified | of these carried on | negative"
     forecasts = markdown("foretold | edges | sign right | R² | R² by prompt", foretold)
     return "\n\n".join([f"{markdown(head, rows)}\n{shuffled}", forecasts, parts])
+
+
+def _between(row: Mapping[str, Any]) -> str:
+    low, high = row.get("r2 interval", (None, None))
+    return f"{row['r2']:.2f}" + (f" ({low:.2f} to {high:.2f})" if low is not None else "")
 
 
 def _edges(name: str, found: Mapping[str, Any]) -> list[str]:

@@ -204,7 +204,7 @@ def _graph(names: list[str], fitted: list[Fitted]) -> CausalGraph:
             if abs(weight := float(every[0, i, j])) > 1e-3:
                 ends = (float(every[:, i, j].min()), float(every[:, i, j].max())) if len(fitted) > 1 else (None, None)
                 found: Any = {"tau": weight, "tau_lo": ends[0], "tau_hi": ends[1]}
-                edges.append(Edge(src=src, dst=dst, weight=weight, relation="context", **found))
+                edges.append(Edge(src=src, dst=dst, weight=weight, relation="context", evidence="observed", **found))
     return CausalGraph(edges)
 
 
