@@ -99,7 +99,7 @@ def studied(target: Any, data: Data, *, hidden: str | None = None, seed: int = 0
 
 
 def measured(
-    autoencoder: nn.Module, data: Data, *, hidden: str | None = None, moved: int = ROWS, boosted: bool = True, seed: int = 0
+    autoencoder: Any, data: Data, *, hidden: str | None = None, moved: int = ROWS, boosted: bool = True, seed: int = 0
 ) -> Measured:
     """Coordinates of an autoencoder, disentanglement where factors are known, and swaps of codes where it is a quantiser; as
     controls, disentanglement with factors shuffled, and all of the same autoencoder untrained. `moved` inputs are those on
@@ -116,7 +116,7 @@ def measured(
 
 
 def _measured(
-    autoencoder: nn.Module, data: Data, *, hidden: str | None, moved: int, boosted: bool, seed: int, least: float = 0.01
+    autoencoder: Any, data: Data, *, hidden: str | None, moved: int, boosted: bool, seed: int, least: float = 0.01
 ) -> Measured:
     """Without controls; `least` as in `from_autoencoder`."""
     x, factors = data
