@@ -235,5 +235,5 @@ def about(runs: Sequence[Mapping[str, Any]], planned: int) -> str:
     said = ", ".join(f"{name} {value:g}" for name, value in size.items())
     return (
         f"**{len(runs)} of {planned} runs** ({by_world}; seeds {', '.join(map(str, seeds))}), each of this size: {said}; "
-        f"torch {runs[0]['torch']}."
+        f"torch {runs[0]['torch']}." + (" One seed shows no finding; it is an example." if len(seeds) < 2 else "")
     )
