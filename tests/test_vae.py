@@ -183,6 +183,7 @@ def test_a_quantiser_pulls_its_encoder_a_quarter_as_much_as_its_book():
     model.begin(x)
     found = model.encode(x).permute(0, 2, 3, 1).flatten(0, 2)
     assert (model.quantize.embedding.weight[:, None] == found[None]).all(-1).any(1).sum() == CODES
+    torch.nn.init.normal_(model.quantize.embedding.weight)
     z = model.encode(x).detach().requires_grad_()
     e, loss, _ = model.quantize(z)
     loss.backward()
