@@ -420,7 +420,7 @@ def examples(
 @app.command()
 def study(
     model: Annotated[str, typer.Argument(help="folder of an autoencoder or a pipeline, or module:name of your own")],
-    data: Annotated[Path, typer.Option(help="folder of pictures, or .npz with imgs and, if known, factors")],
+    data: Annotated[Path, typer.Option(help="folder of pictures, or .npz or .h5 with images and, if known, factors")],
     out: Annotated[Path, typer.Option(help="folder of page, figures, pictures and bank")] = Path("out/study"),
     hidden: Annotated[str, typer.Option(help="site of the units that may be modular (default: the decoder's middle)")] = "",
     seed: Annotated[int, typer.Option(help="of all random choices", min=0)] = 0,

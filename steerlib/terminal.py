@@ -319,10 +319,11 @@ def show_programs(name: str, out: Path | None) -> None:
 def study(model: str, data: Path, out: Path, hidden: str | None, seed: int, threads: int) -> None:
     """Study an autoencoder, and say what was found and where the page is."""
     from .evaluation import study as room
+    from .evaluation.datasets import read
     from .threads import use_threads
 
     use_threads(threads)
-    found = room.studied(room.opened(model), room.read(data), hidden=hidden, seed=seed)
+    found = room.studied(room.opened(model), read(data), hidden=hidden, seed=seed)
     page = room.write(found, out, f"Study of {Path(model).name}")
     for line in (*room.lines(found.figures), f"page: {page}"):
         console.print(line, markup=False, highlight=False, soft_wrap=True)

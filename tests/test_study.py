@@ -11,7 +11,8 @@ from torch.distributions import Normal
 
 import steerlib as sl
 from steerlib import errors
-from steerlib.evaluation.study import opened, page, read, studied, write
+from steerlib.evaluation.datasets import Data, read
+from steerlib.evaluation.study import lines, opened, page, studied, untrained, write
 
 SIDE = 6
 
@@ -59,12 +60,29 @@ def test_a_study_finds_what_a_decoder_was_made_of_and_writes_it(data, tmp_path):
     real, control = found.figures["disentanglement"], found.figures["shuffled factors"]
     assert real["dci_disentanglement"] > 0.95 and real["infom"] > 0.9 and real["mig"] > 0.9
     assert control["mig"] < 0.2 and control["dci_informativeness"] < 0.6
+    plain = found.figures["untrained"]  # the same encoder, which has no weights of its own; a decoder of all pixels at once
+    assert plain["disentanglement"] == pytest.approx(real) and plain["coordinates"]["modularity"] < 0.5
+    assert any(line.startswith("Untrained: relative effect") for line in lines(found.figures))
     written = write(found, tmp_path / "out", "Bars <b>")
     text = written.read_text()
     assert "Bars &lt;b&gt;" in text and "http" not in text and text.count("<tr>") == 3 and text.count("<img") == 2
     assert json.loads((tmp_path / "out" / "study.json").read_text())["moved"] == 48
     assert list(sl.ConceptBank.from_pretrained(tmp_path / "out" / "bank")) == ["z0", "z1"]
     assert (tmp_path / "out" / "traversals.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_an_untrained_copy_has_weights_of_its_own_and_leaves_all_else_alone():
+    model, state = Bars(), torch.random.get_rng_state()
+    kept = {name: value.clone() for name, value in model.state_dict().items()}
+    one, again, other = (untrained(model, seed) for seed in (0, 0, 1))
+    assert one is not None and again is not None and other is not None
+    weight = "decoder.0.weight"
+    assert torch.equal(one.state_dict()[weight], again.state_dict()[weight])
+    assert not torch.equal(one.state_dict()[weight], other.state_dict()[weight])
+    assert all(torch.equal(value, kept[name]) for name, value in model.state_dict().items())
+    assert not torch.equal(one.state_dict()[weight], kept[weight]) and torch.equal(torch.random.get_rng_state(), state)
+    model.scale = nn.Parameter(torch.ones(1))  # nothing says how it was drawn
+    assert untrained(model) is None
 
 
 def test_a_quantiser_is_studied_by_swaps_beside_moves():
@@ -78,8 +96,6 @@ def test_a_quantiser_is_studied_by_swaps_beside_moves():
 
 
 def read_of(x):
-    from steerlib.evaluation.study import Data
-
     return Data(x, {})
 
 

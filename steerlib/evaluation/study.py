@@ -4,6 +4,7 @@ import json
 import sys
 from base64 import b64encode
 from collections.abc import Mapping
+from copy import deepcopy
 from html import escape
 from importlib import import_module
 from io import BytesIO
@@ -17,10 +18,11 @@ from torch import Tensor, nn
 
 from ..bank.autoencoders import autoencoder_of, explained, posterior
 from ..bank.concept_bank import ConceptBank
-from ..errors import BadEdit, MissingExtra, UnsupportedTarget
+from ..errors import MissingExtra, UnsupportedTarget
 from ..hosts import load
 from ..steering.interventions import Set
 from .coordinates import Coordinates, coordinates, said, spread_of
+from .datasets import Data
 from .decoders import decoding
 from .disentanglement import disentanglement
 from .interventions import Decoder, by_swap
@@ -30,15 +32,6 @@ ROWS, TOLD, STEPS = 48, 2000, 7
 """Inputs on which coordinates are moved, those that disentanglement is measured on, and pictures of a traversal."""
 CODES, SHOWN = 6, 8
 """Codes of a quantiser that are swapped, and hidden channels that the circuit shows."""
-PICTURES, FACTORS = ("imgs", "images"), ("latents_classes", "factors", "labels")
-"""What files of known layouts call pictures, and a table of factors."""
-
-
-class Data(NamedTuple):
-    """Inputs `[B, ...]`, and what is known of each, by name of factor."""
-
-    inputs: Tensor
-    factors: dict[str, list[Any]]
 
 
 class Study(NamedTuple):
@@ -73,75 +66,95 @@ def opened(source: str) -> Any:
     return getattr(diffusers, kind).from_pretrained(source).eval()
 
 
-def read(path: Path) -> Data:
-    """Pictures in a folder, or an `.npz` file with `imgs` or `images` and a table of factors or a row of each by name.
-
-    Bytes become 0 to 1, and channels come first; numbers with a point stay as they are. Nothing in the file is run.
-    """
-    if path.is_dir():
-        from PIL import Image
-
-        files = sorted(file for file in path.iterdir() if file.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
-        if not files:
-            raise BadEdit(f"expected pictures in {path}, PNG, JPEG or WebP, got none")
-        return Data(_as_inputs(np.stack([np.asarray(Image.open(file).convert("RGB")) for file in files])), {})
-    with np.load(path, allow_pickle=False) as file:
-        held = next((name for name in PICTURES if name in file), None)
-        if held is None:
-            raise BadEdit(f"expected an array {' or '.join(PICTURES)} in {path}, got {', '.join(file.files)}")
-        inputs, factors = _as_inputs(file[held]), {}
-        for name in (n for n in file.files if n not in (held, "metadata")):  # of dSprites the latter is a pickle
-            values = file[name]
-            if len(values) == len(inputs) and (values.ndim == 1 or name in FACTORS):
-                table = values.reshape(len(inputs), -1).T.tolist()
-                factors |= {name: table[0]} if values.ndim == 1 else {f"factor {k}": row for k, row in enumerate(table)}
-    return Data(inputs, {name: values for name, values in factors.items() if len({*values}) > 1})
-
-
-def _as_inputs(values: NDArray[Any]) -> Tensor:
-    x = torch.as_tensor(values)
-    x = x.float() / 255 if x.dtype == torch.uint8 and int(x.max()) > 1 else x.float()
-    if x.ndim == 3:
-        return x[:, None]
-    return x.permute(0, 3, 1, 2).contiguous() if x.ndim == 4 and x.shape[-1] in (1, 3) else x
-
-
 # -- the study -----------------------------------------------------------------------------------------------------------
 
 
+class Measured(NamedTuple):
+    """An autoencoder's bank, latents of all inputs, the decoder with the few latents that were moved, and what was found."""
+
+    bank: ConceptBank
+    z: Tensor
+    decoder: Decoder
+    few: Tensor
+    found: Coordinates
+    figures: dict[str, Any]
+
+
 def studied(target: Any, data: Data, *, hidden: str | None = None, seed: int = 0) -> Study:
-    """Every figure of an autoencoder, or of that of a pipeline: its coordinates, disentanglement where factors are known (and
-    with them shuffled, as a control), and swaps of codes where it is a quantiser. `hidden` is the site of units whose
-    modularity is measured, by default in the middle of the decoder."""
+    """Every figure of an autoencoder, or of that of a pipeline (`measured`), and of the same one untrained as a control.
+    `hidden` is the site of units whose modularity is measured, by default in the middle of the decoder."""
     inside, _ = autoencoder_of(target)
-    rng = np.random.default_rng(seed)
-    x = data.inputs
+    rng, x = np.random.default_rng(seed), data.inputs
     if type(inside).__module__.startswith("diffusers.") and float(x.min()) >= 0:
         x = 2 * x - 1  # as its image processor does
     chosen = np.sort(rng.permutation(len(x))[:TOLD])
-    x, factors = x[chosen], {name: [values[k] for k in chosen] for name, values in data.factors.items()}
-    bank = ConceptBank.from_autoencoder(inside, x, factors=factors, seed=seed)
+    known = Data(x[chosen], {name: [values[k] for k in chosen] for name, values in data.factors.items()})
+    own = measured(inside, known, hidden=hidden, seed=seed)
+    latents = list(own.figures["labels"])
+    shares = {name: {f: explained(_of(own.z, own.bank[name].index), v) for f, v in known.factors.items()} for name in latents}
+    pictures = {"circuit.png": circuit(own.found, latents, shares)}
+    if (drawn := traversals(own.decoder, own.few, latents)) is not None:
+        pictures["traversals.png"] = drawn
+    return Study(own.bank, own.figures, pictures)
+
+
+def measured(
+    autoencoder: Any, data: Data, *, hidden: str | None = None, moved: int = ROWS, boosted: bool = True, seed: int = 0
+) -> Measured:
+    """Coordinates of an autoencoder, disentanglement where factors are known, and swaps of codes where it is a quantiser; as
+    controls, disentanglement with factors shuffled, and all of the same autoencoder untrained. `moved` inputs are those on
+    which coordinates are moved; `boosted` as in `disentanglement`."""
+    how: dict[str, Any] = {"hidden": hidden, "moved": moved, "boosted": boosted, "seed": seed}
+    own = _measured(autoencoder, data, **how)
+    if data.factors:
+        mixed = np.random.default_rng(seed).permutation(len(data.inputs))
+        shuffled = {name: [values[k] for k in mixed] for name, values in data.factors.items()}
+        own.figures["shuffled factors"] = disentanglement(_flat(own.z), shuffled, boosted=boosted, seed=seed)._asdict()
+    if (control := untrained(autoencoder, seed)) is not None:
+        own.figures["untrained"] = _measured(control, data, least=0.0, **how).figures
+    return own
+
+
+def _measured(
+    autoencoder: Any, data: Data, *, hidden: str | None, moved: int, boosted: bool, seed: int, least: float = 0.01
+) -> Measured:
+    """Without controls; `least` as in `from_autoencoder`."""
+    x, factors = data
+    bank = ConceptBank.from_autoencoder(autoencoder, x, factors=factors, least=least, seed=seed)
     with torch.no_grad():
-        z = posterior(inside.encode(x)).mean
-    few = z[torch.as_tensor(rng.permutation(len(z))[:ROWS])]
+        z = posterior(autoencoder.encode(x)).mean
+    few = z[torch.as_tensor(np.random.default_rng(seed).permutation(len(z))[:moved])]
     latents = [name for name, concept in bank.concepts.items() if "#" not in concept.encoder]
-    decoder = Decoder(inside, decoding(inside), bank)
-    found = coordinates(decoder, few, latents, hidden=hidden or middle(inside), seed=seed)
+    decoder = Decoder(autoencoder, decoding(autoencoder), bank)
+    found = coordinates(decoder, few, latents, hidden=hidden or middle(autoencoder), seed=seed)
     figures = {"coordinates": found.to_dict(), "passive": bank.provenance["passive"], "inputs": len(x), "moved": len(few)}
     figures["labels"] = {name: bank[name].label for name in latents}
     codes = [name for name in bank.concepts if name not in latents][:CODES]
     if len(codes) > 1:
         figures["codes"] = {code: swapped(decoder, few, code, [o for o in codes if o != code], seed) for code in codes}
     if factors:
-        flat, mixed = z.float().flatten(2).mean(-1).numpy() if z.ndim > 2 else z.float().numpy(), rng.permutation(len(x))
-        shuffled = {name: [values[k] for k in mixed] for name, values in factors.items()}
-        for name, known in (("disentanglement", factors), ("shuffled factors", shuffled)):
-            figures[name] = disentanglement(flat, known, seed=seed)._asdict()
-    shares = {name: {f: explained(_of(z, bank[name].index), v) for f, v in factors.items()} for name in latents}
-    pictures = {"circuit.png": circuit(found, latents, shares)}
-    if (drawn := traversals(decoder, few, latents)) is not None:
-        pictures["traversals.png"] = drawn
-    return Study(bank, figures, pictures)
+        figures["disentanglement"] = disentanglement(_flat(z), factors, boosted=boosted, seed=seed)._asdict()
+    return Measured(bank, z, decoder, few, found, figures)
+
+
+def untrained(autoencoder: nn.Module, seed: int = 0) -> nn.Module | None:
+    """A copy with weights drawn anew, as a control; None where a module that has weights does not say how they are drawn."""
+    copy = deepcopy(autoencoder)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        for module in copy.modules():
+            if next(module.parameters(recurse=False), None) is None:
+                continue
+            draw: Any = getattr(module, "reset_parameters", None)
+            if draw is None:
+                return None
+            draw()
+    return copy
+
+
+def _flat(z: Tensor) -> NDArray[Any]:
+    """Latents `[B, n]`, of maps the means."""
+    return (z.flatten(2).mean(-1) if z.ndim > 2 else z).float().cpu().numpy()
 
 
 def _of(z: Tensor, index: int) -> Tensor:
@@ -237,6 +250,12 @@ def lines(figures: Mapping[str, Any]) -> list[str]:
     for name in ("disentanglement", "shuffled factors"):
         if name in figures:
             found.append(f"{name}: {', '.join(f'{key} {said(value)}' for key, value in figures[name].items())}.".capitalize())
+    if "untrained" in figures:
+        plain = figures["untrained"]
+        moved = np.mean([one["relative"] or 0.0 for one in plain["coordinates"]["each"]] or [0.0])
+        known = {key: value for key, value in plain.get("disentanglement", {}).items() if key.startswith("dci")}
+        told = "".join(f", {key} {said(value)}" for key, value in known.items())
+        found.append(f"Untrained: relative effect {moved:.3f}, modularity {said(plain['coordinates']['modularity'])}{told}.")
     if "codes" in figures:
         swaps = np.mean([code["relative"] for code in figures["codes"].values()])
         moves = np.mean([one["relative"] or 0.0 for one in whole["each"]])

@@ -1,0 +1,94 @@
+"""Make runs of the study, and write its tables: `python -m scripts.vae run`, then `python -m scripts.vae tables`."""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from steerlib.text import progress
+from steerlib.threads import use_threads
+
+from . import findings
+from .run import KINDS, QUICK, Size, run
+from .scatter import scatter
+from .truth import truth
+from .worlds import WORLDS
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+OUT, README = Path("out/vae"), Path(__file__).parent / "README.md"
+SEEDS = 3
+Job = tuple[str, str, int]
+
+
+def jobs(sets: list[str], kinds: list[str], seeds: int) -> Iterator[Job]:
+    """Data set, kind and seed of every run, first all of the first seed."""
+    yield from ((world, kind, seed) for seed in range(seeds) for world in sets for kind in kinds)
+
+
+def file_of(out: Path, job: Job) -> Path:
+    """Where a run is written."""
+    return out / "{}-{}-{}.json".format(Path(job[0]).stem, *job[1:])
+
+
+@app.command("run")
+def runs(
+    out: Annotated[
+        Path, typer.Option(help="folder of a JSON file for each run; those that are there are not made again")
+    ] = OUT,
+    data: Annotated[list[str] | None, typer.Option(help=f"{', '.join(WORLDS)}, or a file that `steerlib study` reads")] = None,
+    kind: Annotated[list[str] | None, typer.Option(help=", ".join(KINDS))] = None,
+    seeds: Annotated[int, typer.Option(help="number of seeds", min=1)] = SEEDS,
+    quick: Annotated[bool, typer.Option(help="small runs, to try it")] = False,
+    steps: Annotated[int, typer.Option(help="of training, if other than the size's own", min=0)] = 0,
+    device: Annotated[str, typer.Option(help="where autoencoders are trained, such as cuda")] = "cpu",
+    threads: Annotated[int, typer.Option(help="of the processor", min=0)] = 1,
+) -> None:
+    """Train and measure whatever is not there yet; a run that was cut off begins again."""
+    use_threads(threads)
+    out.mkdir(parents=True, exist_ok=True)
+    size = QUICK if quick else Size()
+    size = size._replace(steps=steps) if steps else size
+    left = [job for job in jobs(data or [*WORLDS], kind or [*KINDS], seeds) if not file_of(out, job).exists()]
+    with progress(None, "training and measuring", total=len(left) * size.steps) as bar:
+        for job in left:
+            found = run(*job, size, device=device, tick=lambda: bar.update(1))
+            held = file_of(out, job).with_suffix(".part")
+            held.write_text(json.dumps(found, indent=1, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8")
+            held.rename(file_of(out, job))
+
+
+@app.command()
+def tables(
+    out: Annotated[Path, typer.Option(help="folder of the runs")] = OUT,
+    readme: Annotated[Path, typer.Option(help="where to write them, between its marks; the picture goes beside it")] = README,
+) -> None:
+    """Write tables, findings and the picture of all runs in a folder."""
+    made: list[dict[str, Any]] = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(out.glob("*.json"))]
+    if not made or any(one["size"] != made[0]["size"] for one in made):
+        raise typer.BadParameter(f"expected runs of one size in {out}, got {len(made)} runs of several or none")
+    order = {job: k for k, job in enumerate(jobs([*WORLDS], [*KINDS], 1000))}
+    made.sort(key=lambda one: order.get((one["world"], one["kind"], one["seed"]), len(order)))
+    planned = len(WORLDS) * len(KINDS) * SEEDS
+    parts = {
+        "runs": findings.about(made, planned),
+        "strength": findings.strength_and_disentanglement(made),
+        "bottleneck": findings.bottleneck(made),
+        "winners": findings.winners(made),
+        "quantised": findings.quantised(made),
+        "all": findings.everything(made),
+        "truth": truth(),
+    }
+    text = readme.read_text(encoding="utf-8")
+    for name, content in parts.items():
+        marks = re.compile(rf"(<!-- begin: {name} -->\n).*?(<!-- end: {name} -->)", re.DOTALL)
+        text = marks.sub(lambda m, content=content: f"{m[1]}{content}\n{m[2]}", text)
+    readme.write_text(text, encoding="utf-8")
+    readme.with_name("scatter.svg").write_text(scatter(made), encoding="utf-8")
+    typer.echo(f"wrote {readme}")
+
+
+if __name__ == "__main__":
+    app()
