@@ -57,17 +57,10 @@ def record(
     >>> tape["a"][0][1].shape
     torch.Size([1, 4])
     """
-<<<<<<< HEAD
-    tape: Tape = {}
+    tape = Tape()
     given: Any = [bank_or_sites] if isinstance(bank_or_sites, str | ConceptBank) else [*bank_or_sites]
     if not any(isinstance(one, ConceptBank) for one in given):
         with observing(target, {name: _keeper(tape.setdefault(name, []), lambda x, _: x.detach().clone()) for name in given}):
-=======
-    tape = Tape()
-    if not isinstance(bank_or_sites, ConceptBank):
-        names = [bank_or_sites] if isinstance(bank_or_sites, str) else bank_or_sites
-        with observing(target, {name: _keeper(tape.setdefault(name, []), lambda x, _: x.detach().clone()) for name in names}):
->>>>>>> w-graph
             yield tape
         return
     bank, host = together(given), host_for(target)
