@@ -86,7 +86,7 @@ def main(
         "look_at": look_at,
         "looked": partial(plot, bold=subject.asked),
     }
-    paint(pipe, subject, recipe, folder, accelerator=accelerator, goal=goal, save_every=save_every, **looks)
+    paint(pipe, subject, recipe, folder, accelerator=accelerator, goal=goal, **looks)
     if accelerator.is_main_process:
         trained = type(pipe).from_pretrained(folder / "pipeline")
         found = subject.look(trained.to(accelerator.device), check, (0, APART + 1)).figures if check else {}

@@ -2,8 +2,8 @@
 
 Four slots hold a part each, or nothing. A half is there if both of its parts are, and a whole if both of its halves are;
 neither adds a pixel of its own. Every part belongs to two halves, and every half to two wholes. Parts and halves occur alone
-and in wrong company too, and a part is often seen with a half that it is no part of: every whole with a mask has whiskers. So
-what occurs together is not what is composed.
+and in wrong company too; some wholes are rare; and much is seen together that makes up nothing: every whole with a hood has
+whiskers, most beaks are before a sky. So what occurs together is not what is composed.
 
     figures = draw(1000, seed=0)                          # factors, pixels and regions of a thousand pictures
     cats    = redraw(figures, {"cat": True})              # the same thousand, had a cat been there: its four parts are set
@@ -13,7 +13,7 @@ what occurs together is not what is composed.
 `B` pictures. Which part is where is exact: `regions`.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -30,42 +30,51 @@ SLOTS: dict[str, tuple[str, ...]] = {
 }
 """Places of a figure, and the parts that each can hold."""
 HALVES: dict[str, tuple[str, str]] = {
-    "mask": ("pointed ears", "slit eyes"),
     "hood": ("pointed ears", "round eyes"),
     "bonnet": ("round ears", "round eyes"),
     "visor": ("round ears", "square eyes"),
     "helmet": ("antennae", "square eyes"),
     "cowl": ("antennae", "slit eyes"),
+    "mask": ("pointed ears", "slit eyes"),
     "muzzle": ("whiskers", "smile"),
-    "snout": ("whiskers", "teeth"),
     "grin": ("blush", "smile"),
     "bill": ("blush", "beak"),
     "chin": ("bolts", "beak"),
     "jaw": ("bolts", "teeth"),
+    "snout": ("whiskers", "teeth"),
 }
-"""The six upper ones, then the six lower ones: of nine pairs each."""
+"""Six upper ones, then six lower ones: of nine pairs each. Neighbours share a part."""
 WHOLES: dict[str, tuple[str, str]] = {
-    "cat": ("mask", "muzzle"),
-    "wolf": ("mask", "snout"),
-    "mouse": ("bonnet", "snout"),
+    "cat": ("hood", "muzzle"),
+    "mouse": ("bonnet", "muzzle"),
     "bear": ("bonnet", "grin"),
-    "goblin": ("hood", "grin"),
-    "parrot": ("hood", "bill"),
-    "bee": ("cowl", "bill"),
-    "martian": ("cowl", "chin"),
+    "panda": ("visor", "grin"),
+    "parrot": ("visor", "bill"),
+    "bee": ("helmet", "bill"),
     "drone": ("helmet", "chin"),
-    "robot": ("helmet", "jaw"),
-    "pirate": ("visor", "jaw"),
-    "panda": ("visor", "muzzle"),
+    "martian": ("cowl", "chin"),
+    "robot": ("cowl", "jaw"),
+    "goblin": ("mask", "jaw"),
+    "wolf": ("mask", "snout"),
+    "fox": ("hood", "snout"),
 }
-"""Twelve of the 36 pairs of an upper and a lower half."""
+"""Twelve of the 36 pairs of an upper and a lower half. Neighbours share a half, so each half always comes with one part of
+another: both wholes with a hood have whiskers."""
+OFTEN = {"cat": 6, "panda": 6, "drone": 6, "goblin": 6}
+"""How many times as often as others some wholes are drawn; halves that do not make up a whole are as frequent as in wholes."""
 PARTS = tuple(part for parts in SLOTS.values() for part in parts[1:])
 LEVELS: dict[str, tuple[str, ...]] = {"wholes": (*WHOLES,), "halves": (*HALVES,), "parts": PARTS}
 """Every concept, the most abstract first."""
 CONCEPTS = tuple(name for names in LEVELS.values() for name in names)
 PARENTS: dict[str, tuple[str, ...]] = {**dict.fromkeys(PARTS, ()), **HALVES, **WHOLES}
 """What each concept is made of: the true graph, whose arrows run from parts to wholes."""
-BACKGROUNDS = {"grey": (150, 150, 150), "sand": (232, 214, 170)}
+BACKGROUNDS = {"grey": (150, 150, 150), "sand": (232, 214, 170), "sky": (165, 205, 240)}
+SEEN_WITH = (*HUES, *BACKGROUNDS)
+"""What makes up nothing, whatever it is seen with."""
+COMPANY = {"hue": "ears", "background": "mouth"}
+"""Factors that mostly go with the part of a slot, and make up nothing."""
+TOGETHER = 0.9
+"""How often they do: a third of the hues, or of the backgrounds, for each part."""
 OFF = 4
 """Pixels by which a figure can be off the middle."""
 VALUES: dict[str, tuple[str, ...]] = {
@@ -113,21 +122,25 @@ def redraw(figures: Figures, do: Mapping[str, bool]) -> Figures:
 def sample(n: int, *, seed: Seed = 0) -> dict[str, NDArray[np.int8]]:
     """Factors of `n` pictures."""
     rng = stream(6, seed)
-
-    def pick(count: int) -> NDArray[np.int64]:
-        return rng.integers(count, size=n)
-
-    kind, which = rng.choice(len(KINDS), size=n, p=[*KINDS.values()]), pick(3)
-    halves = np.where((kind == 0)[:, None], _index(WHOLES.values(), [*HALVES])[pick(len(WHOLES))], 0)
-    halves = np.where((kind == 1)[:, None], np.stack([pick(6), 6 + pick(6)], 1), halves)
-    composed = _pairs()[halves].reshape(n, 4)
-    composed *= np.repeat(
-        (kind == 0)[:, None] | (which[:, None] != [0, 1]), 2, 1
-    )  # of `halves` one in three lacks the upper one
+    kind, which = rng.choice(len(KINDS), size=n, p=[*KINDS.values()]), rng.integers(3, size=(n, 1))
+    whole = np.array([[[*HALVES].index(half) for half in made] for made in WHOLES.values()])
+    weight = np.array([OFTEN.get(name, 1) for name in WHOLES])
+    halves = whole[rng.choice(len(WHOLES), size=n, p=weight / weight.sum())]
+    apart = np.stack([rng.permutation(half) for half in halves.T], 1)  # as frequent, but fit only by chance
+    held = np.array([[SLOTS[slot].index(part) for slot, part in parts_of(half).items()] for half in HALVES])
+    there = np.repeat((kind[:, None] == 0) | (which != [0, 1]), 2, 1)  # a third of `halves` lacks the upper one, or the lower
+    composed = held[np.where(kind[:, None] == 0, halves, apart)].reshape(n, 4) * there
     alone = np.where(rng.random((n, 4)) < THERE, rng.integers(1, 4, (n, 4)), 0)
-    slots = np.where((kind == 2)[:, None], alone, composed)
-    found = dict(zip(SLOTS, slots.T.astype(np.int8), strict=True))
-    return found | {name: pick(len(values)).astype(np.int8) for name, values in VALUES.items() if name not in SLOTS}
+    slots = np.where(kind[:, None] == 2, alone, composed).astype(np.int8)
+    found = dict(zip(SLOTS, slots.T, strict=True))
+    found |= {name: rng.integers(len(values), size=n).astype(np.int8) for name, values in VALUES.items() if name not in SLOTS}
+    return found | {name: _with_company(found[slot], found[name], len(VALUES[name]), rng) for name, slot in COMPANY.items()}
+
+
+def _with_company(part: NDArray[np.int8], alone: NDArray[np.int8], count: int, rng: np.random.Generator) -> NDArray[np.int8]:
+    """A factor that mostly is one of the third that goes with a part, where there is one."""
+    own = (part - 1) * (count // 3) + alone % (count // 3)
+    return np.where((part > 0) & (rng.random(len(part)) < TOGETHER), own, alone).astype(np.int8)
 
 
 def slot_of(part: str) -> str:
@@ -136,7 +149,7 @@ def slot_of(part: str) -> str:
 
 
 @cache
-def parts_of(concept: str) -> dict[str, str]:
+def parts_of(concept: str) -> Mapping[str, str]:
     """By slot, the parts that a concept is made of; of a part itself."""
     made = PARENTS[concept]
     return {slot_of(concept): concept} if not made else {slot: p for half in made for slot, p in parts_of(half).items()}
@@ -152,13 +165,20 @@ def edited(factors: Factors, do: Mapping[str, bool]) -> dict[str, NDArray[np.int
     return found
 
 
-def present(factors: Factors, concepts: tuple[str, ...] = sum(LEVELS.values(), ())) -> NDArray[np.bool_]:
-    """`[B, concepts]`: which ones are there; by default all of `LEVELS` in order."""
-    there = [
-        np.all([factors[slot] == SLOTS[slot].index(part) for slot, part in parts_of(concept).items()], 0)
-        for concept in concepts
-    ]
-    return np.stack(there, 1)
+def present(factors: Factors, concepts: Sequence[str] = CONCEPTS) -> NDArray[np.bool_]:
+    """`[B, concepts]`: which ones are there; also of `SEEN_WITH`, a hue where ears or a mouth have it."""
+    return np.stack([np.all([*_signs(factors, name)], 0) for name in concepts], 1)
+
+
+def _signs(factors: Factors, concept: str) -> Iterator[NDArray[np.bool_]]:
+    """All that has to be so for a concept to be there."""
+    if concept in HUES:
+        yield (factors["ears"] > 0) | (factors["mouth"] > 0)
+    if concept in SEEN_WITH:
+        name = "hue" if concept in HUES else "background"
+        yield factors[name] == VALUES[name].index(concept)
+    else:
+        yield from (factors[slot] == SLOTS[slot].index(part) for slot, part in parts_of(concept).items())
 
 
 def places(figures: Figures, concept: str) -> NDArray[np.bool_]:
@@ -170,16 +190,6 @@ def places(figures: Figures, concept: str) -> NDArray[np.bool_]:
 def edges() -> set[tuple[str, str]]:
     """The true graph: part and whole of every arrow."""
     return {(part, whole) for whole, parts in PARENTS.items() for part in parts}
-
-
-def _index(rows: Iterable[Sequence[str]], names: list[str]) -> NDArray[np.int64]:
-    return np.array([[names.index(name) for name in row] for row in rows])
-
-
-@cache
-def _pairs() -> NDArray[np.int64]:
-    """`[halves, 2]`: what each holds in its two slots."""
-    return np.array([[SLOTS[slot].index(part) for slot, part in parts_of(half).items()] for half in HALVES])
 
 
 # -- pixels ----------------------------------------------------------------------------------------------------

@@ -156,6 +156,19 @@ def inputs(pipe: Any, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     return latents, tokens(pipe.tokenizer, batch.captions).to(device), torch.from_numpy(batch.weight).to(device)
 
 
+@torch.no_grad()
+def noised(pipe: Any, pixels: NDArray[np.uint8], captions: Sequence[str], levels: Sequence[int], *, seed: int) -> None:
+    """Run a denoiser on pictures `[B, H, W, 3]` with the noise of each level added; hooks record what it computes."""
+    x = torch.from_numpy(pixels).to(pipe.unet.device, pipe.unet.dtype).permute(0, 3, 1, 2) / 127.5 - 1
+    latents = pipe.vae.encode(x).latent_dist.mean * pipe.vae.config.scaling_factor
+    text = pipe.text_encoder(tokens(pipe.tokenizer, list(captions)).to(latents.device))[0]
+    for level in levels:
+        g = torch.Generator().manual_seed(seed * 1009 + level)
+        noise = torch.randn(latents.shape, generator=g).to(latents)
+        t = torch.full((len(latents),), level, device=latents.device)
+        pipe.unet(pipe.scheduler.add_noise(latents, noise, t), t, encoder_hidden_states=text)
+
+
 # -- training --------------------------------------------------------------------------------------------------
 
 

@@ -74,11 +74,8 @@ def tokenizer(known: Iterable[str] | None = None) -> CLIPTokenizer:
     Words are put together from their ends, so that no merge of one word can get in the way of another's.
     """
     letters = "abcdefghijklmnopqrstuvwxyz"
-    merges = list(
-        dict.fromkeys(
-            (w[i], f"{w[i + 1 :]}</w>") for w in sorted({*(known or vocabulary())}) for i in range(len(w) - 2, -1, -1)
-        )
-    )
+    own = sorted({*(known or vocabulary())})
+    merges = list(dict.fromkeys((w[i], f"{w[i + 1 :]}</w>") for w in own for i in range(len(w) - 2, -1, -1)))
     tokens = [*letters, *(f"{c}</w>" for c in letters), ",</w>", ".</w>", *(a + b for a, b in merges)]
     vocab = {token: i for i, token in enumerate([*tokens, "<|startoftext|>", "<|endoftext|>"])}
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=LONGEST)  # type: ignore[arg-type]

@@ -13,11 +13,12 @@ from steerlib.evaluation.pictures import draw_as_told
 
 ASKED: tuple[str, ...] = ("shape", "hue", "size", "scene")
 """Factors that decide when a model is good enough."""
-COURSE_GROUPS = {
+GROUPS = {
     "scenes": Group(1, judges.KINDS["scenes"].whole),
     "faces": Group(1, judges.KINDS["faces"].whole),
     "cells": Group(len(world.CELLS), judges.KINDS["scenes"].cells),
 }
+"""Factors by what they are factors of."""
 
 
 def scenes(judge: judges.PictureJudge) -> Subject:
@@ -28,7 +29,7 @@ def scenes(judge: judges.PictureJudge) -> Subject:
         drawn = draw_as_told(pipe, world.captions(asked.factors, seed=seed))
         return Look(asked.pixels, drawn, judges.accuracy(judge.read(drawn), judges.truth("scenes", asked.factors)))
 
-    return Subject(vocabulary(), Course(COURSE_GROUPS, lessons), batch_of, look, ASKED)
+    return Subject(vocabulary(), Course(GROUPS, lessons), batch_of, look, ASKED)
 
 
 def batch_of(recipe: PaintingRecipe, n: int, *seed: int) -> Batch:
