@@ -9,12 +9,18 @@ import torch
 from accelerate import Accelerator
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+from figures.subject import figures
 from safetensors.torch import load_file
 from scenes import faces, judges, painting, wording, world
-from scenes.painting import PaintingRecipe, batch_of
+from scenes.painting import PaintingRecipe
 from scenes.pipeline import autoencoder, pipeline, tokenizer
+from scenes.subject import ASKED, batch_of, scenes
+
+from steerlib.evaluation.pictures import draw_as_told
 
 RECIPE = PaintingRecipe(images=48, batch=8, words=3, warmup=2)
+SUBJECT = scenes(judges.PictureJudge("scenes").eval())
+"""With an untrained judge, which tells nothing."""
 SINCE = ("images_per_second", "loss")
 """Figures that are means since the last look, or since a run began again."""
 
@@ -40,7 +46,7 @@ def test_a_saved_folder_is_an_ordinary_pipeline(tmp_path):
     pipe.save_pretrained(tmp_path)
     again: Any = DiffusionPipeline.from_pretrained(tmp_path)
     assert type(again) is StableDiffusionPipeline
-    pictures = [painting.draw_as_told(p, ["a red square at night"] * 2, steps=2) for p in (pipe, again)]
+    pictures = [draw_as_told(p, ["a red square at night"] * 2, steps=2) for p in (pipe, again)]
     assert pictures[0].shape == (2, 32, 32, 3) and (pictures[0] == pictures[1]).all()
     assert (pictures[0][0] != pictures[0][1]).any()
     drawn: Any = again("a red square at night", num_inference_steps=1)
@@ -71,14 +77,12 @@ def test_noise_levels_are_drawn_as_their_weight_says():
 
 
 def test_the_words_are_learned():
-    short, long = (wording.learn_words(pipeline("toy"), steps=steps, batch=64) for steps in (1, 60))
+    short, long = (wording.learn_words(pipeline("toy"), SUBJECT.course, steps=steps, batch=64) for steps in (1, 60))
     assert long["scenes.scene"] > short["scenes.scene"] + 0.1
 
 
 def run(folder, stop_after=None, monkeypatch=None):
-    """A short run with an untrained judge; it may be cut off after some steps."""
-    torch.manual_seed(1)
-    judge = judges.PictureJudge("scenes").eval()
+    """A short run; it may be cut off after some steps."""
     if stop_after is not None and monkeypatch is not None:
         learn = painting.Run.learn
 
@@ -89,7 +93,7 @@ def run(folder, stop_after=None, monkeypatch=None):
 
         monkeypatch.setattr(painting.Run, "learn", cut_off)
     return painting.paint(
-        pipeline("toy"), RECIPE, folder, judge, accelerator=Accelerator(cpu=True), look_every=24, look_at=4, save_every=2
+        pipeline("toy"), SUBJECT, RECIPE, folder, accelerator=Accelerator(cpu=True), look_every=24, look_at=4, save_every=2
     )
 
 
@@ -112,8 +116,8 @@ def test_a_run_that_was_cut_off_ends_with_the_same_bytes(tmp_path, monkeypatch):
 
 def test_training_lowers_the_loss(tmp_path):
     pipe, recipe = pipeline("toy"), PaintingRecipe(images=64 * 60, batch=64, words=1, warmup=5, lr=5e-3)
-    painting.begin(pipe, recipe, tmp_path, Accelerator(cpu=True))
-    going = painting.Run(pipe, recipe, tmp_path, Accelerator(cpu=True))
+    painting.begin(pipe, SUBJECT, recipe, tmp_path, Accelerator(cpu=True))
+    going = painting.Run(pipe, SUBJECT, recipe, tmp_path, Accelerator(cpu=True))
     losses = [float(going.learn()) for _ in range(30)]
     assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:3])
     own = going.weights["unet.conv_in.weight"].detach().clone()
@@ -124,12 +128,14 @@ def test_training_lowers_the_loss(tmp_path):
 
 
 def test_a_run_stops_when_two_looks_in_a_row_are_good_enough():
-    good = {name: 0.97 for name in painting.ASKED}
+    good = dict.fromkeys(ASKED, 0.97)
     bad = {**good, "size": 0.9}
-    assert painting.good_enough([bad, good, good], 0.96)
-    assert not painting.good_enough([good, bad], 0.96) and not painting.good_enough([good], 0.96)
+    assert painting.good_enough([bad, good, good], ASKED, 0.96)
+    assert not painting.good_enough([good, bad], ASKED, 0.96) and not painting.good_enough([good], ASKED, 0.96)
 
 
-def test_pictures_of_a_pipeline_are_read(tmp_path):
-    found = painting.examine(pipeline("toy"), judges.PictureJudge("scenes").eval(), 6)
-    assert set(painting.ASKED) < set(found) and all(0 <= share <= 1 for share in found.values())
+@pytest.mark.parametrize("subject", [SUBJECT, figures()], ids=["scenes", "figures"])
+def test_pictures_of_a_pipeline_are_read(subject):
+    seen = subject.look(pipeline("toy", known=subject.words), 6, (0, 1))
+    assert seen.asked.shape == seen.drawn.shape == (6, 32, 32, 3)
+    assert {*subject.asked} < {*seen.figures} and all(0 <= share <= 1 for share in seen.figures.values())

@@ -6,7 +6,7 @@ Activations are those of noised true renders, whose masks are exact, and of pict
     folder/encoders/          what `fit` keeps of every encoder
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
@@ -16,12 +16,11 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Bool, Int
-from numpy.typing import NDArray
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from scenes import contrast, places, world
-from scenes.wording import tokens
+from scenes.painting import noised
 from steerlib.bank.concept_bank import ConceptBank
 from steerlib.bank.concepts import Concept, Gate, Part
 from steerlib.encoders import Directions, Sparse
@@ -132,19 +131,6 @@ def seen_by(pipe: Any, recipe: SceneRecipe) -> Seen:
             run = partial(draw_as_told, pipe, said[start:stop], seed=start, batch=BATCH)
         parts.append(at_levels(pipe, recipe.sites, recipe.levels, run))
     return joined(parts)
-
-
-@torch.no_grad()
-def noised(pipe: Any, pixels: NDArray[np.uint8], captions: Sequence[str], levels: Sequence[int], *, seed: int) -> None:
-    """Run a denoiser on pictures `[B, H, W, 3]` with the noise of each level added; hooks record what it computes."""
-    x = torch.from_numpy(pixels).to(pipe.unet.device, pipe.unet.dtype).permute(0, 3, 1, 2) / 127.5 - 1
-    latents = pipe.vae.encode(x).latent_dist.mean * pipe.vae.config.scaling_factor
-    text = pipe.text_encoder(tokens(pipe.tokenizer, list(captions)).to(latents.device))[0]
-    for level in levels:
-        g = torch.Generator().manual_seed(seed * 1009 + level)
-        noise = torch.randn(latents.shape, generator=g).to(latents)
-        t = torch.full((len(latents),), level, device=latents.device)
-        pipe.unet(pipe.scheduler.add_noise(latents, noise, t), t, encoder_hidden_states=text)
 
 
 # -- directions --------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Train a text-to-image pipeline on scenes whose causes are known, until judges see in its pictures what was asked for.
+"""Train a text-to-image pipeline on pictures whose causes are known, until its own show what was asked for.
 
 Any pipeline with a U-Net, a text encoder, an autoencoder and a scheduler that has velocities. A run that is killed goes on from
 its last checkpoint; every batch is a function of seed and step, so it ends as if nothing had happened. `B` pictures.
@@ -27,14 +27,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from scenes import faces, world
-from scenes.judges import PictureJudge, accuracy, truth
-from scenes.wording import APART, learn_words, tokens
-from steerlib.evaluation.pictures import draw_as_told
+from scenes.wording import APART, Course, learn_words, tokens
 from steerlib.training import store
-
-ASKED = ("shape", "hue", "size", "scene")
-"""Factors that decide when a model is good enough."""
 
 
 @dataclass(frozen=True)
@@ -51,9 +45,8 @@ class PaintingRecipe:
         ema: how much of the running mean of weights a step leaves.
         drop: how often a caption leaves each thing unsaid.
         unconditional: how often it says nothing at all, for guidance.
-        faces: share of pictures that are parts of faces.
-        emphasis: weight of pixels of objects, shadows, lights and parts in the loss: a tenth of all pixels, and most of what
-            captions say.
+        faces: share of pictures of scenes that are parts of faces.
+        emphasis: weight in the loss of pixels that show more than a background: the fewer ones, and most of what captions say.
         gamma: where the weight of noise levels stops growing with their signal-to-noise ratio (Hang et al. 2023, eq. 7).
         seed: of everything drawn at random.
     """
@@ -95,19 +88,37 @@ class Batch(NamedTuple):
     captions: list[str]
 
 
-def batch_of(recipe: PaintingRecipe, n: int, *seed: int) -> Batch:
-    """`n` pictures, the same for the same seed."""
-    few = round(n * recipe.faces)
-    drawn = world.draw(n - few, seed=(recipe.seed, *seed)), faces.draw(few, seed=(recipe.seed, *seed))
-    said = [
-        maker.captions(pictures.factors, seed=(recipe.seed, *seed), drop=recipe.drop)
-        for maker, pictures in zip((world, faces), drawn, strict=True)
-    ]
-    silent = world.stream(5, (recipe.seed, *seed)).random(n) < recipe.unconditional
-    plain = [np.isin(drawn[0].regions, [world.REGIONS.index(name) for name in ("background", "ground")]), drawn[1].regions < 2]
-    weight = np.where(np.concatenate(plain), 1.0, recipe.emphasis)
-    captions = ["" if quiet else caption for quiet, caption in zip(silent, sum(said, []), strict=True)]
-    return Batch(np.concatenate([d.pixels for d in drawn]), (weight / weight.mean()).astype(np.float32), captions)
+class Look(NamedTuple):
+    """What was asked for and what was drawn, `[B, 32, 32, 3]` each, and the share of each factor drawn as asked."""
+
+    asked: NDArray[np.uint8]
+    drawn: NDArray[np.uint8]
+    figures: dict[str, float]
+
+
+class Subject(NamedTuple):
+    """What a pipeline learns to draw."""
+
+    words: Sequence[str]
+    """Words of its captions."""
+    course: Course
+    """By which the text encoder learns them."""
+    batch: Callable[..., Batch]
+    """Of a recipe, a number of pictures and a seed of whole numbers."""
+    look: Callable[[Any, int, tuple[int, ...]], Look]
+    """At a number of pictures that a pipeline draws for captions of a seed."""
+    asked: tuple[str, ...]
+    """Factors that decide when a model is good enough."""
+
+
+def weighed(
+    captions: Sequence[str], pixels: NDArray[np.uint8], plain: NDArray[np.bool_], recipe: PaintingRecipe, *seed: int
+) -> Batch:
+    """A batch; `plain[B, 32, 32]` are pixels of a background. Some captions are made to say nothing."""
+    silent = np.random.default_rng((5, recipe.seed, *seed)).random(len(pixels)) < recipe.unconditional
+    weight = np.where(plain, 1.0, recipe.emphasis)
+    said = ["" if quiet else caption for quiet, caption in zip(silent, captions, strict=True)]
+    return Batch(pixels, (weight / weight.mean()).astype(np.float32), said)
 
 
 def levels(scheduler: Any, gamma: float) -> Float[Tensor, " T"]:
@@ -145,14 +156,27 @@ def inputs(pipe: Any, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     return latents, tokens(pipe.tokenizer, batch.captions).to(device), torch.from_numpy(batch.weight).to(device)
 
 
+@torch.no_grad()
+def noised(pipe: Any, pixels: NDArray[np.uint8], captions: Sequence[str], levels: Sequence[int], *, seed: int) -> None:
+    """Run a denoiser on pictures `[B, H, W, 3]` with the noise of each level added; hooks record what it computes."""
+    x = torch.from_numpy(pixels).to(pipe.unet.device, pipe.unet.dtype).permute(0, 3, 1, 2) / 127.5 - 1
+    latents = pipe.vae.encode(x).latent_dist.mean * pipe.vae.config.scaling_factor
+    text = pipe.text_encoder(tokens(pipe.tokenizer, list(captions)).to(latents.device))[0]
+    for level in levels:
+        g = torch.Generator().manual_seed(seed * 1009 + level)
+        noise = torch.randn(latents.shape, generator=g).to(latents)
+        t = torch.full((len(latents),), level, device=latents.device)
+        pipe.unet(pipe.scheduler.add_noise(latents, noise, t), t, encoder_hidden_states=text)
+
+
 # -- training --------------------------------------------------------------------------------------------------
 
 
 class Run:
     """A run in a folder: where it is, and all that its next step depends on."""
 
-    def __init__(self, pipe: Any, recipe: PaintingRecipe, folder: Path, accelerator: Any):
-        self.pipe, self.recipe, self.folder, self.accelerator = pipe, recipe, folder, accelerator
+    def __init__(self, pipe: Any, subject: Subject, recipe: PaintingRecipe, folder: Path, accelerator: Any):
+        self.pipe, self.subject, self.recipe, self.folder, self.accelerator = pipe, subject, recipe, folder, accelerator
         self.step, self.first = 0, accelerator.is_main_process
         self.painter = Painter(pipe, recipe.gamma).train().requires_grad_(True)
         groups = [{"params": list(part.parameters()), "full": lr} for part, lr in self._parts]
@@ -168,7 +192,7 @@ class Run:
     def learn(self) -> Tensor:
         """One step; its loss."""
         recipe, rank = self.recipe, self.accelerator.process_index
-        batch = batch_of(recipe, recipe.batch // self.accelerator.num_processes, self.step, rank)
+        batch = self.subject.batch(recipe, recipe.batch // self.accelerator.num_processes, self.step, rank)
         g = torch.Generator().manual_seed((recipe.seed * 2**32 + self.step) * 1024 + rank)
         loss = self.whole(*inputs(self.pipe, batch), g)
         self.accelerator.backward(loss)
@@ -229,9 +253,9 @@ class Run:
 
 def paint(
     pipe: Any,
+    subject: Subject,
     recipe: PaintingRecipe,
     folder: Path,
-    judge: PictureJudge,
     *,
     accelerator: Any,
     goal: float = 0.96,
@@ -240,19 +264,19 @@ def paint(
     look_at: int = 64,
     looked: Callable[[Path], None] = lambda _: None,
 ) -> dict[str, float]:
-    """Train until the least of `ASKED` is drawn right in `goal` of the objects, twice in a row, or for all of `recipe.images`.
+    """Train until the least of `subject.asked` is drawn right in `goal` of the cases, twice in a row, or for all images.
 
     Looks at `look_at` pictures every `look_every`, and calls `looked` with the folder; keeps a checkpoint every `save_every`
     steps. Gives the figures of the last look.
     """
     pipe.to(accelerator.device)
-    begin(pipe, recipe, folder, accelerator)
-    run = Run(pipe, recipe, folder, accelerator)
+    begin(pipe, subject, recipe, folder, accelerator)
+    run = Run(pipe, subject, recipe, folder, accelerator)
     run.restore()
     curve = [line for line in _lines(folder / "curve.jsonl") if line["images"] <= run.step * recipe.batch]
     steps_a_look, losses, since = max(1, look_every // recipe.batch), [], time.perf_counter()
     with tqdm(total=recipe.images, initial=run.step * recipe.batch, unit="img", disable=not run.first) as bar:
-        while run.step < recipe.steps and not good_enough(curve, goal):
+        while run.step < recipe.steps and not good_enough(curve, subject.asked, goal):
             losses.append(run.learn())
             bar.update(recipe.batch)
             if run.step % 20 == 0:
@@ -260,7 +284,7 @@ def paint(
             if run.step % steps_a_look == 0 or run.step == recipe.steps:
                 pace = len(losses) * recipe.batch / (time.perf_counter() - since)
                 figures = {"images": run.step * recipe.batch, "images_per_second": pace, "loss": _mean(losses)}
-                curve.append(figures | look(run, judge, look_at))
+                curve.append(figures | look(run, look_at))
                 run.save()
                 _keep(run, curve, looked)
                 losses, since = [], time.perf_counter()
@@ -269,20 +293,20 @@ def paint(
     return curve[-1] if curve else {}
 
 
-def begin(pipe: Any, recipe: PaintingRecipe, folder: Path, accelerator: Any) -> None:
+def begin(pipe: Any, subject: Subject, recipe: PaintingRecipe, folder: Path, accelerator: Any) -> None:
     """A text encoder that has learned its words, from the folder if it is there."""
     path = folder / "words.safetensors"
     if accelerator.is_main_process and not path.exists():
-        found = learn_words(pipe, steps=recipe.words, seed=recipe.seed)
+        found = learn_words(pipe, subject.course, steps=recipe.words, seed=recipe.seed)
         store.save(path, pipe.text_encoder.state_dict())
         (folder / "words.json").write_text(json.dumps(found, indent=1) + "\n")
     accelerator.wait_for_everyone()
     pipe.text_encoder.load_state_dict(load_file(path))
 
 
-def good_enough(curve: Sequence[Mapping[str, float]], goal: float) -> bool:
+def good_enough(curve: Sequence[Mapping[str, float]], asked: Sequence[str], goal: float) -> bool:
     """Whether the last two looks found what was asked for."""
-    return len(curve) >= 2 and all(line[name] >= goal for line in curve[-2:] for name in ASKED)
+    return len(curve) >= 2 and all(line[name] >= goal for line in curve[-2:] for name in asked)
 
 
 def _lines(path: Path) -> list[dict[str, float]]:
@@ -308,17 +332,16 @@ def _keep(run: Run, curve: Sequence[Mapping[str, float]], looked: Callable[[Path
 # -- looking ---------------------------------------------------------------------------------------------------
 
 
-def look(run: Run, judge: PictureJudge, n: int) -> dict[str, float]:
-    """What judges see in pictures for captions never trained on; writes some of them down."""
+def look(run: Run, n: int) -> dict[str, float]:
+    """What pictures show for captions never trained on; writes some of them down."""
     if not run.first:
         return _shared(run, {})
-    asked = world.draw(n, seed=(run.recipe.seed, APART))
     with run.averaged() as pipe:
-        drawn = draw_as_told(pipe, world.captions(asked.factors, seed=APART))
+        seen = run.subject.look(pipe, n, (run.recipe.seed, APART))
     folder = run.folder / "samples"
     folder.mkdir(exist_ok=True)
-    save_grid(asked.pixels[:32], drawn[:32], folder / f"{run.step * run.recipe.batch:09d}.png")
-    return _shared(run, accuracy(judge.read(drawn), truth("scenes", asked.factors)))
+    save_grid(seen.asked[:32], seen.drawn[:32], folder / f"{run.step * run.recipe.batch:09d}.png")
+    return _shared(run, seen.figures)
 
 
 def _shared(run: Run, found: dict[str, float]) -> dict[str, float]:
@@ -328,13 +351,6 @@ def _shared(run: Run, found: dict[str, float]) -> dict[str, float]:
         torch.distributed.broadcast_object_list(box)
         return box[0]
     return found
-
-
-def examine(pipe: Any, judge: PictureJudge, n: int) -> dict[str, float]:
-    """Share of factors drawn as asked, for `n` captions that say everything; none of them trained on."""
-    asked = world.draw(n, seed=(0, APART + 1))
-    drawn = draw_as_told(pipe, world.captions(asked.factors, seed=(0, APART + 1)))
-    return accuracy(judge.read(drawn), truth("scenes", asked.factors))
 
 
 def save_grid(above: NDArray[np.uint8], below: NDArray[np.uint8], path: Path) -> None:

@@ -3,6 +3,7 @@
 The autoencoder gives back what it is given: its denoiser works on pixels. The tokenizer knows the words of the captions.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import diffusers
@@ -24,12 +25,18 @@ SIZES: dict[str, dict[str, Any]] = {
 }
 
 
-def pipeline(size: str = "small", *, seed: int = 0) -> Any:
-    """A `StableDiffusionPipeline` with random weights in its denoiser and its text encoder."""
+def vocabulary() -> list[str]:
+    """Every word of captions of scenes and faces."""
+    return [*world.vocabulary(), *faces.vocabulary()]
+
+
+def pipeline(size: str = "small", *, seed: int = 0, known: Iterable[str] | None = None) -> Any:
+    """A `StableDiffusionPipeline` with random weights in its denoiser and its text encoder; `known` are the words that its
+    tokenizer has, by default those of scenes."""
     options = SIZES[size]
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        words = tokenizer()
+        words = tokenizer(known)
         parts = {"unet": unet(**options), "text_encoder": text_encoder(words, options["text"]), "tokenizer": words}
     none = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     return d.StableDiffusionPipeline(vae=autoencoder(), scheduler=scheduler(), **parts, **none)
@@ -61,14 +68,14 @@ def text_encoder(words: CLIPTokenizer, width: int) -> CLIPTextModel:
     return CLIPTextModel(CLIPTextConfig(**sizes, **special))
 
 
-def tokenizer() -> CLIPTokenizer:
-    """Every word of a caption is one token, other words are spelt.
+def tokenizer(known: Iterable[str] | None = None) -> CLIPTokenizer:
+    """Every known word is one token, other words are spelt.
 
     Words are put together from their ends, so that no merge of one word can get in the way of another's.
     """
     letters = "abcdefghijklmnopqrstuvwxyz"
-    known = sorted({*world.vocabulary(), *faces.vocabulary()})
-    merges = list(dict.fromkeys((w[i], f"{w[i + 1 :]}</w>") for w in known for i in range(len(w) - 2, -1, -1)))
+    own = sorted({*(known or vocabulary())})
+    merges = list(dict.fromkeys((w[i], f"{w[i + 1 :]}</w>") for w in own for i in range(len(w) - 2, -1, -1)))
     tokens = [*letters, *(f"{c}</w>" for c in letters), ",</w>", ".</w>", *(a + b for a, b in merges)]
     vocab = {token: i for i, token in enumerate([*tokens, "<|startoftext|>", "<|endoftext|>"])}
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=LONGEST)  # type: ignore[arg-type]

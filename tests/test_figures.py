@@ -1,0 +1,221 @@
+"""Figures: what is composed of what, pictures and words, how pictures are read, and measures whose values are known."""
+
+import numpy as np
+import pytest
+import torch
+from figures import measures, reading, world
+from figures.measures import Change
+from figures.prompts import COUNT, write
+from scenes.painting import noised
+from scenes.pipeline import pipeline
+
+from steerlib.encoders import TopK
+from steerlib.graph.causal_graph import CausalGraph, Edge
+from steerlib.hosts import host_for
+from steerlib.training.package.pictures import TOKENS, bank_of, prompts_of
+from steerlib.training.recipe import PipelineEncoderRecipe, Recipe
+from steerlib.training.record.noised import at_levels
+
+SEEN = world.draw(150, seed=3)
+
+
+def with_(concepts, n=1, **factors):
+    """Factors of figures with some concepts and nothing else."""
+    plain = {name: np.zeros(n, np.int8) for name in world.VALUES} | {"x": np.full(n, 4, np.int8), "y": np.full(n, 4, np.int8)}
+    plain |= {name: np.full(n, world.VALUES[name].index(value), np.int8) for name, value in factors.items()}
+    return world.edited(plain, dict.fromkeys(concepts, True))
+
+
+def test_every_part_is_of_two_halves_and_every_half_of_two_wholes():
+    for level, of in ((world.PARTS, world.HALVES), ((*world.HALVES,), world.WHOLES)):
+        for concept in level:
+            mine = [{*made} for made in of.values() if concept in made]
+            assert len(mine) == 2 and set.intersection(*mine) == {concept}  # so that each is told by what it makes up
+    assert len({frozenset(world.parts_of(name).items()) for name in world.PARENTS}) == 36
+    assert len(world.edges()) == 48
+
+
+def test_a_whole_is_there_just_where_all_its_parts_are():
+    there = dict(zip(world.CONCEPTS, world.present(SEEN.factors).T, strict=True))
+    for whole, made in world.PARENTS.items():
+        if made:
+            assert (there[whole] == (there[made[0]] & there[made[1]])).all()
+    assert all(0 < share.mean() < 0.45 for share in there.values())
+
+
+def presence(n, seed=0):
+    """By level, which concepts are there, and below the wholes what is only seen with them."""
+    factors = world.sample(n, seed=seed)
+    names = {level: world.LEVELS[level] if level == "wholes" else measures.below(level) for level in world.LEVELS}
+    return {level: torch.from_numpy(world.present(factors, own)).float() for level, own in names.items()}
+
+
+def test_what_occurs_together_is_not_what_is_composed():
+    there = presence(4000)
+    found = measures.edge_score(measures.correlated(there))
+    assert 0.6 < found.f1 < 0.75
+    given = {part: there["parts"][:, k][there["halves"][:, 0] > 0].mean() for k, part in enumerate(measures.below("parts"))}
+    assert given["pointed ears"] == given["round eyes"] == 1 and given["whiskers"] > 0.7  # of a hood
+    factors = world.sample(4000)
+    for part, whole in world.edges():  # and a part is often there without what it makes up
+        both = world.present(factors, (part, whole))
+        assert both[both[:, 0]][:, 1].mean() < 0.75
+
+
+def test_setting_and_taking_away_moves_just_the_parts_and_shows_where_they_are():
+    for concept in world.PARENTS:
+        for there in (True, False):
+            after = world.redraw(SEEN, {concept: there})
+            own = world.parts_of(concept)
+            moved = {name for name in world.VALUES if (after.factors[name] != SEEN.factors[name]).any()}
+            assert moved == {*own} and world.present(after.factors, (concept,)).all() == there
+            shown = np.isin([SEEN.regions, after.regions], [world.REGIONS.index(slot) for slot in own]).any(0)
+            assert not ((SEEN.pixels != after.pixels).any(-1) & ~shown).any()
+    fox = world.edited(with_(["cat"]), {"fox": True, "cat": False})  # a swap: what is set is set last
+    assert world.present(fox, ("fox", "hood", "cat")).tolist() == [[True, True, False]]
+
+
+def test_a_concept_is_where_its_parts_are():
+    cat = world.drawn(with_(["cat"]))
+    inside = [world.places(cat, name)[0] for name in ("cat", "hood", "muzzle", "whiskers", "wolf")]
+    assert (inside[0] == (inside[1] | inside[2])).all() and not (inside[1] & inside[2]).any() and not inside[4].any()
+    assert inside[3].any() and not (inside[3] & ~inside[2]).any()
+    assert (inside[0] == (cat.regions[0] > 0)).all() and ((cat.pixels[0] != (150, 150, 150)).any(-1) == inside[0]).all()
+
+
+def test_the_same_seed_gives_the_same_pictures_and_words():
+    one, same, other = (world.draw(40, seed=seed) for seed in (3, 3, 4))
+    assert (one.pixels == same.pixels).all() and (one.pixels != other.pixels).any()
+    assert world.captions(one.factors, drop=0.3) == world.captions(same.factors, drop=0.3)
+
+
+def test_captions_name_wholes_parts_or_both_and_nothing_that_is_not_there():
+    cat = with_(["cat"], 400, hue="red")
+    said = {*world.captions(cat)}
+    assert {"a red cat on grey", "a red hood and a muzzle on grey", "a red cat with whiskers on grey"} <= said
+    assert any("cat" not in one and "round eyes" in one for one in said)
+    assert {*world.captions(with_([], 3))} == {"nothing on grey"}
+    assert {*world.captions(with_(["bolts", "beak"]), seed=1, drop=1.0)} <= {"a chin", "bolts and a beak"}
+    known, words = {*world.vocabulary()}, {*" ".join(world.captions(SEEN.factors)).split()}
+    assert words <= known
+    there = world.present(SEEN.factors)
+    for row, caption in zip(there, world.captions(SEEN.factors), strict=True):
+        named = {name for name in world.PARENTS if f" {name} " in f" {caption} "}
+        assert named <= {name for name, on in zip(world.CONCEPTS, row, strict=True) if on}
+
+
+def test_pictures_are_read_exactly_and_through_noise():
+    rng, told = np.random.default_rng(0), reading.told(SEEN.factors)
+    noisy = np.clip(SEEN.pixels + rng.normal(0, 40, SEEN.pixels.shape), 0, 255).astype(np.uint8)
+    exact, read = reading.read(SEEN.pixels), reading.read(noisy)
+    for name, value in SEEN.factors.items():
+        assert (exact.factors[name] == value)[told[name]].all() and (read.factors[name] == value)[told[name]].all()
+    assert exact.error.max() == 0 and read.error.mean() == pytest.approx(36 / 255, rel=0.1)  # less than 40: bytes end at 255
+
+
+# -- measures ----------------------------------------------------------------------------------------------------
+
+
+def test_nodes_are_the_latents_that_go_with_concepts():
+    there = presence(2000)["parts"][:, :12].bool()
+    g = torch.Generator().manual_seed(0)
+    order = torch.randperm(40, generator=g)[:12]
+    z = torch.rand(2000, 40, generator=g)
+    z[:, order] = there.float() * (torch.rand(there.shape, generator=g) < 0.5)  # misses half
+    z[:, order[0]] = 1 - there[:, 0].float()  # fires where it is not
+    found = measures.nodes(z, there, world.PARTS)
+    assert found.latents == (*order.tolist(),) and found.correlation[0] == pytest.approx(-1)
+    share = there[1::2, 1:].double().mean(0)
+    expected = ((1 - share) / (2 - share)).sqrt()  # of a latent that fires in half of the cases, and nowhere else
+    torch.testing.assert_close(found.correlation[1:], expected, atol=0.06, rtol=0)
+    assert found.found == float((found.correlation >= 0.6).float().mean()) > 0.5 and found.mcc < float(expected.mean())
+    by_chance = measures.nodes(torch.rand(2000, 400, generator=g), there, world.PARTS)
+    assert by_chance.found == 0 and abs(by_chance.mcc) < 0.05  # measured on other pictures than chosen on
+    with pytest.raises(ValueError, match="12 latents"):
+        measures.nodes(z[:, :5], there, world.PARTS)
+
+
+def test_edges_are_scored_by_the_concepts_of_their_latents():
+    true, concepts = sorted(world.edges()), {name: f"latent {name}" for name in world.PARENTS}
+    found = [Edge(src=concepts[part], dst=concepts[whole], weight=1.0, relation="selection") for part, whole in true[:24]]
+    turned = Edge(src=concepts[true[24][1]], dst=concepts[true[24][0]], weight=1.0, relation="selection")
+    other = [Edge(src=concepts["smile"], dst=f"latent {k}", weight=1.0, relation="selection") for k in range(3)]
+    named = {latent: name for name, latent in concepts.items()} | {"latent 0": "red"}
+    kept = measures.arrows(CausalGraph([*found, turned, *other]), named)
+    assert kept == {*true[:24], true[24][::-1]}  # unknown latents and hues are no wholes
+    scored = measures.edge_score(kept)
+    assert scored == (24 / 25, 1 / 2, 2 * 24 / (25 + 48), 24 / 25)
+    assert measures.edge_score(world.edges()) == (1, 1, 1, 1) and measures.edge_score([]) == (0, 0, 0, 0)
+
+
+def test_graphs_without_minimality_and_shuffled_levels_are_worse():
+    g = torch.Generator().manual_seed(0)
+    there = {level: own * (0.5 + torch.rand(own.shape, generator=g)) for level, own in presence(4000).items()}
+    everything = measures.edge_score(measures.dense(there))
+    assert everything.recall == 1 and everything.f1 < 0.5
+    apart = measures.shuffled(there)
+    for level, own in there.items():
+        assert torch.equal(apart[level].sort(0).values, own.sort(0).values) and not torch.equal(apart[level], own)
+    assert measures.edge_score(measures.correlated(apart)).f1 < 0.3
+
+
+CHANGES = (Change("set", "cat"), Change("remove", "hood"), Change("swap", "beak", "smile"))
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.kind)
+def test_the_true_counterfactual_is_a_perfect_edit_and_nothing_is_none(change):
+    due = world.redraw(SEEN, change.do)
+    perfect, none = (measures.effect(change, SEEN.pixels, after) for after in (due.pixels, SEEN.pixels))
+    assert perfect[:2] == (1, 1) and perfect.outside == 0 and perfect.cases == none.cases >= 3
+    assert none[:2] == (0, 1) and none.outside is None
+    gone = measures.effect(change, SEEN.pixels, world.redraw(SEEN, dict.fromkeys(world.PARTS, False)).pixels)
+    assert gone.effect == (change.kind == "remove") and gone.preservation is not None and gone.preservation < 0.9
+
+
+def test_what_an_edit_should_leave_alone_is_counted_one_by_one():
+    hooded = world.drawn(with_(["cat"], 8, hue="red", background="sand"))
+    due = world.edited(hooded.factors, {"mask": True})
+    due["cheeks"][:2], due["hue"][:4] = 0, 3
+    found = measures.effect(Change("set", "mask"), hooded.pixels, world.drawn(due).pixels)
+    assert found.effect == 1 and found.cases == 8 and found.least == "hue"
+    assert found.preservation == pytest.approx((0.75 + 1 + 0.5 + 1 + 1 + 1) / 6)  # cheeks, mouth, hue, background, x, y
+    assert found.outside is not None and 0 < found.outside < 1
+    assert measures.effect(Change("remove", "fox"), hooded.pixels, hooded.pixels) == (None, None, "", None, 0)
+
+
+def test_a_whole_brings_its_parts_and_a_part_nothing():
+    nothing = world.drawn(with_([], 4))
+    rises = {
+        name: measures.spread(nothing.pixels, world.redraw(nothing, {name: True}).pixels) for name in ("hood", *world.PARTS)
+    }
+    assert rises["hood"]["round eyes"] == rises["hood"]["hood"] == 1 and rises["hood"]["smile"] == 0
+    hood = [(part, "hood") for part in world.HALVES["hood"]]
+    assert measures.downward(hood, rises) == (1, 0, 1)
+    mixed = {name: {other: 0.5 for other in world.CONCEPTS} for name in rises}
+    assert measures.downward(hood, mixed) == (0.5, 0.5, 0)
+
+
+def test_readings_are_the_largest_among_the_tokens_of_a_picture():
+    pipe, site = pipeline("toy", known=world.vocabulary()), "unet.mid_block.attentions.0.update"
+    few, levels = world.draw(3, seed=1), [900, 100]
+    seen = at_levels(pipe, [site], levels, lambda: noised(pipe, few.pixels, world.captions(few.factors), levels, seed=0))
+    g = torch.Generator().manual_seed(0)
+    rows = torch.randn(5, seen[f"{site}@900"].shape[2], generator=g)
+    encoder = TopK(encoder=rows, bias=torch.zeros(5), decoder=rows, decoder_bias=torch.zeros(rows.shape[1]), centred=False, k=2)
+    bank = bank_of(pipe, "toy", "toy", [], {f"{site}@900": encoder, f"{site}@100": encoder}, seen)
+    found = measures.readings(pipe, bank, few)
+    assert {*found} == {f"{site}@900", f"{site}@100"}
+    for id, z in found.items():
+        assert z.shape == (3, 5)
+        torch.testing.assert_close(z, torch.stack([encoder.encode(x).max(0).values for x in seen[id]]))
+    assert not torch.equal(*found.values())
+
+
+def test_the_recipe_asks_for_sites_that_the_pipeline_has_and_uses_no_labels(tmp_path):
+    write(tmp_path, 30)
+    recipe = Recipe.from_file(tmp_path / "recipe.toml")
+    assert isinstance(recipe, PipelineEncoderRecipe) and recipe.levels == [899, 500, 100]
+    assert recipe.source == "pipeline" and len(prompts_of(recipe)) == 30 and recipe.corpus == ("prompts.jsonl",)
+    host = host_for(pipeline("toy", known=world.vocabulary()))
+    assert {*recipe.encoder_sites} <= {*host.sites()}
+    assert recipe.tokens == COUNT * TOKENS
