@@ -285,10 +285,10 @@ def test_a_scheduler_that_says_nothing_of_its_denoiser_is_refused():
 
 
 def test_a_choice_says_what_is_safe_and_whether_it_is_useful():
-    tried = [Attempt("mean", "Add", amount, min(1.0, amount / 4), amount**2 / 20) for amount in (2.5, 1.0, 6.0, 4.0)]
+    tried = [Attempt("mean", "Add", amount, min(1.0, amount / 4), amount**2 / 10) for amount in (2.5, 1.0, 6.0, 4.0)]
     best = max(tried, key=lambda line: line.score)
     choice = Choice(best, tried, "subtracted", 1.0)
-    assert choice.range == (0.0, 4.0) and choice.beyond == "at 6 a damage of 1.8" and choice.is_useful
+    assert choice.range == (0.0, 4.0) and choice.beyond == "at 6 a damage of 3.6" and choice.is_useful
     assert choice.edit == sl.Add(best.amount) and choice.way == sl.Add(-best.amount)
     assert not choice._replace(told=0.5).is_useful and "told from plain ones" in choice._replace(told=0.5).beyond
     assert Choice.from_json(json.loads(json.dumps(choice))) == choice
@@ -340,7 +340,7 @@ class Known(calibrate.Trials):
     def of(self, bank: Any, edits, *, remove=False):
         edit: Any = edits[self.concept]
         if remove:
-            ways = {sl.Add: (0.9, 0.5), sl.Ablate: (0.7, 0.1), sl.Scale: (0.8, 0.1)}
+            ways = {sl.Add: (0.9, 0.9), sl.Ablate: (0.7, 0.1), sl.Scale: (0.8, 0.1)}
             return calibrate.Trial(*ways[type(edit)])
         amount = getattr(edit, "value" if isinstance(edit, sl.Set) else "amount")
         strength = {"mean": 16, "placed": 4, "placed, later": 4}[bank] * (1 + isinstance(edit, sl.Set))

@@ -6,11 +6,13 @@ negative and p the positive prompt, u the plain, q the prompted and s the steere
 
     gain(x) = e(x|n) - e(x|p)                              how much better the prompt that says the concept explains x
     effect  = clip((gain(s) - gain(u)) / (gain(q) - gain(u)), 0, 1)
-    damage  = min(e(s|n), e(s|p)) / mean(e(u|n), e(q|p)) - 1, at least 0
+    natural = mean(e(u|n), e(q|p))                         the error of the pipeline's own pictures
+    damage  = max(0, min(e(s|n), e(s|p)) - natural) / natural
 
-An effect is 0 for the plain and 1 for the prompted picture; a damage of 1: neither prompt explains the steered picture without
-twice the error of the pipeline's own pictures. Both are means over pairs. The setting with the largest effect less damage is
-chosen. To remove a concept, the prompted picture is steered: then the plain one is what it should become.
+An effect is 0 for the plain and 1 for the prompted picture. A damage of 1: neither prompt explains the steered picture
+without twice the error of the pipeline's own pictures. The effect is a mean over pairs, the damage a ratio of means. The
+setting with the largest effect less a quarter of the damage is chosen (`WEIGHT`). To remove a concept, the prompted picture
+is steered: then the plain one is what it should become.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -36,8 +38,9 @@ from ..picture_recipe import PictureRecipe, PromptPair
 
 Score = Callable[[Pictures, str], Any]
 """Of pictures `[B, H, W, 3]` and the name of a concept: `[B]` numbers, how much each shows it, on any scale."""
-HARM = 1.0
-"""Damage up to which an amount counts as safe."""
+WEIGHT, HARM = 0.25, 2.0
+"""What a damage of 1 weighs against an effect of 1, and the damage up to which an amount counts as safe. Both were set by what
+judges saw of four values of small scenes (day, night, blue, circle), and looked at on nothing else."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,7 @@ class Trial(NamedTuple):
     @property
     def score(self) -> float:
         """The more, the better."""
-        return self.effect - self.damage
+        return self.effect - WEIGHT * self.damage
 
 
 class Trials:
@@ -109,8 +112,8 @@ class Trials:
         sure = way > 0 if not remove else way < 0
         share = ((seen.shown - arm.shown) / way).clamp(0, 1)[sure]
         natural = (self._plain.errors["n"] + self._prompted.errors["p"]) / 2
-        harm = torch.minimum(*seen.errors.values()) / natural - 1
-        return Trial(round(float(share.mean()) if len(share) else 0.0, 4), round(float(harm.clamp(min=0).mean()), 4))
+        harm = (torch.minimum(*seen.errors.values()) - natural).clamp(min=0).mean() / natural.mean()
+        return Trial(round(float(share.mean()) if len(share) else 0.0, 4), round(float(harm), 4))
 
     @property
     def told(self) -> float:
@@ -187,7 +190,7 @@ class Attempt(NamedTuple):
     @property
     def score(self) -> float:
         """The more, the better."""
-        return self.effect - self.damage
+        return self.effect - WEIGHT * self.damage
 
 
 class Choice(NamedTuple):
@@ -250,7 +253,7 @@ def hoped(tried: Iterable[Attempt], method: str, edit: str, amount: float) -> fl
     """The most that a setting can score, if both effect and damage grow with its amount, by what was tried of the same."""
     own = [line for line in tried if (line.method, line.edit) == (method, edit)]
     effect = min((line.effect for line in own if line.amount > amount), default=1.0)
-    return effect - max((line.damage for line in own if line.amount < amount), default=0.0)
+    return effect - WEIGHT * max((line.damage for line in own if line.amount < amount), default=0.0)
 
 
 def chosen(

@@ -183,12 +183,12 @@ def strip_name(k: int) -> str:
 
 
 SCORED = """No judge of pictures had a say. *Effect*: how far a steered picture has come from the plain one to the one whose
-prompt says the concept, all from the same noise, by how much better that prompt explains it (denoising error of the pipeline
-itself, or the scorer that the table names). *Damage*: by how much the error of the steered picture, under the better of the
-two prompts, exceeds that of the pipeline's own pictures; 1 is twice as much. *Told*: the share of prompted pictures that the
-scorer tells from plain ones; where it is low, the other figures say little. *Removed*: the same effect the other way, on
-pictures whose prompt says the concept. Figures are of {evaluation} pairs of prompts; amounts were chosen on {dev} others,
-directions found on {train}. A safe range ends before the first amount whose damage is above {harm:g}."""
+prompt says the concept, all from the same noise, by how much better that prompt explains it (denoising error of the
+pipeline itself, or the scorer that the table names). *Damage*: by how much the error of the steered picture, under the
+better of the two prompts, exceeds that of the pipeline's own pictures; 1 is twice as much. *Told*: the share of prompted
+pictures that the scorer tells from plain ones; where it is low, the other figures say little. *Removed*: the same effect
+the other way, on pictures whose prompt says the concept. Figures are of {evaluation} pairs of prompts; amounts were chosen
+on {dev} others, directions found on {train}. A safe range ends before the first amount whose damage is above {harm:g}."""
 
 
 def prompted_card(bank: ConceptBank, recipe: PictureRecipe, found: Mapping[str, Found], plain: Any) -> str:
