@@ -54,7 +54,7 @@ def refuse(path: Path, what: str, do: str) -> NoReturn:
 
 
 def bound(bank: ConceptBank, concept: Concept) -> list[str]:
-    """What a file of vectors or latents alone has no place for of a concept, in words: its gate, matched and kept norms, and windows."""
+    """What a file of vectors or latents alone has no place for of a concept, in words: its gate, norms, windows."""
     name, when = repr(concept.name), {bank.window_of(place) for place in concept.places} - {None}
     return [
         *([f"{name} acts where {concept.gate.concept!r} shows"] if concept.gate else []),
