@@ -19,7 +19,7 @@ Pictures = NDArray[np.uint8]
 
 
 def grid(cells: Mapping[str, Mapping[str, Pictures]], *, title: str = "") -> bytes:
-    """A table of pictures as PNG of 256 colours, a third as large as with all: rows and columns by name, in every cell a strip."""
+    """A table of pictures as PNG of 256 colours, for size: rows and columns by name, in every cell a strip of some."""
     try:
         import matplotlib
         from PIL import Image
