@@ -4,7 +4,8 @@ import hashlib
 
 import numpy as np
 import pytest
-from scenes import faces, world
+from scenes import faces, prompts, world
+from scenes.measures import Cause
 
 MAKERS = {"scenes": world, "faces": faces}
 
@@ -135,3 +136,25 @@ def test_no_two_scenes_that_differ_in_what_is_shown_look_alike():
         objects = {tuple(int(drawn.factors[f"{n}.{k}"][i]) for n in world.OBJECT) for k in range(drawn.factors["count"][i] + 1)}
         what = (*(int(drawn.factors[name][i]) for name in shown), frozenset(objects))
         assert seen.setdefault(drawn.pixels[i].tobytes(), what) == what
+
+
+# -- captions for concepts made from captions alone --------------------------------------------------------------
+
+
+CAUSES = [Cause("scene", "night"), Cause("hue", "blue"), Cause("size", "large"), Cause("shape", "circle")]
+
+
+@pytest.mark.parametrize("cause", CAUSES, ids=[cause.value for cause in CAUSES])
+def test_pairs_of_captions_differ_in_the_value_and_say_nothing_of_what_follows(cause):
+    said = {word for phrases in world.WORDS[cause.factor].values() for phrase in phrases for word in phrase.split()}
+    for positive, negative in prompts.pairs(cause, 6):
+        assert prompts.phrase(cause) in positive and prompts.phrase(cause) not in negative
+        assert [w for w in positive.split() if w not in said] == [w for w in negative.split() if w not in said]
+    assert (" on " in positive) == (" lit from " in positive) == (cause.factor != "scene")
+
+
+def test_captions_in_other_words_say_the_same():
+    captions = world.captions(world.draw(20, seed=3).factors, seed=3)
+    first, last = (prompts.reworded(captions, which) for which in (0, -1))
+    assert prompts.reworded(last, 0) == first != last
+    assert prompts.unsaid(["a big blue ball on a lawn under a pale sky"], "ground") == ["a big blue ball under a pale sky"]

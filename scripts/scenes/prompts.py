@@ -25,8 +25,8 @@ def pairs(cause: Cause, n: int, *, seed: int = 0) -> list[tuple[str, str]]:
     """Captions that say a value, and the same that say another; of several words for a thing, always the first."""
     own = (seed, PURPOSE, every().index(cause))
     factors = measures.cases(cause, n, seed=own).factors
-    said = factors | {name: np.full_like(factors[name], world.VALUES[name].index(v)) for name, v in cause.sets.items()}
-    both = [reworded(world.captions(each, seed=own), 0) for each in (said, factors)]
+    own_value = {name: np.full_like(factors[name], world.VALUES[name].index(v)) for name, v in cause.sets.items()}
+    both = [reworded(world.captions(each, seed=own), 0) for each in ({**factors, **own_value}, factors)]
     for factor in sorted(cause.followers & {*world.WORDS} - {*NEVER_UNSAID}):
         both = [unsaid(captions, factor) for captions in both]
     return [*zip(*both, strict=True)]
