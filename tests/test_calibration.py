@@ -232,7 +232,7 @@ class Planned(calibration.Trials):
 
     def of(self, bank, edits, *, remove=False):  # noqa: ARG002
         amount = edits["snow"].amount
-        return Trial(min(1.0, amount / 3), 0.0 if amount < 9 else 2.0 if amount > 10 else 0.1)
+        return Trial(min(1.0, amount / 3), 0.0 if amount < 9 else 4.0 if amount > 10 else 0.1)
 
 
 @pytest.mark.parametrize(("start", "cap"), [(np.inf, None), (0.5, None), (100.0, None), (2.0, 4.0)])

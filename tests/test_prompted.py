@@ -344,19 +344,19 @@ class Known(calibrate.Trials):
             return calibrate.Trial(*ways[type(edit)])
         amount = getattr(edit, "value" if isinstance(edit, sl.Set) else "amount")
         strength = {"mean": 16, "placed": 4, "placed, later": 4}[bank] * (1 + isinstance(edit, sl.Set))
-        harm = {"mean": 0, "placed": 0.1, "placed, later": 0.05}[bank]
+        harm = {"mean": 0, "placed": 0.4, "placed, later": 0.2}[bank]
         return calibrate.Trial(min(1.0, amount / strength), harm * amount)
 
 
 def test_the_search_finds_the_best_method_amount_reach_and_removal():
     named: Any = str  # a bank is told by its name alone
     choice = calibrate.chosen(Known(), named, ["mean", "placed"], lambda name, _: [f"{name}, later"])
-    assert choice.best == Attempt("placed, later", "Add", 4.0, 1.0, 0.2) and choice.removal == "reflected"
+    assert choice.best == Attempt("placed, later", "Add", 4.0, 1.0, 0.8) and choice.removal == "reflected"
 
 
 def test_the_second_best_is_not_tried_where_it_cannot_become_the_best():
     tried = [Attempt("mean", "Add", 2.5, 0.6, 0.1), Attempt("placed", "Add", 2.5, 0.9, 0.05)]
-    assert calibrate.hoped(tried, "mean", "Add", 1.0) == 0.6 and calibrate.hoped(tried, "mean", "Add", 4.0) == 1 - 0.1
+    assert calibrate.hoped(tried, "mean", "Add", 1.0) == 0.6 and calibrate.hoped(tried, "mean", "Add", 4.0) == 1 - 0.1 / 4
     asked = []
 
     class Seen(Known):
