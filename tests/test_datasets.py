@@ -28,7 +28,7 @@ def test_dsprites(tmp_path):
 
 
 def test_3d_shapes(tmp_path):
-    h5py = pytest.importorskip("h5py")
+    h5py = pytest.importorskip("h5py", reason="needs h5py, of the extra dev")
     images, labels = drawn(40, 3), np.random.default_rng(1).integers(3, size=(40, 6)) / 10
     with h5py.File(tmp_path / "3dshapes.h5", "w") as file:
         file["images"], file["labels"] = images, labels
