@@ -617,6 +617,7 @@ def bound_in(bank, name, **facts):
 LOSSES: Any = {
     "a gate": (own_vectors, "calm.gguf", {"gate": sl.Gate("loud", above=0.0)}, "acts where 'loud' shows"),
     "matched norms": (own_vectors, "calm.gguf", {"match_norm": True}, "length of each token"),
+    "kept norms": (own_vectors, "calm.gguf", {"keep_norm": True}, "turns tokens and leaves their length as it is"),
     "a part": (
         own_vectors,
         "calm.gguf",
@@ -653,7 +654,7 @@ def test_a_loss_is_refused_or_said_in_the_file(case, llama, tmp_path):
     with pytest.warns(SteeringWarning, match=f"written with a loss: .*{words}"):
         back = sl.read_bank(tmp_path / name, base=llama)
     left = [part for part in bank["calm"].parts if make is own_vectors and bank.encoders[part.encoder].site in back.sites]
-    plain = bound_in(bank, "calm", gate=None, match_norm=False, parts=tuple(left))
+    plain = bound_in(bank, "calm", gate=None, match_norm=False, keep_norm=False, parts=tuple(left))
     torch.testing.assert_close(steered(llama, back, {"calm": 0.1}), steered(llama, plain, {"calm": 0.1}))
 
 
