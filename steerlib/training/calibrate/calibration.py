@@ -50,11 +50,11 @@ def calibrate(
 ) -> ConceptBank:  # fmt: skip
     """Measure unit, useful amount and safe range of concepts of any bank: own vectors, foreign files, latents.
 
-    Of answers, the useful amount has the highest joint score of three that leave ordinary text nearly as it is: how much they
-    show the concept, as the judge says, how much to the point and how likely they are; the range ends before answers become
-    a nat per token less likely. Of pictures, it has the largest effect less damage. None is stored where nothing surely moved
-    the judge. A unit that was not measured becomes the standard deviation of the reading on ordinary text or plain pictures,
-    of a latent the median where it fires. Effects that were measured at other amounts go.
+    Of answers, the useful amount has the highest joint score of three that leave ordinary text nearly as it is: how much
+    they show the concept, as the judge says, how much to the point and how likely they are; the range ends before answers
+    become a nat per token less likely. Of pictures, it has the largest effect less a quarter of the damage. None is stored
+    where nothing surely moved the judge. A unit that was not measured becomes the standard deviation of the reading on
+    ordinary text or plain pictures, of a latent the median where it fires. Effects that were measured at other amounts go.
 
     Args:
         target: the model or pipeline.
