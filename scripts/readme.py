@@ -14,8 +14,9 @@ from typing import Annotated, Any
 import typer
 from answering import table as answering
 from check_score import table as read_table
+from measure_scenes import by_factor, damage
+from measure_scenes import table as scenes_table
 from named import table as named
-from scenes import card as scene_card
 
 import steerlib as sl
 from steerlib.evaluation.report import UNDEFINED
@@ -28,6 +29,7 @@ READMES = [
     ROOT / folder / "README.md" for folder in (".", "concept_banks", "hooks", "scripts", "steerlib", "steerlib/training")
 ]
 RECIPES = ROOT / "concept_banks" / "recipes"
+READMES.append(RECIPES / "scenes-32" / "README.md")
 ASKED = (("Tell me about your day.", ("sports", "science"), 2), ("Describe a perfect morning.", ("science", "fantasy"), 1))
 """Prompts of the first example, the concepts that each is steered by, and how many sentences are shown."""
 SHOWN = 260
@@ -187,6 +189,12 @@ def from_names(found: Sequence[Path]) -> str:
     return "\n\n".join(named(json.loads(path.read_text(encoding="utf-8"))) for path in found)
 
 
+def examined(found: Mapping[str, Any]) -> str:
+    """How often the unsteered model draws what captions ask for: what `train_scenes.py` wrote."""
+    shares = ", ".join(f"{name} {share:.1%}" for name, share in found["as asked"].items())
+    return f"Of {found['captions']:,} captions that it was never trained on, drawn as asked, unsteered: {shares}."
+
+
 def put(section: str, content: str) -> None:
     """Replace what stands between a section's marks, in the README that has them."""
     marks = re.compile(rf"(<!-- begin: {section} -->\n).*?(<!-- end: {section} -->)", re.DOTALL)
@@ -206,7 +214,11 @@ def from_banks() -> None:
     put("named", from_names(sorted((RECIPES / "named").glob("*.json"), reverse=True)))
     for name in ("fresh", "unseen"):
         put(name, unseen(json.loads((RECIPES / name / "measured.json").read_text(encoding="utf-8"))))
-    put("scenes-levers", scene_card.by_factor(sl.ConceptBank.from_pretrained("scenes-32")))
+    scenes = json.loads((RECIPES / "scenes-32" / "measured.json").read_text(encoding="utf-8"))
+    rho, several = damage(scenes)
+    put("scenes-examined", examined(json.loads((RECIPES / "scenes-32" / "examined.json").read_text(encoding="utf-8"))))
+    put("scenes-levers", by_factor(scenes))
+    put("scenes-values", f"{scenes_table(scenes)}\n\nOver {several} values and amounts: Spearman {rho:.2f}.")
     demo(only=Half("images"), out=ROOT / ".assets" / "scenes.png")
 
 

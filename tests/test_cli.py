@@ -157,14 +157,15 @@ def test_pictures_are_drawn_with_and_without_steering(tmp_path):
     (("steer", "smollm2-135m-instruct", "hi", "-e", "sports=nan"), "a number or one of", 1),
     (("steer", "smollm2-135m-instruct", "hi", "-e", "sports=1", "-e", "sports=2"), "edited twice", 1),
     (("steer", "smollm2-135m-instruct", "hi", "-e", "answering=1"), "is a gate", 1),
-    (("steer", "scenes-32", "hi", "-e", "day=useful"), "no amount in the range moves it clearly", 1),
+    (("steer", "scenes-32", "hi", "-e", "night.where=1"), "is a gate", 1),
+    (("steer", "smollm2-135m-latents", "hi", "-e", "layers.15/17=useful"), "no useful amount is known", 1),
     (("steer", "scenes-32", "hi", "-e", "blue=useful", "--out", "x.gif"), "a .png file", 1),
     (("steer", "smollm2-135m-instruct", "hi", "-e", "sports=1", "--tokens", "-3"), "greater than or equal to 1", 2),
     (("demo", "--only", "txt"), "'txt' is not one of 'text', 'images'", 2),
     (("migrate", "concept_banks/scenes-32", "concept_banks/scenes-32"), "is there already and stays as it is", 1),
     (("train",), "steerlib train --template writes one", 1),
     (("train", "--template", "latnts"), "one of text, latents, graph, pictures", 1),
-    (("eval", "scenes-32"), "comes without its recipe", 1),
+    (("eval", "scenes-32"), "is of pictures or contexts", 1),
 ])  # fmt: skip
 def test_what_a_person_mistypes_is_one_message_without_a_traceback(arguments, said, code):
     text = " ".join(run(*arguments, code=code, COLUMNS="300").split())

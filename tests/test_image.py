@@ -2,8 +2,7 @@
 
 import numpy as np
 import pytest
-import torch
-from scenes import contrast, judges, measures, places, world
+from scenes import judges, measures, world
 from scenes.measures import Cause
 
 from steerlib.errors import BadRecipe
@@ -65,55 +64,7 @@ def test_the_wasserstein_distance_is_one_of_distributions():
     assert same == 0 < like < 0.5 * unlike
 
 
-def test_natural_activations_are_told_from_others():
-    g = torch.Generator().manual_seed(0)
-    x = torch.randn(4000, 8, generator=g) @ torch.randn(8, 8, generator=g)
-    natural = measures.Natural.of(x)
-    assert natural.off(x) == pytest.approx(0.005, abs=0.001)
-    assert natural.off(x + 10 * x.std()) > 0.9
-
-
 def test_a_grid_is_a_picture():
     pixels = world.draw(3).pixels
     png = grid({"row": {"a": pixels, "b": pixels}}, title="t")
     assert png.startswith(b"\x89PNG") and len(png) > 1000
-
-
-# -- where things are, and directions to them --------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("count", [64, 256])
-def test_places_follow_exact_regions(count):
-    drawn = world.draw(40, seed=7)
-    hue = places.where("hue", drawn, count)
-    assert ((hue != places.NOWHERE) == places.objects(drawn, count)).all()
-    ground = places.where("ground", drawn, count)
-    assert not ((ground >= 0) & (hue >= 0)).any() and (ground[ground >= 0].unique().numel() == 4)
-    one = world.present(drawn.factors, 1) == 0
-    first = torch.from_numpy(drawn.factors["hue.0"]).long()[:, None].expand_as(hue)
-    assert (hue[one] == first[one])[hue[one] >= 0].all()
-    assert (places.where("scene", drawn, count) >= 0).all()
-
-
-def test_differences_read_nothing_at_the_others_and_one_at_their_own():
-    g = torch.Generator().manual_seed(1)
-    means = torch.randn(3, 6, generator=g)
-    value = torch.arange(900) % 3
-    x = means[value] + 0.01 * torch.randn(900, 6, generator=g)
-    found = contrast.differences(x, value, 3).encode(x)
-    for v in range(3):
-        assert found[value == v, v].mean() == pytest.approx(1, abs=1e-3)
-        assert found[value != v, v].mean() == pytest.approx(0, abs=1e-3)
-    there = contrast.presence(x, value == 0).encode(x)[:, 0]
-    assert there[value == 0].mean() == pytest.approx(1, abs=1e-3) and there[value > 0].mean() == pytest.approx(0, abs=1e-3)
-
-
-def test_a_common_cause_is_taken_out_of_a_difference():
-    g = torch.Generator().manual_seed(2)
-    cause = torch.randint(2, (4000,), generator=g)
-    value = (torch.rand(4000, generator=g) < 0.2 + 0.6 * cause).long()
-    x = torch.zeros(4000, 4) + 0.01 * torch.randn(4000, 4, generator=g)
-    x[:, 0] += value
-    x[:, 1] += 3.0 * cause
-    plain, adjusted = (contrast.differences(x, value, 2, within=w).decoder[1] for w in (None, cause))
-    assert plain[1] > 1 and adjusted[1].abs() < 0.05 and adjusted[0] == pytest.approx(1, abs=0.02)

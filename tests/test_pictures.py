@@ -1,12 +1,10 @@
-"""Banks of latents by noise level from a diffusers pipeline, and the bank of the scenes model, at toy size."""
+"""Banks of latents by noise level from a diffusers pipeline."""
 
 import re
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
-from scenes import bank as scene_bank
 from scenes import world
 
 import steerlib as sl
@@ -119,21 +117,3 @@ def test_labels_are_what_readings_go_with_most():
     labels, likeness = pictures.best(z, named)
     assert labels[:2] == ["b", "a"] and likeness[:2].tolist() == pytest.approx([1, 1]) and likeness[2] == 0
     assert used(torch.ones(10, 5)) == pytest.approx(1) and used(torch.eye(5)[:1].repeat(9, 1)) == pytest.approx(0.2)
-
-
-def test_the_scenes_bank_at_toy_size(toy, tmp_path):
-    recipe = scene_bank.SceneRecipe(pictures=60, drawn=8, latents=24, k=4, epochs=1, seeds=1, levels=(899, 100))
-    bank = scene_bank.train_scene_bank(toy, recipe, tmp_path)
-    assert load_file(tmp_path / "seen.safetensors")[f"{recipe.sites[0]}@899"].shape[:2] == (68, 64)
-    assert len(bank["night"].places) == 6 and bank["left"].encoder.startswith(scene_bank.EARLY[0])
-    assert bank["red"].gate is not None and bank["red"].gate.concept == "object" and bank["night"].gate is None
-    drawn, x = scene_bank.truth(recipe), load_file(tmp_path / "seen.safetensors")[f"{recipe.sites[3]}@899"]
-    read = bank.encoder(f"{recipe.sites[3]}@899#places").encode(x.flatten(0, 1).float())[:, 0]
-    there = scene_bank.there("object", drawn, 64).flatten()
-    assert read[there].mean() == pytest.approx(1, abs=0.02) and read[~there].mean() == pytest.approx(0, abs=0.02)
-    labels = {concept.label for concept in bank.concepts.values()}
-    assert "scene: night" in labels and "object" not in {c.label for c in bank.concepts.values() if "passes" in c.effects}
-    opened = sl.ConceptBank.from_pretrained(bank.save_pretrained(tmp_path / "bank"))
-    opened.verify()
-    with sl.steer(toy, opened, {"red": sl.Set(2.0), "night": 1.0}, branch="cond", allow_ood=True):
-        assert toy("a blue square", num_inference_steps=3, output_type="np").images.shape == (1, 32, 32, 3)

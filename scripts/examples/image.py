@@ -15,9 +15,9 @@ from steerlib.threads import use_threads
 PROMPT = "a medium checked green triangle at the back right by day on sand under an azure sky lit from above"
 EDITS = {
     "unsteered": {},
-    "night": {"night": 2.5},  # add 2.5 units of the concept
-    "blue": {"blue": sl.Set(3.0)},  # let it read 3 units
-    "large on stone": {"large": sl.Set(3.0), "stone": sl.Set(3.0)},  # several at once
+    "night": {"night": sl.Set(2.5)},  # let the concept read 2.5 units
+    "blue": {"blue": 4.0},  # add 4 units of it
+    "large on stone": {"large": 1.75, "stone": 2.5},  # several at once
 }
 OUT = sys.argv[1] if len(sys.argv) > 1 else "image.png"
 

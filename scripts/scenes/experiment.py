@@ -8,9 +8,9 @@ from warnings import catch_warnings, simplefilter
 import numpy as np
 import torch
 
-from scenes import measures, places, world
+from scenes import measures, world
 from scenes.judges import PictureJudge
-from scenes.measures import Cause
+from scenes.measures import Cause, every
 from steerlib.bank.concept_bank import ConceptBank
 from steerlib.bank.concepts import Concept
 from steerlib.encoders import Directions
@@ -20,11 +20,6 @@ from steerlib.steering.session import steer
 
 BARS = {"effectiveness": 0.9, "preservation": 0.95}
 """What a lever has to reach."""
-TESTED = {
-    "scene": "sunset", "side": "left", "background": "pale", "ground": "stone", "shape": "circle", "hue": "blue",
-    "size": "large", "texture": "striped",
-}  # fmt: skip
-"""The value of each factor on which methods are compared."""
 Edits = Mapping[str, Any]
 
 
@@ -86,19 +81,9 @@ class Experiment:
         return measures.effect(case.cause, case.asked, case.before, self.draw(case.captions, edits, bank), self.judge)
 
 
-def every() -> list[Cause]:
-    """All values of all levers."""
-    return [Cause(factor, value) for factor in places.LEVERS for value in places.values(factor)]
-
-
 def score(effect: measures.Effect) -> float:
     """By how much the bar that is hardest to reach is passed."""
     return min(effect.effectiveness - BARS["effectiveness"], effect.preservation - BARS["preservation"])
-
-
-def rounded(effect: measures.Effect) -> dict[str, Any]:
-    """The figures of an effect as they are kept; what is not a number is left out."""
-    return {k: round(v, 4) if isinstance(v, float) else v for k, v in effect._asdict().items() if v == v}
 
 
 def randomised(bank: ConceptBank, concept: Concept, seed: int) -> ConceptBank:

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
 from scenes import measures, world
-from scenes.experiment import TESTED, Edits, Experiment, every, randomised
+from scenes.experiment import Edits, Experiment, randomised
 from scenes.judges import Readings
-from scenes.measures import Cause
+from scenes.measures import Cause, every
 from steerlib.bank.concept_bank import ConceptBank
 from steerlib.errors import CorruptBank
 from steerlib.graph.causal_graph import CausalGraph, Edge
@@ -26,6 +26,11 @@ LEAST = 0.2
 """Change of share, at a lever's own dose, from which a value follows a lever; of 0.1, 0.2 and 0.3, chosen on other scenes."""
 TRUE = 4000
 """Scenes from which true effects are computed."""
+TESTED = {
+    "scene": "sunset", "side": "left", "background": "pale", "ground": "stone", "shape": "circle", "hue": "blue",
+    "size": "large", "texture": "striped",
+}  # fmt: skip
+"""The value of each factor whose directions are also dealt at random."""
 DEALT = 200
 """Graphs dealt at random, of which the mean is taken."""
 

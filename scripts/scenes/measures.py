@@ -8,11 +8,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from scenes import places, world
+from scenes import world
 from scenes.judges import ABSENT, OF_OBJECTS, Readings, truth
 from steerlib.errors import BadRecipe
 from steerlib.evaluation.pictures import Pictures
@@ -21,6 +20,14 @@ WHOLE = ("scene", "light", "side", "height", "background", "ground")
 """Factors that judges read once a picture."""
 DIRECTIONS = 256
 """On which pictures are projected to compare their distributions."""
+TOLD = ("scene", "side", "background", "ground", "shape", "hue", "size", "texture")
+"""Factors that captions name and that have a place; the bank has a concept for each of their values. Light and height are the
+scene's."""
+
+
+def values(factor: str) -> tuple[str, ...]:
+    """What a factor can be; those of objects go without a number."""
+    return world.OBJECT[factor] if factor in world.OBJECT else world.VALUES[factor]
 
 
 class Cause(NamedTuple):
@@ -32,7 +39,7 @@ class Cause(NamedTuple):
     @property
     def index(self) -> int:
         """The value as judges write it."""
-        return places.values(self.factor).index(self.value) + (self.factor == "shape")
+        return values(self.factor).index(self.value) + (self.factor == "shape")
 
     @property
     def sets(self) -> dict[str, str]:
@@ -44,6 +51,11 @@ class Cause(NamedTuple):
     def followers(self) -> set[str]:
         """Factors that follow the one that is set, as judges name them."""
         return {name.partition(".")[0] for name in world.descendants(next(iter(self.sets)))} - {self.factor}
+
+
+def every() -> list[Cause]:
+    """All values of all factors that captions name."""
+    return [Cause(factor, value) for factor in TOLD for value in values(factor)]
 
 
 # -- from readings -----------------------------------------------------------------------------------------------
@@ -107,29 +119,6 @@ def painted(cause: Cause, drawn: world.Scenes) -> NDArray[np.bool_]:
     names = {*cause.sets}.union(*(world.descendants(name) for name in cause.sets))
     regions = {region for name in names for region in world.PAINTS[name]}
     return np.isin(drawn.regions, [world.REGIONS.index(region) for region in regions])
-
-
-# -- from activations --------------------------------------------------------------------------------------------
-
-
-class Natural(NamedTuple):
-    """How far activations at a site lie from their mean, in standard deviations of every direction (Mahalanobis)."""
-
-    mean: Float[Tensor, " D"]
-    whiten: Float[Tensor, "D D"]
-    limit: float
-    """What 99.5 % of them do not exceed."""
-
-    @classmethod
-    def of(cls, x: Float[Tensor, "N D"]) -> "Natural":
-        mean = x.mean(0)
-        values, vectors = torch.linalg.eigh((x - mean).T.cov())
-        whiten = vectors / (values.clamp(min=0) + 1e-4 * values.mean()).sqrt()
-        return cls(mean, whiten, float(((x - mean) @ whiten).norm(dim=-1).quantile(0.995)))
-
-    def off(self, x: Float[Tensor, "N D"]) -> float:
-        """Share of activations beyond the limit: 0.005 where nothing was done."""
-        return float((((x.float() - self.mean) @ self.whiten).norm(dim=-1) > self.limit).float().mean())
 
 
 # -- one intervention --------------------------------------------------------------------------------------------

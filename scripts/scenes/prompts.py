@@ -12,8 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from scenes import measures, world
-from scenes.experiment import every
-from scenes.measures import Cause
+from scenes.measures import Cause, every
 
 PURPOSE = 61
 """Keeps these scenes apart from those that concepts are measured on."""

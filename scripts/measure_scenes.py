@@ -1,10 +1,12 @@
-"""Concepts of scenes that were made from captions alone, as judges see them: `python scripts/measure_prompted.py BANK`.
+"""The concepts of the scenes bank, made from captions alone, as judges see them: `python scripts/measure_scenes.py BANK`.
 
 Amounts are the bank's own; judges only measure. Beside them, on the same held-out captions: the rewritten prompt, a random
-direction of equal length, another concept, the levers made from the truth, and the amount that a judge would have chosen.
-`--pairs FOLDER` writes pairs of captions for a recipe, and measures nothing. Goes on where it stopped.
+direction of equal length, another concept, the amount that a judge would have chosen, and concepts of the same names of a bank
+that was made from the truth (`--beside`). `--pairs FOLDER` writes pairs of captions for a recipe, and measures nothing. Goes on
+where it stopped.
 """
 
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -14,8 +16,8 @@ import numpy as np
 import torch
 import typer
 from scenes import judges, measures, prompts, world
-from scenes.experiment import Case, Edits, Experiment, every, randomised, score
-from scenes.measures import WHOLE, Cause, Effect
+from scenes.experiment import Case, Edits, Experiment, randomised, score
+from scenes.measures import TOLD, WHOLE, Cause, Effect, every
 from scipy.stats import spearmanr
 from sklearn.metrics import roc_auc_score
 
@@ -29,7 +31,7 @@ from steerlib.training.picture_recipe import PictureRecipe
 from steerlib.training.store import remembered
 
 CONDITIONS = (
-    "captions alone", "amount of a judge", "rewritten prompt", "random direction", "another concept", "truth-made lever",
+    "captions alone", "amount of a judge", "rewritten prompt", "random direction", "another concept", "made from the truth",
 )  # fmt: skip
 AMOUNTS = tuple(sorted((FIRST, *DOSES)))
 DEV, TEST = 1, 2
@@ -37,68 +39,68 @@ DEV, TEST = 1, 2
 
 
 class Bench:
-    """A bank made from captions, and what it is measured with: `n` scenes for effects, half as many for what amounts do."""
+    """What a bank is measured with: `n` scenes for effects, half as many for what amounts do; `beside` is another bank."""
 
-    def __init__(self, experiment: Experiment, made: ConceptBank, n: int):
-        self.experiment, self.made, self.n = experiment, made, n
+    def __init__(self, experiment: Experiment, n: int, beside: ConceptBank | None = None):
+        self.experiment, self.n = experiment, n
+        self.beside = beside and experiment.of(beside)
         quiet: Any = {"name": "judge", "base": "", "source": "", "description": ""}
         self.drawing = Drawing(experiment.pipe, PictureRecipe(**quiet, steps=experiment.steps, guidance=2.0, batch=2 * n))
 
     def measured(self, cause: Cause) -> dict[str, Any]:
         """All figures of a value."""
-        own = self.made[cause.value]
+        own = self.experiment.bank[cause.value]
         return {
             "other value said": self.compared(cause, own),
-            "value unsaid": self.unsaid(cause, own),
-            "in other words": self.reworded(cause, own),
+            "value unsaid": self.unsaid(cause),
+            "in other words": self.reworded(cause),
             "removed": self.removed(cause, own),
-            "one of two": self.one_of_two(cause, own),
+            "one of two": self.one_of_two(cause),
             "self-score": self.self_scored(cause, own),
             "chosen": [own.effects["edit"], own.effects["amount"], own.source],
         }
 
     def compared(self, cause: Cause, own: Concept) -> dict[str, list[float]]:
         """Captions that say another value, under every condition."""
-        e, made = self.experiment, self.made
-        case, dev, edits = e.case(cause, self.n, TEST), e.case(cause, self.n // 2, DEV), _edits(own)
+        e, edits = self.experiment, self.experiment.lever(cause)
+        case, dev = e.case(cause, self.n, TEST), e.case(cause, self.n // 2, DEV)
         said = measures.effect(cause, case.asked, case.before, e.draw(e.saying(case, TEST)), e.judge)
         kind = own.effects["edit"]
-        tried = {amount: e.effect(dev, {own.name: edit_of(kind, amount)}, made) for amount in AMOUNTS}
+        tried = {amount: e.effect(dev, {own.name: edit_of(kind, amount)}) for amount in AMOUNTS}
         best = max(tried, key=lambda amount: score(tried[amount]))
         found = {
-            "captions alone": e.effect(case, edits, made),
-            "amount of a judge": e.effect(case, {own.name: edit_of(kind, best)}, made),
+            "captions alone": e.effect(case, edits),
+            "amount of a judge": e.effect(case, {own.name: edit_of(kind, best)}),
             "rewritten prompt": said,
-            "random direction": e.effect(case, edits, randomised(made, own, 0)),
-            "another concept": e.effect(case, _edits(self.stranger(own)), made),
-            "truth-made lever": e.effect(case, e.lever(cause)),
+            "random direction": e.effect(case, edits, randomised(e.bank, own, 0)),
+            "another concept": e.effect(case, e.lever(self.stranger(cause))),
         }
+        if self.beside:
+            found["made from the truth"] = self.beside.effect(case, self.beside.lever(cause))
         return {name: _figures(effect) for name, effect in found.items()}
 
-    def stranger(self, own: Concept) -> Concept:
-        """The next concept of the bank that is none of the same factor."""
-        factors = {cause.value: cause.factor for cause in every()}
-        names = [name for name in factors if name in self.made.concepts]
-        later = [*names[names.index(own.name) :], *names]
-        return self.made[next(name for name in later if factors[name] != factors[own.name])]
+    def stranger(self, cause: Cause) -> Cause:
+        """The next value of another factor."""
+        known = self.experiment.levers()
+        return next(other for other in [*known[known.index(cause) :], *known] if other.factor != cause.factor)
 
-    def unsaid(self, cause: Cause, own: Concept) -> list[float] | None:
+    def unsaid(self, cause: Cause) -> list[float] | None:
         """Captions without a word of the factor."""
         if cause.factor in prompts.NEVER_UNSAID:
             return None
         case = self.experiment.case(cause, self.n, TEST)
-        return self.on(case, prompts.unsaid(case.captions, cause.factor), _edits(own))
+        return self.on(case, prompts.unsaid(case.captions, cause.factor))
 
-    def reworded(self, cause: Cause, own: Concept) -> dict[str, list[float]]:
+    def reworded(self, cause: Cause) -> dict[str, list[float]]:
         """Captions in the words of the recipe's pairs, and in the last ones that there are."""
         case = self.experiment.case(cause, self.n, TEST)
         both = {"words of the pairs": 0, "other words": -1}
-        return {name: self.on(case, prompts.reworded(case.captions, which), _edits(own)) for name, which in both.items()}
+        return {name: self.on(case, prompts.reworded(case.captions, which)) for name, which in both.items()}
 
-    def on(self, case: Case, captions: list[str], edits: Edits) -> list[float]:
+    def on(self, case: Case, captions: list[str]) -> list[float]:
         """Effect and share kept on other captions of the same scenes."""
         other = case._replace(captions=captions, before=self.experiment.draw(captions))
-        return _figures(self.experiment.effect(other, edits, self.made))
+        return _figures(self.experiment.effect(other, self.experiment.lever(case.cause)))
 
     def removed(self, cause: Cause, own: Concept) -> dict[str, list[float]]:
         """Captions that say the value: share of what shows it that shows it no more, and share kept of other factors."""
@@ -106,7 +108,7 @@ class Bench:
         said = e.saying(case, TEST)
         before = e.judge.read(e.draw(said))
         way = REMOVED[own.effects["removal"]](own.effects["amount"])
-        drawn = {"removed": e.draw(said, {own.name: way}, self.made), "negative prompt": self.without(said, cause)}
+        drawn = {"removed": e.draw(said, {own.name: way}), "negative prompt": self.without(said, cause)}
         return {name: _gone(before, e.judge.read(after), cause) for name, after in drawn.items()}
 
     def without(self, captions: list[str], cause: Cause) -> Pictures:
@@ -116,18 +118,18 @@ class Bench:
         drawn = self.experiment.pipe(captions, [prompts.phrase(cause)] * len(captions), generator=noises, **how)
         return (drawn.images * 255).round().astype(np.uint8)
 
-    def one_of_two(self, cause: Cause, own: Concept) -> list[float] | None:
+    def one_of_two(self, cause: Cause) -> list[float] | None:
         """Two objects, a box around the first: share of first objects that show the value afterwards, share of second ones that
         read as before."""
         if cause.factor not in ("hue", "size"):
             return None
-        e, edit, moved, kept = self.experiment, _edits(own)[own.name], [], []
+        e, edit, moved, kept = self.experiment, self.experiment.lever(cause)[cause.value], [], []
         case = e.case(cause, self.n, TEST)
         two, first, second = (case.asked.factors[name] for name in ("count", "cell.0", "cell.1"))
         for cell in np.unique(first[two == 1]):
             rows = np.flatnonzero((two == 1) & (first == cell))
             asked = [case.captions[k] for k in rows]
-            drawn = (e.draw(asked, edits, self.made) for edits in (None, {own.name: replace(edit, mask=_around(cell))}))
+            drawn = (e.draw(asked, edits) for edits in (None, {cause.value: replace(edit, mask=_around(cell))}))
             before, after = (e.judge.read(pictures)[cause.factor] for pictures in drawn)
             at, beside = torch.arange(len(rows)), torch.as_tensor(second[rows]).long()
             moved += (after[at, int(cell)] == cause.index).tolist()
@@ -144,7 +146,7 @@ class Bench:
         arms |= {f"{amount:g}": (case.captions, {own.name: edit_of(kind, amount)}) for amount in AMOUNTS}
         natural = torch.zeros(len(said))
         for name, (captions, edits) in arms.items():
-            with steered(e.pipe, self.made, edits):
+            with steered(e.pipe, e.bank, edits):
                 latents, pictures = self.drawing.shown(captions, seeds)
             n, p = self.drawing.errors(latents, case.captions, said)
             gains += (n - p).tolist()
@@ -164,10 +166,6 @@ def _around(cell: int) -> Box:
     """Eleven pixels above a cell's base, and as many wide."""
     x, y = world.CENTRES[cell % 3], world.BASES[cell // 3]
     return Box(*((end / world.SIDE) for end in (x - 5.5, y - 11, x + 5.5, y + 0.5)))
-
-
-def _edits(own: Concept) -> dict[str, Any]:
-    return {own.name: edit_of(own.effects["edit"], own.effects["amount"])}
 
 
 def _figures(one: Effect) -> list[float]:
@@ -193,32 +191,53 @@ def _gone(before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor],
 # -- what is printed ---------------------------------------------------------------------------------------------
 
 
+def columns(own: Mapping[str, Any]) -> dict[str, list[float] | None]:
+    """Effect and share kept of one value, by what was measured."""
+    found = {name: own["other value said"].get(name) for name in CONDITIONS}
+    found |= {"value unsaid": own["value unsaid"], **own["in other words"], **own["removed"], "one of two": own["one of two"]}
+    return found
+
+
 def table(found: Mapping[str, Any]) -> str:
     """One line a value: effect / kept under every condition; then the means, and how many values reach both bars."""
-    columns = {name: lambda own, name=name: own["other value said"][name] for name in CONDITIONS}
-    columns |= {
-        "value unsaid": lambda own: own["value unsaid"],
-        "words of the pairs": lambda own: own["in other words"]["words of the pairs"],
-        "other words": lambda own: own["in other words"]["other words"],
-        "removed": lambda own: own["removed"]["removed"],
-        "negative prompt": lambda own: own["removed"]["negative prompt"],
-        "one of two": lambda own: own["one of two"],
-    }
-    cells = {name: {value: of(own) for value, own in found.items()} for name, of in columns.items()}
-    aurocs = {value: own["self-score"]["auroc"] for value, own in found.items()}
-    lines = [
-        (value, *(_cell(cells[name][value]) for name in columns), "" if aurocs[value] is None else f"{aurocs[value]:.2f}")
-        for value in found
-    ]
-    several = [[pair for pair in own.values() if pair] for own in cells.values()]
-    means = [_cell(np.mean(pairs, 0) if pairs else None) for pairs in several]
-    reach = [sum(effect >= 0.9 and kept >= 0.95 for effect, kept in pairs) for pairs in several]
-    known = [a for a in aurocs.values() if a is not None]
-    lines += [("**mean**", *means, f"{np.mean(known):.2f}" if known else ""), ("reach both bars", *map(str, reach), "")]
+    cells = {value: columns(own) for value, own in found.items()}
+    names, aurocs = [*next(iter(cells.values()))], {value: own["self-score"]["auroc"] for value, own in found.items()}
+    lines = [(value, *map(_cell, cells[value].values()), _number(aurocs[value])) for value in found]
+    several = [[pair for own in cells.values() if (pair := own[name])] for name in names]
+    known = [auroc for auroc in aurocs.values() if auroc is not None]
+    lines.append(("**mean**", *(_cell(_mean(pairs)) for pairs in several), _number(_mean(known))))
+    lines.append(("reach both bars", *(f"{_reach(pairs)} of {len(pairs)}" for pairs in several), ""))
+    return markdown(" | ".join(["value", *names, "AUROC"]), lines)
+
+
+def by_factor(found: Mapping[str, Any]) -> str:
+    """The same, a line a factor, where captions say another value."""
+    lines, shown = [], CONDITIONS
+    for factor in TOLD:
+        own = [found[cause.value]["other value said"] for cause in every() if cause.factor == factor and cause.value in found]
+        pairs = {name: [figures[name] for figures in own if name in figures] for name in shown}
+        count = _reach(pairs["captions alone"])
+        lines.append((factor, str(len(own)), *(_cell(_mean(pairs[name])) for name in shown), str(count)))
+    return markdown(" | ".join(["factor", "values", *shown, "reach both bars"]), [line for line in lines if line[1] != "0"])
+
+
+def damage(found: Mapping[str, Any]) -> tuple[float, int]:
+    """Rank correlation of the damage that a bank measures by itself with the share of other factors that changed, and over how
+    many values and amounts."""
     pairs = np.array([pair for own in found.values() for pair in own["self-score"]["damage and lost"]])
-    rho = float(spearmanr(pairs[:, 0], pairs[:, 1]).statistic)  # type: ignore[union-attr]
-    said = f"Damage against what was lost, over {len(pairs)} values and amounts: Spearman {rho:.2f}."
-    return f"{markdown(' | '.join(['value', *columns, 'AUROC']), lines)}\n\n{said}"
+    return float(spearmanr(pairs[:, 0], pairs[:, 1]).statistic), len(pairs)  # type: ignore[union-attr]
+
+
+def _mean(values: Any) -> Any:
+    return np.mean(values, 0) if values else None
+
+
+def _reach(pairs: Any) -> int:
+    return sum(effect >= 0.9 and kept >= 0.95 for effect, kept in pairs)
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
 
 
 def _cell(pair: Any) -> str:
@@ -230,7 +249,9 @@ def main(
     value: Annotated[list[str], typer.Option(help="only these; may be repeated")] = [],  # noqa: B006
     count: Annotated[int, typer.Option(help="captions, or pairs of them, for a value")] = 32,
     pairs: Annotated[Path | None, typer.Option(help="write pairs of captions there, and measure nothing")] = None,
-    work: Annotated[Path, typer.Option(help="keeps what was measured")] = Path("out/prompted"),
+    beside: Annotated[Path | None, typer.Option(help="a bank with concepts of the same names, measured on the same")] = None,
+    work: Annotated[Path, typer.Option(help="keeps what was measured")] = Path("out/scenes-measured"),
+    out: Annotated[Path | None, typer.Option(help="file for the figures")] = None,
     steps: Annotated[int, typer.Option(help="scheduler steps of a picture")] = 10,
 ) -> None:
     """Print the table."""
@@ -239,13 +260,18 @@ def main(
         prompts.write(pairs, causes, count)
         return
     torch.set_num_threads(1)
-    made, shipped = ConceptBank.from_pretrained(bank), ConceptBank.from_pretrained("scenes-32")
-    pipe = load(str(shipped.file("pipeline")))[0].to(torch.bfloat16)
+    made = ConceptBank.from_pretrained(bank)
+    pipe = load(str(ConceptBank.from_pretrained("scenes-32").file("pipeline")))[0].to(torch.bfloat16)
     pipe.set_progress_bar_config(disable=True)
-    bench = Bench(Experiment(pipe, shipped, judges.load("scenes"), steps=steps), made, count)
-    known = [cause for cause in causes if cause.value in made.concepts]
-    found = {c.value: remembered(work / f"{c.value}.json", lambda c=c: bench.measured(c)) for c in known}
-    print(table(found))
+    experiment = Experiment(pipe, made, judges.load("scenes"), steps=steps)
+    bench = Bench(experiment, count, beside and ConceptBank.from_pretrained(beside))
+    found = {
+        c.value: remembered(work / f"{c.value}.json", lambda c=c: bench.measured(c)) for c in causes if c in experiment.levers()
+    }
+    if out is not None:
+        out.write_text(json.dumps(found, indent=1) + "\n")
+    rho, several = damage(found)
+    print(table(found), by_factor(found), f"Damage against what was lost, {several} times: Spearman {rho:.2f}.", sep="\n\n")
 
 
 if __name__ == "__main__":
