@@ -24,10 +24,11 @@ from steerlib.errors import BadRecipe, Unanswerable
 from steerlib.evaluation import denoising
 from steerlib.evaluation.pictures import draw_as_told
 from steerlib.hosts import host_for
+from steerlib.origins import source_of
 from steerlib.training import named
 from steerlib.training.calibrate import prompted as calibrate
 from steerlib.training.calibrate.prompted import Attempt, Choice, Drawing
-from steerlib.training.carry import recipe_in
+from steerlib.training.carry import ported, recipe_in
 from steerlib.training.directions import prompted
 from steerlib.training.entries import PictureConcept
 from steerlib.training.package import prompted as package
@@ -452,6 +453,36 @@ def test_a_pipeline_gets_a_bank_of_concepts_from_prompts(toy, recipe, tmp_path):
     again = sl.train(toy, recipe, work=tmp_path / "work").save_pretrained(tmp_path / "again")
     files = [path.relative_to(again) for path in again.rglob("*") if path.is_file()]
     assert files and all((again / path).read_bytes() == (tmp_path / "bank" / path).read_bytes() for path in files)
+
+
+@pytest.mark.usefixtures("quickly")
+def test_a_bank_carries_its_pipeline_where_the_recipe_says_so(toy, recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(package, "find_spec", lambda _: None)
+    toy.save_pretrained(folder := tmp_path / "toy")
+    (folder / "notes.json").write_text("{}")  # of no component
+    said = json.loads((folder / "unet" / "config.json").read_text())
+    (folder / "unet" / "config.json").write_text(json.dumps(said | {"_name_or_path": str(tmp_path)}))
+    bank = sl.train(None, replace(recipe, source="toy", carry_model=True), work=tmp_path / "work")
+    opened = sl.ConceptBank.from_pretrained(bank.save_pretrained(tmp_path / "bank"))
+    opened.verify()
+    assert "source" not in opened.provenance and 'sl.load(str(bank.file("pipeline")))' in opened.card
+    there = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file() and path.parent != folder)
+    own = opened.file("pipeline")
+    assert own is not None and (own / "model_index.json").is_file() and not (own / "notes.json").is_file()
+    assert sorted(path.relative_to(own) for path in own.rglob("*") if path.is_file() and path.parent != own) == there
+    assert json.loads((own / "unet" / "config.json").read_text()) == {k: v for k, v in said.items() if k != "_name_or_path"}
+    weights = "unet/diffusion_pytorch_model.safetensors"
+    assert (own / weights).read_bytes() == (folder / weights).read_bytes()
+    assert source_of(opened) == str(own) and opened.check(host_for(sl.load(str(own))[0])) == ""
+    again = recipe_in(opened)
+    assert isinstance(again, PictureRecipe) and again.carry_model and not ported(again, opened, "other").carry_model
+    (folder / "unet" / "more.bin").write_bytes(b"")
+    for wrong, text in (
+        (replace(recipe, carry_model=True), "holds pickles"),
+        (replace(recipe, source="none", carry_model=True), "none"),
+    ):
+        with pytest.raises(BadRecipe, match=text):
+            sl.train(None, wrong)
 
 
 @pytest.mark.usefixtures("quickly")

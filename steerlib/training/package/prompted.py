@@ -67,8 +67,7 @@ def train_prompted(pipe: Any, recipe: PictureRecipe, folder: Path, score: Score 
     concepts = [making.concept(concept, found[concept.name]) for concept in recipe.concepts]
     levers = {name: own.lever for name, own in found.items()}
     bank = bank_of(pipe, recipe.name, levers, recipe.levels, base=recipe.base, concepts=concepts)
-    bank.license = recipe.license
-    bank.provenance = {**recipe.provenance, "steps": recipe.steps, "guidance": recipe.guidance}
+    bank.license, bank.provenance = recipe.license, recipe.provenance
     with stage(3, 3, "drawing what concepts do"):
         bank.pictures = making.strips(bank) if find_spec("matplotlib") else {}
     return bank.with_concepts([*bank.concepts.values()], card=prompted_card(bank, recipe, found, making.plain))
@@ -224,7 +223,7 @@ def prompted_card(bank: ConceptBank, recipe: PictureRecipe, found: Mapping[str, 
 
 def _example(recipe: PictureRecipe, concept: Concept, plain: Any) -> str:
     edit = f'{{"{concept.name}": sl.{concept.useful_as}({concept.effects["amount"]:g})}}'
-    return example_of_pictures(recipe.name, recipe.source, edit, plain)
+    return example_of_pictures(recipe.name, "" if recipe.carry_model else recipe.source, edit, plain)
 
 
 def _table(levers: Sequence[Concept], found: Mapping[str, Found]) -> str:
