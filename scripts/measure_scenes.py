@@ -26,7 +26,7 @@ from steerlib.bank.concepts import Concept
 from steerlib.evaluation.pictures import Pictures, edit_of
 from steerlib.evaluation.report import markdown
 from steerlib.steering.masks import Box
-from steerlib.training.calibrate.prompted import DOSES, FIRST, REMOVED, Drawing, steered
+from steerlib.training.calibrate.prompted import DOSES, FIRST, Drawing, steered
 from steerlib.training.picture_recipe import PictureRecipe
 from steerlib.training.store import remembered
 
@@ -107,7 +107,7 @@ class Bench:
         e, case = self.experiment, self.experiment.case(cause, self.n, TEST)
         said = e.saying(case, TEST)
         before = e.judge.read(e.draw(said))
-        way = REMOVED[own.effects["removal"]](own.effects["amount"])
+        way = edit_of(own.effects["removal"], own.effects["removal_amount"])
         drawn = {"removed": e.draw(said, {own.name: way}), "negative prompt": self.without(said, cause)}
         return {name: _gone(before, e.judge.read(after), cause) for name, after in drawn.items()}
 
@@ -183,6 +183,8 @@ def _shows(readings: Mapping[str, torch.Tensor], cause: Cause, there: torch.Tens
 
 def _gone(before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor], cause: Cause) -> list[float]:
     showed = before[cause.factor] == cause.index
+    if cause.factor not in WHOLE:
+        showed &= before["shape"] > 0  # of nothing judges read something, too
     gone = (after[cause.factor] != cause.index)[showed].float().mean()
     kept = measures.preservation(dict(before), dict(after), cause)
     return [round(float(gone), 3), round(float(np.mean([*kept.values()])), 3)]

@@ -48,7 +48,7 @@ def test_damage_is_compared_by_ranks_over_all_values_and_amounts():
 @pytest.mark.parametrize("cause", [Cause("hue", "blue"), Cause("scene", "night")], ids=lambda cause: cause.value)
 def test_a_concept_by_nothing_leaves_every_picture_as_it_was(toy, monkeypatch, cause):
     monkeypatch.setattr(measure_scenes, "AMOUNTS", (0.0,))
-    facts = {"edit": "Add", "amount": 0.0, "removal": "ablated"}
+    facts = {"edit": "Add", "amount": 0.0, "removal": "Set", "removal_amount": 0.0}
     concepts = [
         sl.Concept(name=name, encoder="unet.conv_out", index=k, source="given", effects=facts)
         for k, name in enumerate((cause.value, "stone"))

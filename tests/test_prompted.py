@@ -24,10 +24,11 @@ from steerlib.errors import BadRecipe, Unanswerable
 from steerlib.evaluation import denoising
 from steerlib.evaluation.pictures import draw_as_told
 from steerlib.hosts import host_for
+from steerlib.origins import source_of
 from steerlib.training import named
 from steerlib.training.calibrate import prompted as calibrate
 from steerlib.training.calibrate.prompted import Attempt, Choice, Drawing
-from steerlib.training.carry import recipe_in
+from steerlib.training.carry import ported, recipe_in
 from steerlib.training.directions import prompted
 from steerlib.training.entries import PictureConcept
 from steerlib.training.package import prompted as package
@@ -287,9 +288,9 @@ def test_a_scheduler_that_says_nothing_of_its_denoiser_is_refused():
 def test_a_choice_says_what_is_safe_and_whether_it_is_useful():
     tried = [Attempt("mean", "Add", amount, min(1.0, amount / 4), amount**2 / 10) for amount in (2.5, 1.0, 6.0, 4.0)]
     best = max(tried, key=lambda line: line.score)
-    choice = Choice(best, tried, "subtracted", 1.0)
+    choice = Choice(best, tried, 1.0)
     assert choice.range == (0.0, 4.0) and choice.beyond == "at 6 a damage of 3.6" and choice.is_useful
-    assert choice.edit == sl.Add(best.amount) and choice.way == sl.Add(-best.amount)
+    assert choice.best.setting == sl.Add(best.amount)
     assert not choice._replace(told=0.5).is_useful and "told from plain ones" in choice._replace(told=0.5).beyond
     assert Choice.from_json(json.loads(json.dumps(choice))) == choice
     lucky = choice._replace(tried=[*tried, Attempt("mean", "Add", 8.0, 1.0, 0.1)])
@@ -297,13 +298,14 @@ def test_a_choice_says_what_is_safe_and_whether_it_is_useful():
 
 
 class Written(Drawing):
-    """Draws no picture; errors of a negative and a positive prompt on what would be drawn are written down."""
+    """Draws no picture; errors of prompts on what would be drawn are written down."""
 
     def __call__(self, prompts, seeds):  # noqa: ARG002 - as `Drawing`
-        return torch.tensor([{"day": 0.0, "night": 1.0}[prompt] for prompt in prompts]) + 2.0 * STEERED[-1]
+        return torch.tensor([{"a day": 0.0, "a night": 1.0}[prompt] for prompt in prompts]) + 2.0 * STEERED[-1]
 
     def errors(self, latents, *arms):
-        table = {"day": (1.0, 3.0, 2.0, 2.0), "night": (2.0, 1.0, 1.5, 1.5)}  # of a plain, prompted, and steered picture
+        """Of a plain and a prompted picture, and of both steered."""
+        table = {"a day": (1.0, 3.0, 2.0, 9.0), "a night": (2.0, 1.0, 1.5, 1.7), "a": (1.5, 2.0, 9.0, 2.1)}
         return [torch.tensor([table[prompt][int(x)] for x, prompt in zip(latents, arm, strict=True)]) for arm in arms]
 
 
@@ -311,7 +313,8 @@ STEERED = [False]
 
 
 def test_effect_and_damage_of_errors_that_are_written_down(toy, monkeypatch):
-    """Shown are -1 plain, 2 prompted, 0.5 steered; the better prompt's error is 1 on natural pictures, 1.5 on steered ones."""
+    """Added: -1 plain, 2 prompted, 0.5 steered are shown; the better prompt's error is 1 on natural pictures, 1.5 on steered
+    ones. Removed, against the word that both prompts share: -0.5, 1 and 0.4; its error is 1.75 on natural pictures, 2.1."""
 
     @contextmanager
     def steered(_, bank, edits):
@@ -321,14 +324,23 @@ def test_effect_and_damage_of_errors_that_are_written_down(toy, monkeypatch):
 
     monkeypatch.setattr(calibrate, "steered", steered)
     drawing = Written(toy, PictureRecipe(name="x", base="x", source="x"))
-    trials = calibrate.Trials(drawing, [PromptPair("night", "day", k) for k in range(3)], "night")
+    trials = calibrate.Trials(drawing, [PromptPair("a night", "a day", k) for k in range(3)], "night")
     bank = two_directions(tiny("llama"))
     assert trials.of(bank, {"a": 1.0}) == (0.5, 0.5) and trials.told == 1.0
-    assert trials.of(bank, {"a": 1.0}, remove=True) == (0.5, 0.5)
+    assert trials.of(bank, {"a": 1.0}, remove=True) == (0.4, 0.2)
+
+
+@pytest.mark.parametrize(("positive", "negative", "both"), [
+    ("a small blue circle on sand", "a small red square on sand", "a small on sand"),
+    ("a hill, by night", "a hill", "a hill"), ("a dark hill", "a pale, wide hill.", "a hill."), ("3", "4", "4"),
+])  # fmt: skip
+def test_what_two_prompts_share_is_what_a_removed_concept_is_judged_against(positive, negative, both):
+    assert calibrate.shared(positive, negative) == both
 
 
 class Known(calibrate.Trials):
-    """Trials of which all is known: a method acts well at 4, better at fewer sites, and reflecting removes best."""
+    """Trials of which all is known: a method acts well at 4, better at fewer sites, and reflecting removes best; what is left
+    of a concept is subtracted with as much damage."""
 
     def __init__(self):
         self.concept = "night"
@@ -340,8 +352,9 @@ class Known(calibrate.Trials):
     def of(self, bank: Any, edits, *, remove=False):
         edit: Any = edits[self.concept]
         if remove:
-            ways = {sl.Add: (0.9, 0.9), sl.Ablate: (0.7, 0.1), sl.Scale: (0.8, 0.1)}
-            return calibrate.Trial(*ways[type(edit)])
+            if isinstance(edit, sl.Add):
+                return calibrate.Trial(min(1.0, -edit.amount / 4), -edit.amount)
+            return calibrate.Trial(0.8 if isinstance(edit, sl.Scale) else 0.7, 0.1)
         amount = getattr(edit, "value" if isinstance(edit, sl.Set) else "amount")
         strength = {"mean": 16, "placed": 4, "placed, later": 4}[bank] * (1 + isinstance(edit, sl.Set))
         harm = {"mean": 0, "placed": 0.4, "placed, later": 0.2}[bank]
@@ -351,7 +364,10 @@ class Known(calibrate.Trials):
 def test_the_search_finds_the_best_method_amount_reach_and_removal():
     named: Any = str  # a bank is told by its name alone
     choice = calibrate.chosen(Known(), named, ["mean", "placed"], lambda name, _: [f"{name}, later"])
-    assert choice.best == Attempt("placed, later", "Add", 4.0, 1.0, 0.8) and choice.removal == "reflected"
+    assert choice.best == Attempt("placed, later", "Add", 4.0, 1.0, 0.8)
+    ways = calibrate.removals(Known(), two_directions(tiny("llama")), "mean")
+    assert ways[0] == Attempt("mean", "Scale", -1.0, 0.8, 0.1) and ways[0].setting == sl.Scale(-1.0)
+    assert [way.edit for way in ways] == ["Scale", "Set", "Set", "Add", "Add"] and ways[-1].score == 0.0
 
 
 def test_the_second_best_is_not_tried_where_it_cannot_become_the_best():
@@ -440,6 +456,36 @@ def test_a_pipeline_gets_a_bank_of_concepts_from_prompts(toy, recipe, tmp_path):
 
 
 @pytest.mark.usefixtures("quickly")
+def test_a_bank_carries_its_pipeline_where_the_recipe_says_so(toy, recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(package, "find_spec", lambda _: None)
+    toy.save_pretrained(folder := tmp_path / "toy")
+    (folder / "notes.json").write_text("{}")  # of no component
+    said = json.loads((folder / "unet" / "config.json").read_text())
+    (folder / "unet" / "config.json").write_text(json.dumps(said | {"_name_or_path": str(tmp_path)}))
+    bank = sl.train(None, replace(recipe, source="toy", carry_model=True), work=tmp_path / "work")
+    opened = sl.ConceptBank.from_pretrained(bank.save_pretrained(tmp_path / "bank"))
+    opened.verify()
+    assert "source" not in opened.provenance and 'sl.load(str(bank.file("pipeline")))' in opened.card
+    there = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file() and path.parent != folder)
+    own = opened.file("pipeline")
+    assert own is not None and (own / "model_index.json").is_file() and not (own / "notes.json").is_file()
+    assert sorted(path.relative_to(own) for path in own.rglob("*") if path.is_file() and path.parent != own) == there
+    assert json.loads((own / "unet" / "config.json").read_text()) == {k: v for k, v in said.items() if k != "_name_or_path"}
+    weights = "unet/diffusion_pytorch_model.safetensors"
+    assert (own / weights).read_bytes() == (folder / weights).read_bytes()
+    assert source_of(opened) == str(own) and opened.check(host_for(sl.load(str(own))[0])) == ""
+    again = recipe_in(opened)
+    assert isinstance(again, PictureRecipe) and again.carry_model and not ported(again, opened, "other").carry_model
+    (folder / "unet" / "more.bin").write_bytes(b"")
+    for wrong, text in (
+        (replace(recipe, carry_model=True), "holds pickles"),
+        (replace(recipe, source="none", carry_model=True), "none"),
+    ):
+        with pytest.raises(BadRecipe, match=text):
+            sl.train(None, wrong)
+
+
+@pytest.mark.usefixtures("quickly")
 def test_a_run_that_was_killed_goes_on_to_the_same_bytes(toy, recipe, tmp_path, monkeypatch):
     whole = sl.train(toy, recipe, work=tmp_path / "a").save_pretrained(tmp_path / "whole")
     with monkeypatch.context() as killed, pytest.raises(KeyboardInterrupt):
@@ -450,6 +496,21 @@ def test_a_run_that_was_killed_goes_on_to_the_same_bytes(toy, recipe, tmp_path, 
     gone_on = sl.train(toy, recipe, work=tmp_path / "b").save_pretrained(tmp_path / "gone on")
     files = [path.relative_to(whole) for path in whole.rglob("*") if path.is_file()]
     assert sums.is_file() and files and all((gone_on / path).read_bytes() == (whole / path).read_bytes() for path in files)
+
+
+@pytest.mark.usefixtures("quickly")
+def test_removal_is_chosen_anew_from_choices_that_are_stored(toy, recipe, tmp_path, monkeypatch):
+    """Also from those of a time when a choice named the way of removal."""
+    whole = sl.train(toy, recipe, work=tmp_path / "work").save_pretrained(tmp_path / "whole")
+    (lost,), (kept,) = ([*(tmp_path / "work").glob(f"*/{name}/night.json")] for name in ("removed", "chosen"))
+    before = json.loads(kept.read_text())
+    best, tried, told = before["choice"]
+    kept.write_text(json.dumps(before | {"choice": [best, tried, "ablated", told], "removed": [0.1, 9.0]}))
+    lost.unlink()
+    monkeypatch.setattr(package, "chosen", lambda *_: pytest.fail("chosen again"))
+    again = sl.train(toy, recipe, work=tmp_path / "work").save_pretrained(tmp_path / "again")
+    assert (again / "concepts.jsonl").read_bytes() == (whole / "concepts.jsonl").read_bytes()
+    assert len(json.loads(lost.read_text())["tried"]) == len(calibrate.REMOVED)
 
 
 @pytest.mark.usefixtures("quickly")
@@ -563,7 +624,7 @@ def briefly(monkeypatch):
     """One method, one amount, one way of removal."""
     few = {"train_prompts": 1, "dev_prompts": 1, "evaluation_prompts": 1, "steps": 2, "methods": ("placed",), "levels": (500,)}
     monkeypatch.setattr(named, "DRAWN", few)
-    for name, value in {"DOSES": (), "EDITS": ("Add",), "REMOVED": {"ablated": lambda _: sl.Ablate()}}.items():
+    for name, value in {"DOSES": (), "EDITS": ("Add",), "REMOVED": (("Set", 0.0),)}.items():
         monkeypatch.setattr(calibrate, name, value)
     monkeypatch.setattr(prompted, "REACHES", {"norm kept": lambda sites, levels: (sites, levels)})
     monkeypatch.setattr(denoising, "DRAWS", 1)

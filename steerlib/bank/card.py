@@ -65,10 +65,10 @@ def example(name: str, base: str, edit: str) -> str:
 
 
 def example_of_pictures(name: str, base: str, edit: str, prompt: Any) -> str:
-    """The same on a pipeline that draws prompts, or labels of classes."""
+    """The same on a pipeline that draws prompts, or labels of classes; without a `base` the bank carries it."""
+    where = f'"{base}"' if base else 'str(bank.file("pipeline"))'
     return (
-        f'```python\nimport steerlib as sl\n\npipe, _ = sl.load("{base}")\n'
-        f'bank = sl.ConceptBank.from_pretrained("{name}")\n'
+        f'```python\nimport steerlib as sl\n\nbank = sl.ConceptBank.from_pretrained("{name}")\npipe, _ = sl.load({where})\n'
         f'with sl.steer(pipe, bank, {edit}, branch="cond"):\n    picture = pipe({prompt!r}).images[0]\n```'
     )
 

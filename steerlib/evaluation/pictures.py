@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from ..errors import BadRecipe, MissingExtra
-from ..steering.interventions import Add, Intervention, Set
+from ..steering.interventions import Add, Intervention, Scale, Set
 from ..steering.switching import Do
 
 Pictures = NDArray[np.uint8]
@@ -136,5 +136,5 @@ def draw_as_told(
 
 
 def edit_of(kind: str, amount: float) -> Intervention:
-    """`Set`, `Do` or `Add`, by name."""
-    return {"Set": Set, "Do": Do}.get(kind, Add)(amount)
+    """`Set`, `Do`, `Scale` or `Add`, by name."""
+    return {"Set": Set, "Do": Do, "Scale": Scale}.get(kind, Add)(amount)

@@ -1,4 +1,5 @@
-"""The recipe that a bank carries, so that it can be measured again, or made again, where the recipe's folder is not at hand.
+"""The recipe that a bank carries, so that it can be measured again, or made again, where the recipe's folder is not at hand;
+and the pipeline that it may carry.
 
 The first line of `recipe.jsonl` has the fields of the recipe. Every further line is a file that it names, as `file` and `text`.
 Left out are files that come with steerlib, and the corpus of encoders of a language model, which may be of any size.
@@ -19,6 +20,10 @@ R = TypeVar("R", bound=Recipe)
 RECIPE = "recipe.jsonl"
 LARGEST = 4 << 20
 """Most bytes of prompts that a bank of pictures carries."""
+PIPELINE = "pipeline"
+PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+PLAIN = (".json", ".safetensors", ".txt", ".model")
+"""How files of weights end that a bank never carries, and how those end that it carries."""
 
 
 def carried(recipe: Recipe) -> bytes:
@@ -55,6 +60,34 @@ def _named(recipe: Recipe) -> Iterator[str]:
         and sum(len(recipe.bytes_of(name) or b"") for name in recipe.corpus) <= LARGEST
     ):
         yield from recipe.corpus
+
+
+def pipeline_of(recipe: Recipe) -> dict[str, str | bytes]:
+    """The files that a bank gets where its recipe says `carry_model`: those of the pipeline's components, without a word of
+    where it was loaded from.
+
+    Raises `BadRecipe` where `source` is no folder of a pipeline whose weights are safetensors.
+    """
+    if not getattr(recipe, "carry_model", False):
+        return {}
+    folder, found = Path(recipe.weights), dict[str, str | bytes]()
+    if not (index := folder / "model_index.json").is_file():
+        raise BadRecipe(f"carry_model needs a pipeline in a folder, saved by pipe.save_pretrained; {str(folder)!r} is none")
+    parts = [name for name, value in json.loads(index.read_text()).items() if isinstance(value, list) and any(value)]
+    for path in (index, *(path for part in parts for path in sorted((folder / part).rglob("*")) if path.is_file())):
+        if path.suffix in PICKLED:
+            raise BadRecipe(f"carry_model needs weights in safetensors, {path.name!r} holds pickles; save the pipeline anew")
+        if path.suffix in PLAIN:
+            found[f"{PIPELINE}/{path.relative_to(folder).as_posix()}"] = _unplaced(path) or str(path)
+    return found
+
+
+def _unplaced(path: Path) -> bytes:
+    """What a configuration says, without the place that it was loaded from; nothing of a file that names none."""
+    said = json.loads(path.read_text(encoding="utf-8")) if path.suffix == ".json" else None
+    if not isinstance(said, dict) or said.pop("_name_or_path", None) is None:
+        return b""
+    return f"{json.dumps(said, indent=2)}\n".encode()
 
 
 def recipe_in(bank: ConceptBank) -> Recipe | None:
@@ -107,7 +140,7 @@ def ported(recipe: R, bank: ConceptBank, source: str, concepts: Sequence[str] = 
     if isinstance(recipe, PictureRecipe):
         if "budget" in others:
             raise BadRecipe(f"bank {bank.name!r} is of pictures, whose search has no budget of answers; leave it out")
-        return on(recipe, source, **{**chosen, "sites": (), **others})
+        return on(recipe, source, **{**chosen, "sites": (), "carry_model": False, **others})
     chosen["layers"] = (
         tuple(k if isinstance(k, float) or not k else round(k / depth, 4) for k in recipe.layers) if depth else ()
     )

@@ -54,6 +54,7 @@ class PictureRecipe(Recipe):
         steps: Scheduler steps of a picture.
         guidance: Guidance towards the prompt. Default: the pipeline's own.
         batch: Pictures that are drawn together; two of each pair.
+        carry_model: Whether the bank carries the pipeline, as `pipeline/`. `source` is a folder of safetensors then.
     """
 
     concepts: tuple[PictureConcept, ...] = ()
@@ -69,6 +70,7 @@ class PictureRecipe(Recipe):
     steps: int = 20
     guidance: float | None = None
     batch: int = 16
+    carry_model: bool = False
     digested: ClassVar[tuple[str, ...]] = ("template", "sites", "levels", "steps", "guidance", "batch")
 
     @classmethod
@@ -126,6 +128,11 @@ class PictureRecipe(Recipe):
     def asked(self, prompt: str, concept: str) -> str:
         """A prompt that says a concept."""
         return self.template.replace("{prompt}", prompt).replace("{concept}", concept)
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        said = super().provenance | {"steps": self.steps, "guidance": self.guidance}
+        return {key: value for key, value in said.items() if key != "source" or not self.carry_model}
 
     @property
     def plain(self) -> str:

@@ -17,7 +17,7 @@ from ..bank.search import LABELS, stored, text_of
 from ..devices import best_device
 from ..errors import BadBank, BadRecipe
 from ..hosts import load
-from .carry import RECIPE, carried
+from .carry import RECIPE, carried, pipeline_of
 from .recipe import (
     ContextRecipe,
     CorpusRecipe,
@@ -98,6 +98,7 @@ def check_writable(folder: Path) -> None:
 def check(recipe: Recipe) -> None:
     """Raise `BadRecipe` for what cannot work, as far as that can be known before a model is loaded."""
     recipe.check()
+    pipeline_of(recipe)
     if isinstance(recipe, DirectionRecipe):
         from .package.directions import check_methods
 
@@ -121,7 +122,7 @@ def _made(target: Any, tokenizer: Any, recipe: Recipe, folder: Path, score: Any)
     bank = WAYS[type(recipe)](target, tokenizer, recipe, folder, **more)
     if tokenizer is not None:
         bank.provenance["chat"] = getattr(tokenizer, "chat_template", None) is not None
-    bank.files = {**bank.files, RECIPE: carried(recipe)}
+    bank.files = {**bank.files, **pipeline_of(recipe), RECIPE: carried(recipe)}
     if len({text_of(concept) for concept in bank.concepts.values()}) > FEW and sentences.is_installed():
         bank.files = {**bank.files, LABELS: stored(bank.concepts.values())}
     return bank

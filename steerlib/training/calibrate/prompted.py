@@ -11,13 +11,22 @@ negative and p the positive prompt, u the plain, q the prompted and s the steere
 
 An effect is 0 for the plain and 1 for the prompted picture. A damage of 1: neither prompt explains the steered picture
 without twice the error of the pipeline's own pictures. The effect is a mean over pairs, the damage a ratio of means. The
-setting with the largest effect less a quarter of the damage is chosen (`WEIGHT`). To remove a concept, the prompted picture
-is steered: then the plain one is what it should become.
+setting with the largest effect less a quarter of the damage is chosen (`WEIGHT`).
+
+To remove a concept, the prompted picture is steered. What it should become is any picture that does not show the concept: of
+something blue, something red is as good as something green, which is what n may say. So b, the words that n and p share, is
+asked in place of n:
+
+    gain(x) = e(x|b) - e(x|p)
+    effect  = clip((gain(q) - gain(s)) / (gain(q) - gain(u)), 0, 1)
+    natural = mean(e(u|b), e(q|b))
+    damage  = max(0, e(s|b) - natural) / natural
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from difflib import SequenceMatcher
 from functools import cached_property
 from itertools import product, takewhile
 from typing import Any, NamedTuple
@@ -32,7 +41,7 @@ from ...bank.concept_bank import ConceptBank
 from ...errors import BadRecipe
 from ...evaluation.denoising import drawn, errors
 from ...evaluation.pictures import Pictures, edit_of, stills
-from ...steering.interventions import Ablate, Add, Intervention, Scale
+from ...steering.interventions import Intervention
 from ...steering.session import steer
 from ..picture_recipe import PictureRecipe, PromptPair
 
@@ -103,52 +112,74 @@ class Trials:
         self.drawing, self.pairs, self.concept, self.score = drawing, list(pairs), concept, score
         self.seeds = [pair.seed for pair in pairs]
         self.said = {"n": [pair.negative for pair in pairs], "p": [pair.positive for pair in pairs]}
+        self.said["b"] = [shared(pair.positive, pair.negative) for pair in pairs]
 
     def of(self, bank: ConceptBank, edits: Mapping[str, Any], *, remove: bool = False) -> Trial:
         """The effect and the damage of edits; with `remove` on pictures of positive prompts, which should lose the concept."""
-        asked, arm, goal = ("p", self._prompted, self._plain) if remove else ("n", self._plain, self._prompted)
-        seen = self._seen(self.said[asked], bank, edits)
-        way = goal.shown - arm.shown
-        sure = way > 0 if not remove else way < 0
-        share = ((seen.shown - arm.shown) / way).clamp(0, 1)[sure]
-        natural = (self._plain.errors["n"] + self._prompted.errors["p"]) / 2
-        harm = (torch.minimum(*seen.errors.values()) - natural).clamp(min=0).mean() / natural.mean()
+        asked, less = ("p", "b") if remove else ("n", "n")
+        u, q, s = (each.under(less) for each in (self._plain, self._prompted, self._seen(asked, bank, edits)))
+        start, way = (q.shown, u.shown - q.shown) if remove else (u.shown, q.shown - u.shown)
+        share = ((s.shown - start) / way).clamp(0, 1)[way < 0 if remove else way > 0]
+        natural = (u.less + (q.less if remove else q.said)) / 2
+        own = s.less if remove else torch.minimum(s.less, s.said)
+        harm = (own - natural).clamp(min=0).mean() / natural.mean()
         return Trial(round(float(share.mean()) if len(share) else 0.0, 4), round(float(harm), 4))
 
     @property
     def told(self) -> float:
         """Share of pairs whose prompted picture scores higher than the plain one: without them, nothing can be measured."""
-        return float((self._prompted.shown > self._plain.shown).float().mean())
+        return float((self._prompted.under("n").shown > self._plain.under("n").shown).float().mean())
 
     @cached_property
     def _plain(self) -> "_Seen":
-        return self._seen(self.said["n"])
+        return self._seen("n")
 
     @cached_property
     def _prompted(self) -> "_Seen":
-        return self._seen(self.said["p"])
+        return self._seen("p")
 
-    def _seen(self, prompts: Sequence[str], bank: ConceptBank | None = None, edits: Mapping[str, Any] | None = None) -> "_Seen":
-        """What is drawn of some prompts, as it is scored."""
+    def _seen(self, asked: str, bank: ConceptBank | None = None, edits: Mapping[str, Any] | None = None) -> "_Seen":
+        """What is drawn of some prompts, to be judged."""
+        prompts = self.said[asked]
         with steered(self.drawing.pipe, bank, edits):
             if self.score is None:
-                latents, pictures = self.drawing(prompts, self.seeds), None
-            else:
-                latents, pictures = self.drawing.shown(prompts, self.seeds)
-        found = dict(zip(self.said, self.drawing.errors(latents, *self.said.values()), strict=True))
-        if self.score is None or pictures is None:
-            return _Seen(found, found["n"] - found["p"])
+                return _Seen(self, self.drawing(prompts, self.seeds))
+            latents, pictures = self.drawing.shown(prompts, self.seeds)
         shown = np.asarray(self.score(pictures, self.concept), dtype=np.float32)
         if shown.shape != (len(prompts),) or not np.isfinite(shown).all():
             raise BadRecipe(f"expected a finite number from score= for each of {len(prompts)} pictures, got {shown!r:.80}")
-        return _Seen(found, torch.from_numpy(shown))
+        return _Seen(self, latents, torch.from_numpy(shown))
 
 
-class _Seen(NamedTuple):
-    errors: dict[str, Float[Tensor, " B"]]
-    """Under the negative and the positive prompts."""
+class _Judged(NamedTuple):
+    less: Float[Tensor, " B"]
+    """Errors under the prompts that do not say the concept."""
+    said: Float[Tensor, " B"]
+    """Errors under those that do."""
     shown: Float[Tensor, " B"]
     """How much of the concept there is."""
+
+
+class _Seen:
+    """Pictures, which are judged once under each kind of prompts: always in calls of the same shape, so to the same bits."""
+
+    def __init__(self, trials: Trials, latents: Tensor, shown: Tensor | None = None):
+        self.trials, self.latents, self.shown = trials, latents, shown
+        self.judged: dict[str, _Judged] = {}
+
+    def under(self, less: str) -> _Judged:
+        if less not in self.judged:
+            e, c = self.trials.drawing.errors(self.latents, self.trials.said[less], self.trials.said["p"])
+            self.judged[less] = _Judged(e, c, e - c if self.shown is None else self.shown)
+        return self.judged[less]
+
+
+def shared(positive: str, negative: str) -> str:
+    """The words of a negative prompt that its positive one has too, in the same order; where there are none, all of them."""
+    words = [prompt.split() for prompt in (positive, negative)]
+    bare = [[word.strip(",.;:!?") for word in some] for some in words]
+    blocks = SequenceMatcher(None, *bare, autojunk=False).get_matching_blocks()
+    return " ".join(word for block in blocks for word in words[1][block.b : block.b + block.size]) or negative
 
 
 @contextmanager
@@ -167,13 +198,9 @@ EDITS = ("Add", "Set")
 """Kinds of edits that a concept can be stored with."""
 TOLD, MOVED = 0.75, 0.5
 """Share of prompted pictures that have to be told from plain ones, and effect, from which on an amount counts as useful."""
-REMOVED: dict[str, Callable[[float], Intervention]] = {
-    "subtracted": lambda amount: Add(-amount),
-    "ablated": lambda _: Ablate(),
-    "reflected": lambda _: Scale(-1.0),
-}
-"""Ways of removing a concept, of which one is chosen: less of it by its useful amount, none, or its reading turned around
-(CASteer, arXiv 2503.09630)."""
+REMOVED = (("Set", 0.0), ("Set", -1.0), ("Scale", -1.0), ("Add", -1.75), ("Add", -2.5))
+"""Edits of which one is chosen to remove a concept: its reading set to that of pictures without it, or below, turned around
+(CASteer, arXiv 2503.09630), or lowered."""
 FIRST, DOSES = 2.5, (1.0, 1.75, 4.0, 6.0)
 """The amount at which methods are compared, and others of the best."""
 
@@ -188,28 +215,22 @@ class Attempt(NamedTuple):
     damage: float
 
     @property
+    def setting(self) -> Intervention:
+        """The edit."""
+        return edit_of(self.edit, self.amount)
+
+    @property
     def score(self) -> float:
         """The more, the better."""
         return self.effect - WEIGHT * self.damage
 
 
 class Choice(NamedTuple):
-    """What was chosen for a concept, of all that was tried; how it is best removed, and what shows that it can be measured."""
+    """What was chosen for a concept, of all that was tried, and what shows that it can be measured."""
 
     best: Attempt
     tried: list[Attempt]
-    removal: str
     told: float
-
-    @property
-    def edit(self) -> Intervention:
-        """The edit that was chosen."""
-        return edit_of(self.best.edit, self.best.amount)
-
-    @property
-    def way(self) -> Intervention:
-        """The edit that removes it."""
-        return REMOVED[self.removal](self.best.amount)
 
     @property
     def doses(self) -> list[Attempt]:
@@ -240,12 +261,12 @@ class Choice(NamedTuple):
     @classmethod
     def from_json(cls, values: Sequence[Any]) -> "Choice":
         """What `remembered` gives back."""
-        best, tried, removal, told = values
-        return cls(Attempt(*best), [Attempt(*line) for line in tried], removal, told)
+        best, tried, *_, told = values  # between them was once the way of removal
+        return cls(Attempt(*best), [Attempt(*line) for line in tried], told)
 
 
 def most_trials(methods: Sequence[str], narrower: int) -> int:
-    """How often `chosen` has the pairs drawn, at most, beside plain and prompted."""
+    """How often `chosen` and `removals` have the pairs drawn, at most, beside plain and prompted."""
     return len(methods) * len(EDITS) + 2 * len(DOSES) + narrower + len(DOSES) + len(REMOVED)
 
 
@@ -259,8 +280,8 @@ def hoped(tried: Iterable[Attempt], method: str, edit: str, amount: float) -> fl
 def chosen(
     trials: Trials, bank: Callable[[str], ConceptBank], methods: Sequence[str], narrower: Callable[[str, str], Sequence[str]]
 ) -> Choice:
-    """The best method, kind of edit and amount for a concept; then whether it does better at fewer sites or levels; then the
-    best way to remove it. Of the second best at first, amounts are left out that cannot become the best (`hoped`).
+    """The best method, kind of edit and amount for a concept; then whether it does better at fewer sites or levels. Of the
+    second best at first, amounts are left out that cannot become the best (`hoped`).
 
     Args:
         bank: Gives a bank by the name of a method.
@@ -284,7 +305,10 @@ def chosen(
             best = attempt([line[:2]], [amount])
     if (fewer := attempt([(name, best.edit) for name in narrower(best.method, best.edit)], [best.amount])) != best:
         best = attempt([(fewer.method, fewer.edit)], [amount for amount in (FIRST, *DOSES) if amount != fewer.amount])
-    removals = {
-        way: trials.of(bank(best.method), {trials.concept: make(best.amount)}, remove=True) for way, make in REMOVED.items()
-    }
-    return Choice(best, tried, max(removals, key=lambda way: removals[way].score), round(trials.told, 4))
+    return Choice(best, tried, round(trials.told, 4))
+
+
+def removals(trials: Trials, bank: ConceptBank, method: str) -> list[Attempt]:
+    """What edits do that may remove a concept, the best first; the bank has it as a method made it."""
+    tried = [Attempt(method, *way, *trials.of(bank, {trials.concept: edit_of(*way)}, remove=True)) for way in REMOVED]
+    return sorted(tried, key=lambda line: -line.score)

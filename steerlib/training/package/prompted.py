@@ -2,6 +2,7 @@
 
 folder/sums/      by concept, sums over pairs of how activations differ
 folder/chosen/    by concept, what was chosen for it and what it does
+folder/removed/   by concept, how it is best removed and what that does
 folder/strips/    by concept, pictures of it
 """
 
@@ -21,7 +22,7 @@ from ...evaluation.pictures import LABELS, asked, edit_of, grid
 from ...evaluation.report import markdown
 from ...hosts import host_for
 from ...text import progress, stage
-from ..calibrate.prompted import HARM, Choice, Drawing, Score, Trial, Trials, chosen, steered
+from ..calibrate.prompted import HARM, Attempt, Choice, Drawing, Score, Trial, Trials, chosen, removals, steered
 from ..directions.prompted import METHODS, Lever, bank_of, found_by, reaches, usable
 from ..entries import PictureConcept
 from ..picture_recipe import PictureRecipe
@@ -36,13 +37,15 @@ SHARES = (-1.0, 0.5, 1.0, 1.5)
 
 
 class Found(NamedTuple):
-    """What was found for a concept: its lever, how it was chosen, and what it does to pictures that nothing was chosen on."""
+    """What was found for a concept: its lever, how it was chosen and is best removed, and what both do to pictures that
+    nothing was chosen on."""
 
     lever: Lever
     choice: Choice
     moved: Trial
-    removed: Trial
     told: float
+    removal: Attempt
+    removed: Trial
 
 
 def check_methods(recipe: PictureRecipe) -> None:
@@ -64,8 +67,7 @@ def train_prompted(pipe: Any, recipe: PictureRecipe, folder: Path, score: Score 
     concepts = [making.concept(concept, found[concept.name]) for concept in recipe.concepts]
     levers = {name: own.lever for name, own in found.items()}
     bank = bank_of(pipe, recipe.name, levers, recipe.levels, base=recipe.base, concepts=concepts)
-    bank.license = recipe.license
-    bank.provenance = {**recipe.provenance, "steps": recipe.steps, "guidance": recipe.guidance}
+    bank.license, bank.provenance = recipe.license, recipe.provenance
     with stage(3, 3, "drawing what concepts do"):
         bank.pictures = making.strips(bank) if find_spec("matplotlib") else {}
     return bank.with_concepts([*bank.concepts.values()], card=prompted_card(bank, recipe, found, making.plain))
@@ -109,19 +111,28 @@ class Making:
         def bank(method: str) -> ConceptBank:
             return bank_of(self.pipe, name, {name: found_by(method, sums, *place)}, self.recipe.levels)
 
+        dev, test = (Trials(self.drawing, pairs, name, self.score) for pairs in splits[1:])
+
         def search() -> dict[str, Any]:
-            dev, test = (Trials(self.drawing, pairs, name, self.score) for pairs in splits[1:])
             methods = usable(self.recipe.methods, sums)
             choice = chosen(dev, bank, methods, lambda method, edit: reaches(method, edit, sums, *place))
-            own = bank(choice.best.method)
-            moved, removed = test.of(own, {name: choice.edit}), test.of(own, {name: choice.way}, remove=True)
-            return {"choice": choice, "moved": moved, "removed": removed, "told": round(test.told, 4)}
+            moved = test.of(bank(choice.best.method), {name: choice.best.setting})
+            return {"choice": choice, "moved": moved, "told": round(test.told, 4)}
 
-        scorer = "" if self.score is None else f" by {self.scorer}"
-        kept = remembered(self.folder / f"chosen{scorer}" / f"{name}.json", search)
+        kept = remembered(self._place("chosen", name), search)
         choice = Choice.from_json(kept["choice"])
-        lever = found_by(choice.best.method, sums, *place)
-        return Found(lever, choice, Trial(*kept["moved"]), Trial(*kept["removed"]), kept["told"])
+        own, lever = bank(choice.best.method), found_by(choice.best.method, sums, *place)
+
+        def lose() -> dict[str, Any]:
+            best, *_ = tried = removals(dev, own, choice.best.method)
+            return {"tried": tried, "removed": test.of(own, {name: best.setting}, remove=True)}
+
+        lost = remembered(self._place("removed", name), lose)
+        return Found(lever, choice, Trial(*kept["moved"]), kept["told"], Attempt(*lost["tried"][0]), Trial(*lost["removed"]))
+
+    def _place(self, what: str, name: str) -> Path:
+        """Where is kept what a scorer chose for a concept."""
+        return self.folder / (what if self.score is None else f"{what} by {self.scorer}") / f"{name}.json"
 
     def concept(self, concept: PictureConcept, found: Found) -> Concept:
         """A concept with what was measured of it; its places are those of its lever."""
@@ -132,7 +143,8 @@ class Making:
             "effect": found.moved.effect,
             "damage": found.moved.damage,
             "told": found.told,
-            "removal": choice.removal,
+            "removal": found.removal.edit,
+            "removal_amount": found.removal.amount,
             "removed": found.removed.effect,
             "scorer": self.scorer,
         }
@@ -187,7 +199,8 @@ prompt says the concept, all from the same noise, by how much better that prompt
 pipeline itself, or the scorer that the table names). *Damage*: by how much the error of the steered picture, under the
 better of the two prompts, exceeds that of the pipeline's own pictures; 1 is twice as much. *Told*: the share of prompted
 pictures that the scorer tells from plain ones; where it is low, the other figures say little. *Removed*: the same effect
-the other way, on pictures whose prompt says the concept. Figures are of {evaluation} pairs of prompts; amounts were chosen
+the other way, on pictures whose prompt says the concept, against the words that it shares with the prompt that does not.
+Figures are of {evaluation} pairs of prompts; amounts were chosen
 on {dev} others, directions found on {train}. A safe range ends before the first amount whose damage is above {harm:g}."""
 
 
@@ -210,7 +223,7 @@ def prompted_card(bank: ConceptBank, recipe: PictureRecipe, found: Mapping[str, 
 
 def _example(recipe: PictureRecipe, concept: Concept, plain: Any) -> str:
     edit = f'{{"{concept.name}": sl.{concept.useful_as}({concept.effects["amount"]:g})}}'
-    return example_of_pictures(recipe.name, recipe.source, edit, plain)
+    return example_of_pictures(recipe.name, "" if recipe.carry_model else recipe.source, edit, plain)
 
 
 def _table(levers: Sequence[Concept], found: Mapping[str, Found]) -> str:
@@ -219,7 +232,7 @@ def _table(levers: Sequence[Concept], found: Mapping[str, Found]) -> str:
         own, figures = found[c.name], c.effects
         useful = f"{c.useful_as} {signed(c.useful)}" if c.useful is not None else c.beyond
         measured = (f"{number:.2f}" for number in (own.moved.effect, own.moved.damage, own.told))
-        removal = f"{figures['removal']}: {own.removed.effect:.2f} / {own.removed.damage:.2f}"
+        removal = f"{own.removal.edit} {signed(own.removal.amount)}: {own.removed.effect:.2f} / {own.removed.damage:.2f}"
         made = own.choice.best.method
         rows.append((c.name, c.label, made, useful, signed(*c.range or ()), *measured, removal, figures["scorer"]))
     head = "concept | meaning | method | useful | safe range | effect | damage | told | removed / damage | scored by"
