@@ -49,29 +49,29 @@ class Bench:
 
     def measured(self, cause: Cause) -> dict[str, Any]:
         """All figures of a value."""
-        own = self.experiment.bank[cause.value]
+        own, e = self.experiment.bank[cause.value], self.experiment
+        case, dev = e.case(cause, self.n, TEST), e.case(cause, self.n // 2, DEV)
+        said = e.draw(e.saying(case, TEST))
         return {
-            "other value said": self.compared(cause, own),
-            "value unsaid": self.unsaid(cause),
-            "in other words": self.reworded(cause),
-            "removed": self.removed(cause, own),
-            "one of two": self.one_of_two(cause),
-            "self-score": self.self_scored(cause, own),
+            "other value said": self.compared(case, dev, said, own),
+            "value unsaid": self.unsaid(case),
+            "in other words": self.reworded(case),
+            "removed": self.removed(case, said, own),
+            "one of two": self.one_of_two(case),
+            "self-score": self.self_scored(dev, own),
             "chosen": [own.effects["edit"], own.effects["amount"], own.source],
         }
 
-    def compared(self, cause: Cause, own: Concept) -> dict[str, list[float]]:
+    def compared(self, case: Case, dev: Case, said: Pictures, own: Concept) -> dict[str, list[float]]:
         """Captions that say another value, under every condition."""
-        e, edits = self.experiment, self.experiment.lever(cause)
-        case, dev = e.case(cause, self.n, TEST), e.case(cause, self.n // 2, DEV)
-        said = measures.effect(cause, case.asked, case.before, e.draw(e.saying(case, TEST)), e.judge)
-        kind = own.effects["edit"]
+        e, cause, kind = self.experiment, case.cause, own.effects["edit"]
+        edits, alone = e.lever(cause), e.effect(case, e.lever(cause))
         tried = {amount: e.effect(dev, {own.name: edit_of(kind, amount)}) for amount in AMOUNTS}
         best = max(tried, key=lambda amount: score(tried[amount]))
         found = {
-            "captions alone": e.effect(case, edits),
-            "amount of a judge": e.effect(case, {own.name: edit_of(kind, best)}),
-            "rewritten prompt": said,
+            "captions alone": alone,
+            "amount of a judge": alone if best == own.effects["amount"] else e.effect(case, {own.name: edit_of(kind, best)}),
+            "rewritten prompt": measures.effect(cause, case.asked, case.before, said, e.judge),
             "random direction": e.effect(case, edits, randomised(e.bank, own, 0)),
             "another concept": e.effect(case, e.lever(self.stranger(cause))),
         }
@@ -84,16 +84,13 @@ class Bench:
         known = self.experiment.levers()
         return next(other for other in [*known[known.index(cause) :], *known] if other.factor != cause.factor)
 
-    def unsaid(self, cause: Cause) -> list[float] | None:
+    def unsaid(self, case: Case) -> list[float] | None:
         """Captions without a word of the factor."""
-        if cause.factor in prompts.NEVER_UNSAID:
-            return None
-        case = self.experiment.case(cause, self.n, TEST)
-        return self.on(case, prompts.unsaid(case.captions, cause.factor))
+        factor = case.cause.factor
+        return None if factor in prompts.NEVER_UNSAID else self.on(case, prompts.unsaid(case.captions, factor))
 
-    def reworded(self, cause: Cause) -> dict[str, list[float]]:
+    def reworded(self, case: Case) -> dict[str, list[float]]:
         """Captions in the words of the recipe's pairs, and in the last ones that there are."""
-        case = self.experiment.case(cause, self.n, TEST)
         both = {"words of the pairs": 0, "other words": -1}
         return {name: self.on(case, prompts.reworded(case.captions, which)) for name, which in both.items()}
 
@@ -102,14 +99,12 @@ class Bench:
         other = case._replace(captions=captions, before=self.experiment.draw(captions))
         return _figures(self.experiment.effect(other, self.experiment.lever(case.cause)))
 
-    def removed(self, cause: Cause, own: Concept) -> dict[str, list[float]]:
+    def removed(self, case: Case, said: Pictures, own: Concept) -> dict[str, list[float]]:
         """Captions that say the value: share of what shows it that shows it no more, and share kept of other factors."""
-        e, case = self.experiment, self.experiment.case(cause, self.n, TEST)
-        said = e.saying(case, TEST)
-        before = e.judge.read(e.draw(said))
+        e, captions = self.experiment, self.experiment.saying(case, TEST)
         way = edit_of(own.effects["removal"], own.effects["removal_amount"])
-        drawn = {"removed": e.draw(said, {own.name: way}), "negative prompt": self.without(said, cause)}
-        return {name: _gone(before, e.judge.read(after), cause) for name, after in drawn.items()}
+        drawn = {"removed": e.draw(captions, {own.name: way}), "negative prompt": self.without(captions, case.cause)}
+        return {name: _gone(e.judge.read(said), e.judge.read(after), case.cause) for name, after in drawn.items()}
 
     def without(self, captions: list[str], cause: Cause) -> Pictures:
         """Pictures with the value as the negative prompt."""
@@ -118,13 +113,13 @@ class Bench:
         drawn = self.experiment.pipe(captions, [prompts.phrase(cause)] * len(captions), generator=noises, **how)
         return (drawn.images * 255).round().astype(np.uint8)
 
-    def one_of_two(self, cause: Cause) -> list[float] | None:
+    def one_of_two(self, case: Case) -> list[float] | None:
         """Two objects, a box around the first: share of first objects that show the value afterwards, share of second ones that
         read as before."""
+        e, cause, moved, kept = self.experiment, case.cause, [], []
         if cause.factor not in ("hue", "size"):
             return None
-        e, edit, moved, kept = self.experiment, self.experiment.lever(cause)[cause.value], [], []
-        case = e.case(cause, self.n, TEST)
+        edit = e.lever(cause)[cause.value]
         two, first, second = (case.asked.factors[name] for name in ("count", "cell.0", "cell.1"))
         for cell in np.unique(first[two == 1]):
             rows = np.flatnonzero((two == 1) & (first == cell))
@@ -136,10 +131,10 @@ class Bench:
             kept += (after[at, beside] == before[at, beside]).tolist()
         return [round(float(np.mean(each)), 3) for each in (moved, kept)]
 
-    def self_scored(self, cause: Cause, own: Concept) -> dict[str, Any]:
+    def self_scored(self, case: Case, own: Concept) -> dict[str, Any]:
         """How well the pipeline's own errors tell what judges see: area under the curve over plain, prompted and steered
         pictures; by amount, the damage, and the share of other factors that changed."""
-        e, case, kind = self.experiment, self.experiment.case(cause, self.n // 2, DEV), own.effects["edit"]
+        e, cause, kind = self.experiment, case.cause, own.effects["edit"]
         said, seeds, shown, gains, harm = e.saying(case, DEV), [*range(len(case.captions))], [], [], []
         there = e.judge.read(case.before)["shape"] > 0
         arms: dict[str, tuple[list[str], Edits | None]] = {"plain": (case.captions, None), "prompted": (said, None)}
