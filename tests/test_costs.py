@@ -17,6 +17,7 @@ from steerlib.evaluation import denoising
 from steerlib.hosts import host_for
 from steerlib.training import named
 from steerlib.training.calibrate.prompted import Drawing
+from steerlib.training.entries import ConceptGraphRecipe
 from steerlib.training.package.costs import costs_of
 from steerlib.training.record import contrasts as record
 
@@ -146,6 +147,11 @@ def test_a_dry_run_counts_what_the_same_pipeline_does_and_keeps(folder):
         counts.append(counter.get_total_flops() - counts[0])
     assert costs.flops == costs.pictures * counts[0] + costs.judged * counts[1]
     assert costs.passes == costs.pictures * 3 + costs.judged * denoising.STEPS * denoising.DRAWS
+    graph = costs_of(replace(recipe, graph=ConceptGraphRecipe(contexts=8, pairs=2, controls=1)), 1e12)
+    more = 2 * (2 + 2 + 2) + 8 + round(8 * 2 / costs.concepts)  # pairs to learn and to try, moved, plain and at random
+    assert graph.pictures - costs.pictures == more
+    assert graph.flops - costs.flops == pytest.approx(more * (counts[0] + counts[1] / (2 * denoising.DRAWS)))
+    assert graph.passes - costs.passes == more * (3 + denoising.STEPS)
     how: Any = {"sites": [*costs.sites], "levels": recipe.levels, "batch": 2, "texts": record.texts(host_for(pipe))}
     sums = record.contrasts(pipe, [pair], draw, **how)
     assert how["texts"] and costs.sums == sum(value.nbytes for value in sums.values())

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from scenes import graph as scene_graph
+from scenes import prompts
 from scenes.graph import _joined, marked, share, shuffled, truth
 from scenes.measures import Cause
 
@@ -55,3 +56,23 @@ def test_an_edge_has_to_be_large_and_sure_and_the_weaker_of_a_circle_is_left_out
     (kept,) = made.graph.edges
     assert kept.tau is not None and kept.tau_lo is not None and kept.tau_hi is not None
     assert kept.tau == pytest.approx(changed[:, 0].mean() / 2) and kept.tau_lo < kept.tau < kept.tau_hi and kept.n_verify == 64
+
+
+def test_graphs_of_banks_stand_beside_the_truth_however_they_were_found(true):
+    found = CausalGraph([edge("night", "navy", 0.3), edge("day", "night", -0.5), edge("navy", "stone", 0.3)])
+
+    class Bank:
+        name, graph = "some", found
+
+    own = scene_graph.beside_truth(Bank, true)  # type: ignore[arg-type]
+    assert (own["edges"], own["right"], own["of one factor"], own["wrong"]) == (2, 1, 1, ["navy → stone"])
+    assert own["dealt"] < 0.3 and own["due"] == 23
+    text = scene_graph.table([Bank])  # type: ignore[list-item]
+    assert "| some | 2 | 1 | 50% |" in text and "| 23 | 4% | 1 |" in text and "navy → stone" in text
+
+
+def test_bare_captions_leave_what_follows_to_the_model(tmp_path):
+    said = prompts.bare(12)
+    assert len({*said}) == 12 and prompts.unsaid(said, "background") == said != prompts.unsaid(said, "hue")
+    prompts.write(tmp_path, [Cause("scene", "night")], 12)
+    assert (tmp_path / "graph.txt").read_text().splitlines() == said

@@ -1,9 +1,12 @@
 """What follows from what in the scenes bank: each lever is moved alone, and judges say which values of other factors the
 pictures then show more, or less. The truth is known, so every edge can be marked.
 
+`PYTHONPATH=scripts python -m scenes.graph BANK …` holds the graphs of banks, however they were found, against the truth.
+
 a -> b  levers of different factors     d  change of b's share of a picture, [M, B]     M  scenes
 """
 
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -18,6 +21,7 @@ from scenes.judges import Readings
 from scenes.measures import Cause, every
 from steerlib.bank.concept_bank import ConceptBank
 from steerlib.errors import CorruptBank
+from steerlib.evaluation.report import markdown
 from steerlib.graph.causal_graph import CausalGraph, Edge
 from steerlib.steering.interventions import Add
 from steerlib.training.discover.confirm import FDR, adjusted, effects
@@ -150,3 +154,36 @@ def shuffled(graph: CausalGraph, true: Mapping[tuple[str, str], float]) -> float
         drawn = rng.choice(len(pairs), len(signs), replace=False)
         found.append(np.mean([true[pairs[i]] * sign > 0 for i, sign in zip(drawn, signs, strict=True)]) if signs else 0.0)
     return round(float(np.mean(found)), 4)
+
+
+def beside_truth(bank: ConceptBank, true: Mapping[tuple[str, str], float]) -> dict[str, Any]:
+    """The edges of a bank between values of different factors, marked, beside chance; of one factor they are counted alone: all
+    its values take each other away, and nothing says which is the cause."""
+    edges = [edge for edge in bank.graph.edges if edge.relation == "compute"]
+    apart = CausalGraph(edge for edge in edges if (edge.src, edge.dst) in true)
+    return {**marked(apart, true), "of one factor": len(edges) - len(apart), "dealt": shuffled(apart, true)}
+
+
+def table(banks: Sequence[ConceptBank]) -> str:
+    """Graphs of banks beside the truth, as Markdown."""
+    true = truth()
+    found = {bank.name: beside_truth(bank, true) for bank in banks}
+    rows = [
+        (
+            name,
+            *(str(own[what]) for what in ("edges", "right")),
+            f"{own['precision']:.0%}",
+            f"{own['dealt']:.0%}",
+            str(own["due"]),
+            f"{own['recall']:.0%}",
+            str(own["of one factor"]),
+        )
+        for name, own in found.items()
+    ]
+    wrong = [f"Not in the truth, {name}: {', '.join(own['wrong']) or 'none'}." for name, own in found.items()]
+    head = "bank | edges | right | precision | of as many dealt at random | due | recall | edges of one factor, not marked"
+    return "\n\n".join([markdown(head, rows), *wrong])
+
+
+if __name__ == "__main__":
+    print(table([ConceptBank.from_pretrained(name) for name in sys.argv[1:]]))

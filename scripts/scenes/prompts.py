@@ -16,6 +16,8 @@ from scenes.measures import Cause, every
 
 PURPOSE = 61
 """Keeps these scenes apart from those that concepts are measured on."""
+AROUND = ("ground", "background", "side")
+"""What captions say of a scene beside its type and its things."""
 NEVER_UNSAID = ("shape",)
 """Captions have no other word for a thing."""
 
@@ -31,12 +33,23 @@ def pairs(cause: Cause, n: int, *, seed: int = 0) -> list[tuple[str, str]]:
     return [*zip(*both, strict=True)]
 
 
+def bare(n: int, *, seed: int = 0) -> list[str]:
+    """Captions that say things and the type of scene, and nothing of what is around: that is the model's to draw. With things
+    unsaid as well, captions are like none that it learned from."""
+    own = (seed, PURPOSE, len(every()))
+    said = reworded(world.captions(world.draw(n, seed=own).factors, seed=own), 0)
+    for factor in AROUND:
+        said = unsaid(said, factor)
+    return said
+
+
 def write(folder: Path, causes: Sequence[Cause], n: int) -> None:
-    """The pairs of some values as the files that a recipe reads."""
+    """The pairs of some values, and bare captions, as the files that a recipe reads."""
     (folder / "pairs").mkdir(parents=True, exist_ok=True)
     for cause in causes:
         lines = [json.dumps({"positive": positive, "negative": negative}) + "\n" for positive, negative in pairs(cause, n)]
         (folder / "pairs" / f"{cause.value}.jsonl").write_text("".join(lines))
+    (folder / "graph.txt").write_text("\n".join(bare(n)) + "\n")
 
 
 def reworded(captions: Sequence[str], which: int) -> list[str]:

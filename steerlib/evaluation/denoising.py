@@ -5,7 +5,7 @@ better (Li et al. 2023, arXiv 2303.16203). Noises and noise levels are the same 
 most of the variance. `B` pictures, as latents of the pipeline; `P` prompts; `N` tokens, `D` channels of a latent.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from typing import Any
@@ -15,10 +15,10 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from ..errors import UnsupportedTarget
+from ..errors import SiteNotReached, UnsupportedTarget
 from ..hosts import host_for
 from ..passes import StepState
-from ..steering.recording import conditional, observing, replacing
+from ..steering.recording import Observe, conditional, observing, replacing
 from .pictures import asked
 
 STEPS = 4
@@ -87,18 +87,51 @@ def errors(
     kind, places = predicts(pipe.scheduler), [path for path in host.passes() if not path.startswith("controlnet")]
     read = host.site(f"{places[0]}.in").read
     clean = read(latents)
-    how: dict[str, Any] = {"num_inference_steps": STEPS, "output_type": "latent"}
-    how |= {"guidance_scale": 1.0} if hasattr(type(pipe), "do_classifier_free_guidance") else {}
     found: list[Tensor] = []
     for k in range(draws or DRAWS):
         noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(seed + k)).to(clean)
         judge = _Judge(pipe.scheduler, kind, clean, noise, found)
-        given, taken = ({f"{path}.in": judge.give for path in host.passes()}, dict.fromkeys(places, judge.take))
-        with replacing(pipe, given), observing(pipe, taken), _stepping(pipe, lambda told, _, j=judge: j.settle(read(told))):
-            pipe(asked(pipe, prompts), generator=torch.Generator().manual_seed(seed), **how)  # whose own noise is not looked at
+        with _stepping(pipe, lambda told, _, j=judge: j.settle(read(told))):
+            _run(pipe, judge, prompts, dict.fromkeys(places, judge.take), seed)
     if not found:
         raise UnsupportedTarget(f"none of {STEPS} steps of {type(pipe).__name__} has a noise level at which prompts are judged")
     return torch.stack(found).mean(0).cpu()
+
+
+@torch.no_grad()
+def features(
+    pipe: Any, latents: Float[Tensor, "B ..."], prompts: Sequence[str], sites: Sequence[str], *, seed: int = 0
+) -> Float[Tensor, "B F"]:
+    """What the unsteered denoiser makes of pictures with noise, the same of each: what it has at some sites of its image, means
+    over tokens and over the noise levels at which `errors` judges, the channels of all sites side by side.
+
+    Raises `SiteNotReached` for a site that no pass comes to, and `UnsupportedTarget` as `errors`.
+    """
+    host, seen = host_for(pipe), {site: list[Tensor]() for site in sites}
+    clean = host.site(f"{host.passes()[0]}.in").read(latents)
+    noise = torch.randn(clean.shape[1:], generator=torch.Generator().manual_seed(seed)).to(clean).expand_as(clean)
+    judge = _Judge(pipe.scheduler, predicts(pipe.scheduler), clean, noise, [])
+
+    def keeper(site: str) -> Observe:
+        def keep(x: Tensor, state: StepState) -> None:
+            if JUDGED[0] <= float(state.progress) <= JUDGED[1] and (own := conditional(x, state)) is not None:
+                seen[site].append(own.float().mean(1).cpu())
+
+        return keep
+
+    _run(pipe, judge, prompts, {site: keeper(site) for site in sites}, seed)
+    if missed := [site for site, own in seen.items() if not own]:
+        raise SiteNotReached(f"the pipeline ran and did not reach {', '.join(missed)} where prompts are judged")
+    return torch.cat([torch.stack(own).mean(0) for own in seen.values()], 1)
+
+
+def _run(pipe: Any, judge: "_Judge", prompts: Sequence[str], observers: Mapping[str, Observe], seed: int) -> None:
+    """A short run of a pipeline in which its denoiser is given what a judge gives."""
+    how: dict[str, Any] = {"num_inference_steps": STEPS, "output_type": "latent"}
+    how |= {"guidance_scale": 1.0} if hasattr(type(pipe), "do_classifier_free_guidance") else {}
+    given = {f"{path}.in": judge.give for path in host_for(pipe).passes()}
+    with replacing(pipe, given), observing(pipe, observers):
+        pipe(asked(pipe, prompts), generator=torch.Generator().manual_seed(seed), **how)  # whose own noise is not looked at
 
 
 def predicts(scheduler: Any) -> str:

@@ -55,6 +55,7 @@ def _named(recipe: Recipe) -> Iterator[str]:
     yield from recipe.listed
     if isinstance(recipe, PictureRecipe):
         yield from (recipe.prompts, *(f"{recipe.pairs}/{c.name}.jsonl" for c in recipe.concepts))
+        yield from (recipe.graph.prompts,) if recipe.graph is not None and recipe.graph.prompts else ()
     if (
         isinstance(recipe, PipelineEncoderRecipe)
         and sum(len(recipe.bytes_of(name) or b"") for name in recipe.corpus) <= LARGEST
@@ -140,6 +141,7 @@ def ported(recipe: R, bank: ConceptBank, source: str, concepts: Sequence[str] = 
     if isinstance(recipe, PictureRecipe):
         if "budget" in others:
             raise BadRecipe(f"bank {bank.name!r} is of pictures, whose search has no budget of answers; leave it out")
+        chosen["graph"] = recipe.graph if len(names) > 1 else None
         return on(recipe, source, **{**chosen, "sites": (), "carry_model": False, **others})
     chosen["layers"] = (
         tuple(k if isinstance(k, float) or not k else round(k / depth, 4) for k in recipe.layers) if depth else ()

@@ -171,3 +171,55 @@ class GraphRecipe:
         """Raise `BadRecipe` for what cannot work."""
         if self.contexts < 120 or self.length < 2 or min(self.parents, self.controls) < 1:
             raise BadRecipe("expected a graph of 120 contexts of two tokens or more, and positive numbers of parents, controls")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConceptGraphRecipe:
+    """How the causal graph of concepts of a diffusion model is found: each is moved alone by its useful amount.
+
+    Args:
+        contexts: Pictures that each is moved in; a quarter of them measures forecasts.
+        prompts: A file of prompts of these pictures, one a line, that leave much unsaid, so that it can follow from what is
+            moved. Default: the negative prompts that the recipe's concepts are measured on.
+        pairs: Pairs of each concept, at most, of those that it is found by, chosen with and measured on: from their pictures
+            it is learned what shows it, from where on, and how well that can be told.
+        controls: The number of concepts in whose place random directions are moved.
+        seed: Seed of all random choices.
+    """
+
+    contexts: int = 64
+    prompts: str = ""
+    pairs: int = 24
+    controls: int = 4
+    seed: int = 0
+
+    def check(self) -> None:
+        """Raise `BadRecipe` for what cannot work."""
+        if self.contexts < 8 or min(self.pairs, self.controls) < 1:
+            raise BadRecipe("expected a graph of 8 contexts or more, and positive numbers of pairs and controls")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentGraphRecipe:
+    """How the graph of a diffusion model's latents is found: which are parts of which, from readings of pictures of the
+    corpus' prompts, and whether moving a whole moves its parts later on.
+
+    Args:
+        contexts: Pictures. Edges come from the readings of the first two thirds; the others verify them.
+        parents: The number of latents of each level that are moved alone, starting with those that go best with a word.
+        seed: Seed of all random choices.
+    """
+
+    contexts: int = 1200
+    parents: int = 40
+    seed: int = 0
+
+    @property
+    def first(self) -> int:
+        """The number of contexts that are read."""
+        return self.contexts * 2 // 3
+
+    def check(self) -> None:
+        """Raise `BadRecipe` for what cannot work."""
+        if self.contexts < 120 or self.parents < 1:
+            raise BadRecipe("expected a graph of 120 contexts or more, and a positive number of parents")

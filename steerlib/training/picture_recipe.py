@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 from ..errors import BadRecipe
-from .entries import PictureConcept
+from .entries import ConceptGraphRecipe, PictureConcept
 from .fields import check_file_name, check_names, is_blank
 from .recipe_base import Recipe
 
@@ -55,6 +55,7 @@ class PictureRecipe(Recipe):
         guidance: Guidance towards the prompt. Default: the pipeline's own.
         batch: Pictures that are drawn together; two of each pair.
         carry_model: Whether the bank carries the pipeline, as `pipeline/`. `source` is a folder of safetensors then.
+        graph: How to find which concept brings or takes which. Default: not at all.
     """
 
     concepts: tuple[PictureConcept, ...] = ()
@@ -71,6 +72,7 @@ class PictureRecipe(Recipe):
     guidance: float | None = None
     batch: int = 16
     carry_model: bool = False
+    graph: ConceptGraphRecipe | None = None
     digested: ClassVar[tuple[str, ...]] = ("template", "sites", "levels", "steps", "guidance", "batch")
 
     @classmethod
@@ -98,10 +100,16 @@ class PictureRecipe(Recipe):
             check_file_name(concept.name, "concept's name")
             if to_train:
                 self.read_splits(concept)
+        if self.graph is not None:
+            self.graph.check()
+            if len(self.concepts) < 2:
+                raise BadRecipe("expected two concepts or more for a graph")
+            if to_train:
+                self.read_contexts(self.graph)
 
     def quick(self) -> "PictureRecipe":
         few = {"train_prompts": 16, "dev_prompts": 4, "evaluation_prompts": 4, "steps": 10}
-        return replace(self, **{name: min(n, getattr(self, name)) for name, n in few.items()}, is_quick=True)
+        return replace(self, **{name: min(n, getattr(self, name)) for name, n in few.items()}, graph=None, is_quick=True)
 
     @property
     def _counts(self) -> tuple[int, int, int]:
@@ -139,11 +147,20 @@ class PictureRecipe(Recipe):
         """A prompt that says nothing of the first concept, of those that concepts are measured on."""
         return self.read_splits(self.concepts[0]).evaluation[0].negative
 
-    def read_prompts(self) -> list[str]:
-        """The prompts that say nothing of the concepts."""
-        if (text := self.text_of(self.prompts)) is None:
-            raise BadRecipe(f"expected {self.prompts} beside the recipe, found none")
+    def read_prompts(self, name: str = "") -> list[str]:
+        """The prompts that say nothing of the concepts, or those of another file."""
+        if (text := self.text_of(name or self.prompts)) is None:
+            raise BadRecipe(f"expected {name or self.prompts} beside the recipe, found none")
         return [line.strip() for line in text.splitlines() if line.strip()]
+
+    def read_contexts(self, graph: ConceptGraphRecipe) -> list[tuple[str, int]]:
+        """The prompts of a graph's pictures with seeds; fewer are drawn again, from other noise."""
+        pairs = zip(*(self.read_splits(concept).evaluation for concept in self.concepts), strict=True)
+        said = self.read_prompts(graph.prompts) if graph.prompts else [pair.negative for some in pairs for pair in some]
+        if not (prompts := [*dict.fromkeys(said)]):
+            raise BadRecipe(f"expected prompts in {graph.prompts}, found none")
+        first = self.seed * SEEDS + SEEDS // 2
+        return [(prompt, first + k) for k, prompt in enumerate(islice(cycle(prompts), graph.contexts))]
 
     def read_splits(self, concept: PictureConcept) -> Splits:
         """The pairs of a concept in three parts, as many as the recipe says; no prompt is in two of them."""

@@ -20,7 +20,7 @@ from ..errors import BadRecipe
 from ..evaluation.probing import LEAST
 from ..evaluation.text import Scorer, Scoring, counting
 from .context_recipe import ContextRecipe as ContextRecipe
-from .entries import ConceptRecipe, GraphRecipe, Pair, SiteEncoder
+from .entries import ConceptRecipe, GraphRecipe, LatentGraphRecipe, Pair, SiteEncoder
 from .fields import check_file_name, check_names, is_blank
 from .picture_recipe import PictureRecipe as PictureRecipe
 from .recipe_base import COMMON as COMMON
@@ -276,8 +276,13 @@ class TextEncoderRecipe(CorpusRecipe):
 
 @dataclass(frozen=True, kw_only=True)
 class PipelineEncoderRecipe(CorpusRecipe):
-    """Sparse encoders of a diffusion model, each at a noise level: every encoder has a `level`, and the corpus is prompts."""
+    """Sparse encoders of a diffusion model, each at a noise level: every encoder has a `level`, and the corpus is prompts.
 
+    Args:
+        graph: How to find the graph of the encoders, which are then one for each noise level. Default: none.
+    """
+
+    graph: LatentGraphRecipe | None = None
     has_levels: ClassVar[bool] = True
 
     @classmethod
@@ -285,6 +290,16 @@ class PipelineEncoderRecipe(CorpusRecipe):
         entries = values.get("encoders")
         given = entries if isinstance(entries, list) else [entries]
         return any(isinstance(entry, Mapping) and "level" in entry for entry in given)
+
+    def check(self, *, to_train: bool = True) -> None:
+        super().check(to_train=to_train)
+        if self.graph is not None:
+            self.graph.check()
+            if not 2 <= len(self.encoders) == len(self.levels):
+                raise BadRecipe("expected encoders of two noise levels or more for a graph, one at each")
+
+    def quick(self) -> "PipelineEncoderRecipe":
+        return replace(super().quick(), graph=None)
 
     @property
     def levels(self) -> list[int]:

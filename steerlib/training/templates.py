@@ -78,6 +78,7 @@ license = "apache-2.0"
 description = "What this bank is for."
 corpus = ["prompts.txt"]       # prompts, a paragraph each, or .jsonl with lines of text, beside this file
 tokens = 100_000               # activations to record, 64 of every picture
+# [graph] at the end, and an encoder at each of several levels: which latents are parts of those of the level before
 
 [[encoders]]
 site = "unet.mid_block.attentions.0"
@@ -96,6 +97,7 @@ license = "apache-2.0"
 description = "What this bank is for."
 template = "{prompt}, {concept}"   # how a prompt says a concept, over the prompts of the line below
 # prompts = "prompts.txt"      # prompts that say nothing of the concepts, one a line; default: some that come with steerlib
+# [graph] at the end: which of several concepts bring or take others
 
 [[concepts]]
 name = "by night"

@@ -30,16 +30,14 @@ from .screen import firing_together, pointing
 from .systems import Codes, Contexts, System, csr, entries
 
 Method = Literal["randomised", "observational", "independence"]
-RATES = (1e-5, 0.1)
-"""How often a latent has to fire, and may at most, to take part."""
 CHANGED = 0.05
 """Share of what a latent usually reads by which it has to change to count as changed."""
 
 
-def eligible(z: Codes) -> NDArray[Any]:
+def eligible(z: Codes, rates: tuple[float, float]) -> NDArray[Any]:
     """Latents that fire neither too rarely to be tested nor all the time."""
     rate = np.bincount(z.indices, minlength=z.shape[1]) / z.shape[0]
-    return (rate >= RATES[0]) & (rate <= RATES[1])
+    return (rate >= rates[0]) & (rate <= rates[1])
 
 
 def proposed(
@@ -93,7 +91,8 @@ def rows_of(
                 near = near + firing_together(system.carried(route, seen[source].x, contexts), _changed(own), least=2, lift=1.0)
         if (weights := system.weights(source, child)) is not None:
             near = near + pointing(weights)
-        usable = diags(eligible(own.z).astype(np.float32)) @ near @ diags(eligible(seen[source].z).astype(np.float32))
+        later, earlier = (diags(eligible(z, system.rates).astype(np.float32)) for z in (own.z, seen[source].z))
+        usable = later @ near @ earlier
         candidates.append(csr(usable))
     return Rows(tuple(x), own.y if changes else own.z, csr(hstack(candidates)))
 
@@ -179,15 +178,16 @@ def _judged(
     return Discovery(CausalGraph(edges), whole, sum(edge.n_verify == 0 for edge in edges), refused, fits)
 
 
-def composition(system: System) -> Discovery:
+def composition(system: System, read: Mapping[str, Codes] | None = None) -> Discovery:
     """Which latents of a level are parts of which of the level before: relation `selection`, from readings alone.
 
     Wholes are selected by their parts, and parts of one whole come together without an edge between them; so each whole is
     fitted to its parts, against the order of generation. Necessity is `1 - P(whole | no part) / P(whole | part)`,
-    sufficiency `P(whole | part)`.
+    sufficiency `P(whole | part)`. `read`: what all contexts read, where that is known.
     """
     contexts = np.arange(len(system))
-    seen = {name: Level(z, z, z) for name, z in observed(system, contexts, Folder(None, {})).items()}
+    read = observed(system, contexts, Folder(None, {})) if read is None else read
+    seen = {name: Level(z, z, z) for name, z in read.items()}
     names, edges, fits = list(system.levels), [], {}
     for whole, part in pairwise(names):
         fit = fitted(rows_of(system, seen, [part], whole, contexts, "observational"), signed=False, centred=True)

@@ -41,6 +41,8 @@ class System(ABC):
 
     batch: int = 2048
     """Contexts that one run is best given."""
+    rates: tuple[float, float] = (1e-5, 0.1)
+    """How often a latent has to fire, and may at most, to take part in discovery."""
 
     @property
     @abstractmethod
@@ -121,7 +123,7 @@ class Around(System):
     """Another system with the same levels and contexts, seen or run in a way of one's own."""
 
     def __init__(self, inner: System):
-        self.inner, self.batch = inner, inner.batch
+        self.inner, self.batch, self.rates = inner, inner.batch, inner.rates
 
     @property
     def levels(self) -> Mapping[str, int]:

@@ -97,6 +97,7 @@ def pictures_card(bank: ConceptBank, recipe: PipelineEncoderRecipe) -> str:
         f"## What was measured\n\nOn pictures that no encoder was trained on.\n\n{latents_table(bank.provenance['quality'])}",
         "## Latents and the words they go with most\n\n"
         + markdown("latent | word | correlation over pictures | fires on", rows),
+        parts_section(bank),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -139,6 +140,63 @@ def _edges(name: str, found: Mapping[str, Any]) -> list[str]:
     carried, negative = (sum(own[kind] for own in found["levels"].values()) for kind in ("carried", "negative"))
     counts = [f"{found[kind]:,}" for kind in ("proposed", "untested", "refused", "verified")]
     return [name, *counts, str(carried), str(negative)]
+
+
+PARTS = """`bank.graph`: latents of one noise level that are parts of latents of the noisier one before (relation
+`selection`), the sparsest account of readings of {first} pictures; and, of wholes that were moved alone in {second} others,
+those whose parts surely followed (relation `compute`, 95 % interval, 5 % false among all that were tested). A picture's
+reading is the most of any token, and counts where it is high (two classes, Otsu). *Dealt*: as many parts of other wholes,
+tested alike. *Shuffled*: parts that are found where each level is of other pictures."""
+
+
+def parts_section(bank: ConceptBank) -> str:
+    """Parts and wholes, and what moving wholes showed, as Markdown; nothing without a graph."""
+    if (found := bank.provenance.get("graph")) is None:
+        return ""
+    rows = []
+    for name, own in found["levels"].items():
+        tests = [f"{some['verified']} of {some['verified'] + some['refused']}" for some in (own, own["dealt"])]
+        rows.append(
+            (name, *map(str, (own["parts"], own["shuffled"])), tests[0], str(own["positive"]), str(own["few"]), tests[1])
+        )
+    head = "wholes to parts | parts | shuffled | followed the whole | of these up | too few pictures to test | dealt"
+    said = PARTS.format(first=found["first"], second=found["second"])
+    return f"## Parts and wholes\n\n{said}\n\n{markdown(head, rows)}"
+
+
+FOLLOWED = """`bank.graph`: each concept was moved alone, at its own amount, in the same {contexts} pictures, and a linear
+reading of what the denoiser makes of a picture, learned from the pairs of each concept, told what it shows before and
+after. An edge is a change of the share of pictures that show the other concept, by {least:.0%} or more at that amount, and
+surely (95 % interval, 5 % false among all that were tested); below, by one unit. Two concepts that take each other away are
+joined by no edge, and of edges in a circle the weakest is left out. *Foretold* are pictures from which no edge was made:
+*R²* is 1 − Σ(d − f)² / Σd² over mean changes, with its 95 % interval."""
+
+
+def followed_section(bank: ConceptBank) -> str:
+    """What follows which concept of pictures, as Markdown; nothing without a graph."""
+    if (found := bank.provenance.get("graph")) is None:
+        return ""
+    counts = [("concepts", found), ("random directions as long", found["random"])]
+    names = ("moved", "tested", "verified", "circles")
+    rows = [(name, *(str(own[what]) for what in names), str(len(own["excluding"]))) for name, own in counts]
+    told = [
+        (name, str(own["edges"]), f"{own['sign']:.0%}", _between(own))
+        for name, own in found["forecast"].items()
+        if own["edges"]
+    ]
+    by: dict[str, list[str]] = {}
+    for edge in bank.graph.edges:
+        by.setdefault(edge.src, []).append(f"{edge.dst} {edge.effect:+.2f} ({edge.tau_lo:+.2f} to {edge.tau_hi:+.2f})")
+    unread = [f"{name} ({share:.0%} told right)" for name, share in found["told"].items() if share < found["least told"]]
+    parts = [
+        "## What follows what",
+        FOLLOWED.format(contexts=found["contexts"], least=found["least"]),
+        markdown("moved | how many | tested | edges | left out of circles | pairs that exclude each other", rows),
+        markdown("foretold | edges | sign right | R²", told) if told else "",
+        markdown("concept | what follows one unit of it", [(src, ", ".join(own)) for src, own in by.items()]) if by else "",
+        f"Not read well enough to follow others: {', '.join(unread)}." if unread else "",
+    ]
+    return "\n\n".join(part for part in parts if part)
 
 
 SHOWN = 30

@@ -10,6 +10,7 @@ from torch.utils.benchmark import Timer
 
 from ...devices import best_device
 from ...errors import BadRecipe, SteerlibError, UnsupportedTarget
+from ...evaluation.denoising import DRAWS
 from ...hosts import host_for, outline
 from ...steering.recording import observing
 from ..calibrate.prompted import Drawing, most_trials
@@ -107,9 +108,11 @@ def costs_of(recipe: Recipe, rate: float = 0.0) -> Costs:
     sites, reads = [*recipe.sites] or places(host), texts(host)
     widths, draws, judges = _tried(pipe, recipe, done, (*sites, *map(given_to, sites), *reads))
     judged = (most_trials(recipe.methods, len(REACHES)) + 2) * recipe.dev_prompts + 4 * recipe.evaluation_prompts
-    pictures = 2 * recipe.train_prompts + judged + SHOWN * (len(SHARES) + 2)
+    followed = _followed(recipe)
+    pictures = 2 * recipe.train_prompts + judged + SHOWN * (len(SHARES) + 2) + followed
     kept = sum(numbers_at(widths[site], widths[given_to(site)]) for site in sites) * len(recipe.levels)
-    took = {name: pictures * draws[name] + judged * judges[name] for name in done}
+    asked = judged + followed / DRAWS  # the graph has a look at a picture from one noise, under one prompt in place of two
+    flops = pictures * draws["flops"] + (judged + followed / DRAWS / 2) * judges["flops"]
     return Costs(
         pipeline=type(pipe).__name__,
         concepts=len(recipe.concepts),
@@ -119,10 +122,20 @@ def costs_of(recipe: Recipe, rate: float = 0.0) -> Costs:
         sums=4 * (kept + sum(2 * widths[site] + 2 for site in reads if site in widths)),
         pictures=pictures,
         judged=judged,
-        passes=sum(took.get(name, 0) for name in host.passes()),
-        flops=took["flops"],
+        passes=round(sum(pictures * draws[name] + asked * judges[name] for name in host.passes())),
+        flops=flops,
         rate=rate or measured_rate(best_device()),
         where="as given" if rate else f"of large products in float32, measured on {best_device()}",
+    )
+
+
+def _followed(recipe: PictureRecipe) -> int:
+    """Pictures for the graph, by concept."""
+    if (graph := recipe.graph) is None:
+        return 0
+    counts = recipe.train_prompts, recipe.dev_prompts, recipe.evaluation_prompts
+    return 2 * sum(min(graph.pairs, count) for count in counts) + round(
+        graph.contexts * (1 + (1 + graph.controls) / len(recipe.concepts))
     )
 
 

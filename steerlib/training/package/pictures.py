@@ -2,10 +2,12 @@
 
 seen.safetensors   activations `site@level`, a share of the tokens of every picture
 encoders/          what `fit` keeps of every encoder
+graph/             what latents read of other pictures, and where some were moved
 """
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from ...errors import BadRecipe
 from ...evaluation.quality import apart, control_of, kept, used
 from ...hosts import host_for
 from ...text import progress, stage
-from ..entries import SiteEncoder
+from ..entries import LatentGraphRecipe, SiteEncoder
 from ..fit.inputs import Tokens
 from ..recipe import PipelineEncoderRecipe
 from ..record.documents import documents
@@ -52,20 +54,46 @@ def train_pictures(pipe: Any, recipe: PipelineEncoderRecipe, folder: Path) -> Co
     prompts = prompts_of(recipe)
     pipe.set_progress_bar_config(disable=True)
     place = folder.parent / recipe.recorded_key
-    with stage(1, 3, f"drawing {len(prompts)} prompts"):
+    count = 3 + (recipe.graph is not None)
+    with stage(1, count, f"drawing {len(prompts)} prompts"):
         seen = recorded(place / "seen.safetensors", lambda: drawn(pipe, prompts, recipe))
-    with stage(2, 3, f"fitting and measuring {len(recipe.encoders)} encoders"):
+    with stage(2, count, f"fitting and measuring {len(recipe.encoders)} encoders"):
         at = place / "encoders" / recipe.fitted_key(recipe.encoders)
         encoders, figures = fitted(recipe.encoders, seen, at, epochs=recipe.epochs)
     named, concepts = words(prompts), []
-    with stage(3, 3, "labelling latents by words of the prompts"):
+    with stage(3, count, "labelling latents by words of the prompts"):
         for id, encoder in encoders.items():
             z = torch.stack([encoder.encode(picture.float()).mean(0) for picture in seen[id.partition("#")[0]]])
             concepts += described(id, encoder, *best(z, named))
     made = bank_of(pipe, recipe.name, recipe.base, concepts, encoders, seen)
     made.provenance = {**recipe.provenance, "quality": figures}
     made.license = recipe.license
+    if recipe.graph is not None:
+        with stage(4, count, "finding parts of wholes, and moving wholes"):
+            made = with_graph_of(pipe, made, recipe, prompts, folder / "graph")
+        concepts = [*made.concepts.values()]
     return made.with_concepts(concepts, card=pictures_card(made, recipe))
+
+
+def with_graph_of(
+    pipe: Any, bank: ConceptBank, recipe: PipelineEncoderRecipe, prompts: Sequence[str], folder: Path
+) -> ConceptBank:
+    """The bank with the graph that its recipe describes, found on new pictures of its prompts."""
+    from ..discover.latent_graph import graphed  # needs scipy
+    from ..discover.steered_pictures import SteeredPictures
+
+    own = recipe.graph or LatentGraphRecipe()
+    asked = islice(cycle(prompts), own.contexts)
+    contexts = [(prompt, recipe.seed + len(prompts) + k) for k, prompt in enumerate(asked)]  # encoders saw the noises before
+    draw = lambda some, seeds: painted(pipe, some, seeds)  # noqa: E731
+    first, second = (SteeredPictures(pipe, bank, some, draw, BATCH) for some in (contexts[: own.first], contexts[own.first :]))
+    return graphed(bank, first, second, own, folder)
+
+
+def painted(pipe: Any, prompts: Sequence[str], seeds: Sequence[int]) -> None:
+    """Draw prompts, each from the noise of its seed."""
+    g = [torch.Generator().manual_seed(seed) for seed in seeds]
+    pipe([*prompts], num_inference_steps=STEPS, generator=g, output_type="latent")
 
 
 def prompts_of(recipe: PipelineEncoderRecipe) -> list[str]:
@@ -102,8 +130,8 @@ def drawn(pipe: Any, prompts: Sequence[str], recipe: PipelineEncoderRecipe, firs
     parts = []
     for start in progress(range(first // BATCH * BATCH, len(prompts), BATCH), "drawing"):
         some = list(prompts[start : start + BATCH])
-        g = [torch.Generator().manual_seed(recipe.seed + start + k) for k in range(len(some))]
-        run = lambda: pipe(some, num_inference_steps=STEPS, generator=g, output_type="latent")  # noqa: B023, E731
+        seeds = range(recipe.seed + start, recipe.seed + start + len(some))
+        run = lambda: painted(pipe, some, seeds)  # noqa: B023, E731
         seen = thinned(at_levels(pipe, recipe.encoder_sites, recipe.levels, run), TOKENS, recipe.seed + start)
         parts.append({key: x[max(0, first - start) :] for key, x in seen.items()})
     return joined(parts)

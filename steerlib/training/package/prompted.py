@@ -3,32 +3,39 @@
 folder/sums/      by concept, sums over pairs of how activations differ
 folder/chosen/    by concept, what was chosen for it and what it does
 folder/removed/   by concept, how it is best removed and what that does
+folder/graph-…/   what the denoiser makes of the pictures that the graph is found from
 folder/strips/    by concept, pictures of it
 """
 
 from collections.abc import Mapping, Sequence
 from functools import cache
+from hashlib import sha256
 from importlib.util import find_spec
 from inspect import signature
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from ...bank.card import example_of_pictures, front
 from ...bank.concept_bank import ConceptBank
 from ...bank.concepts import Concept, signed
 from ...bank.effects import PictureEffects
 from ...errors import BadRecipe, UnsupportedTarget
+from ...evaluation.denoising import features
 from ...evaluation.pictures import LABELS, asked, edit_of, grid
 from ...evaluation.report import markdown
 from ...hosts import host_for
 from ...text import progress, stage
 from ..calibrate.prompted import HARM, Attempt, Choice, Drawing, Score, Trial, Trials, chosen, removals, steered
 from ..directions.prompted import METHODS, Lever, bank_of, found_by, reaches, usable
-from ..entries import PictureConcept
+from ..entries import ConceptGraphRecipe, PictureConcept
 from ..picture_recipe import PictureRecipe
-from ..record.contrasts import Sums, contrasts, places, texts
+from ..record.contrasts import Sums, contrasts, given_to, places, texts
 from ..store import recorded, remembered, whole
-from .card import described
+from .card import described, followed_section
 
 SHOWN = 3
 """Seeds that a strip of pictures shows."""
@@ -57,18 +64,21 @@ def check_methods(recipe: PictureRecipe) -> None:
 def train_prompted(pipe: Any, recipe: PictureRecipe, folder: Path, score: Score | None = None) -> ConceptBank:
     """A concept for each entry of the recipe, from prompts alone: its lever, amount and way of removal chosen by what the
     pipeline itself, or `score`, says of its pictures."""
-    making = Making(pipe, recipe, folder, score)
+    making, count = Making(pipe, recipe, folder, score), 3 + (recipe.graph is not None)
     pipe.set_progress_bar_config(disable=True)
-    with stage(1, 3, f"drawing pairs of prompts for {len(recipe.concepts)} concepts, at {len(making.sites)} sites"):
+    with stage(1, count, f"drawing pairs of prompts for {len(recipe.concepts)} concepts, at {len(making.sites)} sites"):
         for concept in recipe.concepts:
             making.sums(concept)
-    with stage(2, 3, "choosing methods and amounts by what they do to pictures, and measuring them on other prompts"):
+    with stage(2, count, "choosing methods and amounts by what they do to pictures, and measuring them on other prompts"):
         found = {concept.name: making.found(concept) for concept in progress(recipe.concepts, "concepts")}
     concepts = [making.concept(concept, found[concept.name]) for concept in recipe.concepts]
     levers = {name: own.lever for name, own in found.items()}
     bank = bank_of(pipe, recipe.name, levers, recipe.levels, base=recipe.base, concepts=concepts)
     bank.license, bank.provenance = recipe.license, recipe.provenance
-    with stage(3, 3, "drawing what concepts do"):
+    if recipe.graph is not None:
+        with stage(3, count, f"moving concepts in {recipe.graph.contexts} pictures each, to see which others follow"):
+            bank = making.graphed(bank, recipe.graph)
+    with stage(count, count, "drawing what concepts do"):
         bank.pictures = making.strips(bank) if find_spec("matplotlib") else {}
     return bank.with_concepts([*bank.concepts.values()], card=prompted_card(bank, recipe, found, making.plain))
 
@@ -161,6 +171,24 @@ class Making:
             effects=effects,
         )
 
+    def graphed(self, bank: ConceptBank, graph: ConceptGraphRecipe) -> ConceptBank:
+        """The bank with the graph of its concepts."""
+        from ..discover.concept_graph import Studied, graphed  # needs scipy
+
+        pairs = {concept.name: self.recipe.read_splits(concept) for concept in self.recipe.concepts}
+        contexts = self.recipe.read_contexts(graph)
+        key = sha256(repr((graph, contexts, self.scorer)).encode()).hexdigest()[:16]
+        return graphed(Studied(bank, pairs, contexts, self.look, graph, self.folder / f"graph-{key}"))
+
+    def look(self, prompts: Sequence[str], seeds: Sequence[int], bank: Any = None, edits: Any = None) -> Float[Tensor, "B F"]:
+        """Features of pictures, steered or not: what the unsteered denoiser is given at the sites of concepts, without a
+        prompt, or, of a pipeline of classes, with one that says nothing of the first concept."""
+        with steered(self.pipe, bank, edits):
+            latents = self.drawing(prompts, seeds)
+        said = self.recipe.plain if LABELS in signature(self.pipe.__call__).parameters else ""
+        sites, most = [given_to(site) for site in self.sites], self.recipe.batch
+        return torch.cat([features(self.pipe, some, [said] * len(some), sites) for some in latents.split(most)])
+
     def strips(self, bank: ConceptBank) -> dict[str, bytes]:
         """For each concept a table of pictures as PNG, by file name."""
         found = {}
@@ -216,6 +244,7 @@ def prompted_card(bank: ConceptBank, recipe: PictureRecipe, found: Mapping[str, 
         _example(recipe, first, plain),
         "One unit of a concept is the mean difference that its prompts make.",
         f"## What was measured\n\n{said}\n\n{_table(levers, found)}",
+        followed_section(bank),
         "## As it looks\n\nSeeds down; plain, amounts and prompted across.\n\n" + "\n\n".join(shown) if shown else "",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"

@@ -22,10 +22,11 @@ Seen = dict[str, Float[Tensor, "B N D"]]
 def spans(pipe: Any, levels: Sequence[int]) -> dict[str, Window]:
     """The window of progress of each level, by name: from half-way to the one before to half-way to the next."""
     ordered = sorted(levels, reverse=True)
-    return dict(zip(map(str, ordered), windows([_progress(pipe, level) for level in ordered]), strict=True))
+    return dict(zip(map(str, ordered), windows([moment_of(pipe, level) for level in ordered]), strict=True))
 
 
-def _progress(pipe: Any, level: float) -> float:
+def moment_of(pipe: Any, level: float) -> float:
+    """The progress at which a level's noise is left."""
     return 1 - level / pipe.scheduler.config.num_train_timesteps
 
 
@@ -39,7 +40,7 @@ def at_levels(pipe: Any, sites: Sequence[str], levels: Sequence[int], run: Calla
             if (own := conditional(x, state)) is None or state.progress is None:
                 return
             for level in levels:
-                off, key = abs(float(state.progress) - _progress(pipe, level)), f"{site}@{level}"
+                off, key = abs(float(state.progress) - moment_of(pipe, level)), f"{site}@{level}"
                 if key not in nearest or off < nearest[key][0]:
                     nearest[key] = off, own.detach().clone()
 
