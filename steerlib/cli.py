@@ -419,17 +419,18 @@ def examples(
 
 @app.command()
 def study(
-    model: Annotated[str, typer.Argument(help="folder of an autoencoder or a pipeline, or module:name of your own")],
-    data: Annotated[Path, typer.Option(help="folder of pictures, or .npz or .h5 with images and, if known, factors")],
+    model: Annotated[str, typer.Argument(help="an autoencoder or pipeline, a folder or module:name of your own; or a bank")],
+    data: Annotated[Path, typer.Option(help="folder of pictures, .npz or .h5 with images and factors; of a bank prompts.txt")],
     out: Annotated[Path, typer.Option(help="folder of page, figures, pictures and bank")] = Path("out/study"),
+    concept: Annotated[list[str], typer.Option(help="of a bank, only these; may be repeated")] = [],  # noqa: B006
     hidden: Annotated[str, typer.Option(help="site of the units that may be modular (default: the decoder's middle)")] = "",
     seed: Annotated[int, typer.Option(help="of all random choices", min=0)] = 0,
     threads: Threads = 0,
 ) -> None:
-    """Study an autoencoder by intervention: what each latent does, how specifically, and how well it stands for a factor."""
+    """Study latents of an autoencoder, or concepts of a bank: what each does, how specifically, and what acts through it."""
     from . import terminal
 
-    terminal.study(model, data, out, hidden or None, seed, threads)
+    terminal.study(model, data, out, concept, hidden or None, seed, threads)
 
 
 def _tell(is_wanted: bool) -> None:

@@ -316,14 +316,38 @@ def show_programs(name: str, out: Path | None) -> None:
         typer.echo(text if name and out is None else f"{(out or Path()) / path.name}  {first}")
 
 
-def study(model: str, data: Path, out: Path, hidden: str | None, seed: int, threads: int) -> None:
-    """Study an autoencoder, and say what was found and where the page is."""
+def study(model: str, data: Path, out: Path, concepts: Sequence[str], hidden: str | None, seed: int, threads: int) -> None:
+    """Study an autoencoder, or concepts of a bank on prompts, and say what was found and where the page is."""
     from .evaluation import study as room
     from .evaluation.datasets import read
-    from .threads import use_threads
 
     use_threads(threads)
-    found = room.studied(room.opened(model), read(data), hidden=hidden, seed=seed)
+    if data.suffix == ".txt":
+        prompts = [line.strip() for line in data.read_text(encoding="utf-8").splitlines() if line.strip()]
+        decoder, inputs = run_of(ConceptBank.from_pretrained(model), prompts, seed, threads)
+        found = room.of_bank(decoder, inputs, concepts or None, hidden=hidden, seed=seed)
+    else:
+        if concepts:
+            raise BadEdit("--concept chooses concepts of a bank, which is studied on prompts; give --data prompts.txt")
+        found = room.studied(room.opened(model), read(data), hidden=hidden, seed=seed)
     page = room.write(found, out, f"Study of {Path(model).name}")
     for line in (*room.lines(found.figures), f"page: {page}"):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def run_of(bank: ConceptBank, prompts: list[str], seed: int, threads: int) -> tuple[Any, Any]:
+    """A bank's model with how it is run on prompts, and the inputs: of a pipeline the prompts, from fixed noise; of a language
+    model their first tokens, as many as the shortest has."""
+    from torch import tensor
+
+    from .evaluation.decoders import drawing, predicting
+    from .evaluation.interventions import Decoder
+    from .origins import loaded, source_of
+
+    model, tokenizer = loaded(source_of(bank), threads)
+    if tokenizer is None:
+        made = {"steps": 20, "guidance": 2.0, **bank.provenance}
+        drawn = drawing(model, seed=seed, num_inference_steps=made["steps"], guidance_scale=made["guidance"])
+        return Decoder(model, drawn, bank), prompts
+    ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+    return Decoder(model, predicting(model), bank), tensor([one[: min(map(len, ids))] for one in ids])

@@ -1,6 +1,7 @@
 """A study of an autoencoder in one command: data read, figures, page, pictures and bank written."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,10 +12,14 @@ from torch.distributions import Normal
 
 import steerlib as sl
 from steerlib import errors
+from steerlib.evaluation.circuits import ANY, pairs
 from steerlib.evaluation.datasets import Data, read
-from steerlib.evaluation.study import lines, opened, page, studied, untrained, write
+from steerlib.evaluation.decoders import drawing, predicting
+from steerlib.evaluation.interventions import Decoder
+from steerlib.evaluation.study import lines, of_bank, opened, page, studied, untrained, write
 
 SIDE = 6
+SCENES = Path(__file__).parents[1] / "concept_banks" / "scenes-32" / "pipeline"
 
 
 class Bars(nn.Module):
@@ -65,10 +70,77 @@ def test_a_study_finds_what_a_decoder_was_made_of_and_writes_it(data, tmp_path):
     assert any(line.startswith("Untrained: relative effect") for line in lines(found.figures))
     written = write(found, tmp_path / "out", "Bars <b>")
     text = written.read_text()
-    assert "Bars &lt;b&gt;" in text and "http" not in text and text.count("<tr>") == 3 and text.count("<img") == 2
+    assert "Bars &lt;b&gt;" in text and "http" not in text and text.count("<tr>") == 4 + 3 + 4 and text.count("<img") == 2
     assert json.loads((tmp_path / "out" / "study.json").read_text())["moved"] == 48
-    assert list(sl.ConceptBank.from_pretrained(tmp_path / "out" / "bank")) == ["z0", "z1"]
+    bank = sl.ConceptBank.from_pretrained(tmp_path / "out" / "bank")
+    assert list(bank) == ["z0", "z1"] and bank["z0"].effects["relative"] == z0["relative"]
     assert (tmp_path / "out" / "traversals.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_change_of_one_factor_goes_through_the_coordinate_that_draws_it_and_along_its_pixels(data):
+    """By hand: a factor of three values moves six pixels, or five, by their difference; each pixel is a channel."""
+    given = read(data)
+    found = studied(bars(), given).figures
+    spread, changes = found["coordinates"]["spread"], found["changes"]
+    assert list(changes) == ["across", "down", ANY]
+    for (factor, own, other), pixels in zip((("across", "z0", "z1"), ("down", "z1", "z0")), (6, 5), strict=True):
+        rows, others = pairs(given.factors, 80, most=48)[factor]
+        apart = [abs(given.factors[factor][i] - given.factors[factor][j]) for i, j in zip(rows, others, strict=True)]
+        one = changes[factor]
+        assert one["pairs"] == 48 and one["relative"] == pytest.approx(np.mean(apart) * np.sqrt(pixels) / spread, rel=1e-5)
+        assert one["low"] < one["relative"] < one["high"]
+        shares = [one["through"][own], one["through"][other], one["together"]]
+        assert [share for share, _ in shares] == pytest.approx([1, 0, 1], abs=1e-5)
+        assert abs(one["through"][own][1]) < 0.9  # a random direction of three latents
+        moved = {round(share, 4) for share, _ in one["along"].values()}
+        assert moved <= {0, round(1 / pixels, 4)} and len(one["along"]) == 8
+    both = changes[ANY]["through"]
+    assert both["z0"][0] + both["z1"][0] == pytest.approx(1, abs=1e-5) and 0.2 < both["z0"][0] < 0.8
+
+
+def test_pairs_differ_in_one_factor_alone_and_what_has_none_is_left_out():
+    rng = np.random.default_rng(0)
+    factors = {"a": rng.integers(3, size=60).tolist(), "c": rng.integers(4, size=60).tolist()}
+    found = pairs(factors, 60, most=9, seed=1)
+    assert list(found) == ["a", "c", ANY]
+    for name in ("a", "c"):
+        rows, others = found[name]
+        assert 2 <= len(rows) <= 9
+        for i, j in zip(rows, others, strict=True):
+            assert [key for key, v in factors.items() if v[i] != v[j]] == [name]
+    factors["twice"] = [2 * v for v in factors["c"]]
+    assert list(pairs(factors, 60, most=9)) == ["a", ANY]  # c and twice never change alone
+    rows, others = pairs({"a": factors["a"]}, 60, most=60)["a"]
+    assert all(factors["a"][i] != factors["a"][j] for i, j in zip(rows, others, strict=True)) and len(rows) > 20
+
+
+def test_a_pipeline_from_fixed_noise_is_studied_by_concepts_of_any_bank(tmp_path):
+    pipe, _ = sl.load(str(SCENES))
+    width = pipe.unet.config.block_out_channels[-1]
+    axis = torch.randn(width, generator=torch.Generator().manual_seed(5))
+    bank = sl.ConceptBank.from_directions({"a": axis}, site="unet.mid_block", base=pipe)
+    prompts = ["a red square at night", "a blue circle by day", "a green cross indoors"]
+    found = of_bank(Decoder(pipe, drawing(pipe, num_inference_steps=1, guidance_scale=1.0), bank), prompts)
+    (one,), change = found.figures["coordinates"]["each"], found.figures["changes"][ANY]
+    assert one["relative"] > 0 and one["control"] > 0 and not one["dead"] and change["relative"] > 0
+    assert 0 < abs(change["through"]["a"][0]) < 1 and change["pairs"] == 3
+    assert found.bank is None and {*found.pictures} == {"circuit.png", "traversals.png"}
+    assert "through coordinates" in write(found, tmp_path, "Scenes").read_text() and not (tmp_path / "bank").exists()
+    with pytest.raises(errors.BadEdit, match="three inputs"):
+        of_bank(Decoder(pipe, drawing(pipe), bank), prompts[:2])
+
+
+def test_a_language_models_next_token_is_studied_by_concepts_of_any_bank(llama, bank):
+    ids = torch.randint(1, 100, (4, 6), generator=torch.Generator().manual_seed(0))
+    found = of_bank(Decoder(llama, predicting(llama), bank), ids, hidden="layers.1")
+    each, change = found.figures["coordinates"]["each"], found.figures["changes"][ANY]
+    assert [one["name"] for one in each] == list(bank) and all(0 < one["ces"] < 2**0.5 for one in each)
+    with torch.no_grad():
+        p = llama(ids).logits[:, -1].softmax(-1).sqrt()
+    spread = float((p - p.mean(0)).norm(dim=-1).mean())
+    assert change["relative"] == pytest.approx(float((p.roll(-1, 0) - p).norm(dim=-1).mean()) / spread, rel=1e-4)
+    assert change["control"] == pytest.approx(float((p.roll(-2, 0) - p).norm(dim=-1).mean()) / spread, rel=1e-4)
+    assert {*found.pictures} == {"circuit.png"} and "next" not in page(found, "Llama")
 
 
 def test_an_untrained_copy_has_weights_of_its_own_and_leaves_all_else_alone():

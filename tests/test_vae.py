@@ -42,6 +42,16 @@ def test_every_factor_shows_and_a_picture_is_the_same_in_any_company(world):
     assert whole.shape == (5, 1 if world in ("sprites", "solids") else 3, 16, 16)
 
 
+@pytest.mark.parametrize("world", WORLDS)
+def test_a_larger_picture_is_the_same_one_in_more_pixels(world):
+    """Of 64 pixels, the mean of every four is about the picture of 32; of other values it is not."""
+    values = WORLDS[world].values(6, 3)
+    large, small = (WORLDS[world].pictures(values, side) for side in (64, 32))
+    assert large.shape[2:] == (64, 64)
+    apart = (torch.nn.functional.avg_pool2d(large, 2)[:, None] - small[None]).abs().mean((2, 3, 4))
+    assert float(apart.diagonal().max()) < 0.02 and float((apart + torch.eye(6)).min()) > 2 * float(apart.diagonal().max())
+
+
 def test_values_are_drawn_evenly_and_apart():
     values = WORLDS["sprites"].values(6000, 0)
     assert np.bincount(values["shape"]).tolist() == pytest.approx([2000] * 3, abs=150)
@@ -127,6 +137,15 @@ def test_total_correlation_is_that_of_the_formula():
     assert float(total_correlation(d, n)) == pytest.approx(np.mean(found), rel=1e-5)
     same = Draw(d.z, Normal(torch.zeros(6, 3), torch.ones(6, 3)))
     assert float(total_correlation(same, n)) == pytest.approx(2 * math.log(n), rel=1e-5)  # (n - 1) log N, its known bias
+
+
+def test_penalties_are_those_of_disent():
+    """`_betatc_compute_total_correlation` of `disent` 0.8.0, which leaves out the number of pictures, a constant; and `DipVae` of
+    kind i, which leaves variances out. Its kind ii adds their mean to every entry of the covariance, and the paper to the
+    diagonal alone (equation 5): that one is compared by hand below."""
+    d = latents()
+    assert float(total_correlation(d, 50)) - 2 * math.log(6 * 50) == pytest.approx(-3.3714199, abs=1e-5)
+    assert float(moments(Normal(d.q.mean, torch.full_like(d.q.mean, 1e-6)))) == pytest.approx(7.0813713, abs=1e-4)
 
 
 def test_moments_are_of_the_mixture():
@@ -239,7 +258,9 @@ def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("vae.__main__.QUICK", TINY)
-        runs(out=folder, data=["sprites"], kind=["VAE", "VQ-VAE"], seeds=1, quick=True, steps=0, device="cpu", threads=1)
+        runs(
+            out=folder, data=["sprites"], kind=["VAE", "VQ-VAE"], seeds=1, quick=True, steps=0, side=0, device="cpu", threads=1
+        )
     return folder
 
 
@@ -263,7 +284,7 @@ def test_a_study_of_two_kinds_reaches_what_it_must(made):
 def test_what_was_made_is_not_made_again_and_tables_say_how_many_runs_they_are_of(made, tmp_path, monkeypatch):
     monkeypatch.setattr("vae.__main__.run", lambda *_, **__: pytest.fail("it was there"))
     monkeypatch.setattr("vae.__main__.QUICK", TINY)
-    runs(out=made, data=["sprites"], kind=["VAE", "VQ-VAE"], seeds=1, quick=True, steps=0, device="cpu", threads=1)
+    runs(out=made, data=["sprites"], kind=["VAE", "VQ-VAE"], seeds=1, quick=True, steps=0, side=0, device="cpu", threads=1)
     names = ("runs", "strength", "bottleneck", "winners", "quantised", "truth", "all")
     readme = tmp_path / "README.md"
     readme.write_text("before\n" + "".join(f"<!-- begin: {n} -->\nstale\n<!-- end: {n} -->\n" for n in names) + "after\n")

@@ -43,6 +43,7 @@ def runs(
     seeds: Annotated[int, typer.Option(help="number of seeds", min=1)] = SEEDS,
     quick: Annotated[bool, typer.Option(help="small runs, to try it")] = False,
     steps: Annotated[int, typer.Option(help="of training, if other than the size's own", min=0)] = 0,
+    side: Annotated[int, typer.Option(help="pixels, a multiple of 8, if other than the size's own", min=0)] = 0,
     device: Annotated[str, typer.Option(help="where autoencoders are trained, such as cuda")] = "cpu",
     threads: Annotated[int, typer.Option(help="of the processor", min=0)] = 1,
 ) -> None:
@@ -50,7 +51,7 @@ def runs(
     use_threads(threads)
     out.mkdir(parents=True, exist_ok=True)
     size = QUICK if quick else Size()
-    size = size._replace(steps=steps) if steps else size
+    size = size._replace(**{name: value for name, value in {"steps": steps, "side": side}.items() if value})
     left = [job for job in jobs(data or [*WORLDS], kind or [*KINDS], seeds) if not file_of(out, job).exists()]
     with progress(None, "training and measuring", total=len(left) * size.steps) as bar:
         for job in left:

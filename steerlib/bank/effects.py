@@ -98,3 +98,18 @@ class PictureEffects(TypedDict, total=False):
     removal_amount: float
     removed: float
     scorer: str
+
+
+class CoordinateEffects(TypedDict, total=False):
+    """Of a coordinate of a decoder (`evaluation.coordinates.Coordinate`, which explains them)."""
+
+    ces: float
+    specificity: float | None
+    relative: float | None
+    low: float | None
+    high: float | None
+    control: float | None
+    focus: float | None
+    factor: str
+    on_factor: float | None
+    dead: bool

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..bank.autoencoders import decoded, posterior
 from .interventions import Run
 
 
@@ -20,10 +21,20 @@ def decoding(autoencoder: Any, decode: Callable[[Tensor], Tensor] | None = None)
     """
 
     def run(z: Tensor) -> Tensor:
-        found = (decode or autoencoder.decode)(z)
-        return getattr(found, "sample", found)
+        return decoded((decode or autoencoder.decode)(z))
 
     return run
+
+
+def reconstructing(autoencoder: Any) -> Run:
+    """Pictures to what is decoded from the middle of what the encoder says of them.
+
+    >>> vae = torch.nn.Module()
+    >>> vae.encode, vae.decode = torch.nn.Linear(6, 2), torch.nn.Linear(2, 6)
+    >>> reconstructing(vae)(torch.zeros(3, 6)).shape
+    torch.Size([3, 6])
+    """
+    return lambda x: decoded(autoencoder.decode(posterior(autoencoder.encode(x)).mean))
 
 
 def drawing(pipe: Any, *, seed: int = 0, **options: Any) -> Run:

@@ -1,6 +1,6 @@
 """How far single latents stand for single known factors: DCI, MIG, SAP, the FactorVAE score, InfoMEC.
 
-Formulas and settings are those of the papers, or of `disent` where they leave them open. A figure that cannot be said, such as
+Formulas and settings are those of the papers, or of `disent` and of InfoMEC's authors' code where they leave them open. A figure that cannot be said, such as
 a gap between the best two of one latent, is None.
 
 z  latents [B, n]     v  factors as whole numbers [B, F]
@@ -19,8 +19,9 @@ BINS, PARTS = 20, 10
 """Into how many values MIG cuts a latent; and a factor of more than `BINS` different values."""
 VOTES, BATCH = 400, 64
 """Of the FactorVAE score, as often for learning as for testing, and rows that a vote looks at."""
-INACTIVE = 0.05
-"""Share of the largest range below which InfoMEC leaves a latent out."""
+INACTIVE, NEIGHBOURS = 0.05, 10
+"""Share of the largest range below which InfoMEC leaves a latent out; and neighbours by which it tells mutual information: with
+fewer, that of a factor of which latents say little is all in one of them by chance, and compactness too high."""
 Latents, Factors = NDArray[np.float64], NDArray[np.int64]
 
 
@@ -172,7 +173,8 @@ def infomec(z: Latents, v: Factors, *, seed: int = 0) -> tuple[float | None, flo
         return None, None, 0.0
     table = sklearn().feature_selection.mutual_info_classif
     entropy = np.array([information(column, column) for column in v.T])
-    share = np.stack([table(z, column, discrete_features=False, random_state=seed) for column in v.T]) / entropy[:, None]
+    how: dict[str, Any] = {"discrete_features": False, "n_neighbors": NEIGHBOURS, "random_state": seed}
+    share = np.stack([table(z, column, **how) for column in v.T]) / entropy[:, None]
 
     def peaked(axis: int, parts: int) -> float | None:
         if parts < 2:

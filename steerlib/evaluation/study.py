@@ -1,13 +1,14 @@
-"""An autoencoder studied by intervention: its latents as concepts, what each of them does, and a page that shows it."""
+"""Latents of an autoencoder, or concepts of any bank, studied by intervention: what each does, through which of them a change
+of the input acts, and a page that shows it."""
 
 import json
 import sys
 from base64 import b64encode
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
+from dataclasses import asdict, replace
 from html import escape
 from importlib import import_module
-from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,28 +17,30 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ..bank.autoencoders import autoencoder_of, explained, posterior
+from ..bank.autoencoders import autoencoder_of, posterior
 from ..bank.concept_bank import ConceptBank
-from ..errors import MissingExtra, UnsupportedTarget
+from ..errors import BadEdit, MissingExtra, UnsupportedTarget
 from ..hosts import load
 from ..steering.interventions import Set
+from ..text import progress
+from .circuits import ANY, busiest, changed, circuit, pairs
 from .coordinates import Coordinates, coordinates, said, spread_of
 from .datasets import Data
-from .decoders import decoding
+from .decoders import decoding, reconstructing
 from .disentanglement import disentanglement
 from .interventions import Decoder, by_swap
 from .pictures import grid
 
 ROWS, TOLD, STEPS = 48, 2000, 7
 """Inputs on which coordinates are moved, those that disentanglement is measured on, and pictures of a traversal."""
-CODES, SHOWN = 6, 8
-"""Codes of a quantiser that are swapped, and hidden channels that the circuit shows."""
+CODES, TOLD_WAYS = 6, 3
+"""Codes of a quantiser that are swapped, and shares that a cell of the page's table tells."""
 
 
 class Study(NamedTuple):
-    """What was found: the bank, the figures as JSON values, and pictures as PNG by file name."""
+    """What was found: a bank where one was made, the figures as JSON values, and pictures as PNG by file name."""
 
-    bank: ConceptBank
+    bank: ConceptBank | None
     figures: dict[str, Any]
     pictures: dict[str, bytes]
 
@@ -81,21 +84,70 @@ class Measured(NamedTuple):
 
 
 def studied(target: Any, data: Data, *, hidden: str | None = None, seed: int = 0) -> Study:
-    """Every figure of an autoencoder, or of that of a pipeline (`measured`), and of the same one untrained as a control.
-    `hidden` is the site of units whose modularity is measured, by default in the middle of the decoder."""
+    """Every figure of an autoencoder, or of that of a pipeline (`measured`), and of the same one untrained as a control; and
+    what a change of its input does, factor by factor. `hidden` is the site of units whose modularity is measured, and whose
+    channels are patched, by default in the middle of the decoder."""
     inside, _ = autoencoder_of(target)
     rng, x = np.random.default_rng(seed), data.inputs
     if type(inside).__module__.startswith("diffusers.") and float(x.min()) >= 0:
         x = 2 * x - 1  # as its image processor does
     chosen = np.sort(rng.permutation(len(x))[:TOLD])
     known = Data(x[chosen], {name: [values[k] for k in chosen] for name, values in data.factors.items()})
-    own = measured(inside, known, hidden=hidden, seed=seed)
-    latents = list(own.figures["labels"])
-    shares = {name: {f: explained(_of(own.z, own.bank[name].index), v) for f, v in known.factors.items()} for name in latents}
-    pictures = {"circuit.png": circuit(own.found, latents, shares)}
-    if (drawn := traversals(own.decoder, own.few, latents)) is not None:
+    own, site = measured(inside, known, hidden=hidden, seed=seed), hidden or middle(inside)
+    whole = Decoder(inside, reconstructing(inside), own.bank)
+    dealt = pairs(data.factors, len(x), most=ROWS, seed=seed).items()
+    changes = {name: (x[others], x[rows], None) for name, (rows, others) in dealt}
+    found = _complete(own.figures, own.found, (own.decoder, own.few), (whole, changes), site, seed)
+    moves = {one.name: {key: value for key, value in asdict(one).items() if key != "name"} for one in own.found.each}
+    concepts = [replace(concept, effects=moves.get(name, {})) for name, concept in own.bank.concepts.items()]
+    return found._replace(bank=own.bank.with_concepts(concepts))
+
+
+def of_bank(
+    studied: Decoder,
+    inputs: Sequence[Any] | Tensor,
+    names: Sequence[str] | None = None,
+    *,
+    hidden: str | None = None,
+    seed: int = 0,
+) -> Study:
+    """The same of some concepts of any bank (None: all but gates), on anything that is run alike every time: a pipeline from
+    fixed noise, a language model's next token. `inputs` are prompts, or token ids of one length; each is also changed into the
+    next one.
+
+    Raises `BadEdit` for fewer than three inputs.
+    """
+    if len(inputs) < 3:
+        raise BadEdit(f"expected three inputs or more, since each is compared with two others, got {len(inputs)}")
+    bank = studied.bank
+    names = [name for name, concept in bank.concepts.items() if concept.present is None] if names is None else list(names)
+    found = coordinates(studied, inputs, names, hidden=hidden, seed=seed)
+    figures = {"coordinates": found.to_dict(), "passive": [], "inputs": len(inputs), "moved": len(inputs)}
+    figures["labels"] = {name: bank[name].label for name in names}
+    turned = [[inputs[(k + by) % len(inputs)] for k in range(len(inputs))] for by in (1, 2)]
+    value, control = (torch.stack(some) if isinstance(inputs, Tensor) else some for some in turned)
+    return _complete(figures, found, (studied, inputs), (studied, {ANY: (value, inputs, control)}), hidden, seed)
+
+
+def _complete(
+    figures: dict[str, Any],
+    found: Coordinates,
+    moved: tuple[Decoder, Any],
+    dealt: tuple[Decoder, Mapping[str, tuple[Any, Any, Any]]],
+    hidden: str | None,
+    seed: int,
+) -> Study:
+    """With pictures of what was `moved`, and what changes of the input do, each `dealt` as value, reference and control."""
+    names, (whole, changes) = list(figures["labels"]), dealt
+    how: dict[str, Any] = {"spread": found.spread, "hidden": hidden, "channels": busiest(found), "seed": seed}
+    figures["changes"] = {
+        name: changed(whole, value, reference, names, control=control, **how)
+        for name, (value, reference, control) in progress(changes.items(), "changing inputs")
+    }
+    pictures = {"circuit.png": circuit(figures["changes"], found, names)}
+    if (drawn := traversals(*moved, names)) is not None:
         pictures["traversals.png"] = drawn
-    return Study(own.bank, own.figures, pictures)
+    return Study(None, figures, pictures)
 
 
 def measured(
@@ -157,11 +209,6 @@ def _flat(z: Tensor) -> NDArray[Any]:
     return (z.flatten(2).mean(-1) if z.ndim > 2 else z).float().cpu().numpy()
 
 
-def _of(z: Tensor, index: int) -> Tensor:
-    """One latent of every input, the mean of its map."""
-    return z[:, index].float().flatten(1).mean(1) if z.ndim > 2 else z[:, index].float()
-
-
 def middle(autoencoder: Any) -> str | None:
     """A site in the middle of the decoder; None where nothing shows one."""
     decoder = getattr(autoencoder, "decoder", None)
@@ -179,7 +226,7 @@ def swapped(decoder: Decoder, inputs: Tensor, code: str, others: list[str], seed
 # -- to look at ------------------------------------------------------------------------------------------------------------
 
 
-def traversals(decoder: Decoder, inputs: Tensor, names: list[str]) -> bytes | None:
+def traversals(decoder: Decoder, inputs: Any, names: list[str]) -> bytes | None:
     """A row for each coordinate: one picture as it goes from one end of its values to the other, and where pictures change;
     None where no pictures come out."""
     plain = decoder(inputs)
@@ -201,42 +248,19 @@ def traversals(decoder: Decoder, inputs: Tensor, names: list[str]) -> bytes | No
     return grid(cells, title="from the lowest 0.5 % of a coordinate's values to the highest, and where pictures change")
 
 
-def circuit(found: Coordinates, names: list[str], shares: Mapping[str, Mapping[str, float]]) -> bytes:
-    """Known factors, coordinates and hidden channels as a graph: how much of a coordinate's variance a factor explains, and
-    which channels it moves most."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise MissingExtra("pictures need matplotlib: pip install 'steerlib[eval]'") from None
-    factors = list(next(iter(shares.values()), {}))
-    moved = found.channels / found.channels.amax(-1, keepdim=True).clamp(min=1e-12) if found.channels.numel() else None
-    busy = [] if moved is None else moved.sum(0).topk(min(SHOWN, moved.shape[1])).indices.sort().values.tolist()
-    columns = [factors, names, [f"channel {k}" for k in busy]]
-    at = {text: (x, -(k + 0.5) / len(column)) for x, column in enumerate(columns) for k, text in enumerate(column)}
-    lines = [(factor, name, share) for name, own in shares.items() for factor, share in own.items()]
-    if moved is not None:
-        lines += [(n, f"channel {k}", float(moved[i, k])) for i, n in enumerate(names) for k in busy]
-    figure = Figure(figsize=(8, 1 + 0.3 * max(map(len, columns))), layout="constrained")
-    axis = figure.subplots()
-    for start, end, weight in lines:
-        (x, y), (x2, y2) = at[start], at[end]
-        axis.plot([x, x2], [y, y2], color="C0" if x == 0 else "C1", linewidth=3 * weight, alpha=min(1.0, weight))
-    for text, (x, y) in at.items():
-        axis.text(x, y, text, ha="center", va="center", fontsize=8, bbox={"facecolor": "white", "edgecolor": "0.7"})
-    axis.set(xlim=(-0.4, 2.4), ylim=(-1.05, 0.05), title="factors explain coordinates, coordinates move channels")
-    axis.axis("off")
-    with BytesIO() as file:
-        figure.savefig(file, format="png", dpi=110, metadata={"Software": None})
-        return file.getvalue()
-
-
 COLUMNS = {
     "name": "coordinate", "ces": "CES", "relative": "relative effect", "low": "from", "high": "to", "control": "control",
     "specificity": "specificity", "focus": "focus",
 }  # fmt: skip
 LEGEND = """CES and specificity as published (arXiv 2505.03530). Relative effect: with a coordinate as it is in another input,
 the change of the outcome over the spread of outcomes, with its 95 % interval over inputs (from, to); control: a random
-direction of the latents treated alike. Focus: 0 where all outputs change alike, 1 where one alone does."""
+direction at the same site treated alike. Focus: 0 where all outputs change alike, 1 where one alone does."""
+CHANGES = {"pairs": "pairs", "relative": "relative effect", "low": "from", "high": "to", "control": "control"}
+WAYS = ("through coordinates", "all together", "along channels")
+WAYS_LEGEND = """Two inputs that differ in one factor alone, or any two. Relative effect as above; control: the same change of
+the input with its numbers in a random order, or, of prompts, into a third one. Shares are of the whole change of the outcome,
+in brackets those of a control. Through a coordinate: its indirect effect (mediation), beside a random direction. Along a
+channel: what comes out when that hidden channel alone is taken from the other input, beside another channel."""
 
 
 def lines(figures: Mapping[str, Any]) -> list[str]:
@@ -247,52 +271,104 @@ def lines(figures: Mapping[str, Any]) -> list[str]:
         f"{', '.join(whole['dead']) or 'none'}.",
         f"Modularity {said(whole['modularity'])} (as published {said(whole['published_modularity'])}).",
     ]
-    for name in ("disentanglement", "shuffled factors"):
-        if name in figures:
-            found.append(f"{name}: {', '.join(f'{key} {said(value)}' for key, value in figures[name].items())}.".capitalize())
     if "untrained" in figures:
-        plain = figures["untrained"]
-        moved = np.mean([one["relative"] or 0.0 for one in plain["coordinates"]["each"]] or [0.0])
-        known = {key: value for key, value in plain.get("disentanglement", {}).items() if key.startswith("dci")}
-        told = "".join(f", {key} {said(value)}" for key, value in known.items())
-        found.append(f"Untrained: relative effect {moved:.3f}, modularity {said(plain['coordinates']['modularity'])}{told}.")
+        plain = figures["untrained"]["coordinates"]
+        moved = np.mean([one["relative"] or 0.0 for one in plain["each"]] or [0.0])
+        found.append(f"Untrained: relative effect {moved:.3f}, modularity {said(plain['modularity'])}.")
+    for name, own in disentangled(figures).items():
+        found.append(f"{name}: {', '.join(f'{NAMES[key]} {said(value)}' for key, value in own.items())}.".capitalize())
     if "codes" in figures:
         swaps = np.mean([code["relative"] for code in figures["codes"].values()])
         moves = np.mean([one["relative"] or 0.0 for one in whole["each"]])
         found.append(f"Relative effect of a swap of codes {swaps:.3f}, of a continuous coordinate {moves:.3f}, on average.")
+    ways = {name: _ways(own["through"]).partition(",")[0] for name, own in figures["changes"].items()}
+    found.append(f"Changes of the input act most through: {'; '.join(f'{name}: {way}' for name, way in ways.items() if way)}.")
     return found
+
+
+NAMES = {
+    "dci_disentanglement": "DCI disentanglement", "dci_completeness": "completeness", "dci_informativeness": "tells factors",
+    "mig": "MIG", "sap": "SAP", "factor_vae": "FactorVAE score", "infom": "InfoM", "infoc": "InfoC", "infoe": "InfoE",
+}  # fmt: skip
+
+
+def disentangled(figures: Mapping[str, Any]) -> dict[str, Mapping[str, float | None]]:
+    """Figures of disentanglement and those of both controls, by what they are of; nothing where no factors are known."""
+    held = {"latents": figures, "factors shuffled": {"disentanglement": figures.get("shuffled factors")}}
+    held["untrained"] = figures.get("untrained", {})
+    return {name: found for name, own in held.items() if (found := own.get("disentanglement"))}
 
 
 def page(study: Study, title: str) -> str:
     """One HTML file that needs no network."""
-    rows = [[_shown(one[key]) for key in COLUMNS] for one in study.figures["coordinates"]["each"]]
-    rows = [[*row, study.figures["labels"][row[0]]] for row in rows]
-    head = "".join(f"<th>{escape(text)}</th>" for text in (*COLUMNS.values(), "label"))
-    body = "".join(f"<tr>{''.join(f'<td>{escape(text)}</td>' for text in row)}</tr>" for row in rows)
-    images = "".join(
-        f'<h2>{escape(name.removesuffix(".png"))}</h2><img src="data:image/png;base64,{b64encode(png).decode()}">'
-        for name, png in sorted(study.pictures.items(), reverse=True)
-    )
-    told = "".join(f"<p>{escape(line)}</p>" for line in lines(study.figures))
-    style = "body{font:15px sans-serif;margin:2em;max-width:70em}td,th{padding:.2em .6em;text-align:left}img{max-width:100%}"
+    figures = study.figures
+    moved = [[*(_shown(one[key]) for key in COLUMNS), figures["labels"][one["name"]]] for one in figures["coordinates"]["each"]]
+    dealt = [
+        [name, *(_shown(own[key]) for key in CHANGES), _ways(own["through"]), _way(own["together"]), _ways(own["along"])]
+        for name, own in figures["changes"].items()
+    ]
+    known = [[name, *(said(own[key]) for key in NAMES)] for name, own in disentangled(figures).items()]
+    parts = [
+        *(f"<p>{escape(line)}</p>" for line in lines(figures)),
+        *(["<h2>How far latents stand for factors</h2>", _table(["", *NAMES.values()], known)] if known else ()),
+        "<h2>What moving a coordinate does</h2>",
+        _image(study, "traversals.png"),
+        _table([*COLUMNS.values(), "label"], moved),
+        f"<p class=legend>{escape(LEGEND)}</p>",
+        "<h2>What changing the input does, and by which way</h2>",
+        _table(["change of the input", *CHANGES.values(), *WAYS], dealt),
+        f"<p class=legend>{escape(WAYS_LEGEND)}</p>",
+        _image(study, "circuit.png"),
+    ]
     return (
-        f"<!doctype html><meta charset=utf-8><title>{escape(title)}</title><style>{style}</style><h1>{escape(title)}</h1>{told}"
-        f"<table><tr>{head}</tr>{body}</table><p>{escape(LEGEND)}</p>{images}\n"
+        f"<!doctype html><meta charset=utf-8><title>{escape(title)}</title><style>{STYLE}</style>"
+        f"<h1>{escape(title)}</h1>{''.join(parts)}\n"
     )
+
+
+STYLE = """body{font:15px/1.45 sans-serif;margin:2em auto;max-width:70em;padding:0 1em;color:#222}
+table{border-collapse:collapse;margin:1em 0}
+td,th{padding:.25em .7em;text-align:left;border-bottom:1px solid #ddd;vertical-align:top}
+img{max-width:100%}.legend{color:#555;font-size:13px}.wide{overflow-x:auto}"""
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    cells = [("th", head), *(("td", row) for row in rows)]
+    body = "".join(f"<tr>{''.join(f'<{kind}>{escape(text)}</{kind}>' for text in row)}</tr>" for kind, row in cells)
+    return f"<div class=wide><table>{body}</table></div>"
+
+
+def _image(study: Study, name: str) -> str:
+    if name not in study.pictures:
+        return ""
+    return f'<img alt="{escape(name)}" src="data:image/png;base64,{b64encode(study.pictures[name]).decode()}">'
 
 
 def _shown(value: Any) -> str:
     return "undefined" if value is None else value if isinstance(value, str) else f"{value:.3g}"
 
 
+def _way(shares: tuple[float | None, float | None] | None) -> str:
+    """A share and that of its control."""
+    own, control = shares or (None, None)
+    return "undefined" if own is None else f"{own:.0%}" + ("" if control is None else f" ({control:.0%})")
+
+
+def _ways(shares: Mapping[str, tuple[float | None, float | None]]) -> str:
+    """The largest ones, by name."""
+    best = sorted(shares, key=lambda name: -abs(shares[name][0] or 0))[:TOLD_WAYS]
+    return ", ".join(f"{name} {_way(shares[name])}" for name in best)
+
+
 def write(study: Study, out: Path, title: str) -> Path:
-    """Write page, figures, pictures and bank to a folder; returns the page."""
+    """Write page, figures, pictures and the bank, if one was made, to a folder; returns the page."""
     out.mkdir(parents=True, exist_ok=True)
     for name, png in study.pictures.items():
         (out / name).write_bytes(png)
     (out / "study.json").write_text(
         json.dumps(study.figures, indent=1, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8"
     )
-    study.bank.save_pretrained(out / "bank")
+    if study.bank is not None:
+        study.bank.save_pretrained(out / "bank")
     (out / "index.html").write_text(page(study, title), encoding="utf-8")
     return out / "index.html"
