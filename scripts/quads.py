@@ -1,14 +1,18 @@
-"""Context modules on quad data, beside the paper's table: `python scripts/quads.py [--dependent] [--out quads.json]`.
+"""Context modules on quad data, beside the paper's table: `python scripts/quads.py [--seeds 5] [--out out/quads]`.
 
 Pictures of four coloured quadrants and a disc or square, drawn by us after the description in arXiv 2507.04754. Contexts are
 observed, and an intervention on each concept. Nine pairs are never seen together in training: what a method gives for them is
 compared with true renders by sliced Wasserstein distance. Methods: a module trained with its autoencoder (`end to end`), one
 in a frozen pooled autoencoder (`frozen`), an autoencoder without a module on observed pictures (`base`) and on all (`pooled`),
 and a module with labels of contexts shuffled (`shuffled`). Smaller than the paper's: pictures, layers, steps; see `--help`.
+
+Every seed of every set keeps its figures in the folder, so that the same command goes on where it stopped; at the end they
+are in `quads.json` there, from which `python scripts/readme.py --no-banks --quads FILE` writes the table.
 """
 
 import json
-import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from itertools import combinations
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -20,7 +24,9 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy
 
 from steerlib.evaluation.contexts import sliced_wasserstein
+from steerlib.evaluation.report import markdown
 from steerlib.training.fit.contexts import OBSERVED, ContextFit, ContextLayer, fit_contexts
+from steerlib.training.store import remembered
 
 CONCEPTS = ("first", "second", "third", "fourth", "size", "colour")
 """Hues of the quadrants, size and hue of what is in the centre."""
@@ -198,35 +204,90 @@ def figure(made: dict[str, Autoencoder], size: Size, path: Path, *, dependent: b
     Image.fromarray(grid).resize((grid.shape[1] * 2, grid.shape[0] * 2), Image.Resampling.NEAREST).save(path)
 
 
+BARS = {"independent": (0.5, 0.25), "dependent": (0.35, 0.175)}
+"""By what share compositions have to be nearer than the base's: of a module trained end to end, and of a frozen one."""
+
+
+def table(found: Mapping[str, Any]) -> str:
+    """Distances of every set over seeds, beside the paper's, in Markdown; then whether the bars are reached."""
+    head = "method | concept | composition | below base | bits a pixel | paper: concept, composition | paper: below base"
+    return "\n\n".join([*(_part(name, head, found["runs"][name]) for name in found["runs"]), _about(found)])
+
+
+def _part(name: str, head: str, runs: Sequence[Mapping[str, Any]]) -> str:
+    paper, far, lines = PAPER[name], {}, []
+    for method in runs[0]:
+        concept, far[method], bits = ([run[method][what] for run in runs] for what in ("concept", "composition", "bits"))
+        own, less = paper[method], f"{1 - paper[method][1] / paper['base'][1]:.0%}"
+        cells = [_over(concept), _over(far[method]), f"{_below(far, method):.0%}", f"{_mean(bits):.3f}"]
+        lines.append((method, *cells, f"{own[0]:.3f}, {own[1]:.3f}", less))
+    (whole, frozen), least, most = BARS[name], min(far["pooled"]), max(far["pooled"])
+    said = [
+        f"- end to end at least {whole:.0%} below the base: {_said(_below(far, 'end to end') >= whole)}",
+        f"- frozen at least {frozen:.1%} below it: {_said(_below(far, 'frozen') >= frozen)}",
+        f"- shuffled back at the pooled level ({least:.3f} to {most:.3f}) or above: {_said(_mean(far['shuffled']) >= least)}",
+    ]
+    return f"Concepts {name}:\n\n{markdown(head, lines)}\n\n" + "\n".join(said)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _over(values: Sequence[float]) -> str:
+    return f"{_mean(values):.3f} ({min(values):.3f}–{max(values):.3f})"
+
+
+def _below(far: Mapping[str, Sequence[float]], method: str) -> float:
+    return 1 - _mean(far[method]) / _mean(far["base"])
+
+
+def _said(holds: bool) -> str:
+    return "yes" if holds else "**no**"
+
+
+def _about(found: Mapping[str, Any]) -> str:
+    size = found["size"]
+    return (
+        f"Means over {len(next(iter(found['runs'].values())))} seeds (least–most); lower is nearer. What differs from the "
+        f"paper: {size['side']} × {size['side']} pixels in place of 64 × 64, {size['pictures']:,} pictures of each context, "
+        f"convolutions of {size['hidden']} and {2 * size['hidden']} channels, {size['fit']['steps']:,} steps of "
+        f"{size['fit']['batch']}, and pictures of our own. Machine: {found['machine']}; torch {found['torch']}."
+    )
+
+
 def main(
-    dependent: Annotated[bool, typer.Option(help="concepts that move each other, as a linear Gaussian system")] = False,
+    only: Annotated[str, typer.Option(help="independent or dependent; default: both")] = "",
     seeds: Annotated[int, typer.Option(help="number of seeds")] = 5,
     side: Annotated[int, typer.Option(help="pixels of a side, a multiple of 4")] = 32,
-    steps: Annotated[int, typer.Option(help="steps of every training")] = 3000,
+    steps: Annotated[int, typer.Option(help="steps of every training")] = 1500,
     count: Annotated[int, typer.Option("--pictures", help="pictures of each context")] = 2000,
-    out: Annotated[Path | None, typer.Option(help="write the figures here as JSON, and a picture beside it")] = None,
+    out: Annotated[Path, typer.Option(help="folder that keeps the figures of every seed, and pictures of the first")] = Path(
+        "out/quads"
+    ),
 ) -> None:
     """Print distances beside the paper's; lower is better."""
+    torch.set_num_threads(1)
     fit = ContextFit(inner=8, outer=8, steps=steps, batch=64, warmup=min(200, steps // 5))
-    size, begun = Size(side=side, pictures=count, compared=min(500, count), fit=fit), time.monotonic()
-    runs = []
-    for seed in range(seeds):
-        found, made = measured(size, seed, dependent=dependent)
-        runs.append(found)
-    paper = PAPER["dependent" if dependent else "independent"]
-    print(f"{'method':12}{'concept':>20}{'composition':>20}{'bits/pixel':>12}{'paper':>16}")
-    for method in runs[0]:
-        cells = []
-        for what in ("concept", "composition"):
-            values = [run[method][what] for run in runs]
-            cells.append(f"{sum(values) / len(values):.3f} ({min(values):.3f}–{max(values):.3f})")
-        bits = sum(run[method]["bits"] for run in runs) / len(runs)
-        print(f"{method:12}{cells[0]:>20}{cells[1]:>20}{bits:>12.3f}{'{:.3f} / {:.3f}'.format(*paper[method]):>16}")
-    if out is not None:
-        about = {"machine": machine(), "torch": torch.__version__, "dependent": dependent, "seconds": time.monotonic() - begun}
-        shape: Any = size._replace(fit=vars(fit))._asdict()
-        out.write_text(json.dumps({**about, "size": shape, "paper": paper, "runs": runs}, indent=1) + "\n", encoding="utf-8")
-        figure(made, size, out.with_suffix(".png"), dependent=dependent)
+    size = Size(side=side, pictures=count, compared=min(500, count), fit=fit)
+    own = out / f"{side}-{steps}-{count}"
+    names = [name for name in PAPER if only in ("", name)]
+
+    def run(name: str, seed: int) -> dict[str, Any]:
+        found, made = measured(size, seed, dependent=name == "dependent")
+        if seed == 0:
+            figure(made, size, own / f"{name}.png", dependent=name == "dependent")
+        return found
+
+    own.mkdir(parents=True, exist_ok=True)
+    every = [(seed, name) for seed in range(seeds) for name in names]
+    runs: dict[str, list[Any]] = {name: [] for name in names}
+    for seed, name in every:
+        runs[name].append(remembered(own / f"{name}-{seed}.json", lambda name=name, seed=seed: run(name, seed)))
+    shape = {**size._asdict(), "fit": asdict(fit)}
+    found = {"machine": machine(), "torch": torch.__version__, "size": shape, "runs": runs}
+    (own / "quads.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    print(table(found))
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from check_score import table as read_table
 from measure_scenes import by_factor, damage
 from measure_scenes import table as scenes_table
 from named import table as named
+from quads import table as quads_table
 
 import steerlib as sl
 from steerlib.evaluation.report import UNDEFINED
@@ -240,6 +241,7 @@ def main(
     port: Annotated[Path | None, typer.Option(help="a bank that steerlib port made of the shipped one")] = None,
     damage: Annotated[Path | None, typer.Option(help="table that harness.py printed")] = None,
     words: Annotated[Path | None, typer.Option(help="figures of word_signs.py")] = None,
+    quads: Annotated[Path | None, typer.Option(help="figures of quads.py")] = None,
     banks: Annotated[bool, typer.Option(help="run the first example, and read the shipped banks")] = True,
 ) -> None:
     """Write the measured parts of the READMEs."""
@@ -250,7 +252,13 @@ def main(
     tables: dict[str, tuple[Callable[..., str], Path | None]] = {name: (cost, path) for name, path in costs.items()}
     for section, (table, path) in (
         tables
-        | {"sae": (training, sae), "answering": (answering, answers), "score": (read_table, score), "words": (signs, words)}
+        | {
+            "sae": (training, sae),
+            "answering": (answering, answers),
+            "score": (read_table, score),
+            "words": (signs, words),
+            "quads": (quads_table, quads),
+        }
     ).items():
         if path is not None:
             put(section, table(json.loads(path.read_text(encoding="utf-8"))))

@@ -55,12 +55,30 @@ def test_in_frozen_mode_only_the_module_learns():
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in around.state_dict().items())
 
 
-def test_the_command_writes_figures_of_every_method_and_a_picture(tmp_path, monkeypatch, capsys):
+def test_the_command_goes_on_and_ends_with_figures_of_every_method_and_a_table(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(quads, "Size", lambda **given: TINY._replace(**{k: v for k, v in given.items() if k == "compared"}))
-    quads.main(dependent=False, seeds=1, side=8, steps=4, count=64, out=tmp_path / "quads.json")
-    found = json.loads((tmp_path / "quads.json").read_text())
-    methods = ["base", "pooled", "end to end", "frozen", "shuffled"]
-    assert [*found["runs"][0]] == methods and (tmp_path / "quads.png").stat().st_size > 100
-    assert all(0 < value < 9 for run in found["runs"] for figures in run.values() for value in figures.values())
+    quads.main(only="independent", seeds=1, side=8, steps=4, count=64, out=tmp_path)
+    own = tmp_path / "8-4-64"
+    before = (own / "independent-0.json").read_bytes()
+    assert (own / "independent.png").stat().st_size > 100
+    monkeypatch.setattr(quads, "measured", lambda *_, **__: pytest.fail("was measured already"))
+    quads.main(only="independent", seeds=1, side=8, steps=4, count=64, out=tmp_path)
+    assert (own / "independent-0.json").read_bytes() == before
+    found = json.loads((own / "quads.json").read_text())
+    methods = {"base", "pooled", "end to end", "frozen", "shuffled"}
+    assert found["runs"]["independent"][0].keys() == methods
+    assert all(0 < value < 9 for figures in found["runs"]["independent"][0].values() for value in figures.values())
     shown = capsys.readouterr().out
-    assert all(method in shown for method in methods) and "0.063 / 0.081" in shown
+    assert all(f"| {method} |" in shown for method in methods) and "0.063, 0.081" in shown and "5 seeds" not in shown
+
+
+def test_the_table_says_by_how_much_a_method_is_below_the_base_and_whether_bars_are_reached():
+    def run(by: float) -> dict[str, dict[str, float]]:
+        far = {"base": 0.4, "pooled": 0.3, "end to end": 0.1, "frozen": 0.32, "shuffled": 0.35}
+        return {method: {"concept": by * v / 2, "composition": by * v, "bits": 1.0} for method, v in far.items()}
+
+    size = {"side": 32, "pictures": 2000, "hidden": 32, "fit": {"steps": 9, "batch": 64}}
+    shown = quads.table({"runs": {"independent": [run(0.5), run(1.5)]}, "size": size, "machine": "m", "torch": "t"})
+    assert "| end to end | 0.050 (0.025–0.075) | 0.100 (0.050–0.150) | 75% | 1.000 | 0.063, 0.081 | 72% |" in shown
+    assert "50% below the base: yes" in shown and "25.0% below it: **no**" in shown  # frozen: 20 %
+    assert "pooled level (0.150 to 0.450) or above: yes" in shown and "2 seeds" in shown
