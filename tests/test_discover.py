@@ -17,9 +17,10 @@ from steerlib.bank.concept_bank import SiteFacts
 from steerlib.errors import BadRecipe, Unanswerable
 from steerlib.training.discover.confirm import CONFIRMED, Pair, adjusted, confirmed
 from steerlib.training.discover.discovery import composition, discover, eligible
+from steerlib.training.discover.independence import by_independence
 from steerlib.training.discover.lasso import Products, lasso, refit
 from steerlib.training.discover.minimality import doubts, merged
-from steerlib.training.discover.regress import explains, sparsest
+from steerlib.training.discover.regress import Rows, explains, sparsest
 from steerlib.training.discover.rows import Folder
 from steerlib.training.discover.screen import firing_together, pointing
 from steerlib.training.discover.systems import Reading, Shuffled, System, ablated, csr, fixed, held, matrix
@@ -127,7 +128,16 @@ def test_virtual_weights_find_what_never_fires_together():
 def test_latents_that_fire_all_the_time_or_never_are_not_eligible():
     z = np.zeros((100, 3), np.float32)
     z[:, 0], z[:5, 1] = 1, 1
-    assert eligible(csr(z)).tolist() == [False, True, False]
+    assert eligible(csr(z), (1e-5, 0.1)).tolist() == [False, True, False]
+    assert eligible(csr(z), (1e-5, 1.0)).tolist() == [True, True, False]
+
+
+def test_latents_that_fire_too_often_are_counted_and_have_no_edges():
+    system = Layers((24, 20), 2000, dropout=0.3, rate=0.06, fed=0.8)
+    found, often = discover(system), (system.run(np.arange(1500))["level1"].natural > 0).mean(0).A1 > 0.1
+    assert found.passive == {"level0": 0, "level1": often.sum()} and 0 < often.sum() < 20
+    children = {int(edge.dst.split("/")[1]) for edge in found.graph.edges}
+    assert children and not any(often[sorted(children)])
 
 
 # -- systems -------------------------------------------------------------------------------------------------
@@ -273,8 +283,25 @@ def test_tests_of_independence_are_another_method_and_can_be_ones_own():
     system = Layers((500, 24), 4000, dropout=0.3, rate=0.03)
     found = discover(system, method="independence", test=partial_correlation)
     assert edge_scores(found.fits["level0", "level1"].effects, system.truth["level0", "level1"]).f1 >= 0.9
-    with pytest.raises(BadRecipe, match="at most"):
-        discover(Layers((501, 24), 400), method="independence", test=partial_correlation)
+    candidates = np.ones((1, 502), bool)
+    candidates[0, :2] = False  # what takes no part does not count
+    x = np.random.default_rng(0).standard_normal((600, 502))
+    y = x[:, [0, 2]].sum(1, keepdims=True)
+    found = by_independence(Rows((csr(x),), csr(y), csr(candidates)), lambda data, p, c, given: float(p > 0))
+    assert found.effects.nonzero()[0].tolist() == [2] and found.effects[2, 0] == pytest.approx(1, abs=0.1)
+    with pytest.raises(BadRecipe, match="at most 500 candidates, got 1 and 501"):
+        by_independence(Rows((csr(x),), csr(y), csr(np.arange(502)[None] > 0)), partial_correlation)
+
+
+def test_what_differs_between_environments_is_no_dependence_to_tests_that_are_told_of_them():
+    """Both latents read more in the second one; only in the third column is there an effect."""
+    random, place = np.random.default_rng(0), np.arange(4000) % 2
+    x = random.standard_normal((4000, 2)) + place[:, None]
+    rows = Rows((csr(x),), csr(place[:, None] + random.standard_normal((4000, 1)) + x[:, 1:]), csr(np.ones((1, 2), bool)))
+    found = {
+        by: by_independence(rows, partial_correlation, by and place.tolist()).effects.nonzero()[0] for by in (None, "told")
+    }
+    assert [some.tolist() for some in found.values()] == [[0, 1], [1]]
 
 
 def test_causal_learn_gives_the_same_edges():

@@ -11,7 +11,8 @@ from test_steered import CONTEXTS, latents  # noqa: F401
 from test_steered import system as steered  # noqa: F401
 
 import steerlib as sl
-from steerlib.errors import Unanswerable, UnknownConcept
+from steerlib.errors import BadRecipe, Unanswerable, UnknownConcept
+from steerlib.training.discover.discovery import discover
 from steerlib.training.discover.steered import SteeredText
 from steerlib.training.discover.systems import Around, Outcomes, Reading, entries
 from steerlib.training.discover.verify import verify_edges, with_totals
@@ -121,14 +122,14 @@ def test_an_outcome_is_a_child_like_any_other(layers):
 
 
 class Places(Around):
-    """In the second half of the contexts one latent of the last level reads three times as much."""
+    """In every other context one latent of the last level reads three times as much."""
 
     of = 0
 
     def run(self, contexts, do=None):
         found = self.inner.run(contexts, do)
         z = found["level1"].natural
-        unit = np.repeat(contexts >= len(self) // 2, np.diff(z.indptr))
+        unit = np.repeat(contexts % 2 > 0, np.diff(z.indptr))
         z = entries(z, z.data * np.where(unit & (z.indices == self.of), 3, 1))
         return {**found, "level1": Reading(z, z)}
 
@@ -136,7 +137,7 @@ class Places(Around):
 def test_edges_that_hold_in_all_environments_are_marked(layers):
     there, truth = Places(layers), true_edges(layers)
     there.of = int([*truth][0][1].split("/")[1])
-    half = ["here" if i < len(layers) // 2 else "there" for i in range(len(layers))]
+    half = ["here", "there"] * (len(layers) // 2)
     found = {own.edge.src + own.edge.dst: own.edge for own in (own for own in verify_edges(there, truth, environments=half))}
     differ = {name for name, edge in found.items() if edge.everywhere is False}
     wanted = {a + b for a, b in truth if b == f"level1/{there.of}"}
@@ -146,6 +147,20 @@ def test_edges_that_hold_in_all_environments_are_marked(layers):
     assert alone.everywhere is None
     rare = ["here"] * (len(layers) - 5) + ["there"] * 5
     assert verify_edges(there, [[*truth][0]], environments=rare)[0].edge == replace(alone, everywhere=None)
+
+
+def test_discovery_marks_its_edges_by_environment_and_finds_the_same_ones(tmp_path):
+    system = Layers((24, 20), 3000, dropout=0.3, rate=0.03, fed=0.8)
+    there, half = Places(system), ["here", "there"] * 1500
+    there.of = int([*true_edges(system)][0][1].split("/")[1])
+    found = discover(there, held_out=0.6, environments=half, folder=tmp_path).graph
+    differ = {edge.dst for edge in found.edges if edge.everywhere is False}
+    assert f"level1/{there.of}" in differ and len(differ) <= 2
+    assert sum(edge.everywhere is True for edge in found.edges) >= 0.7 * len(found)
+    plain = discover(there, held_out=0.6).graph
+    assert plain.edges == tuple(replace(edge, everywhere=None) for edge in found.edges) and len(plain) > 10
+    with pytest.raises(BadRecipe, match="other settings"):
+        discover(there, held_out=0.6, environments=half[::-1], folder=tmp_path)
 
 
 # -- a language model ----------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from steerlib.training.discover import text_graph
 from steerlib.training.discover.text_graph import Foretold, best_known, carried, contexts, foretold, graphed, scores
 from steerlib.training.entries import GraphRecipe
 from steerlib.training.package.card import graph_table
+from steerlib.training.pipeline import key_of
 from steerlib.training.recipe import TextEncoderRecipe
 
 SIZE = 24
@@ -46,7 +47,8 @@ def ids(llama):
 
 def test_the_stage_stores_verified_edges_alone_and_foretells_what_happens(llama, bank, ids, tmp_path, monkeypatch):
     monkeypatch.setattr(text_graph, "STEPS", 5)
-    made = graphed(llama, bank, ids, RECIPE, tmp_path)
+    recipe = replace(RECIPE, environments=("news.txt", "tales.txt"))
+    made = graphed(llama, bank, ids, recipe, tmp_path)
     facts = made.provenance["graph"]
     assert made.graph.edges and {edge.evidence for edge in made.graph.edges} == {"verified"}
     assert facts["verified"] == len(made.graph) == sum(own["verified"] for own in facts["levels"].values())
@@ -58,7 +60,10 @@ def test_the_stage_stores_verified_edges_alone_and_foretells_what_happens(llama,
     assert facts["forecast"]["… by effects dealt among edges"]["r2"] < max(own["r2"] for own in found) - 0.3
     lines = graph_table(facts).splitlines()
     assert f"| this model | {facts['proposed']} |" in lines[2] and "random weights" in lines[3] and "720 texts" in lines[-1]
-    assert graphed(llama, bank, ids, RECIPE, tmp_path).graph.edges == made.graph.edges, "it goes on from what it kept"
+    told = [edge.everywhere for edge in made.graph.edges]  # both are of the same random tokens
+    assert facts["everywhere"] == told.count(True) > 0.5 * len(told) and facts["differ"] == told.count(False) <= 0.1 * len(told)
+    assert f"From news.txt, tales.txt in turn: {told.count(True)} edges" in lines[-1]
+    assert graphed(llama, bank, ids, recipe, tmp_path).graph.edges == made.graph.edges, "it goes on from what it kept"
     made.save_pretrained(tmp_path / "bank")
     assert sl.ConceptBank.from_pretrained(tmp_path / "bank").provenance["graph"] == facts
 
@@ -112,7 +117,13 @@ def test_too_few_documents_are_refused(tmp_path):
 
     (tmp_path / "texts.txt").write_text("one two three four\n\nfive six\n")
     with pytest.raises(BadRecipe, match="120 documents of 4 tokens"):
-        contexts(Words(), [tmp_path / "texts.txt"], GraphRecipe(contexts=120, length=4))
+        contexts(Words(), [[tmp_path / "texts.txt"]], GraphRecipe(contexts=120, length=4))
+    for name, word in (("short.txt", "a"), ("long.txt", "word")):
+        (tmp_path / name).write_text("\n\n".join(f"{word} {word} {'b' * n}" for n in range(1, 70)))
+    ids = contexts(Words(), [[tmp_path / "short.txt"], [tmp_path / "long.txt"]], GraphRecipe(contexts=121, length=3))
+    assert len(ids) == 121 and ids[:, 0].tolist() == [1, 4] * 60 + [1], "in turn"
+    with pytest.raises(BadRecipe, match="100 documents of 3 tokens for the graph in short.txt"):
+        contexts(Words(), [[tmp_path / "short.txt"], [tmp_path / "long.txt"]], GraphRecipe(contexts=200, length=3))
     with pytest.raises(BadRecipe, match="120 contexts"):
         GraphRecipe(contexts=100).check()
 
@@ -139,6 +150,21 @@ def test_a_recipe_asks_for_a_graph_of_two_layers_or_more(tmp_path):
     read = TextEncoderRecipe.from_file(path, to_train=False).graph
     assert read is not None
     assert (read.contexts, read.first, read.second, read.held_out) == (240, 120, 80, 0.4)
+    path.write_text(whole + 'environments = ["news.txt", "tales.txt"]\n')
+    read = TextEncoderRecipe.from_file(path, to_train=False).graph
+    assert read is not None and read.labels == ["news.txt", "tales.txt"] * 120
+    (tmp_path / "texts.txt").write_text("some text")
+    keys = []
+    for text in ("one", "other", "one"):
+        (tmp_path / "news.txt").write_text(text)
+        keys.append(key_of(TextEncoderRecipe.from_file(path, to_train=False)))
+    assert keys[0] == keys[2] != keys[1], "what was run on other texts is not gone on from"
+    (tmp_path / "news.txt").unlink()
+    with pytest.raises(BadRecipe, match="news.txt, tales.txt beside the recipe"):
+        TextEncoderRecipe.from_file(path)
+    path.write_text(whole + 'environments = ["news.txt"]\n')
+    with pytest.raises(BadRecipe, match="two environments or more"):
+        TextEncoderRecipe.from_file(path, to_train=False)
     path.write_text(whole.replace("240", "60"))
     with pytest.raises(BadRecipe, match="120 contexts"):
         TextEncoderRecipe.from_file(path, to_train=False)

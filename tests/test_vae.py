@@ -140,8 +140,8 @@ def test_total_correlation_is_that_of_the_formula():
 
 
 def test_penalties_are_those_of_disent():
-    """`_betatc_compute_total_correlation` of `disent` 0.8.0, which leaves out the number of pictures, a constant; and `DipVae` of
-    kind i, which leaves variances out. Its kind ii adds their mean to every entry of the covariance, and the paper to the
+    """`_betatc_compute_total_correlation` of `disent` 0.8.0, which leaves out the number of pictures, a constant; and `DipVae`
+    of kind i, which leaves variances out. Its kind ii adds their mean to every entry of the covariance, and the paper to the
     diagonal alone (equation 5): that one is compared by hand below."""
     d = latents()
     assert float(total_correlation(d, 50)) - 2 * math.log(6 * 50) == pytest.approx(-3.3714199, abs=1e-5)

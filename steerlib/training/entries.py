@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from itertools import cycle, islice
 from typing import Any, NamedTuple
 
 from ..errors import BadRecipe
@@ -136,13 +137,15 @@ class SiteEncoder:
 
 @dataclass(frozen=True, kw_only=True)
 class GraphRecipe:
-    """How the causal graph of text latents is found, from the beginnings of the corpus' documents.
+    """How the causal graph of text latents is found, from the beginnings of the documents of the corpus, or of `environments`.
 
     Args:
         contexts: The number of documents. Half are ablated at random and fitted, a third verify, a sixth measures forecasts.
         length: Tokens of each.
         parents: The number of latents that are ablated alone, starting with those of which the bank says most.
         controls: The same number for a model with random weights.
+        environments: Files of texts, in place of the corpus: as many documents of each, in turn. Edges that are there in all of
+            them, with effects that do not differ, are marked (`Edge.everywhere`).
         seed: Seed of all random choices.
     """
 
@@ -150,7 +153,13 @@ class GraphRecipe:
     length: int = 32
     parents: int = 400
     controls: int = 40
+    environments: tuple[str, ...] = ()
     seed: int = 0
+
+    @property
+    def labels(self) -> list[str] | None:
+        """The environment of each context."""
+        return [*islice(cycle(self.environments), self.contexts)] if self.environments else None
 
     @property
     def first(self) -> int:
@@ -171,6 +180,8 @@ class GraphRecipe:
         """Raise `BadRecipe` for what cannot work."""
         if self.contexts < 120 or self.length < 2 or min(self.parents, self.controls) < 1:
             raise BadRecipe("expected a graph of 120 contexts of two tokens or more, and positive numbers of parents, controls")
+        if self.environments and len({*self.environments}) < max(2, len(self.environments)):
+            raise BadRecipe(f"expected two environments or more, each once, got {', '.join(self.environments)}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -79,7 +79,10 @@ def key_of(recipe: Recipe) -> str:
     count: with another licence or description a run finds everything made."""
     if isinstance(recipe, CorpusRecipe):
         graph = getattr(recipe, "graph", None)
-        return sha256(f"{recipe.recorded_key} {recipe.fitted_key(recipe.encoders)} {graph!r}".encode()).hexdigest()[:16]
+        told = sha256(f"{recipe.recorded_key} {recipe.fitted_key(recipe.encoders)} {graph!r}".encode())
+        for name in getattr(graph, "environments", ()):
+            told.update(recipe.bytes_of(name) or b"")
+        return told.hexdigest()[:16]
     return replace(recipe, description="", license="", name="", base="").digest[:16]
 
 

@@ -224,9 +224,9 @@ class CorpusRecipe(Recipe, ABC):
         there = {name: self.text_of(name) for name in self.corpus}
         return [document for name, text in there.items() if text is not None for document in parsed(text, name)]
 
-    def corpus_files(self) -> list[Path]:
-        """Where the text for encoders is."""
-        paths = [self.path(name) for name in self.corpus]
+    def corpus_files(self, names: Sequence[str] = ()) -> list[Path]:
+        """Where the text for encoders is, or other text by the names of its files."""
+        paths = [self.path(name) for name in names or self.corpus]
         if missing := [path.name for path in paths if not path.is_file()]:
             raise BadRecipe(f"expected {', '.join(missing)} beside the recipe, found none")
         if other := [path.name for path in paths if path.suffix not in (".txt", ".jsonl")]:
@@ -258,6 +258,8 @@ class TextEncoderRecipe(CorpusRecipe):
             self.graph.check()
             if len(self.encoders) < 2:
                 raise BadRecipe("expected encoders of two layers or more of a language model for a graph")
+            if to_train:
+                self.corpus_files(self.graph.environments)
         for name, sides in self.read_attributes().items():
             if min(map(len, sides)) < LEAST:
                 raise BadRecipe(

@@ -8,7 +8,7 @@ random changed, so that effects are causal whatever else moves both. *Observatio
 """
 
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -28,6 +28,7 @@ from .regress import Fit, Rows, fitted
 from .rows import ABLATED, Folder, Level, ablated_at_random, observed
 from .screen import firing_together, pointing
 from .systems import Codes, Contexts, System, csr, entries
+from .verify import marked
 
 Method = Literal["randomised", "observational", "independence"]
 CHANGED = 0.05
@@ -35,7 +36,7 @@ CHANGED = 0.05
 
 
 def eligible(z: Codes, rates: tuple[float, float]) -> NDArray[Any]:
-    """Latents that fire neither too rarely to be tested nor all the time."""
+    """Latents that fire neither too rarely to be tested nor all the time. Others are passive: no edge is looked for at them."""
     rate = np.bincount(z.indices, minlength=z.shape[1]) / z.shape[0]
     return (rate >= rates[0]) & (rate <= rates[1])
 
@@ -48,6 +49,7 @@ def proposed(
     method: Method = "randomised",
     skips: bool = False,
     test: Test | None = None,
+    environments: Sequence[Any] | None = None,
 ) -> dict[tuple[str, str], Fit]:
     """A fit for every level but the first, and the levels it was fitted to; with `skips` also the ones two levels before."""
     names, found = list(system.levels), {}
@@ -55,7 +57,8 @@ def proposed(
         sources = names[max(0, k - 1 - skips) : k]
         rows = rows_of(system, seen, sources, names[k], contexts, method)
         if method == "independence":
-            fit = by_independence(rows, test or fisher_z())
+            places = None if environments is None else np.asarray(environments)[contexts][system.owners(contexts)].tolist()
+            fit = by_independence(rows, test or fisher_z(), places)
         else:
             fit = fitted(rows, signed=method == "randomised", centred=method == "observational")
         start = 0
@@ -112,6 +115,8 @@ class Discovery(NamedTuple):
     refused: int
     """Edges that single ablations did not confirm; they are in no graph."""
     fits: Mapping[tuple[str, str], Fit]
+    passive: Mapping[str, int]
+    """Latents of each level that took no part, since they fire hardly ever or nearly always."""
 
     @property
     def echoes(self) -> list[tuple[str, str]]:
@@ -130,6 +135,7 @@ def discover(
     folder: str | os.PathLike[str] | None = None,
     seed: int = 0,
     test: Test | None = None,
+    environments: Sequence[Any] | None = None,
     accelerator: Any = None,
 ) -> Discovery:
     """Find and verify the causal graph of a system.
@@ -142,6 +148,7 @@ def discover(
         folder: Keeps what was run; the same call goes on from there.
         accelerator: Accelerate's; its processes share the runs through `folder`.
         test: The test of method `independence` (default: causal-learn's Fisher z; extra `graph`).
+        environments: What each context belongs to, for example its set of prompts (`Edge.everywhere`); tests condition on it.
 
     Raises `BadRecipe` where `folder` holds a graph of other settings.
     """
@@ -149,19 +156,25 @@ def discover(
     settings |= {} if verify is None else {"verify": sorted(verify)}
     kept = Folder(None if folder is None else Path(folder), settings | {"levels": dict(system.levels)}, accelerator)
     first, last = np.split(np.arange(len(system)), [len(system) - int(len(system) * held_out)])
-    fits = proposed(system, ablated_at_random(system, first, kept, seed=seed), first, method=method, skips=skips, test=test)
+    levels = ablated_at_random(system, first, kept, seed=seed)
+    fits = proposed(system, levels, first, method=method, skips=skips, test=test, environments=environments)
     seen, results = observed(system, last, kept), {}
     for (src, dst), fit in fits.items():
         only = None if verify is None else {int(own.rpartition("/")[2]) for own in verify if own.rpartition("/")[0] == src}
         results[src, dst] = confirmed(Pair(system, last, seen, src, dst, fit.effects), kept, seed=seed, only=only)
-    p = adjusted(np.concatenate([found.p for found in results.values()]))
-    return _judged(fits, results, p, method)
+    found = _judged(fits, results, method)._replace(passive=_passive(system, levels))
+    whole = found.graph
+    return found if environments is None else found._replace(graph=marked(system, whole, environments, last, kept, seed=seed))
 
 
-def _judged(
-    fits: Mapping[tuple[str, str], Fit], results: Mapping[tuple[str, str], Confirmation], p: Any, method: Method
-) -> Discovery:
+def _passive(system: System, levels: Mapping[str, Level]) -> dict[str, int]:
+    """How many latents take no part."""
+    return {name: int((~eligible(level.z, system.rates)).sum()) for name, level in levels.items()}
+
+
+def _judged(fits: Mapping[tuple[str, str], Fit], results: Mapping[tuple[str, str], Confirmation], method: Method) -> Discovery:
     """The edges that passed, and those that could not be tested."""
+    p = adjusted(np.concatenate([found.p for found in results.values()]))
     edges, refused, start = [], 0, 0
     for (src, dst), fit in fits.items():
         found, left = results[src, dst], fit.effects.todok()
@@ -175,7 +188,7 @@ def _judged(
         evidence = "randomised" if method == "randomised" else "observed"
         edges += [Edge(src=f"{src}/{a}", dst=f"{dst}/{b}", weight=float(w), evidence=evidence) for (a, b), w in left.items()]
     whole = sum(fit.effects.nnz for fit in fits.values())
-    return Discovery(CausalGraph(edges), whole, sum(edge.n_verify == 0 for edge in edges), refused, fits)
+    return Discovery(CausalGraph(edges), whole, sum(edge.n_verify == 0 for edge in edges), refused, fits, {})
 
 
 def composition(system: System, read: Mapping[str, Codes] | None = None) -> Discovery:
@@ -193,7 +206,7 @@ def composition(system: System, read: Mapping[str, Codes] | None = None) -> Disc
         fit = fitted(rows_of(system, seen, [part], whole, contexts, "observational"), signed=False, centred=True)
         fits[part, whole] = fit = _heard(fit, slice(None), seen[part].z, seen[whole].z)
         edges += _parts(fit.effects, seen, part, whole)
-    return Discovery(CausalGraph(edges), len(edges), len(edges), 0, fits)
+    return Discovery(CausalGraph(edges), len(edges), len(edges), 0, fits, _passive(system, seen))
 
 
 def _parts(effects: Codes, seen: Mapping[str, Level], part: str, whole: str) -> Iterator[Edge]:

@@ -17,7 +17,7 @@ from .systems import csr
 Test = Callable[[NDArray[Any], int, int, Sequence[int]], float]
 """From data `[units, variables]`, two variables and those to condition on: the probability of independence."""
 MOST = 500
-"""Latents that one level may be tested against."""
+"""Latents that may be candidates for those of a level."""
 ALPHA = 0.01
 GIVEN = 2
 """Most latents that are conditioned on at once."""
@@ -40,25 +40,35 @@ def fisher_z() -> Test:
     return test
 
 
-def by_independence(rows: Rows, test: Test) -> Fit:
-    """A parent stays while no few of the others make it independent of the child; effects are refitted by least squares."""
+def by_independence(rows: Rows, test: Test, environments: Sequence[Any] | None = None) -> Fit:
+    """A parent stays while no few of the others make it independent of the child; effects are refitted by least squares.
+
+    `environments`, one for each row, are a variable that every test conditions on, so that what differs between them is no
+    dependence (CD-NOD, Huang et al. 2020).
+    """
     children, parents = rows.candidates.shape
-    if len(rows.x) != 1 or parents > MOST:
-        raise BadRecipe(f"tests of independence are for one route and at most {MOST} latents, got {len(rows.x)} and {parents}")
-    data = np.hstack([rows.x[0].toarray(), rows.y.toarray()]).astype(np.float64)
-    near, kept = rows.candidates.tolil(), csr((children, parents), dtype=bool).tolil()
+    some = np.unique(rows.candidates.indices)
+    if len(rows.x) != 1 or len(some) > MOST:
+        raise BadRecipe(
+            f"tests of independence are for one route and at most {MOST} candidates, got {len(rows.x)} and {len(some)}"
+        )
+    labels = np.asarray([] if environments is None else environments)
+    apart = [labels[:, None] == own for own in np.unique(labels)[1:]]
+    data = np.hstack([rows.x[0][:, some].toarray(), rows.y.toarray(), *apart]).astype(np.float64)
+    always = range(len(some) + children, data.shape[1])
+    near, kept = rows.candidates[:, some].tolil(), csr((children, parents), dtype=bool).tolil()
     for c, joined in enumerate(near.rows):
-        kept[c, parents_of(data, list(joined), parents + c, test)] = True
+        kept[c, some[parents_of(data, list(joined), len(some) + c, test, always)]] = True
     columns = columns_of(csr(kept), 1)
     p = products(rows.x[0].tocsc(), rows.y.tocsc(), columns, centred=True)
     return Fit(placed(refit(p, explains(p, p.cross != 0, 1)), columns, parents), 0.0, {})
 
 
-def parents_of(data: NDArray[Any], joined: list[int], child: int, test: Test) -> list[int]:
-    """Candidates that stay dependent on the child given any few of the others."""
+def parents_of(data: NDArray[Any], joined: list[int], child: int, test: Test, always: Sequence[int] = ()) -> list[int]:
+    """Candidates that stay dependent on the child given any few of the others, and what is `always` given."""
     for size in range(GIVEN + 1):
         for p in list(joined):
             others = [other for other in joined if other != p]
-            if any(test(data, p, child, given) > ALPHA for given in combinations(others, size)):
+            if any(test(data, p, child, (*given, *always)) > ALPHA for given in combinations(others, size)):
                 joined.remove(p)
     return joined

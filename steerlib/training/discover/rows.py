@@ -42,7 +42,7 @@ class Folder:
     """
 
     def __init__(self, path: Path | None, settings: Mapping[str, Any], accelerator: Any = None):
-        self.path, self.accelerator = path, accelerator
+        self.path, self.settings, self.accelerator = path, {**settings}, accelerator
         if path is None:
             if accelerator is not None and accelerator.num_processes > 1:
                 raise BadRecipe("expected a folder that several processes share, got none; give folder=")
@@ -53,6 +53,12 @@ class Folder:
         if not file.is_file() and (accelerator is None or accelerator.is_main_process):
             with whole(file) as part:
                 part.write_text(text, encoding="utf-8")
+
+    def under(self, name: str, more: Mapping[str, Any]) -> "Folder":
+        """A folder in it, for results that follow from `more` settings."""
+        return Folder(
+            None if self.path is None else self.path / name.replace("/", "-"), {**self.settings, **more}, self.accelerator
+        )
 
     def all(self, jobs: Mapping[str, Make], what: str) -> list[dict[str, NDArray[Any]]]:
         """The results of jobs by name, those that are not kept yet made now, a part by each process."""

@@ -41,15 +41,26 @@ STEPS = 600
 """Training steps of the encoders of the control, a model with random weights."""
 
 
-def contexts(tokenizer: Any, texts: Sequence[Path], recipe: GraphRecipe) -> Int[Tensor, "C N"]:
-    """Tokens of as many documents, the beginning of each. Raises `BadRecipe` where too few are long enough."""
+def contexts(tokenizer: Any, sets: Sequence[Sequence[Path]], recipe: GraphRecipe) -> Int[Tensor, "C N"]:
+    """Tokens of as many documents, the beginning of each, in turn from each set of files. Raises `BadRecipe` where too few are
+    long enough."""
+    each = -(-recipe.contexts // len(sets))
+    found = torch.stack([_beginnings(tokenizer, texts, each, recipe) for texts in sets], 1)
+    return found.flatten(0, 1)[: recipe.contexts]
+
+
+def _beginnings(tokenizer: Any, texts: Sequence[Path], count: int, recipe: GraphRecipe) -> Int[Tensor, "C N"]:
+    """Tokens of so many documents."""
     found: dict[int, list[int]] = {}
     for piece in pieces(tokenizer, texts, recipe.length, seed=recipe.seed + 1):
         if len(piece.ids) == recipe.length:
             found.setdefault(piece.document, piece.ids)
-        if len(found) == recipe.contexts:
+        if len(found) == count:
             return torch.tensor(list(found.values()))
-    raise BadRecipe(f"expected {recipe.contexts} documents of {recipe.length} tokens for the graph, found {len(found)}")
+    raise BadRecipe(
+        f"expected {count} documents of {recipe.length} tokens for the graph in {', '.join(path.name for path in texts)}, "
+        f"found {len(found)}"
+    )
 
 
 def graphed(model: Any, bank: ConceptBank, ids: Int[Tensor, "C N"], recipe: GraphRecipe, folder: Path) -> ConceptBank:
@@ -58,16 +69,24 @@ def graphed(model: Any, bank: ConceptBank, ids: Int[Tensor, "C N"], recipe: Grap
 
     `folder` keeps what was run, from which the same call goes on.
     """
-    made, third = ids[: recipe.first + recipe.second], ids[recipe.first + recipe.second :]
+    known = recipe.first + recipe.second
+    made, third, labels = ids[:known], ids[known:], recipe.labels
     system = SteeredText(model, bank, made)
     verify = best_known(bank, list(system.levels)[:-1], recipe.parents)
-    found = discover(system, held_out=recipe.held_out, verify=verify, folder=folder / "found", seed=recipe.seed)
+    found = discover(
+        system,
+        held_out=recipe.held_out,
+        verify=verify,
+        folder=folder / "found",
+        seed=recipe.seed,
+        environments=labels and labels[:known],
+    )
     result = with_graph(bank, _verified(found))
-    second = SteeredText(model, result, made[recipe.first :])
-    result.graph = with_totals(second, result.graph, folder=folder / "totals", seed=recipe.seed)
+    second, own = SteeredText(model, result, made[recipe.first :]), labels and labels[recipe.first : known]
+    result.graph = with_totals(second, result.graph, folder=folder / "totals", seed=recipe.seed, environments=own)
     rows = list(foretold(result, SteeredText(model, bank, third), folder / "foretold", seed=recipe.seed))
     facts = {
-        "recipe": asdict(recipe),
+        "recipe": asdict(recipe) | {"environments": [*recipe.environments]},
         **account(result, found),
         "forecast": {name: scores(some) for name, some in _kinds(rows, recipe.seed).items()},
         "shuffled": remembered(
@@ -109,7 +128,9 @@ def account(bank: ConceptBank, found: Discovery) -> dict[str, Any]:
     edges = [edge for edge in bank.graph.edges if edge.relation == "compute"]
     own = [carried(bank, edge) for edge in edges]
     counts = {"proposed": found.proposed, "untested": found.untested, "refused": found.refused, "verified": len(own)}
-    counts["total"] = len(bank.graph) - len(own)
+    counts |= {"total": len(bank.graph) - len(own), "passive": sum(found.passive.values())}
+    told = [edge.everywhere for edge in edges]
+    counts |= {"everywhere": told.count(True), "differ": told.count(False)}
     pairs: dict[str, dict[str, int]] = {}
     for edge, is_carried in zip(edges, own, strict=True):
         ends = f"{bank[edge.src].encoder} to {bank[edge.dst].encoder}"

@@ -78,20 +78,25 @@ def verify_edges(
     >>> found = verify_edges(system, [("layers.7/3", "layers.15/8")])  # doctest: +SKIP
     """
     given = [edge if isinstance(edge, Edge) else _of(system, *edge) for edge in edges]
-    ends = [_ends(system, edge) for edge in given]
-    contexts, labels = np.arange(len(system)), np.asarray([] if environments is None else environments)
-    settings = {"edges": sorted(ends), "environments": labels.tolist(), "seed": seed}
-
-    def found_in(some: Contexts, name: str) -> dict[Ends, Found]:
-        return _found(system, some, ends, Folder(None if folder is None else Path(folder) / name, settings), seed)
-
-    whole = found_in(contexts, "all")
-    parts = [found_in(contexts[labels == own], f"environment-{own}") for own in np.unique(labels)]
-    agree = _agreeing([[part.get(own) for part in parts] for own in ends])
+    ends, contexts = [_ends(system, edge) for edge in given], np.arange(len(system))
+    kept = Folder(None if folder is None else Path(folder), {"seed": seed})
+    whole = _found(system, contexts, ends, kept.under("all", {"edges": sorted(ends)}), seed)
+    agree = [None] * len(ends) if environments is None else _agree(system, contexts, ends, environments, kept, seed)
     return [
         _told(system, edge, whole[own], everywhere, seed) if own in whole else Tested(edge, "too few contexts")
         for edge, own, everywhere in zip(given, ends, agree, strict=True)
     ]
+
+
+def marked(
+    system: System, graph: CausalGraph, environments: Sequence[Any], contexts: Contexts, folder: Folder, *, seed: int = 0
+) -> CausalGraph:
+    """The graph, whose verified edges say whether they are there in every environment of some contexts, with effects that do
+    not differ (`Edge.everywhere`); `environments` says which one each context of the system belongs to."""
+    kept = [edge for edge in graph.edges if edge.evidence == "verified"]
+    agree = _agree(system, contexts, [_ends(system, edge) for edge in kept], environments, folder, seed)
+    told = dict(zip(kept, agree, strict=True))
+    return CausalGraph(replace(edge, everywhere=told.get(edge)) for edge in graph.edges)
 
 
 def with_totals(system: System, graph: CausalGraph, **how: Any) -> CausalGraph:
@@ -147,6 +152,19 @@ def _found(system: System, contexts: Contexts, ends: Sequence[Ends], folder: Fol
             place = Ends(pair.src, int(parent), pair.dst, int(child), pair.whole)
             found[place] = Found(result.facts(i, float(own[i])), bool(holds), pair)
     return found
+
+
+def _agree(
+    system: System, contexts: Contexts, ends: Sequence[Ends], environments: Sequence[Any], folder: Folder, seed: int
+) -> list[bool | None]:
+    """Whether edges are the same in each environment, tested in its contexts alone."""
+    labels = np.asarray(environments)[contexts]
+    settings = {"edges": sorted(ends), "environments": labels.tolist()}
+    parts = [
+        _found(system, contexts[labels == own], ends, folder.under(f"environment-{own}", settings), seed)
+        for own in np.unique(labels)
+    ]
+    return _agreeing([[part.get(own) for part in parts] for own in ends])
 
 
 def _told(system: System, edge: Edge, found: Found, everywhere: bool | None, seed: int) -> Tested:

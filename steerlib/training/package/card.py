@@ -126,6 +126,11 @@ def graph_table(found: Mapping[str, Any]) -> str:
     ]
     parts = f"{said['contexts']:,} texts of {said['length']} tokens: half fitted, a third verifying, a sixth foretold. "
     parts += f"Ablated alone: up to {said['parents']} latents of this model, {said['controls']} of the random one."
+    if sets := said.get("environments"):
+        parts += (
+            f" From {', '.join(sets)} in turn: {found['everywhere']:,} edges are there in each, with effects that differ no "
+        )
+        parts += f"more than by chance; of {found['differ']:,} they differ; of the others it is not known."
     head = "| proposed | not tested | refused | verified | of these carried on | negative"
     forecasts = markdown("foretold | edges | sign right | R² | R² by prompt", foretold)
     return "\n\n".join([f"{markdown(head, rows)}\n{shuffled}", forecasts, parts])

@@ -100,7 +100,8 @@ def with_graph_of(model: Any, tokenizer: Any, bank: ConceptBank, recipe: TextEnc
     from ..discover.text_graph import contexts, graphed  # needs scipy
 
     own = recipe.graph or GraphRecipe()
-    made = graphed(model, bank, contexts(tokenizer, recipe.corpus_files(), own), own, folder)
+    sets = [recipe.corpus_files([name]) for name in own.environments] or [recipe.corpus_files()]
+    made = graphed(model, bank, contexts(tokenizer, sets, own), own, folder)
     made.card = latents_card(made, recipe)
     return made
 
