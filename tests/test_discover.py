@@ -294,7 +294,7 @@ def test_tests_of_independence_are_another_method_and_can_be_ones_own():
 
 
 def test_what_differs_between_environments_is_no_dependence_to_tests_that_are_told_of_them():
-    """Both latents read more in the second one; only in the third column is there an effect."""
+    """All read more in the second one; only the second parent has an effect."""
     random, place = np.random.default_rng(0), np.arange(4000) % 2
     x = random.standard_normal((4000, 2)) + place[:, None]
     rows = Rows((csr(x),), csr(place[:, None] + random.standard_normal((4000, 1)) + x[:, 1:]), csr(np.ones((1, 2), bool)))

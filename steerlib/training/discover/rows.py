@@ -56,9 +56,7 @@ class Folder:
 
     def under(self, name: str, more: Mapping[str, Any]) -> "Folder":
         """A folder in it, for results that follow from `more` settings."""
-        return Folder(
-            None if self.path is None else self.path / name.replace("/", "-"), {**self.settings, **more}, self.accelerator
-        )
+        return Folder(None if self.path is None else self.path / name, {**self.settings, **more}, self.accelerator)
 
     def all(self, jobs: Mapping[str, Make], what: str) -> list[dict[str, NDArray[Any]]]:
         """The results of jobs by name, those that are not kept yet made now, a part by each process."""

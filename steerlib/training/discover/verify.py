@@ -161,8 +161,8 @@ def _agree(
     labels = np.asarray(environments)[contexts]
     settings = {"edges": sorted(ends), "environments": labels.tolist()}
     parts = [
-        _found(system, contexts[labels == own], ends, folder.under(f"environment-{own}", settings), seed)
-        for own in np.unique(labels)
+        _found(system, contexts[labels == own], ends, folder.under(f"environment-{k}", settings), seed)
+        for k, own in enumerate(np.unique(labels))
     ]
     return _agreeing([[part.get(own) for part in parts] for own in ends])
 
