@@ -1,7 +1,7 @@
 """How far single latents stand for single known factors: DCI, MIG, SAP, the FactorVAE score, InfoMEC.
 
-Formulas and settings are those of the papers, or of `disent` and of InfoMEC's authors' code where they leave them open. A figure that cannot be said, such as
-a gap between the best two of one latent, is None.
+Formulas and settings are those of the papers, or of `disent` and of InfoMEC's authors' code where they leave them open. A
+figure that cannot be said, such as a gap between the best two of one latent, is None.
 
 z  latents [B, n]     v  factors as whole numbers [B, F]
 """
