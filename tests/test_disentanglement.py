@@ -51,8 +51,8 @@ def test_figures_are_those_of_disent(name):
 
 
 INFOMEC = {"apart": (0.70053, 0.68409, 0.90243), "mixed": (0.56007, 0.22401, 0.67202)}
-"""What the authors' code (github.com/kylehkhsu/latent_quantization, `metrics/infomec.py`) gives for `drawn`, less an argument
-of logistic regression that scikit-learn took away. Its explicitness is told of the rows that it was learned on."""
+"""What the authors' code (`metrics/infomec.py` of kylehkhsu/latent_quantization) gives for `drawn`, less an argument that
+logistic regression no longer has. Its explicitness is told of the rows that it was learned on."""
 
 
 @pytest.mark.parametrize("name", MIXED)

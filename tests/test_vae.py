@@ -141,8 +141,8 @@ def test_total_correlation_is_that_of_the_formula():
 
 def test_penalties_are_those_of_disent():
     """`_betatc_compute_total_correlation` of `disent` 0.8.0, which leaves out the number of pictures, a constant; and `DipVae`
-    of kind i, which leaves variances out. Its kind ii adds their mean to every entry of the covariance, and the paper to the
-    diagonal alone (equation 5): that one is compared by hand below."""
+    of kind i, which leaves variances out. Its kind ii adds their mean to every entry of the covariance, the paper to its
+    diagonal: that one is compared by hand below."""
     d = latents()
     assert float(total_correlation(d, 50)) - 2 * math.log(6 * 50) == pytest.approx(-3.3714199, abs=1e-5)
     assert float(moments(Normal(d.q.mean, torch.full_like(d.q.mean, 1e-6)))) == pytest.approx(7.0813713, abs=1e-4)
@@ -250,6 +250,7 @@ def test_intervals_are_over_seeds_and_there_is_none_for_one():
 # -- the whole in small ------------------------------------------------------------------------------------------------
 
 TINY = QUICK._replace(pictures=1000, steps=450, told=160, moved=12)
+SMALL: dict = {"data": ["sprites"], "seeds": 1, "quick": True, "steps": 0, "side": 0, "device": "cpu", "threads": 1}
 
 
 @pytest.fixture(scope="module")
@@ -284,7 +285,7 @@ def test_a_study_of_two_kinds_reaches_what_it_must(made):
 def test_what_was_made_is_not_made_again_and_tables_say_how_many_runs_they_are_of(made, tmp_path, monkeypatch):
     monkeypatch.setattr("vae.__main__.run", lambda *_, **__: pytest.fail("it was there"))
     monkeypatch.setattr("vae.__main__.QUICK", TINY)
-    runs(out=made, data=["sprites"], kind=["VAE", "VQ-VAE"], seeds=1, quick=True, steps=0, side=0, device="cpu", threads=1)
+    runs(out=made, kind=["VAE", "VQ-VAE"], **SMALL)
     names = ("runs", "strength", "bottleneck", "winners", "quantised", "truth", "all")
     readme = tmp_path / "README.md"
     readme.write_text("before\n" + "".join(f"<!-- begin: {n} -->\nstale\n<!-- end: {n} -->\n" for n in names) + "after\n")

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 from numpy.typing import NDArray
+from torch import Tensor
 
 from ..errors import MissingExtra
 from .coordinates import Coordinates
@@ -47,10 +48,14 @@ def pairs(factors: Mapping[str, Sequence[Any]], count: int, *, most: int, seed: 
 
 def busiest(found: Coordinates) -> list[int]:
     """The hidden channels that coordinates move most, each coordinate as heavy as the others."""
-    if not found.channels.numel():
-        return []
-    moved = found.channels / found.channels.amax(-1, keepdim=True).clamp(min=1e-12)
+    moved = _relative(found)
     return moved.sum(0).topk(min(BUSY, moved.shape[1])).indices.sort().values.tolist()
+
+
+def _relative(found: Coordinates) -> Tensor:
+    """How much each coordinate moves each channel, beside the channel that it moves most; no channels without a hidden site."""
+    most = found.channels.amax(-1, keepdim=True) if found.channels.numel() else found.channels
+    return found.channels / most.clamp(min=1e-12)
 
 
 def changed(
@@ -99,7 +104,7 @@ def circuit(changes: Mapping[str, Mapping[str, Any]], found: Coordinates, names:
     tall = max(map(len, columns))
     at = {(x, text): (x, -(k + 0.5) * tall / len(column)) for x, column in enumerate(columns) for k, text in enumerate(column)}
     lines = [((0, c), (1, n), share or 0) for c, own in changes.items() for n, (share, _) in own["through"].items()]
-    moved = found.channels / found.channels.amax(-1, keepdim=True).clamp(min=1e-12)
+    moved = _relative(found)
     lines += [((1, n), (2, f"channel {k}"), float(moved[i, k])) for i, n in enumerate(names) for k in busy]
     figure = Figure(figsize=(8, 1.2 + 0.36 * tall), layout="constrained")
     axis = figure.subplots()
