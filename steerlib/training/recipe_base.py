@@ -110,8 +110,12 @@ class Recipe(ABC):
     @property
     def weights(self) -> str:
         """What is loaded: `source`, or the folder of that name beside the recipe."""
-        beside = self.folder / self.source
-        return str(beside) if beside.is_dir() and not Path(self.source).is_dir() else self.source
+        return self.place(self.source)
+
+    def place(self, source: str) -> str:
+        """Where a model is: as the recipe says, or the folder of that name beside the recipe."""
+        beside = self.folder / source
+        return str(beside) if beside.is_dir() and not Path(source).is_dir() else source
 
     def path(self, name: str) -> Path:
         """A file beside the recipe, or else the one of that name that comes with steerlib."""
