@@ -1,7 +1,5 @@
 """A CLIP model as a scorer, at toy size: its arithmetic, what it refuses, and how a recipe names it."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
@@ -13,6 +11,7 @@ from steerlib.training import named
 from steerlib.training.calibrate import prompted as calibrate
 from steerlib.training.carry import recipe_in
 from steerlib.training.directions import prompted as levers
+from steerlib.training.recipe_base import place_of
 
 PICTURES = np.random.default_rng(0).integers(0, 256, (3, 20, 16, 3), dtype=np.uint8)
 
@@ -83,5 +82,4 @@ def test_a_recipe_and_a_name_can_be_scored_by_a_clip_of_a_folder(clip, toy, tmp_
     recipe = recipe_in(bank)
     assert bank["night"].effects["scorer"] == "CLIP tiny" and recipe is not None and recipe.score == str(clip[2])
     (tmp_path / "beside").symlink_to(clip[2])
-    beside = replace(recipe, folder=tmp_path, score="beside")
-    assert beside.place(beside.score) == str(tmp_path / "beside") and (*(tmp_path / "work").glob("*/chosen by CLIP tiny/*"),)
+    assert place_of("beside", tmp_path) == str(tmp_path / "beside") and (*(tmp_path / "work").glob("*/chosen by CLIP tiny/*"),)

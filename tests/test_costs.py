@@ -145,7 +145,7 @@ def test_a_dry_run_counts_what_the_same_pipeline_does_and_keeps(folder):
         draw.errors(latents, [pair.negative], [pair.positive])
         counts.append(counter.get_total_flops() - counts[0])
     assert costs.flops == costs.pictures * counts[0] + costs.judged * counts[1]
-    assert costs.passes == costs.pictures * 3 + costs.judged * (denoising.STEPS - 1) * denoising.DRAWS  # the last is not judged
+    assert costs.passes == costs.pictures * 3 + costs.judged * denoising.STEPS * denoising.DRAWS
     how: Any = {"sites": [*costs.sites], "levels": recipe.levels, "batch": 2, "texts": record.texts(host_for(pipe))}
     sums = record.contrasts(pipe, [pair], draw, **how)
     assert how["texts"] and costs.sums == sum(value.nbytes for value in sums.values())

@@ -6,7 +6,7 @@ most of the variance. `B` pictures, as latents of the pipeline; `P` prompts; `N`
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import wraps
 from typing import Any
 
@@ -94,8 +94,7 @@ def errors(
         noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(seed + k)).to(clean)
         judge = _Judge(pipe.scheduler, kind, clean, noise, found)
         given, taken = ({f"{path}.in": judge.give for path in host.passes()}, dict.fromkeys(places, judge.take))
-        settle = _stepping(pipe, lambda told, _, j=judge: j.settle(read(told)))
-        with suppress(_Enough), replacing(pipe, given), observing(pipe, taken), settle:
+        with replacing(pipe, given), observing(pipe, taken), _stepping(pipe, lambda told, _, j=judge: j.settle(read(told))):
             pipe(asked(pipe, prompts), generator=torch.Generator().manual_seed(seed), **how)  # whose own noise is not looked at
     if not found:
         raise UnsupportedTarget(f"none of {STEPS} steps of {type(pipe).__name__} has a noise level at which prompts are judged")
@@ -113,10 +112,6 @@ def predicts(scheduler: Any) -> str:
     return kind
 
 
-class _Enough(BaseException):
-    """No later step is judged. Not an `Exception`, which pipelines of blocks write to their logs as an error."""
-
-
 class _Judge:
     """Gives the denoiser noisy pictures in place of the run's own, and takes its errors when the scheduler steps."""
 
@@ -125,8 +120,6 @@ class _Judge:
         self.own: Tensor | None = None
 
     def give(self, x: Tensor, state: StepState) -> Tensor:
-        if float(state.progress) > JUDGED[1]:
-            raise _Enough
         if x.shape[1:] != self.clean.shape[1:] or len(x) % len(self.clean):
             raise UnsupportedTarget(
                 f"the denoiser is given {tuple(x.shape)} and latents are {tuple(self.clean.shape)}, so it cannot judge them"

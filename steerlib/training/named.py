@@ -80,13 +80,11 @@ def make(
     if isinstance(target, str):
         source, (target, tokenizer) = source or target, load(target)
         target = target.to(best_device())
+    known = source or getattr(target, "name_or_path", "") or type(target).__name__
     if host_for(target).has_progress:
-        known = source or getattr(target, "name_or_path", "") or type(target).__name__
-        clip, score = (score, None) if isinstance(score, str) else ("", score)
-        plan = picture_recipe_of(names, known, prompts, name=name, seed=seed, score=clip)
-        return train(target, plan, work=work, score=score)
+        plan = picture_recipe_of(names, known, prompts, name=name, seed=seed, score=score if isinstance(score, str) else "")
+        return train(target, plan, work=work, score=None if isinstance(score, str) else score)
     check_target(target, tokenizer, names, of_pictures=(prompts, score))
-    known = source or getattr(target.config, "name_or_path", "") or type(target).__name__
     plan = DirectionRecipe(name=name, base=known, source=known, seed=seed, description=ABOUT, **FEW)
     recipe = recipe_of(plan, target, tokenizer, _pairs(target, tokenizer, names, plan, work))
     return train(target, recipe, tokenizer=tokenizer, work=work)

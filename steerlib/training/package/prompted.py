@@ -28,6 +28,7 @@ from ..calibrate.prompted import HARM, Attempt, Choice, Drawing, Score, Trial, T
 from ..directions.prompted import METHODS, Lever, bank_of, found_by, reaches, usable
 from ..entries import PictureConcept
 from ..picture_recipe import PictureRecipe
+from ..recipe_base import place_of
 from ..record.contrasts import Sums, contrasts, places, texts
 from ..store import recorded, remembered, whole
 from .card import described
@@ -61,7 +62,7 @@ def train_prompted(pipe: Any, recipe: PictureRecipe, folder: Path, score: Score 
     """A concept for each entry of the recipe, from prompts alone: its lever, amount and way of removal chosen by what the
     pipeline itself, or `score`, says of its pictures."""
     if score is None and recipe.score:
-        score = ClipScore(recipe.place(recipe.score))
+        score = ClipScore(place_of(recipe.score, recipe.folder))
     making = Making(pipe, recipe, folder, score)
     pipe.set_progress_bar_config(disable=True)
     with stage(1, 3, f"drawing pairs of prompts for {len(recipe.concepts)} concepts, at {len(making.sites)} sites"):
