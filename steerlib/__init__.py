@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # what HOMES says, for type checkers and editors
     from .bank.hub import list_banks
     from .bank.manifest import BaseModel
     from .encoders import Directions, Encoder
+    from .evaluation.clip import ClipScore
     from .evaluation.judges import Endpoint
     from .graph.causal_graph import CausalGraph, Edge
     from .hosts import Host, load
@@ -47,10 +48,11 @@ if TYPE_CHECKING:  # what HOMES says, for type checkers and editors
     __version__: str
 
 __all__ = [
-    "Ablate", "Add", "BaseModel", "CausalGraph", "Clamp", "Concept", "ConceptBank", "Contrast", "Directions", "Do", "Edge",
-    "Encoder", "Endpoint", "Gate", "Host", "Intervention", "Part", "Patch", "PerStep", "Preset", "Ramp", "Recipe", "Scale",
-    "Schedule", "Set", "Site", "Steering", "StepState", "Steps", "Swap", "Window", "Word", "attach", "calibrate", "detach",
-    "directions", "lint", "list_banks", "load", "make", "read_bank", "record", "share", "steer", "sweep", "train", "words",
+    "Ablate", "Add", "BaseModel", "CausalGraph", "Clamp", "ClipScore", "Concept", "ConceptBank", "Contrast", "Directions",
+    "Do", "Edge", "Encoder", "Endpoint", "Gate", "Host", "Intervention", "Part", "Patch", "PerStep", "Preset", "Ramp",
+    "Recipe", "Scale", "Schedule", "Set", "Site", "Steering", "StepState", "Steps", "Swap", "Window", "Word", "attach",
+    "calibrate", "detach", "directions", "lint", "list_banks", "load", "make", "read_bank", "record", "share", "steer",
+    "sweep", "train", "words",
 ]  # fmt: skip
 
 HOMES = {
@@ -59,6 +61,7 @@ HOMES = {
     "bank.hub": ("list_banks",),
     "bank.manifest": ("BaseModel",),
     "encoders": ("Directions", "Encoder"),
+    "evaluation.clip": ("ClipScore",),
     "evaluation.judges": ("Endpoint",),
     "graph.causal_graph": ("CausalGraph", "Edge"),
     "hosts": ("Host", "load"),

@@ -22,7 +22,7 @@ from steerlib.bank.concepts import Concept
 from steerlib.encoders import Directions
 from steerlib.errors import BadRecipe, Unanswerable
 from steerlib.evaluation import denoising
-from steerlib.evaluation.pictures import draw_as_told
+from steerlib.evaluation.pictures import draw_as_told, saturated
 from steerlib.hosts import host_for
 from steerlib.origins import source_of
 from steerlib.training import named
@@ -253,6 +253,11 @@ def test_pictures_that_are_scored_are_those_of_the_latents_and_are_drawn_once(to
     assert first == second and "1" in first
 
 
+def test_pixels_are_saturated_where_a_channel_is_at_its_end():
+    row = [[0, 1, 2], [5, 255, 5], [1, 254, 3], [9, 9, 9]]
+    assert saturated(np.array([[row]], dtype=np.uint8)) == 0.5
+
+
 def test_a_scheduler_is_left_as_it_was_where_a_run_breaks_off(toy):
     kind = type(toy.scheduler)
     with pytest.raises(ValueError, match="num_inference_steps|custom timesteps|steps"):
@@ -361,13 +366,15 @@ class Known(calibrate.Trials):
         return calibrate.Trial(min(1.0, amount / strength), harm * amount)
 
 
-def test_the_search_finds_the_best_method_amount_reach_and_removal():
+def test_the_search_finds_the_best_method_amount_reach_and_removal(monkeypatch):
     named: Any = str  # a bank is told by its name alone
     choice = calibrate.chosen(Known(), named, ["mean", "placed"], lambda name, _: [f"{name}, later"])
     assert choice.best == Attempt("placed, later", "Add", 4.0, 1.0, 0.8)
     ways = calibrate.removals(Known(), two_directions(tiny("llama")), "mean")
     assert ways[0] == Attempt("mean", "Scale", -1.0, 0.8, 0.1) and ways[0].setting == sl.Scale(-1.0)
     assert [way.edit for way in ways] == ["Scale", "Set", "Set", "Add", "Add"] and ways[-1].score == 0.0
+    monkeypatch.setattr(calibrate, "ENOUGH", ways[0].score)  # which the third reaches
+    assert len(calibrate.removals(Known(), two_directions(tiny("llama")), "mean")) == 3
 
 
 def test_the_second_best_is_not_tried_where_it_cannot_become_the_best():
@@ -443,6 +450,7 @@ def test_a_pipeline_gets_a_bank_of_concepts_from_prompts(toy, recipe, tmp_path):
     night = bank["night"]
     assert {place.encoder for place in night.places} <= {f"{SITE}@850", f"{SITE}@300"}
     assert night.effects["scorer"] == "the pipeline itself" and 0 <= night.effects["effect"] <= 1
+    assert len(night.effects["saturated"]) == 2 and all(0 <= share <= 1 for share in night.effects["saturated"])
     assert "No judge of pictures had a say" in bank.card and "strips/000.png" in bank.card
     opened = sl.ConceptBank.from_pretrained(bank.save_pretrained(tmp_path / "bank"))
     opened.verify()
@@ -510,7 +518,7 @@ def test_removal_is_chosen_anew_from_choices_that_are_stored(toy, recipe, tmp_pa
     monkeypatch.setattr(package, "chosen", lambda *_: pytest.fail("chosen again"))
     again = sl.train(toy, recipe, work=tmp_path / "work").save_pretrained(tmp_path / "again")
     assert (again / "concepts.jsonl").read_bytes() == (whole / "concepts.jsonl").read_bytes()
-    assert len(json.loads(lost.read_text())["tried"]) == len(calibrate.REMOVED)
+    assert 0 < len(json.loads(lost.read_text())["tried"]) <= len(calibrate.REMOVED)
 
 
 @pytest.mark.usefixtures("quickly")
@@ -640,21 +648,21 @@ def test_every_family_makes_concepts_of_names(family):
     assert {*bank["by night"].effects} >= {"effect", "damage", "removed"} and "by night" in bank.card
 
 
-CLASSES: dict[str, Any] = {"positive": ("1", "3", "5", "tabby"), "negative": ("2", "4", "6", "8")}
+CLASSES: dict[str, Any] = {"positive": ("1", "3", "5", "tabby cat"), "negative": ("2", "4", "6", "grey cat")}
 
 
 @pytest.mark.usefixtures("briefly")
 def test_a_pipeline_of_classes_makes_concepts_of_labels_and_refuses_prompts():
     pipe = tiny_pipelines.PIPELINES["dit"].build()
-    pipe.labels = {"tabby": 7}
+    pipe.labels = {"tabby cat": 7, "grey cat": 8}  # no class is called by the word that both share
     with pytest.raises(BadRecipe, match="draws classes: expected lists positive and negative"):
         sl.make(pipe, ["by night"], prompts=["a house", "a boat", "a hill", "a cup"])
     plan = named.picture_recipe_of([], "x", None, name="x")
     recipe = replace(plan, concepts=(PictureConcept(name="odd", **CLASSES),), batch=4)
     bank = sl.train(pipe, recipe)
     assert "picture = pipe([8]).images[0]" in bank.card and bank["odd"].effects["told"] in (0.0, 1.0)
-    draw, plain = Drawing(pipe, recipe), draw_as_told(pipe, ["tabby"], steps=2)
+    draw, plain = Drawing(pipe, recipe), draw_as_told(pipe, ["tabby cat"], steps=2)
     assert np.array_equal(plain, draw_as_told(pipe, ["7"], steps=2)) and plain.shape[1:] == (16, 16, 3)
     with sl.steer(pipe, bank, {"odd": 2.0}, branch="cond"):
-        moved = draw(["tabby"], [0])
+        moved = draw(["tabby cat"], [0])
     assert not torch.equal(moved, draw(["7"], [0])) and len(moved) == 1

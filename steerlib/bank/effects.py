@@ -84,8 +84,9 @@ class PictureEffects(TypedDict, total=False):
     """Of a lever of a diffusion model: the chosen edit, `"Set"` or `"Add"`, its amount in units, and the bars it clears.
 
     Of a concept from prompts what is stated in `training.calibrate.prompted`: `effect` and `damage` of that edit; `told`, the
-    share of prompted pictures that are told from plain ones; the edit that removes it best, `removal` with its `removal_amount`
-    (of `Scale` the factor), and the effect of that, `removed`; and who scored it, `scorer`.
+    share of prompted pictures that are told from plain ones; `saturated`, the shares of saturated pixels of steered and plain
+    pictures; the edit that removes it best, `removal` with its `removal_amount` (of `Scale` the factor), and the effect of
+    that, `removed`; and who scored it, `scorer`.
     """
 
     edit: str
@@ -94,6 +95,7 @@ class PictureEffects(TypedDict, total=False):
     effect: float
     damage: float
     told: float
+    saturated: list[float]
     removal: str
     removal_amount: float
     removed: float

@@ -100,8 +100,18 @@ def stills(drawn: NDArray[Any]) -> Pictures:
     return (shown * 255).round().astype(np.uint8)
 
 
+def saturated(pictures: Pictures) -> float:
+    """Share of pixels of which a channel is as dark or as light as bytes can be."""
+    return float(((pictures == 0) | (pictures == 255)).any(-1).mean())
+
+
 LABELS = "class_labels"
 """What pipelines of classes call what is drawn."""
+
+
+def draws_classes(pipe: Any) -> bool:
+    """Whether a pipeline is asked for classes, not by prompts."""
+    return LABELS in signature(pipe.__call__).parameters
 
 
 def asked(pipe: Any, prompts: Sequence[str]) -> list[Any]:
@@ -110,7 +120,7 @@ def asked(pipe: Any, prompts: Sequence[str]) -> list[Any]:
     Raises:
         BadRecipe: A prompt is neither the name nor the number of a class.
     """
-    if LABELS not in signature(pipe.__call__).parameters:
+    if not draws_classes(pipe):
         return list(prompts)
     known: dict[str, int] = getattr(pipe, "labels", {})
     if wrong := [prompt for prompt in prompts if prompt not in known and not prompt.isdecimal()]:

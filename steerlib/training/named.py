@@ -50,7 +50,7 @@ ABOUT_PICTURES = (
 
 def make(
     target: Any, names: str | Sequence[str], *, tokenizer: Any = None, source: str = "", name: str = "made", seed: int = 0,
-    work: str | os.PathLike[str] | None = None, prompts: Sequence[str] | None = None, score: Score | None = None,
+    work: str | os.PathLike[str] | None = None, prompts: Sequence[str] | None = None, score: Score | str | None = None,
 ) -> ConceptBank:  # fmt: skip
     """Make a bank of concepts from nothing but their names: a few minutes each for a small model on a processor.
 
@@ -63,7 +63,7 @@ def make(
         seed: Of all random choices.
         work: A folder that keeps what each stage made, from which the same call goes on. Default: nothing is kept.
         prompts: Of a pipeline: prompts that say nothing of the names, four or more. Default: some that come with steerlib.
-        score: Of a pipeline: what `sl.train` takes.
+        score: Of a pipeline: what `sl.train` takes, or where a CLIP model is, which the recipe says then.
 
     Returns the bank, with its card and the recipe that it could be made again from; `save_pretrained` writes it.
 
@@ -80,11 +80,11 @@ def make(
     if isinstance(target, str):
         source, (target, tokenizer) = source or target, load(target)
         target = target.to(best_device())
+    known = source or getattr(target, "name_or_path", "") or type(target).__name__
     if host_for(target).has_progress:
-        known = source or getattr(target, "name_or_path", "") or type(target).__name__
-        return train(target, picture_recipe_of(names, known, prompts, name=name, seed=seed), work=work, score=score)
+        plan = picture_recipe_of(names, known, prompts, name=name, seed=seed, score=score if isinstance(score, str) else "")
+        return train(target, plan, work=work, score=None if isinstance(score, str) else score)
     check_target(target, tokenizer, names, of_pictures=(prompts, score))
-    known = source or getattr(target.config, "name_or_path", "") or type(target).__name__
     plan = DirectionRecipe(name=name, base=known, source=known, seed=seed, description=ABOUT, **FEW)
     recipe = recipe_of(plan, target, tokenizer, _pairs(target, tokenizer, names, plan, work))
     return train(target, recipe, tokenizer=tokenizer, work=work)

@@ -54,6 +54,7 @@ class PictureRecipe(Recipe):
         steps: Scheduler steps of a picture.
         guidance: Guidance towards the prompt. Default: the pipeline's own.
         batch: Pictures that are drawn together; two of each pair.
+        score: A CLIP model, a folder or a Hub id, that tells in the place of the pipeline how much pictures show of a concept.
         carry_model: Whether the bank carries the pipeline, as `pipeline/`. `source` is a folder of safetensors then.
         graph: How to find which concept brings or takes which. Default: not at all.
     """
@@ -71,6 +72,7 @@ class PictureRecipe(Recipe):
     steps: int = 20
     guidance: float | None = None
     batch: int = 16
+    score: str = ""
     carry_model: bool = False
     graph: ConceptGraphRecipe | None = None
     digested: ClassVar[tuple[str, ...]] = ("template", "sites", "levels", "steps", "guidance", "batch")

@@ -52,8 +52,8 @@ def train(
         work: A folder that keeps what each stage made, apart for every recipe. With the same recipe a second run goes on from
             there. Default: nothing is kept.
         score: Of a `PictureRecipe`: how much each of some pictures, bytes `[B, H, W, 3]`, shows the concept of a name, on any
-            scale. Default: the pipeline itself tells, by how well prompts explain them. A run goes on where one of a scorer
-            of the same name stopped.
+            scale, such as `sl.ClipScore`. Default: the recipe's CLIP model, or else the pipeline itself, by how well prompts
+            explain them. A run goes on where one of a scorer of the same name stopped.
 
     Returns:
         The bank, with its card; `save_pretrained` writes it.

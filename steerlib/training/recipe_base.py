@@ -110,8 +110,7 @@ class Recipe(ABC):
     @property
     def weights(self) -> str:
         """What is loaded: `source`, or the folder of that name beside the recipe."""
-        beside = self.folder / self.source
-        return str(beside) if beside.is_dir() and not Path(self.source).is_dir() else self.source
+        return place_of(self.source, self.folder)
 
     def path(self, name: str) -> Path:
         """A file beside the recipe, or else the one of that name that comes with steerlib."""
@@ -173,6 +172,12 @@ class Recipe(ABC):
     def digest(self) -> str:
         """SHA-256 of everything the bank depends on."""
         return _digest(self)
+
+
+def place_of(source: str, folder: Path) -> str:
+    """Where a model is: as is said, or in the folder of that name beside a recipe, whose folder is given."""
+    beside = folder / source
+    return str(beside) if beside.is_dir() and not Path(source).is_dir() else source
 
 
 KINDS: list[type[Recipe]] = []

@@ -40,7 +40,7 @@ from torch import Tensor
 from ...bank.concept_bank import ConceptBank
 from ...errors import BadRecipe
 from ...evaluation.denoising import drawn, errors
-from ...evaluation.pictures import Pictures, edit_of, stills
+from ...evaluation.pictures import Pictures, draws_classes, edit_of, stills
 from ...steering.interventions import Intervention
 from ...steering.session import steer
 from ..picture_recipe import PictureRecipe, PromptPair
@@ -112,7 +112,8 @@ class Trials:
         self.drawing, self.pairs, self.concept, self.score = drawing, list(pairs), concept, score
         self.seeds = [pair.seed for pair in pairs]
         self.said = {"n": [pair.negative for pair in pairs], "p": [pair.positive for pair in pairs]}
-        self.said["b"] = [shared(pair.positive, pair.negative) for pair in pairs]
+        both = [shared(pair.positive, pair.negative) for pair in pairs]
+        self.said["b"] = self.said["n"] if draws_classes(drawing.pipe) else both
 
     def of(self, bank: ConceptBank, edits: Mapping[str, Any], *, remove: bool = False) -> Trial:
         """The effect and the damage of edits; with `remove` on pictures of positive prompts, which should lose the concept."""
@@ -200,7 +201,8 @@ TOLD, MOVED = 0.75, 0.5
 """Share of prompted pictures that have to be told from plain ones, and effect, from which on an amount counts as useful."""
 REMOVED = (("Set", 0.0), ("Set", -1.0), ("Scale", -1.0), ("Add", -1.75), ("Add", -2.5))
 """Edits of which one is chosen to remove a concept: its reading set to that of pictures without it, or below, turned around
-(CASteer, arXiv 2503.09630), or lowered."""
+(CASteer, arXiv 2503.09630), or lowered. After one that scores `ENOUGH` no other is tried."""
+ENOUGH = 0.9
 FIRST, DOSES = 2.5, (1.0, 1.75, 4.0, 6.0)
 """The amount at which methods are compared, and others of the best."""
 
@@ -310,5 +312,9 @@ def chosen(
 
 def removals(trials: Trials, bank: ConceptBank, method: str) -> list[Attempt]:
     """What edits do that may remove a concept, the best first; the bank has it as a method made it."""
-    tried = [Attempt(method, *way, *trials.of(bank, {trials.concept: edit_of(*way)}, remove=True)) for way in REMOVED]
+    tried: list[Attempt] = []
+    for way in REMOVED:
+        tried.append(Attempt(method, *way, *trials.of(bank, {trials.concept: edit_of(*way)}, remove=True)))
+        if tried[-1].score >= ENOUGH:
+            break
     return sorted(tried, key=lambda line: -line.score)

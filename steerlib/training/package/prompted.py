@@ -4,6 +4,7 @@ folder/sums/      by concept, sums over pairs of how activations differ
 folder/chosen/    by concept, what was chosen for it and what it does
 folder/removed/   by concept, how it is best removed and what that does
 folder/graph-…/   what the denoiser makes of the pictures that the graph is found from
+folder/saturated/ by concept, share of saturated pixels with it and without
 folder/strips/    by concept, pictures of it
 """
 
@@ -24,8 +25,9 @@ from ...bank.concept_bank import ConceptBank
 from ...bank.concepts import Concept, signed
 from ...bank.effects import PictureEffects
 from ...errors import BadRecipe, UnsupportedTarget
+from ...evaluation.clip import ClipScore
 from ...evaluation.denoising import features
-from ...evaluation.pictures import LABELS, asked, edit_of, grid
+from ...evaluation.pictures import LABELS, asked, edit_of, grid, saturated
 from ...evaluation.report import markdown
 from ...hosts import host_for
 from ...text import progress, stage
@@ -33,6 +35,7 @@ from ..calibrate.prompted import HARM, Attempt, Choice, Drawing, Score, Trial, T
 from ..directions.prompted import METHODS, Lever, bank_of, found_by, reaches, usable
 from ..entries import ConceptGraphRecipe, PictureConcept
 from ..picture_recipe import PictureRecipe
+from ..recipe_base import place_of
 from ..record.contrasts import Sums, contrasts, given_to, places, texts
 from ..store import recorded, remembered, whole
 from .card import described, followed_section
@@ -53,6 +56,7 @@ class Found(NamedTuple):
     told: float
     removal: Attempt
     removed: Trial
+    saturated: tuple[float, float]
 
 
 def check_methods(recipe: PictureRecipe) -> None:
@@ -64,6 +68,8 @@ def check_methods(recipe: PictureRecipe) -> None:
 def train_prompted(pipe: Any, recipe: PictureRecipe, folder: Path, score: Score | None = None) -> ConceptBank:
     """A concept for each entry of the recipe, from prompts alone: its lever, amount and way of removal chosen by what the
     pipeline itself, or `score`, says of its pictures."""
+    if score is None and recipe.score:
+        score = ClipScore(place_of(recipe.score, recipe.folder))
     making, count = Making(pipe, recipe, folder, score), 3 + (recipe.graph is not None)
     pipe.set_progress_bar_config(disable=True)
     with stage(1, count, f"drawing pairs of prompts for {len(recipe.concepts)} concepts, at {len(making.sites)} sites"):
@@ -138,7 +144,18 @@ class Making:
             return {"tried": tried, "removed": test.of(own, {name: best.setting}, remove=True)}
 
         lost = remembered(self._place("removed", name), lose)
-        return Found(lever, choice, Trial(*kept["moved"]), kept["told"], Attempt(*lost["tried"][0]), Trial(*lost["removed"]))
+        looked = remembered(self._place("saturated", name), lambda: self.saturated(concept, own, choice.best))
+        moved, removal, removed = Trial(*kept["moved"]), Attempt(*lost["tried"][0]), Trial(*lost["removed"])
+        return Found(lever, choice, moved, kept["told"], removal, removed, tuple(looked))
+
+    def saturated(self, concept: PictureConcept, bank: ConceptBank, best: Attempt) -> list[float]:
+        """Share of saturated pixels of the pictures that the card shows: as its useful amount draws them, and plain ones."""
+        pairs, shares = self.recipe.read_splits(concept).evaluation[:SHOWN], []
+        for edits in ({concept.name: best.setting}, None):
+            with steered(self.pipe, bank, edits):
+                drawn = self.drawing.shown([pair.negative for pair in pairs], [pair.seed for pair in pairs])
+            shares.append(round(saturated(drawn[1]), 4))
+        return shares
 
     def _place(self, what: str, name: str) -> Path:
         """Where is kept what a scorer chose for a concept."""
@@ -153,6 +170,7 @@ class Making:
             "effect": found.moved.effect,
             "damage": found.moved.damage,
             "told": found.told,
+            "saturated": list(found.saturated),
             "removal": found.removal.edit,
             "removal_amount": found.removal.amount,
             "removed": found.removed.effect,
@@ -226,10 +244,11 @@ SCORED = """No judge of pictures had a say. *Effect*: how far a steered picture 
 prompt says the concept, all from the same noise, by how much better that prompt explains it (denoising error of the
 pipeline itself, or the scorer that the table names). *Damage*: by how much the error of the steered picture, under the
 better of the two prompts, exceeds that of the pipeline's own pictures; 1 is twice as much. *Told*: the share of prompted
-pictures that the scorer tells from plain ones; where it is low, the other figures say little. *Removed*: the same effect
-the other way, on pictures whose prompt says the concept, against the words that it shares with the prompt that does not.
-Figures are of {evaluation} pairs of prompts; amounts were chosen
-on {dev} others, directions found on {train}. A safe range ends before the first amount whose damage is above {harm:g}."""
+pictures that the scorer tells from plain ones; where it is low, the other figures say little. *Saturated*: the share of
+pixels with a channel at its end, of the steered pictures below, then of the plain ones; it had no say in any choice.
+*Removed*: effect and damage the other way, on pictures whose prompt says the concept, against the words that this prompt
+shares with the one that does not. Figures are of {evaluation} pairs of prompts; amounts were chosen on {dev} others,
+directions found on {train}. A safe range ends before the first amount whose damage is above {harm:g}."""
 
 
 def prompted_card(bank: ConceptBank, recipe: PictureRecipe, found: Mapping[str, Found], plain: Any) -> str:
@@ -261,8 +280,9 @@ def _table(levers: Sequence[Concept], found: Mapping[str, Found]) -> str:
         own, figures = found[c.name], c.effects
         useful = f"{c.useful_as} {signed(c.useful)}" if c.useful is not None else c.beyond
         measured = (f"{number:.2f}" for number in (own.moved.effect, own.moved.damage, own.told))
+        ends = " / ".join(f"{share:.2f}" for share in own.saturated)
         removal = f"{own.removal.edit} {signed(own.removal.amount)}: {own.removed.effect:.2f} / {own.removed.damage:.2f}"
         made = own.choice.best.method
-        rows.append((c.name, c.label, made, useful, signed(*c.range or ()), *measured, removal, figures["scorer"]))
-    head = "concept | meaning | method | useful | safe range | effect | damage | told | removed / damage | scored by"
-    return markdown(head, rows)
+        rows.append((c.name, c.label, made, useful, signed(*c.range or ()), *measured, ends, removal, figures["scorer"]))
+    head = "concept | meaning | method | useful | safe range | effect | damage | told | saturated / plain | removed / damage"
+    return markdown(f"{head} | scored by", rows)
