@@ -109,6 +109,6 @@ def ported(recipe: R, bank: ConceptBank, source: str, concepts: Sequence[str] = 
             raise BadRecipe(f"bank {bank.name!r} is of pictures, whose search has no budget of answers; leave it out")
         return on(recipe, source, **{**chosen, "sites": (), **others})
     chosen["layers"] = (
-        tuple(k if isinstance(k, float) or not k else round(k / depth, 4) for k in recipe.layers) if depth else ()
+        tuple(k if isinstance(k, float | str) or not k else round(k / depth, 4) for k in recipe.layers) if depth else ()
     )
     return on(recipe, source, **{**chosen, **others})

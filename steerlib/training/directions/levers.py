@@ -76,7 +76,7 @@ class Task:
     site: str
     sites: Sequence[str]
     positive: dict[str, Float[Tensor, "n D"]]
-    negative: dict[str, Float[Tensor, "n D"]]
+    negative: dict[str, Float[Tensor, "m D"]]
     reference: dict[str, Float[Tensor, "tokens D"]]
     norms: dict[str, float]
     keep: dict[str, Float[Tensor, "k D"]] = field(default_factory=dict)
