@@ -1,6 +1,6 @@
 """What directions from labelled rows cost, beside a bare loop over the model truncated after their layer, in turns.
 
-    python scripts/bench_directions.py [--rows 5000] [--layer 15] [--rounds 7] [--out bench.json]
+    python scripts/bench_directions.py [--rows 5000] [--words 40] [--layer 15] [--rounds 7] [--out bench.json]
 
 One thread, processor time, the same texts in the same batches. The bare loop tokenises, runs the truncated model without
 logits, and takes the mean of each text over its tokens but the first and pads. Figures are seconds over those of the bare loop,
@@ -39,6 +39,7 @@ def bare(model: Any, tokenizer: Any, texts: list[str]) -> torch.Tensor:
 
 def main(
     rows: Annotated[int, typer.Option(help="texts, half of them with the concept")] = 5000,
+    words: Annotated[int | None, typer.Option(help="words that are left of each text; few of them are the harder case")] = None,
     layer: Annotated[int, typer.Option(help="the block after which they are read")] = 15,
     rounds: Annotated[int, typer.Option(help="rounds of the comparison")] = 7,
     out: Annotated[Path | None, typer.Option(help="write the figures here as JSON")] = None,
@@ -48,7 +49,7 @@ def main(
     torch.set_num_threads(1)
     model, tokenizer = sl.load(source)
     known = [json.loads(line)["text"] for line in REFERENCE.read_text(encoding="utf-8").splitlines()]
-    texts = list(islice(cycle(known), rows))
+    texts = [" ".join(text.split()[:words]) for text in islice(cycle(known), rows)]
     data = {"a": sl.Contrast(tuple(texts[::2]), tuple(texts[1::2]))}
     short = truncated(model, layer)
     short.norm = torch.nn.Identity()
@@ -64,7 +65,7 @@ def main(
     with torch.no_grad():
         torch.testing.assert_close(directions(), by_hand(), atol=1e-3, rtol=1e-3)
         runs = {"bare": by_hand, "bare again": by_hand, "sl.directions": directions}
-        what = f"{rows} rows, layers.{layer}"
+        what = f"{rows} rows{f' of {words} words' if words else ''}, layers.{layer}"
         seconds = in_turns({name: within(nullcontext, run, time.process_time) for name, run in runs.items()}, rounds, what)
     figures = {n: spread(own / base for own, base in zip(v, seconds["bare"], strict=True)) for n, v in seconds.items()}
     passes = {"ms a text": {n: round(sorted(v)[len(v) // 2] / rows * 1000, 2) for n, v in seconds.items()}}

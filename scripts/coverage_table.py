@@ -1,8 +1,9 @@
-"""The coverage tables of the README: `python scripts/coverage_table.py text|images > coverage.md`.
+"""The coverage tables of the READMEs: `python scripts/coverage_table.py text|images|fits > coverage.md`.
 
 Text: builds every causal-LM architecture of transformers at toy size, as `tests/test_families.py` does, and prints how many
 sites of each kind were found; the test proves that each of them moves as it should. Images: runs the contract of
-`tests/test_pipelines.py` over every family and prints what held.
+`tests/test_pipelines.py` over every family and prints what held. Fits: what is said of a bank beside models that are like its
+own, whose rows `tests/test_matching.py` compares with the README.
 """
 
 import subprocess
@@ -101,5 +102,12 @@ def halves() -> None:
         print(f"| {label}{named} | {len(found.get(how, ()))} |")
 
 
+def fits() -> None:
+    """Print what is said of a bank beside models that are like its own."""
+    from test_matching import table
+
+    print(table())
+
+
 if __name__ == "__main__":
-    {"text": text, "images": images}[sys.argv[1]]()
+    {"text": text, "images": images, "fits": fits}[sys.argv[1]]()

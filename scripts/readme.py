@@ -238,6 +238,7 @@ def main(
     scale: Annotated[Path | None, typer.Option(help="figures of bench_graph.py --scale; both or none")] = None,
     coverage: Annotated[Path | None, typer.Option(help="output of coverage_table.py text")] = None,
     pipelines: Annotated[Path | None, typer.Option(help="output of coverage_table.py images")] = None,
+    fits: Annotated[Path | None, typer.Option(help="output of coverage_table.py fits")] = None,
     port: Annotated[Path | None, typer.Option(help="a bank that steerlib port made of the shipped one")] = None,
     damage: Annotated[Path | None, typer.Option(help="table that harness.py printed")] = None,
     words: Annotated[Path | None, typer.Option(help="figures of word_signs.py")] = None,
@@ -266,7 +267,7 @@ def main(
         put("port", ported(sl.ConceptBank.from_pretrained(str(port))))
     if graph is not None and scale is not None:
         put("graphs", bars(*(json.loads(path.read_text(encoding="utf-8")) for path in (graph, scale))))
-    for section, path in (("coverage", coverage), ("pipelines", pipelines), ("damage", damage)):
+    for section, path in (("coverage", coverage), ("pipelines", pipelines), ("fits", fits), ("damage", damage)):
         if path is not None:
             put(section, path.read_text(encoding="utf-8").strip())
 

@@ -122,7 +122,7 @@ def concepts(
     if as_json:
         said([{**concept.to_dict(), "site": opened.site_of(concept)} for concept in found], "", True)
         return
-    how = "not measured: sl.calibrate(model, bank, [name], judge=…)" if any(c.unmeasured for c in found) else None
+    how = escape("not measured: sl.calibrate(model, bank, ['name'], judge=…)") if any(c.unmeasured for c in found) else None
     table = Table(Column("concept", overflow="fold"), "meaning", "site", "useful", "safe range", caption=how)
     for concept in found:
         safe = "not measured" if concept.unmeasured else signed(*concept.range or ())

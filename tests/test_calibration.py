@@ -14,9 +14,14 @@ from steerlib.encoders import TopK
 from steerlib.errors import BadEdit, NoScore
 from steerlib.evaluation import denoising
 from steerlib.evaluation.comparison import Condition, Unrelated
+from steerlib.evaluation.score import Scores
+from steerlib.evaluation.text import Judge
 from steerlib.training.calibrate import calibration, doses
 from steerlib.training.calibrate.prompted import Drawing, Trial
+from steerlib.training.carry import carried
+from steerlib.training.entries import ConceptRecipe
 from steerlib.training.picture_recipe import PictureRecipe
+from steerlib.training.recipe import DirectionRecipe
 from steerlib.training.record.activations import tokens
 
 PROMPTS = ["why rain", "the red house", "green tea now", "old stone"]
@@ -130,7 +135,7 @@ def test_where_nothing_moves_the_judge_no_amount_is_called_useful(model, tokeniz
     assert found.range is not None and not found.unmeasured
     with pytest.raises(NoScore):
         measured(model, tokenizer, bank, lambda requests, answers: None)  # noqa: ARG005
-    with pytest.raises(BadEdit, match="carries no recipe with a scorer; give judge="):
+    with pytest.raises(BadEdit, match="carries no recipe with a scorer of 'a'; give judge="):
         measured(model, tokenizer, bank, None)
     for wrong in ({"names": "a"}, {"prompts": "why"}, {"texts": "rain"}):
         with pytest.raises(BadEdit, match="as lists"):
@@ -140,6 +145,32 @@ def test_where_nothing_moves_the_judge_no_amount_is_called_useful(model, tokeniz
         measured(model, tokenizer, rows, Noting(), None)
     with pytest.raises(BadEdit, match="steps: no argument"):
         measured(model, tokenizer, bank, len, steps=3)
+
+
+def test_amounts_that_raise_other_concepts_too_are_worth_less():
+    """By the share of all gains that is the concept's own, over 0.9."""
+    concepts, ones = np.zeros((4, 1, 1, 2)), np.ones((4, 1, 1))
+    concepts[1:, ..., 0] = concepts[3, ..., 1] = 1.0
+    scores = Scores(concepts, ones, ones, ones, 0 * ones, np.zeros((4, 1, 1, 3)), [[["x"]]] * 4)
+    assert doses.worth(scores, 0) == pytest.approx([1.0, 0.5 / doses.SPECIFIC])
+
+
+def test_the_scorer_of_a_recipe_scores_the_concept_first_and_others_behind_it(model, tokenizer):
+    known = Judge(("b", "a"), 0, None, {"b": lambda texts: np.zeros(len(texts)), "a": lambda texts: np.arange(len(texts))}, {})
+    asking = calibration.Asking(model, tokenizer, PROMPTS, known, 3)
+    found = asking("a", [Condition(name="unsteered")], (None,)).concepts
+    assert found[0, 0].tolist() == [[k, 0] for k in range(len(PROMPTS))] and asking.knows("b") and not asking.knows("c")
+
+
+def test_a_bank_is_measured_by_what_its_recipe_says(model, tokenizer, bank):
+    pairs: Any = {"positive": ("warm milk", "tea"), "negative": ("cold rain", "snow")}
+    concept = ConceptRecipe(name="a", label="short", scorer={"count": "words"}, **pairs)
+    recipe = DirectionRecipe(name="r", base="b", source="s", concepts=(concept,), dev_prompts=2, new_tokens=3)
+    own, given = bank.with_concepts(files={"recipe.jsonl": carried(recipe)}), {"tokenizer": tokenizer, "texts": TEXTS}
+    found = sl.calibrate(model, own, ["a"], **given)
+    assert found.provenance["calibrated"]["a"] == {"judge": "the scorer of its recipe", "prompts": 2}
+    with pytest.raises(BadEdit, match="carries no recipe with a scorer of 'b'"):
+        sl.calibrate(model, own, **given)
 
 
 def test_units_that_a_gate_or_the_graph_counts_in_stay(model, tokenizer, bank):

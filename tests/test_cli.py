@@ -128,6 +128,7 @@ def test_what_the_maker_of_a_bank_measured_is_shown_again(tmp_path):
 def test_a_bank_without_measurements_says_so(tmp_path):
     bank = sl.ConceptBank.from_directions({"a": torch.ones(32)}, site="layers.0", base=tiny("llama"))
     assert "stores no measurements" in run("eval", bank.save_pretrained(tmp_path / "bank"), "--stored", code=1)
+    assert "not measured: sl.calibrate(model, bank, ['name'], judge=…)" in run("concepts", tmp_path / "bank")
 
 
 def test_a_bank_without_a_recipe_is_steered_in_the_model_it_names(tmp_path):
@@ -254,7 +255,7 @@ def test_a_wheel_contains_the_banks_whole_and_no_package_called_hooks(tmp_path):
     check = (
         "import steerlib as sl; b = sl.ConceptBank.from_pretrained('smollm2-135m-instruct'); b.verify(); print(sl.__file__);"
         "import steerlib.cli as c; r = c.recipe_of(b, None); r.check();"
-        "print(len(r.read_pairs(r.concepts[0])))"
+        "print(len(r.read_shown(r.concepts[0]).positive))"
     )
     done = subprocess.run(
         [sys.executable, "-c", check],

@@ -10,8 +10,12 @@ import numpy as np
 import pytest
 
 import steerlib as sl
-from steerlib.errors import BadEdit, NoScore
+from steerlib.errors import BadEdit, BadRecipe, NoScore
 from steerlib.evaluation import judges
+from steerlib.evaluation.score import scored
+from steerlib.evaluation.text import counting, judge_for, trust
+from steerlib.training.entries import ConceptRecipe
+from steerlib.training.recipe import DirectionRecipe
 
 KEY = "sk-secret-0123"
 
@@ -192,6 +196,26 @@ def test_an_endpoint_that_is_not_there_is_said(monkeypatch):
     monkeypatch.setattr(judges, "PAUSE", 0.0)
     with pytest.raises(NoScore, match="refused|URLError"):
         sl.Endpoint("http://127.0.0.1:9/v1", "m")(["a?"], ["x"])
+
+
+# -- in a recipe -------------------------------------------------------------------------------------------------
+
+
+def test_a_recipe_names_an_endpoint_as_the_scorer_of_a_concept(serve):
+    """Which is shown each answer behind its request, as `sl.sweep` and `sl.calibrate` show them."""
+    server, _ = serve()
+    spec = {"endpoint": server.url, "model": "m", "rubric": "How much of {concept}?"}
+    concept = ConceptRecipe(name="tea", label="hot drinks", positive=("a", "b"), negative=("c", "d"), scorer=spec)
+    recipe = DirectionRecipe(name="r", base="b", source="s", concepts=(concept,))
+    texts, scores = [[["xyz", "x"]], [["xy", "xyzxyz"]]], judge_for(recipe.scorers)
+    found = scored(texts, np.zeros((2, 1, 2)), ["why?", "now?"], scores)
+    assert found.concepts[..., 0].tolist() == [[[3, 1]], [[2, 6]]]
+    shown = {body["messages"][1]["content"].split("\n")[1::4][0] for *_, body in server.seen}
+    assert shown == {"why?", "now?"} and "How much of hot drinks?" in server.seen[0][3]["messages"][0]["content"]
+    assert trust(recipe.scorers, [], []) == "tea: scored by m."
+    for wrong in ({**spec, "timeout": 3}, {**spec, "model": 3}):
+        with pytest.raises(BadRecipe, match="expected a scorer with endpoint and model"):
+            counting(wrong)
 
 
 # -- the protocol ------------------------------------------------------------------------------------------------

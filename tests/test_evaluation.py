@@ -497,7 +497,7 @@ def plain(prompt):
 def test_no_text_that_levers_are_made_from_is_one_that_scorers_learn_from_or_are_tested_on(path):
     recipe = DirectionRecipe.from_file(path, to_train=False)
     has_pairs = path.parent.parent.name != "named"  # whose concepts are made from their names alone
-    pairs = runs(text for concept in recipe.concepts * has_pairs for pair in recipe.read_pairs(concept) for text in pair[1:])
+    pairs = runs(text for concept in recipe.concepts * has_pairs for side in recipe.read_shown(concept) for _, text in side)
     learned = [recipe.read_scoring(concept) for concept in recipe.concepts]
     scoring = runs(text for positive, negative, others in learned if others for text in (*positive, *negative))
     held_out = runs(recipe.read_held_out()[0])
@@ -512,7 +512,9 @@ def test_requests_serve_one_purpose_each(recipe):
     lines = [json.loads(line) for line in recipe.path(recipe.prompts).read_text(encoding="utf-8").splitlines()]
     splits = [{plain(line["prompt"]) for line in lines if line["split"] == name} for name in ("train", "dev", "evaluation")]
     paired, sentences = ([c for c in recipe.concepts if bool(c.positive) is given] for given in (False, True))
-    told, learnt = ({plain(pair.prompt) for c in some for pair in recipe.read_pairs(c)} for some in (paired, sentences))
+    told, learnt = (
+        {plain(prompt) for c in some for side in recipe.read_shown(c) for prompt, _ in side} for some in (paired, sentences)
+    )
     assert sum(map(len, splits)) == len(lines) and all(len(split) >= 10 for split in splits) and len(told) >= 24
     groups = [*splits, told]
     assert all(a.isdisjoint(b) for i, a in enumerate(groups) for b in groups[:i])

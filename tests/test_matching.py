@@ -1,7 +1,11 @@
 """A bank and a model that it was not made on: what fits, what is said, what is refused."""
 
 import copy
+import warnings
+from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -81,9 +85,7 @@ def test_what_fits_nowhere_is_refused():
 
 def test_a_bank_of_four_channels_steers_a_denoiser_of_nine():
     """A UNet that takes image and mask beside the latent, as for inpainting: what is added at its sites is the same."""
-    pipe, site = PIPELINES["sd1"].build(), "unet.mid_block.attentions.0"
-    kin = PIPELINES["sd1"].build()
-    kin.unet = type(kin.unet).from_config(kin.unet.config, in_channels=9).eval()
+    (pipe, kin, bank), site = channels(), "unet.mid_block.attentions.0"
     text = torch.zeros(1, 4, kin.unet.config.cross_attention_dim)
 
     def seen():
@@ -91,7 +93,6 @@ def test_a_bank_of_four_channels_steers_a_denoiser_of_nine():
             kin.unet(torch.zeros(1, 9, 16, 16), torch.tensor(500), text)
         return tape[site][0][1]
 
-    bank = sl.ConceptBank.from_directions({"a": torch.linspace(-1, 1, seen().shape[-1])}, site=site, base=pipe)
     assert bank.fits(pipe)[site] == "same weights" and bank.fits(kin)[site] in ("same width", "unknown width")
     with pytest.raises(errors.WrongModel, match="match='sites'"):
         sl.steer(kin, bank, {"a": 1.0})
@@ -101,6 +102,7 @@ def test_a_bank_of_four_channels_steers_a_denoiser_of_nine():
     with session:
         moved = seen()
     torch.testing.assert_close(moved - plain, bank.rows(bank["a"]).write.expand_as(plain))
+    assert is_in_readme(line := row(FOUR_AND_NINE, bank, kin, "by what is drawn")), line
 
 
 def test_vectors_at_two_sites_of_a_denoiser_each_have_a_window():
@@ -145,11 +147,15 @@ def talker():
     return toy_writer().eval()
 
 
-@pytest.fixture(scope="module")
-def warm(talker):
+def warmth(talker):
     """A bank of directions that carries its data, calibrated by hand."""
     bank = sl.directions(talker, {"warm": WARM}, sites=["layers.0", "layers.1"], tokenizer=toy_tokenizer())
     return bank.with_concepts([replace(bank["warm"], range=(-1.0, 1.0), natural=(-2.0, 2.0), useful=0.5)])
+
+
+@pytest.fixture(scope="module")
+def warm(talker):
+    return warmth(talker)
 
 
 def rotated(model):
@@ -179,31 +185,104 @@ def tuned(model):
     near, draw = copy.deepcopy(model), torch.Generator().manual_seed(1)
     with torch.no_grad():
         for weight in near.parameters():
-            weight.add_(0.02 * weight.std() * torch.randn(weight.shape, generator=draw) if weight.ndim > 1 else 0)
+            weight.add_(0.1 * weight.std() * torch.randn(weight.shape, generator=draw) if weight.ndim > 1 else 0)
     return near
 
 
+def grown(**changes):
+    """Makes a model whose config differs and whose weights are the same, as far as both have them."""
+
+    def make(model):
+        kin, own = of(model, **{key: getattr(model.config, key) + more for key, more in changes.items()}), model.state_dict()
+        with torch.no_grad():
+            for name, weight in kin.state_dict().items():
+                if name in own:
+                    part = tuple(map(slice, map(min, own[name].shape, weight.shape)))
+                    weight[part] = own[name][part]
+        return kin
+
+    return make
+
+
+SITES = ("layers.0", "layers.1")
 KIN = {
-    "itself": (copy.deepcopy, "same weights", ()),
-    "a fine-tune": (tuned, "other weights", ()),
-    "a rotated stream": (rotated, "other weights", ("layers.0", "layers.1")),
-    "a token more": (lambda model: of(model, vocab_size=model.config.vocab_size + 1), "other weights", None),
-    "a layer more": (lambda model: of(model, num_hidden_layers=3), "same width", None),
+    "the model itself": (copy.deepcopy, ("same weights",) * 2, ()),
+    "a fine-tune": (tuned, ("other weights",) * 2, ()),
+    "the same in a rotated residual stream": (rotated, ("other weights",) * 2, SITES),
+    "one token more in the vocabulary": (grown(vocab_size=1), ("other weights",) * 2, ()),
+    "one layer more": (grown(num_hidden_layers=1), ("same width",) * 2, ()),
+    "one layer less": (grown(num_hidden_layers=-1), ("same width", "missing"), None),
+    "a narrower stream": (grown(hidden_size=-16, num_attention_heads=-2, num_key_value_heads=-1), ("other width",) * 2, None),
 }
+"""How each is made, how the two sites of a bank fit it, and which of them are rotated; None: nothing can be compared."""
+
+
+def row(case, bank, kin, compared):
+    """What the README says of a case."""
+    fits, name = ", ".join(dict.fromkeys(bank.fits(kin).values())), next(iter(bank))
+    ways: Any = {"yes": {}, 'refused, `match="sites"` allows it': {"match": "sites"}}
+    for way, options in ways.items():
+        with warnings.catch_warnings(record=True) as told, suppress(errors.SteerlibError):
+            warnings.simplefilter("always")
+            sl.steer(kin, bank, {name: 0.5}, **options)
+            said = any(issubclass(one.category, errors.OtherWeights) for one in told)
+            return f"| {case} | {fits} | {way}{', with a notice' if said else ''} | {compared} |"
+    return f"| {case} | {fits} | refused | {compared} |"
+
+
+def said(found):
+    """What a comparison comes to."""
+    return "rotated" if found.rotated else f"cosine {found['warm'].cosine.here:.2f}"
+
+
+FOUR_AND_NINE = "a UNet of nine channels instead of four"
+
+
+def channels():
+    """A pipeline with a bank of one of its sites, and the same with a UNet that takes image and mask beside the latent."""
+    pipe, kin = PIPELINES["sd1"].build(), PIPELINES["sd1"].build()
+    kin.unet = type(kin.unet).from_config(kin.unet.config, in_channels=9).eval()
+    site = "unet.mid_block.attentions.0"
+    return pipe, kin, sl.ConceptBank.from_directions({"a": torch.linspace(-1, 1, 16)}, site=site, base=pipe)
+
+
+def table():
+    """The table of the README."""
+    talker, rows = toy_writer().eval(), []
+    bank = warmth(talker)
+    for case, (make, _, turned) in KIN.items():
+        kin, compared = make(talker), "refused"
+        if turned is not None:
+            compared = said(bank.compare(kin, ["warm"], tokenizer=toy_tokenizer(), texts=TEXTS))
+        rows.append(row(case, bank, kin, compared))
+    _, kin, pictures = channels()
+    rows.append(row(FOUR_AND_NINE, pictures, kin, "by what is drawn"))
+    return "\n".join(["| beside the bank's own | `fits` | `steer` | `compare` |", "|---|---|---|---|", *rows])
+
+
+def is_in_readme(line):
+    return f"{line}\n" in (Path(sl.__file__).parent / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("case", KIN)
 def test_kin_of_a_model_fit_and_are_compared(case, talker, warm):
     make, how, turned = KIN[case]
     kin = make(talker)
-    assert warm.fits(kin) == {"layers.0": how, "layers.1": how}
-    found = warm.compare(kin, ["warm"], tokenizer=toy_tokenizer(), texts=TEXTS, prompts=["why rain"], judge=judge, new_tokens=3)
+    assert warm.fits(kin) == dict(zip(SITES, how, strict=True))
+    asked: Any = {"tokenizer": toy_tokenizer(), "texts": TEXTS, "prompts": ["why rain"], "judge": judge, "new_tokens": 3}
+    if turned is None:
+        with pytest.raises(errors.WrongModel, match="no concept of bank 'directions' fits this model"):
+            warm.compare(kin, ["warm"], **asked)
+        assert is_in_readme(line := row(case, warm, kin, "refused")), line
+        return
+    found = warm.compare(kin, ["warm"], **asked)
     held = found["warm"]
-    assert turned is None or found.rotated == turned
+    assert found.rotated == turned and found.untold == ()
+    assert is_in_readme(line := row(case, warm, kin, said(found))), line
     assert found.fits == warm.fits(kin) and held.unit.stored == warm["warm"].unit and held.damage.here > 0
     assert held.effect.here is not None and "stored → here" in repr(found)
     alike = held.cosine.here
-    if case == "itself":
+    if case == "the model itself":
         x = tokens(kin, toy_tokenizer(), TEXTS, ["layers.0"], what="texts")["layers.0"]
         rows = warm.rows(warm["warm"])
         assert held.unit.here == pytest.approx(float((x @ rows.read[0]).std()), rel=1e-4) and alike == pytest.approx(1)
@@ -211,6 +290,26 @@ def test_kin_of_a_model_fit_and_are_compared(case, talker, warm):
         assert 0.9 < alike < 1
     elif turned:
         assert abs(alike) < 0.5 and "is rotated" in repr(found)
+
+
+@pytest.fixture(scope="module")
+def plain(talker):
+    """A bank of which nothing is known but what is natural for its readings."""
+    draw, read, known = torch.Generator().manual_seed(2), tokens(talker, toy_tokenizer(), TEXTS, SITES, what="texts"), []
+    vectors = {f"{k} {site}": {site: torch.randn(32, generator=draw)} for k in range(2) for site in SITES}
+    bank = sl.ConceptBank.from_directions(vectors, base=talker)
+    for name, ((site, vector),) in ((name, own.items()) for name, own in vectors.items()):
+        z = read[site] @ vector / vector.square().sum()
+        low, high = torch.quantile(z, torch.tensor([0.005, 0.995])).tolist()
+        known.append(replace(bank[name], natural=(low, high)))
+    return bank.with_concepts(known)
+
+
+@pytest.mark.parametrize("case", [*KIN][:3])
+def test_without_data_another_basis_is_told_by_readings_that_are_no_nearer_than_in_any(case, talker, plain):
+    make, _, turned = KIN[case]
+    found = plain.compare(make(talker), tokenizer=toy_tokenizer(), texts=TEXTS)
+    assert found.rotated == turned and found.untold == ()
 
 
 def judge(requests, answers, concept):  # noqa: ARG001
@@ -221,6 +320,8 @@ def test_a_bank_without_data_or_amounts_is_compared_as_far_as_that_goes(talker):
     bank = two_directions(talker)
     found = bank.compare(talker, ["a"], tokenizer=toy_tokenizer(), texts=TEXTS)
     assert found["a"].cosine == (None, None) and found["a"].damage == (None, None) and found["a"].unit.here
+    assert found.rotated == () and found.untold == ("layers.0",)
+    assert "whether layers.0 is rotated cannot be told: that needs contrast data (sl.directions" in repr(found)
     narrow = of(tiny("llama"), hidden_size=16, num_attention_heads=2, num_key_value_heads=2, head_dim=8)
     with pytest.raises(errors.WrongModel, match=r"no concept of bank 'directions' fits this model: layers.0 \(other width\)"):
         bank.compare(narrow, ["a"], tokenizer=toy_tokenizer(), texts=TEXTS)

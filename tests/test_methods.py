@@ -3,6 +3,8 @@
 The model has random weights: a method is asked for its formula or its loss, never for a concept.
 """
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -25,7 +27,7 @@ from steerlib.training.directions.methods import (
     word,
 )
 from steerlib.training.directions.readouts import discriminant, metric
-from steerlib.training.entries import Pair
+from steerlib.training.entries import Pair, Shown
 from steerlib.training.record.activations import answers, tokens
 
 SITES = ["layers.0", "layers.1"]
@@ -36,6 +38,7 @@ PAIRS = [
     Pair("rain falls there", "tea red tea", "wind"),
     Pair("the new garden", "cup tea red red slowly", "hill road town sleeps"),
 ]
+SHOWN = Shown(*([(pair.prompt, getattr(pair, side)) for pair in PAIRS] for side in Shown._fields))
 PROMPTS = ["the sun", "why ?", "the moon falls slowly", "rain", "old green boat", "the river", "bread milk", "snow"]
 TEXTS = ["the moon falls slowly now", "yes", "bread salt fish tree leaf song drum book", "rain snow wind hill", "the old stone"]
 
@@ -57,7 +60,7 @@ def read(model):
 
 def task_of(model, positive, negative, reference, *, site=SITES[-1], keep=None):
     return Task(
-        model=model, tokenizer=toy_tokenizer(), instruction="sing red . tea", pairs=PAIRS, prompts=PROMPTS, texts=TEXTS,
+        model=model, tokenizer=toy_tokenizer(), instruction="sing red . tea", shown=SHOWN, prompts=PROMPTS, texts=TEXTS,
         site=site, sites=[s for s in SITES if s in positive], positive=positive, negative=negative, reference=reference,
         norms={s: float(x.norm(dim=-1).median()) for s, x in reference.items()}, keep=keep or {}, name="red river",
     )  # fmt: skip
@@ -91,6 +94,41 @@ def test_activations_are_those_of_the_answers_own_tokens(model):
     with record(model, ["layers.0"]) as tape:
         model(torch.tensor([tokenizer(TEXTS[0])["input_ids"]]))
     torch.testing.assert_close(whole[:4], tape["layers.0"][0][1][0, 1:], atol=1e-5, rtol=1e-4)
+
+
+# -- classes of unequal sizes --------------------------------------------------------------------------------
+
+
+def repeated(read, times):
+    """The same with the negative class several times over."""
+    positive, negative, reference = read
+    return positive, {site: torch.cat([x] * times) for site, x in negative.items()}, reference
+
+
+@pytest.mark.parametrize("name", ["difference-of-means", "norm-matched", "orthogonal", "pca"])
+def test_each_class_counts_as_a_whole(name, task, model, read):
+    """Whatever its size: several times the same texts give the same direction."""
+    two, three = (METHODS[name].fit(task_of(model, *repeated(read, k), keep=task.keep)).moves[SITES[-1]] for k in (2, 3))
+    torch.testing.assert_close(two, three, atol=1e-5, rtol=1e-4)
+
+
+def test_the_component_of_unequal_classes_is_that_of_all_differences(model, read):
+    positive, negative, reference = read
+    fewer = {site: x[:3] for site, x in negative.items()}
+    found = METHODS["pca"].fit(task_of(model, positive, fewer, reference)).moves[SITES[-1]]
+    p, n = positive[SITES[-1]], fewer[SITES[-1]]
+    first = torch.linalg.svd((p[:, None] - n).flatten(0, 1)).Vh[0]
+    assert float(torch.cosine_similarity(found, first, dim=0).abs()) == pytest.approx(1, abs=1e-5)
+    assert float(found @ (p.mean(0) - n.mean(0))) > 0
+
+
+def test_learned_methods_and_halves_take_classes_of_unequal_sizes(model, read):
+    positive, negative, reference = read
+    task = task_of(model, positive, {site: x[:3] for site, x in negative.items()}, reference)
+    task = replace(task, shown=Shown(SHOWN.positive, SHOWN.negative[:3]))
+    assert all(v.isfinite().all() for v in METHODS["rank-one"].fit(task).moves.values())
+    half = task.half(1)
+    assert [*map(len, half.shown)] == [2, 1] == [len(side[SITES[0]]) for side in (half.positive, half.negative)]
 
 
 # -- the contract --------------------------------------------------------------------------------------------
@@ -151,7 +189,8 @@ def test_everywhere_is_what_word_and_means_finds_at_every_site(task):
 
 def test_halves_of_a_task_share_no_pair_and_are_the_whole_together(task):
     halves = task.half(0), task.half(1)
-    assert [*halves[0].pairs, *halves[1].pairs] == [PAIRS[0], PAIRS[2], PAIRS[1], PAIRS[3]]
+    for side, whole in SHOWN._asdict().items():
+        assert [*getattr(halves[0].shown, side), *getattr(halves[1].shown, side)] == [whole[k] for k in (0, 2, 1, 3)]
     for site in SITES:
         assert torch.equal(torch.stack([half.positive[site] for half in halves], 1).flatten(0, 1), task.positive[site])
         assert torch.equal(torch.stack([half.negative[site] for half in halves], 1).flatten(0, 1), task.negative[site])

@@ -69,7 +69,9 @@ def test_the_bank_carries_what_the_model_wrote(made):
     (stored,) = (folder / "work").glob("pairs-*.json")
     for name, pairs in json.loads(stored.read_text()).items():
         concept = next(concept for concept in recipe.concepts if concept.name == name)
-        assert [list(pair) for pair in recipe.read_pairs(concept)] == pairs and 2 <= len(pairs) <= KEPT
+        assert [[p, a, b] for (p, a), (_, b) in zip(*recipe.read_shown(concept), strict=True)] == pairs and 2 <= len(
+            pairs
+        ) <= KEPT
         assert concept.scorer == {"near": name}
 
 

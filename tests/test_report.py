@@ -160,6 +160,7 @@ def test_the_legend_explains_every_column_that_is_shown(llama):
     with sl.steer(llama, two_directions(llama), {"a": sl.Ablate(), "b": 1.0}) as session:
         write(llama)
     report = session.report()
+    assert "a: unit and range not measured: sl.calibrate(model, bank, ['a'], judge=…)" in str(report).splitlines()
     head = report.cells()[0]
     assert "left" in head and "off range" not in head  # nothing is known of natural ranges
     assert all(f"{name}: " in report.legend() for name in head[2:]) and "off range: " not in report.legend()

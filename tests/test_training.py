@@ -27,6 +27,7 @@ from steerlib.evaluation.comparison import Condition, Unrelated
 from steerlib.evaluation.score import Scores
 from steerlib.training.calibrate import doses as calibrate
 from steerlib.training.calibrate.measure import ANSWERING, moved
+from steerlib.training.contrast import contrasts_in
 from steerlib.training.directions import methods
 from steerlib.training.directions.levers import Lever
 from steerlib.training.directions.methods import METHODS
@@ -389,15 +390,58 @@ def test_sentences_are_enough_beside_what_comes_with_steerlib(tmp_path):
     (tmp_path / "recipe.toml").write_text(SENTENCES)
     recipe = DirectionRecipe.from_file(tmp_path / "recipe.toml")
     (concept,) = recipe.concepts
-    pairs, prompts = recipe.read_pairs(concept), recipe.read_prompts("train")
-    assert [pair.prompt for pair in pairs] == [*prompts, prompts[0]] and len(set(prompts)) == 3
-    assert [(pair.positive, pair.negative) for pair in pairs] == list(zip(concept.positive, concept.negative, strict=True))
+    shown, prompts = recipe.read_shown(concept), recipe.read_prompts("train")
+    for side, own in zip(shown, (concept.positive, concept.negative), strict=True):
+        assert side == list(zip([*prompts, prompts[0]], own, strict=True)) and len(set(prompts)) == 3
     assert recipe.read_scoring(concept) == ([*concept.positive], [*concept.negative], False)
     assert len(concept.asked) == 3 and all("drinks" in words for words in concept.asked)
     bank = sl.train(toy(), recipe, tokenizer=toy_tokenizer())
     sl.ConceptBank.from_pretrained(bank.save_pretrained(tmp_path / "bank")).verify()
     assert list(bank) == ["tea", ANSWERING] and "the very examples it was made from" in bank.card
     assert len(bank["tea"].effects["examples"]) == 2 and bank["tea"].source.startswith("pca, ")
+
+
+def test_classes_of_any_size_own_methods_and_other_sites_make_a_bank(tmp_path):
+    """As `sl.directions` does of the data that the bank carries."""
+    text = SENTENCES.replace('["pca"]', '["mine"]').replace(', "old rain boat"', "").replace("[0, 1]", '["layers.0.attn", 1]')
+    (tmp_path / "recipe.toml").write_text(text.replace('base = "toy/llama"', 'base = "toy/llama"\nlicense = "CC0-1.0"'))
+    recipe, model = DirectionRecipe.from_file(tmp_path / "recipe.toml"), toy()
+    own: Any = {"mine": lambda positive, negative: positive.mean(0) - negative.mean(0)}
+    bank = sl.train(model, recipe, tokenizer=toy_tokenizer(), methods=own)
+    assert bank["tea"].source.startswith("mine, ") and {*bank.sites} <= {"layers.0.attn", "layers.1"}
+    data = contrasts_in(bank)["tea"]
+    assert (len(data.positive), len(data.negative)) == (4, 3)
+    site = bank.site_of(bank["tea"])
+    again = sl.directions(model, {"tea": data}, sites=[site], tokenizer=toy_tokenizer())
+    one, other = (known.rows(known["tea"]).write[0] for known in (bank, again))
+    assert float(torch.cosine_similarity(one, other, dim=0)) == pytest.approx(1, abs=1e-5)
+    ordinary = Unrelated(model, toy_tokenizer(), recipe.read_texts(recipe.reference)[-calibrate.ORDINARY :])
+    top = calibrate.strongest(  # what is measured again is tried at the amounts that the search tried
+        calibrate.longest(bank, bank["tea"]),
+        lambda amount: ordinary.side_effects(Condition(name="x", bank=bank, edits={"tea": amount})).kl,
+    )
+    shares = (*calibrate.SHARES, calibrate.QUICK)
+    assert any(bank["tea"].useful == pytest.approx(share * top, rel=0.01) for share in shares)
+    assert "mine" not in METHODS
+    with pytest.raises(errors.BadRecipe, match="unknown methods mine"):
+        sl.train(model, recipe, tokenizer=toy_tokenizer())
+    with pytest.raises(errors.BadRecipe, match="without work="):
+        sl.train(model, recipe, tokenizer=toy_tokenizer(), methods=own, work=tmp_path)
+    with pytest.raises(errors.BadRecipe, match="pca: a method of steerlib is called so"):
+        sl.train(model, recipe, tokenizer=toy_tokenizer(), methods={"pca": own["mine"]})
+
+
+def test_lines_of_pairs_may_have_one_side_and_prompts_of_several_turns(tmp_path):
+    path = write_recipe(tmp_path / "recipe")
+    recipe, file = DirectionRecipe.from_file(path), path.parent / "pairs" / "tea.jsonl"
+    talk = [{"role": "user", "content": "why"}, {"role": "assistant", "content": "so"}, {"role": "user", "content": "now"}]
+    lines(file, [{"prompt": talk, "positive": "tea"}, {"prompt": "rain", "positive": "cup", "negative": "hill"}])
+    assert recipe.read_shown(recipe.concepts[0]) == ([(talk, "tea"), ("rain", "cup")], [("rain", "hill")])
+    assert [finding.what for finding in sl.lint(recipe) if finding.concept == "tea"]
+    for wrong in ({"prompt": "why"}, {"positive": "tea"}, {"prompt": [{"role": "user"}], "positive": "tea"}):
+        lines(file, [wrong])
+        with pytest.raises(errors.BadRecipe, match="expected lines with prompt, positive, negative"):
+            recipe.read_shown(recipe.concepts[0])
 
 
 def test_a_method_that_is_added_is_tried_chosen_and_shipped(tmp_path, monkeypatch):
@@ -484,7 +528,7 @@ def replaced(name, old, new):
     (replaced("recipe.toml", "seeds = 2", "seeds = 0"), "positive numbers"),
     (replaced("recipe.toml", "seeds = 2", "ship = 'some'"), "'all' or 'clearing'"),
     (replaced("recipe.toml", 'per = "word"', 'per = "page"'), "per = 'word' or 'sentence'"),
-    (replaced("recipe.toml", 'label = "drinks"', 'label = "drinks"\npositive = ["tea"]'), "as many negative examples"),
+    (replaced("recipe.toml", 'label = "drinks"', 'label = "drinks"\npositive = ["tea"]'), "or more with it, and two without"),
 ])  # fmt: skip
 def test_a_recipe_that_cannot_work_is_refused_before_a_model_is_loaded(tmp_path, change, match):
     path = write_recipe(tmp_path / "recipe")

@@ -57,7 +57,9 @@ class Portable(Edited):
         are stored and as they are here.
 
         The cosine is that of the bank's directions and those that the contrast data which it carries gives here; sites where
-        all are chance are named, in `rotated`: the residual stream has another basis. Without such data nothing tells.
+        all are chance are named, in `rotated`: the residual stream has another basis. Without such data, sites of text are,
+        where readings are no nearer to those that were measured than in random bases; `untold` names those of which the bank
+        has neither.
 
         Args:
             model: the other checkpoint, or pipeline.

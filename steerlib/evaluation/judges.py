@@ -23,7 +23,6 @@ from jaxtyping import Float
 from ..bank.concepts import printable
 from ..errors import BadEdit, NoScore
 from ..text import progress
-from .text import Judge as Trained
 
 Judge = Callable[..., Any]
 """`judge(requests, answers)` gives a number for each answer, the more the better. Answers are texts; or pictures, bytes
@@ -60,8 +59,8 @@ def judged(judge: Judge, requests: Sequence[str], answers: Any, concept: str) ->
     return found
 
 
-def trained(judge: Trained) -> Judge:
-    """A judge that learned from texts, as one of requests and answers."""
+def trained(judge: Any) -> Judge:
+    """A judge that learned from texts (`evaluation.text.Judge`), as one of requests and answers."""
 
     def score(requests: Sequence[str], answers: Sequence[str], concept: str) -> Any:  # noqa: ARG001
         return judge(answers)[:, judge.names.index(concept)]

@@ -75,7 +75,7 @@ def scored(
     asked = [judge.languages.get(name, plain) for name in judge.names]
     strange = {tongue: foreign(flat, tongue).reshape(shape) for tongue in {*asked, plain}}
     return Scores(
-        concepts=judge(flat).reshape(*shape, -1),
+        concepts=judge(flat, [*prompts] * (shape[0] * shape[1])).reshape(*shape, -1),
         relevance=relevance(prompts, flat, [i for _ in range(shape[0] * shape[1]) for i in range(shape[2])]).reshape(shape),
         nll=likelihood,
         distinct=np.array([distinct(text) for text in flat]).reshape(shape),

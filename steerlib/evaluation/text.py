@@ -17,8 +17,18 @@ from jaxtyping import Float
 from ..bank.sentences import embed
 from ..errors import BadRecipe, MissingExtra
 from ..text import Completions, at_once, logits
+from .judges import Endpoint, judged
 
 Scorer = Callable[[Sequence[str]], Float[np.ndarray, " texts"]]
+
+
+class Asked(NamedTuple):
+    """A judge of requests and answers in the place of a scorer, and the concept that it is asked for."""
+
+    judge: Callable[..., Any]
+    concept: str
+
+
 FEW = 8
 """With fewer concepts than this, a judge learns ordinary texts as a class of their own."""
 ABOUT = ("{}", "This text is about {}.", "A {} story.", "Talk about {}.", "Let me tell you about {}.")
@@ -43,21 +53,33 @@ def nearness(name: str) -> Scorer:
     return lambda texts: embed(texts) @ embed(said).mean(0)
 
 
-def counting(spec: Mapping[str, Any]) -> Scorer:
-    """The scorer that a recipe describes by what to count, or by a name that texts are compared with."""
+def counting(spec: Mapping[str, Any], concept: str = "") -> Scorer | Asked:
+    """The scorer that a recipe describes by what to count, by a name that texts are compared with, or by an endpoint that is
+    asked for a concept."""
     if spec == {"count": "words"}:
         return shortness
+    if spec.keys() >= {"endpoint", "model"}:
+        return _endpoint(concept, **spec)
     if spec.keys() == {"near"} and isinstance(spec["near"], str) and spec["near"].strip():
         return nearness(spec["near"])
     if set(spec) != {"pattern", "per"} or spec["per"] not in ("word", "sentence"):
         raise BadRecipe(
-            "expected a scorer with count = 'words', with near = a name, or with pattern and per = 'word' or 'sentence', "
-            f"got {dict(spec)}"
+            "expected a scorer with count = 'words', with near = a name, with endpoint and model, or with pattern and per = "
+            f"'word' or 'sentence', got {dict(spec)}"
         )
     try:
         return counter(spec["pattern"], spec["per"])
     except (re.error, TypeError) as error:
         raise BadRecipe(f"expected a regular expression as pattern of a scorer, got {spec['pattern']!r:.80}: {error}") from None
+
+
+def _endpoint(concept: str, endpoint: Any, model: Any, **options: Any) -> Asked:
+    given = {"endpoint": endpoint, "model": model, **options}
+    if options.keys() - {"rubric", "cache", "key"} or not all(isinstance(value, str) for value in given.values()):
+        raise BadRecipe(
+            f"expected a scorer with endpoint and model, and rubric, cache and key if need be, as texts, got {given}"
+        )
+    return Asked(Endpoint(endpoint, model, **options), concept)
 
 
 class Scoring(NamedTuple):
@@ -80,7 +102,7 @@ class Judge:
     names: tuple[str, ...]
     classes: int
     model: Any
-    counters: Mapping[str, Scorer]
+    counters: Mapping[str, Scorer | Asked]
     languages: Mapping[str, str]
 
     @classmethod
@@ -89,7 +111,7 @@ class Judge:
         texts: Mapping[str, Sequence[str]],
         *,
         ordinary: Sequence[str] = (),
-        counters: Mapping[str, Scorer] | None = None,
+        counters: Mapping[str, Scorer | Asked] | None = None,
         shuffle: bool = False,
         seed: int = 0,
     ) -> "Judge":
@@ -113,9 +135,13 @@ class Judge:
         spoken = {name: language(own) for name, own in texts.items()}
         return cls((*texts, *counters), len(texts), model, counters, spoken)
 
-    def __call__(self, texts: Sequence[str]) -> Float[np.ndarray, "texts concepts"]:
-        """Scores by concept."""
-        counts = [score(texts)[:, None] for score in self.counters.values()]
+    def __call__(self, texts: Sequence[str], requests: Sequence[str] = ()) -> Float[np.ndarray, "texts concepts"]:
+        """Scores by concept, of texts that answer requests, if they do."""
+        asked = requests or [""] * len(texts)
+        scored = [
+            judged(s.judge, asked, texts, s.concept) if isinstance(s, Asked) else s(texts) for s in self.counters.values()
+        ]
+        counts = [score[:, None] for score in scored]
         likely = [self.model.predict_proba(embed(texts))[:, : self.classes]] if self.classes else []
         return np.concatenate([*likely, *counts], axis=1)
 
@@ -124,7 +150,7 @@ class Judge:
         return float((self.model.predict(embed(texts)) == [self.names.index(name) for name in concepts]).mean())
 
 
-def judge_for(concepts: Mapping[str, Scoring | Scorer], *, shuffle: bool = False) -> Judge:
+def judge_for(concepts: Mapping[str, Scoring | Scorer | Asked], *, shuffle: bool = False) -> Judge:
     """The judge of some concepts, each given by the texts to learn from or by a rule that counts.
 
     With `shuffle` the labels of texts are permuted at random, as a control.
@@ -138,11 +164,12 @@ def judge_for(concepts: Mapping[str, Scoring | Scorer], *, shuffle: bool = False
     )
 
 
-def trust(concepts: Mapping[str, Scoring | Scorer], texts: Sequence[str], names: Sequence[str]) -> str:
+def trust(concepts: Mapping[str, Scoring | Scorer | Asked], texts: Sequence[str], names: Sequence[str]) -> str:
     """How far the judge of some concepts can be trusted, for a card: its accuracy on texts it never saw, whose concepts are
     `names`, beside that of one that learned shuffled labels."""
-    counted = [name for name, found in concepts.items() if not isinstance(found, Scoring)]
-    said = [f"{', '.join(counted)}: scored by a rule of the recipe."] if counted else []
+    asked = [f"{name}: scored by {found.judge.model}." for name, found in concepts.items() if isinstance(found, Asked)]
+    counted = [name for name, found in concepts.items() if not isinstance(found, Scoring | Asked)]
+    said = [*asked, *([f"{', '.join(counted)}: scored by a rule of the recipe."] if counted else [])]
     own = [name for name, found in concepts.items() if isinstance(found, Scoring) and not found.others]
     if own:
         said.append(f"{', '.join(own)}: scored by a classifier of the very examples it was made from, for want of others.")

@@ -1,14 +1,16 @@
 """`steer`, `attach`, `share` and `detach`: the live session between a bank and a model."""
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from itertools import islice
 from types import TracebackType
 from typing import Any, Literal
 
 from ..bank import ConceptBank
 from ..bank.editing import together
 from ..bank.matching import Match
-from ..errors import BadEdit
+from ..errors import BadEdit, UnknownConcept
 from ..hooks.attach import LOCK, related
 from ..hosts import host_for
 from ..passes import Branch
@@ -119,13 +121,22 @@ class Steering:
             edits = run.program.edits
             lines += [line(edit, k, name, self.bank.norm_of(edit.place), run.counts) for k, edit in enumerate(edits)]
         ran = self._stay is not None and (self._ran or has_run(self._stay))
-        return Report(tuple(lines), ran, self.plan.cautions)
+        unknown = islice(_unmeasured(self.bank, dict.fromkeys(one.concept for one in lines)), 3)
+        return Report(tuple(lines), ran, (*self.plan.cautions, *unknown))
 
     def __repr__(self) -> str:
         return str(self.report())
 
     def _repr_html_(self) -> str:
         return self.report()._repr_html_()
+
+
+def _unmeasured(bank: ConceptBank, names: Iterable[str]) -> Iterator[str]:
+    """What is not known of the amounts of concepts; nothing of combinations."""
+    for name in names:
+        with suppress(UnknownConcept):
+            if said := bank[name].unmeasured:
+                yield f"{name}: {said}"
 
 
 def notify(plan: Plan, stacklevel: int) -> None:

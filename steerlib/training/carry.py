@@ -144,6 +144,6 @@ def ported(recipe: R, bank: ConceptBank, source: str, concepts: Sequence[str] = 
         chosen["graph"] = recipe.graph if len(names) > 1 else None
         return on(recipe, source, **{**chosen, "sites": (), "carry_model": False, **others})
     chosen["layers"] = (
-        tuple(k if isinstance(k, float) or not k else round(k / depth, 4) for k in recipe.layers) if depth else ()
+        tuple(k if isinstance(k, float | str) or not k else round(k / depth, 4) for k in recipe.layers) if depth else ()
     )
     return on(recipe, source, **{**chosen, **others})

@@ -5,7 +5,7 @@ A bank of such directions carries its data in `contrast.jsonl`, where the licens
 """
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,19 +16,17 @@ from torch import Tensor
 from ..bank.concept_bank import ConceptBank
 from ..bank.vectors import site_name
 from ..encoders import Directions
-from ..errors import BadBank, BadRecipe, CorruptBank, WrongWidth, nearest
+from ..errors import BadBank, BadRecipe, CorruptBank, nearest
 from ..hosts import host_for
 from .calibrate.prompted import Drawing
 from .carry import recipe_in
-from .directions.methods import probe
+from .directions.methods import Find, probe, vector_of
 from .picture_recipe import PictureRecipe
 from .record import means
 from .record.contrasts import places
 
 Text = str | tuple[Any, str]
 """A text, or an answer behind its prompt: a message of the user, or the messages of a chat."""
-Method = Callable[[Float[Tensor, "n D"], Float[Tensor, "m D"]], Tensor]
-"""From mean activations of texts with a concept and of texts without it to its vector `[D]`."""
 
 
 @dataclass(frozen=True)
@@ -180,7 +178,7 @@ def _said(given: Any) -> Text:
 
 def directions(
     model: Any, data: "Mapping[str, Contrast] | ConceptBank", *, sites: Sequence[str | int] | None = None,
-    method: str | Method | None = None, tokenizer: Any = None, name: str = "directions", **drawing: Any,
+    method: str | Find | None = None, tokenizer: Any = None, name: str = "directions", **drawing: Any,
 ) -> ConceptBank:  # fmt: skip
     """A bank of directions that tell texts or pictures with a concept from those without it, each read or drawn once.
 
@@ -304,28 +302,24 @@ def contrasts_in(bank: ConceptBank) -> dict[str, Contrast]:
 
 
 def _sides(recipe: Any, concept: Any) -> tuple[tuple[Text, ...], tuple[Text, ...]] | None:
-    """The pairs of a concept's recipe; none where it has a name alone."""
+    """The texts or prompts of a concept's recipe; none where it has a name alone."""
     try:
-        pairs = recipe.read_pairs(concept)
+        if isinstance(recipe, PictureRecipe):
+            pairs = recipe.read_pairs(concept)
+            return tuple(one for one, _ in pairs), tuple(other for _, other in pairs)
+        positive, negative = map(tuple, recipe.read_shown(concept))
+        return positive, negative
     except BadRecipe:
         return None
-    if isinstance(recipe, PictureRecipe):
-        return tuple(one for one, _ in pairs), tuple(other for _, other in pairs)
-    return tuple((pair.prompt, pair.positive) for pair in pairs), tuple((pair.prompt, pair.negative) for pair in pairs)
 
 
 # -- methods ---------------------------------------------------------------------------------------------------------------
 
 
-def _vector(method: str | Method, positive: Float[Tensor, "n D"], negative: Float[Tensor, "m D"]) -> Float[Tensor, " D"]:
+def _vector(method: str | Find, positive: Float[Tensor, "n D"], negative: Float[Tensor, "m D"]) -> Float[Tensor, " D"]:
     if not callable(method) and method not in BY_NAME:
         raise BadBank(f"no method {method!r} works without a search; {nearest(str(method), BY_NAME)}; others are for sl.train")
-    found = torch.as_tensor((method if callable(method) else BY_NAME[method])(positive, negative))
-    if found.shape != positive.shape[1:]:
-        raise WrongWidth(f"expected a vector of {positive.shape[1]} from the method, got {tuple(found.shape)}")
-    if found.requires_grad:
-        raise BadBank("the method gave a vector that requires gradients; give it to ConceptBank.from_directions, or detach it")
-    return found.float()
+    return vector_of(method if callable(method) else BY_NAME[method], positive, negative)
 
 
 def _centred(bank: ConceptBank, found: Classes) -> dict[str, Directions]:
@@ -345,9 +339,9 @@ def _difference(positive: Tensor, negative: Tensor) -> Tensor:
 
 def _probe(positive: Tensor, negative: Tensor) -> Tensor:
     """The pattern, as long as the difference of means is along it."""
-    found = probe.pattern(positive, negative, class_weight="balanced")
+    found = probe.pattern(positive, negative)
     unit = found / found.norm()
     return unit * (unit @ _difference(positive, negative))
 
 
-BY_NAME: dict[str, Method] = {"difference-of-means": _difference, "probe": _probe}
+BY_NAME: dict[str, Find] = {"difference-of-means": _difference, "probe": _probe}

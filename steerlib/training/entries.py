@@ -1,6 +1,6 @@
 """The entries of a recipe: a concept with its contrast pairs, an encoder at a site, a graph."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import cycle, islice
 from typing import Any, NamedTuple
@@ -21,6 +21,26 @@ class Pair(NamedTuple):
     negative: str
 
 
+Answer = tuple[Any, str]
+"""An answer behind its prompt: a message of the user, or the messages of a chat."""
+
+
+def is_prompt(given: Any) -> bool:
+    """Whether something is a message of the user, or the messages of a chat."""
+    if isinstance(given, str):
+        return bool(given.strip())
+    messages = given if isinstance(given, list) else []
+    parts = [one.get(part) if isinstance(one, Mapping) else None for one in messages for part in ("role", "content")]
+    return bool(parts) and all(isinstance(part, str) for part in parts)
+
+
+class Shown(NamedTuple):
+    """Answers with a concept and answers without it, of any numbers: each class counts as a whole."""
+
+    positive: Sequence[Answer]
+    negative: Sequence[Answer]
+
+
 @dataclass(frozen=True, kw_only=True)
 class ConceptRecipe:
     """One concept to make.
@@ -31,11 +51,12 @@ class ConceptRecipe:
         instructions: How prompts would ask for it: what steering is compared with and what learned methods imitate. Default:
             made from the label.
         positive: Ten or so example sentences that show it. Without them, contrast pairs are read from a file.
-        negative: As many sentences that do not show it.
+        negative: Sentences that do not show it, about as many.
         methods: Methods to try for it, in place of the recipe's.
         scorer: `{count = "words"}`, or `{pattern = "...", per = "word"}` (or `per = "sentence"`), where counting measures the
             concept better than a classifier of texts; `{near = "a name"}` compares sentence embeddings with that of the name,
-            and needs no texts to learn from. Default: the classifier.
+            and needs no texts to learn from; `{endpoint = "http://localhost:8000/v1", model = "m"}` asks an `sl.Endpoint`, of
+            which `rubric`, `cache` and `key` may be given. Default: the classifier.
     """
 
     name: str

@@ -54,7 +54,9 @@ def value_as(kind: Any, value: Any, where: str) -> Any:
     """A value of a file as a field of this type; raises `BadRecipe` for one of another type."""
     origin, parts = get_origin(kind), get_args(kind)
     if origin is UnionType:
-        return value if value is None else value_as(next(part for part in parts if part is not NoneType), value, where)
+        known = [part for part in parts if part is not NoneType]
+        meant = str if str in known and isinstance(value, str) else known[0]
+        return value if value is None and NoneType in parts else value_as(meant, value, where)
     if origin is tuple:
         return _entries(parts[0], value, where)
     if origin is Literal:

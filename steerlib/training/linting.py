@@ -156,7 +156,7 @@ def _read(recipe: Recipe) -> list[Sides]:
                 (sides[0], sides[1]),
                 _labelled(recipe, scoring) if has_scoring else ((), ()),
                 [Text(recipe.held_out, n, line["text"]) for n, line in held if line["concept"] == concept.name],
-                [] if concept.positive else _texts(name, lines, "prompt"),
+                [] if concept.positive else [Text(name, n, _asked(line["prompt"])) for n, line in lines],
                 kept,
             )
         )
@@ -175,7 +175,12 @@ def _lines(recipe: Recipe, name: str) -> list[tuple[int, dict[str, Any]]]:
 
 
 def _texts(name: str, lines: Iterable[tuple[int, dict[str, Any]]], key: str) -> list[Text]:
-    return [Text(name, n, line[key]) for n, line in lines]
+    return [Text(name, n, line[key]) for n, line in lines if key in line]
+
+
+def _asked(prompt: Any) -> str:
+    """A prompt, or the last of its messages."""
+    return prompt if isinstance(prompt, str) else prompt[-1]["content"]
 
 
 def _labelled(recipe: Recipe, name: str) -> tuple[list[Text], list[Text]]:

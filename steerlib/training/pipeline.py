@@ -1,8 +1,8 @@
 """`train`: from a recipe to a bank. Each kind of recipe has a way of its own, whose stages keep their results in a folder."""
 
 import os
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -41,6 +41,7 @@ def train(
     tokenizer: Any = None,
     work: str | os.PathLike[str] | None = None,
     score: Score | None = None,
+    methods: Mapping[str, Any] | None = None,
 ) -> ConceptBank:
     """Make a bank for a model: record, fit, label or choose by measured effect, calibrate, evaluate.
 
@@ -54,6 +55,7 @@ def train(
         score: Of a `PictureRecipe`: how much each of some pictures, bytes `[B, H, W, 3]`, shows the concept of a name, on any
             scale, such as `sl.ClipScore`. Default: the recipe's CLIP model, or else the pipeline itself, by how well prompts
             explain them. A run goes on where one of a scorer of the same name stopped.
+        methods: Of a `DirectionRecipe`: methods of your own that it names, as functions like those of `sl.directions`.
 
     Returns:
         The bank, with its card; `save_pretrained` writes it.
@@ -67,11 +69,24 @@ def train(
         >>> bank = sl.train(None, recipe, work="out/work")                       # doctest: +SKIP
         >>> bank.save_pretrained("out/bank")                                     # doctest: +SKIP
     """
-    check(recipe)
-    if score is not None and not isinstance(recipe, PictureRecipe):
-        raise BadRecipe(f"score= is of pictures, and recipe {recipe.name!r} makes no concepts of them")
-    with TemporaryDirectory() if work is None else nullcontext(work) as place:
+    with _beside(recipe, methods or {}, work), TemporaryDirectory() if work is None else nullcontext(work) as place:
+        check(recipe)
+        if score is not None and not isinstance(recipe, PictureRecipe):
+            raise BadRecipe(f"score= is of pictures, and recipe {recipe.name!r} makes no concepts of them")
         return _made(target, tokenizer, recipe, Path(place) / key_of(recipe), score)
+
+
+def _beside(recipe: Recipe, methods: Mapping[str, Any], work: object) -> AbstractContextManager[None]:
+    """Inside the block these methods are there too; raises `BadRecipe` where they could not be used or kept apart."""
+    if not methods:
+        return nullcontext()
+    if not isinstance(recipe, DirectionRecipe) or work is not None:
+        raise BadRecipe(
+            "methods= is for a recipe of directions, and without work=: nothing tells a function from its next version"
+        )
+    from .directions.methods import beside
+
+    return beside(methods)
 
 
 def key_of(recipe: Recipe) -> str:

@@ -18,9 +18,9 @@ from typing import Any, ClassVar, TypeVar
 
 from ..errors import BadRecipe
 from ..evaluation.probing import LEAST
-from ..evaluation.text import Scorer, Scoring, counting
+from ..evaluation.text import Asked, Scorer, Scoring, counting
 from .context_recipe import ContextRecipe as ContextRecipe
-from .entries import ConceptRecipe, GraphRecipe, LatentGraphRecipe, Pair, SiteEncoder
+from .entries import ConceptRecipe, GraphRecipe, LatentGraphRecipe, Shown, SiteEncoder, is_prompt
 from .fields import check_file_name, check_names, is_blank
 from .picture_recipe import PictureRecipe as PictureRecipe
 from .recipe_base import COMMON as COMMON
@@ -42,12 +42,14 @@ class DirectionRecipe(Recipe):
 
     Args:
         concepts: The concepts to make; in TOML `[[concepts]]`.
-        pairs: Folder of `<concept>.jsonl`, lines of `prompt`, `positive`, `negative`, for concepts without example sentences.
+        pairs: Folder of `<concept>.jsonl`, for concepts without example sentences: lines of `prompt`, a text or the messages of
+            a chat, with `positive` or `negative` or both.
         scoring: Folder of `<concept>.jsonl`, lines of `text` and `label`, from which the scorer learns. Default where there is
             no such file: it learns from the examples themselves, and the card says so.
         held_out: A file of lines of `text` and `concept`, on which the scorer is tested.
         prompts: A file of lines of `prompt` and `split`: `train` (to learn from), `dev` (to choose with) or `evaluation`.
-        layers: Layers, or shares of the depth between 0 and 1, to try. Default: six over the first two thirds of the model.
+        layers: Layers, shares of the depth between 0 and 1, or names of sites such as `layers.12.attn`, to try. Default: six
+            layers over the first two thirds of the model.
         methods: Methods to try, of those in `steerlib/training/directions/methods`. All are compared at the
             middle site, and further sites by the best of them.
         budget: Answers that the search may generate for each concept. Where it does not reach everything, a warning says what
@@ -66,7 +68,7 @@ class DirectionRecipe(Recipe):
     scoring: str = "scoring"
     held_out: str = "held_out.jsonl"
     prompts: str = "prompts.jsonl"
-    layers: tuple[float, ...] = ()
+    layers: tuple[float | str, ...] = ()
     methods: tuple[str, ...] = ("difference-of-means", "several-layers")
     budget: int = 400
     train_prompts: int = 24
@@ -88,10 +90,11 @@ class DirectionRecipe(Recipe):
             raise BadRecipe("expected a positive budget and positive numbers of prompts, seeds and new tokens")
         if self.ship not in ("all", "clearing"):
             raise BadRecipe(f"expected ship to be 'all' or 'clearing', got {self.ship!r}")
-        wrong = [layer for layer in self.layers if layer < 0 or (isinstance(layer, float) and not 0 < layer < 1)]
+        given = [layer for layer in self.layers if not isinstance(layer, str)]
+        wrong = [layer for layer in given if layer < 0 or (isinstance(layer, float) and not 0 < layer < 1)]
         if wrong or len({*self.layers}) < len(self.layers):
             raise BadRecipe(
-                f"expected layers from 0 up, or shares of the depth such as 0.4, each once, got {list(self.layers)}"
+                f"expected layers from 0 up, shares of the depth such as 0.4, or sites, each once, got {list(self.layers)}"
             )
         for concept in self.concepts:
             self._check_concept(concept, to_train)
@@ -115,8 +118,8 @@ class DirectionRecipe(Recipe):
             raise BadRecipe(f"{concept.name!r}: expected {' and '.join(blank)} without empty texts")
         if not (concept.methods or self.methods):
             raise BadRecipe(f"{concept.name!r}: expected a method or more to try, got none")
-        if to_train and len(self.read_pairs(concept)) < 2:
-            raise BadRecipe(f"{concept.name!r}: expected two contrast pairs or more")
+        if to_train and min(map(len, self.read_shown(concept))) < 2:
+            raise BadRecipe(f"{concept.name!r}: expected two texts or more with it, and two without")
         if concept.scorer is not None:
             counting(concept.scorer)
         else:
@@ -126,32 +129,36 @@ class DirectionRecipe(Recipe):
     def _counts(self) -> dict[str, int]:
         return {"train": self.train_prompts, "dev": self.dev_prompts, "evaluation": self.evaluation_prompts}
 
-    def read_pairs(self, concept: ConceptRecipe) -> list[Pair]:
-        """The contrast pairs of a concept: its example sentences behind ordinary prompts, or the lines of its file."""
+    def read_shown(self, concept: ConceptRecipe) -> Shown:
+        """Answers with a concept and answers without it: its example sentences behind ordinary prompts, or its file."""
         if concept.positive or concept.negative:
-            if len(concept.positive) != len(concept.negative):
-                raise BadRecipe(
-                    f"{concept.name!r}: expected as many negative examples as positive ones, got {len(concept.negative)} and "
-                    f"{len(concept.positive)}"
-                )
             prompts = self.read_prompts("train")
-            texts = zip(concept.positive, concept.negative, strict=True)
-            return [Pair(prompts[i % len(prompts)], *both) for i, both in enumerate(texts)]
-        lines = self.read_lines(f"{self.pairs}/{concept.name}.jsonl", *Pair._fields)
-        return [Pair(*(line[key] for key in Pair._fields)) for line in lines]
+            sides = concept.positive, concept.negative
+            return Shown(*([(prompts[i % len(prompts)], text) for i, text in enumerate(texts)] for texts in sides))
+        name = f"{self.pairs}/{concept.name}.jsonl"
+        lines = self.read_lines(name)
+        for number, line in enumerate(lines, 1):
+            said = [line[side] for side in Shown._fields if side in line]
+            if (
+                not is_prompt(line.get("prompt"))
+                or not said
+                or not all(isinstance(text, str) and text.strip() for text in said)
+            ):
+                raise BadRecipe(f"{name}: expected lines with prompt, positive, negative, got {line!r:.80} in line {number}")
+        return Shown(*([(line["prompt"], line[side]) for line in lines if side in line] for side in Shown._fields))
 
     def read_scoring(self, concept: ConceptRecipe) -> Scoring:
         """Texts with a concept and texts without it, for its scorer: those of its file, or else its examples."""
         name = f"{self.scoring}/{concept.name}.jsonl"
         if self.text_of(name) is not None:
             return Scoring(*self.read_labelled(name), others=True)
-        pairs = self.read_pairs(concept)
-        return Scoring([pair.positive for pair in pairs], [pair.negative for pair in pairs], others=False)
+        positive, negative = ([text for _, text in side] for side in self.read_shown(concept))
+        return Scoring(positive, negative, others=False)
 
     @property
-    def scorers(self) -> dict[str, Scoring | Scorer]:
+    def scorers(self) -> dict[str, Scoring | Scorer | Asked]:
         """By concept, what its scorer learns from, or a rule that counts: what `evaluation.text.judge_for` takes."""
-        return {c.name: self.read_scoring(c) if c.scorer is None else counting(c.scorer) for c in self.concepts}
+        return {c.name: self.read_scoring(c) if c.scorer is None else counting(c.scorer, c.label) for c in self.concepts}
 
     def read_held_out(self) -> tuple[list[str], list[str]]:
         """Texts that the scorer never sees and the concept of each; none without such a file."""

@@ -12,7 +12,7 @@ license = "apache-2.0"
 description = "What this bank is for."'''
 
 _TEXT = f"""# Concepts of a language model from sentences. `steerlib train recipe.toml` makes the bank, `--quick` a rough one.
-# Give ten sentences or more that show a concept, and as many of the same kind that do not.
+# Give ten sentences or more that show a concept, and about as many of the same kind that do not.
 name = "my-concepts"
 {_MODEL}
 

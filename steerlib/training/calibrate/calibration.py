@@ -16,11 +16,11 @@ from ...bank.concepts import Concept, Place
 from ...bank.manifest import SiteFacts
 from ...errors import BadEdit
 from ...evaluation.comparison import Condition, Unrelated, answer
-from ...evaluation.judges import Judge, judged, trained
+from ...evaluation.judges import Judge, judged
 from ...evaluation.pictures import Pictures, edit_of
-from ...evaluation.score import DRAWS, Scores, best_prompt, joint, stacked
+from ...evaluation.score import DRAWS, Scores, best_prompt, stacked
+from ...evaluation.text import Asked, judge_for
 from ...evaluation.text import Judge as Trained
-from ...evaluation.text import judge_for
 from ...hosts import host_for
 from ...passes import StepState
 from ...schedules import Window
@@ -31,7 +31,7 @@ from ..entries import TEMPLATES
 from ..picture_recipe import PictureRecipe, PromptPair
 from ..recipe import DirectionRecipe
 from ..record.activations import tokens
-from .doses import DEV_SEEDS, DOSES, ORDINARY, QUICK, SHARES, WORN, longest, sound, strongest
+from .doses import DEV_SEEDS, DOSES, ORDINARY, QUICK, SHARES, WORN, longest, sound, strongest, worth
 from .prompted import HARM, Attempt, Choice, Drawing, Trials
 
 AT_ONCE = 512
@@ -45,7 +45,7 @@ PARTS = (0.25, 0.45, 0.7)
 
 def calibrate(
     target: Any, bank: ConceptBank, concepts: Sequence[str] | None = None, *, prompts: Sequence[Any] | None = None,
-    judge: Judge | None = None, tokenizer: Any = None, texts: Sequence[str] | None = None, new_tokens: int = 32,
+    judge: Judge | None = None, tokenizer: Any = None, texts: Sequence[str] | None = None, new_tokens: int | None = None,
     seed: int = 0, **drawing: Any,
 ) -> ConceptBank:  # fmt: skip
     """Measure unit, useful amount and safe range of concepts of any bank: own vectors, foreign files, latents.
@@ -65,7 +65,7 @@ def calibrate(
         judge: as for `sl.sweep`. Default: the scorer of the bank's recipe; of a pipeline its own denoising error.
         tokenizer: the model's (default: that of `sl.load`).
         texts: ordinary text. Default: some that comes with steerlib.
-        new_tokens, seed: tokens of an answer; of noise.
+        new_tokens, seed: tokens of an answer (default: those of the bank's recipe, or 32); of noise.
         drawing: of a pipeline `steps`, `guidance` and `batch`.
 
     Returns a new bank. Raises `BadEdit` without a judge, `NoScore`, and `MissingExtra` without `steerlib[eval]`.
@@ -81,8 +81,8 @@ def calibrate(
         plan = plan_of(bank, PictureRecipe, seed=seed, **drawing)
         return _of_pictures(Drawing(target, plan), bank, names, prompts or plan.read_prompts()[: plan.dev_prompts], judge)
     plan, tokenizer = plan_of(bank, DirectionRecipe, **drawing), tokenizer or host_for(target).tokenizer()
-    judge, asked = judge or own_judge(bank, plan), [*(prompts or plan.read_prompts("dev"))]
-    return _of_texts(Asking(target, tokenizer, asked, judge, new_tokens), bank, names, plan, texts)
+    judges, asked = judge or own_judge(bank, plan, names), [*(prompts or plan.read_prompts("dev"))]
+    return _of_texts(Asking(target, tokenizer, asked, judges, new_tokens or plan.new_tokens), bank, names, plan, texts)
 
 
 def plan_of(bank: ConceptBank, kind: Any, **given: Any) -> Any:
@@ -94,14 +94,15 @@ def plan_of(bank: ConceptBank, kind: Any, **given: Any) -> Any:
     return replace(found, **given)
 
 
-def own_judge(bank: ConceptBank, plan: DirectionRecipe) -> Judge:
-    """The scorer of a bank's recipe; raises `BadEdit` where it has none."""
-    if not plan.concepts:
+def own_judge(bank: ConceptBank, plan: DirectionRecipe, names: Sequence[str]) -> Trained:
+    """The scorer of a bank's recipe; raises `BadEdit` where it has none of a concept."""
+    known = plan.scorers
+    if missing := [name for name in names if name not in known]:
         raise BadEdit(
-            f"bank {bank.name!r} carries no recipe with a scorer; give judge=, a function of requests and answers that gives a "
-            "number for each, or sl.Endpoint(url, model)"
+            f"bank {bank.name!r} carries no recipe with a scorer of {missing[0]!r}; give judge=, a function of requests and "
+            "answers that gives a number for each, or sl.Endpoint(url, model)"
         )
-    return trained(judge_for(plan.scorers))
+    return judge_for(known)
 
 
 def _with_facts(bank: ConceptBank, facts: Mapping[str, Concept], **changes: Any) -> ConceptBank:
@@ -112,9 +113,10 @@ def _with_facts(bank: ConceptBank, facts: Mapping[str, Concept], **changes: Any)
     return ConceptBank(**{**own, "concepts": known, **changes})
 
 
-def _calibrated(bank: ConceptBank, facts: Mapping[str, Concept], judge: Judge | None, prompts: int) -> ConceptBank:
+def _calibrated(bank: ConceptBank, facts: Mapping[str, Concept], judge: Judge | Trained | None, prompts: int) -> ConceptBank:
     """The same, with a card and a provenance that say so."""
     who = "the pipeline itself" if judge is None else getattr(judge, "__name__", type(judge).__name__)
+    who = "the scorer of its recipe" if isinstance(judge, Trained) else who
     how = {**bank.provenance.get("calibrated", {}), **dict.fromkeys(facts, {"judge": who, "prompts": prompts})}
     said = f"amounts of {', '.join(f'“{name}”' for name in facts)} were measured later, by {who}; the text below has older ones"
     card = wording.noted(bank.card, said) if bank.card else ""
@@ -137,15 +139,22 @@ def in_units(bank: ConceptBank, concept: Concept, z: Float[Tensor, " tokens"], i
     measured or that a gate or the graph counts in."""
     if (unit := unit_of(z, is_latent)) is None:
         return concept
-    known = z[z > 0] if is_latent else z
-    low, high = torch.quantile(_some(known).double(), torch.tensor(TAILS, dtype=torch.float64)).tolist()
-    natural = (0.0, high) if is_latent else (low, high)
+    natural = natural_of(z, is_latent)
     counted = {c.gate.concept for c in bank.concepts.values() if c.gate}
     counted |= {end for edge in bank.graph.edges for end in (edge.src, edge.dst)}
     if concept.natural is not None or concept.range is not None or concept.name in counted:
         return replace(concept, natural=concept.natural or natural)
     parts = tuple(replace(part, unit=part.unit * unit / concept.unit) for part in concept.parts)
     return replace(concept, unit=unit, natural=natural, parts=parts)
+
+
+def natural_of(z: Float[Tensor, " tokens"], is_latent: bool) -> tuple[float, float]:
+    """The 0.5 % and 99.5 % values of readings, of a latent 0 and the latter where it fires."""
+    known = z[z > 0] if is_latent else z
+    if not len(known):
+        return 0.0, 0.0
+    low, high = torch.quantile(_some(known).double(), torch.tensor(TAILS, dtype=torch.float64)).tolist()
+    return (0.0, high) if is_latent else (low, high)
 
 
 def _some(values: Float[Tensor, " n"], most: int = 1 << 22) -> Float[Tensor, " m"]:
@@ -188,23 +197,26 @@ def _sites(bank: ConceptBank, lengths: Mapping[str, float]) -> dict[str, SiteFac
 
 @dataclass(frozen=True, eq=False)
 class Asking:
-    """A language model, prompts, and who judges its answers."""
+    """A language model, prompts, and who judges its answers: a judge, or a recipe's scorer, which knows several concepts."""
 
     model: Any
     tokenizer: Any
     prompts: list[str]
-    judge: Judge
+    judge: Judge | Trained
     new_tokens: int
 
     def __call__(self, concept: str, conditions: Sequence[Condition], seeds: Sequence[int | None] = DEV_SEEDS) -> Scores:
-        """Answers under some conditions, scored."""
-
-        def score(texts: Sequence[str]) -> Float[np.ndarray, " texts"]:
-            return judged(self.judge, [self.prompts[k % len(self.prompts)] for k in range(len(texts))], texts, concept)
-
-        own = Trained((concept,), 0, None, {concept: score}, {})
+        """Answers under some conditions, scored: first by the concept, then by what else is known."""
+        known = self.judge if isinstance(self.judge, Trained) else None
+        own = known or Trained((concept,), 0, None, {concept: Asked(self.judge, concept)}, {})
         how = {"seeds": seeds, "new_tokens": self.new_tokens}
-        return answer(self.model, self.tokenizer, conditions, self.prompts, own, **how)
+        found = answer(self.model, self.tokenizer, conditions, self.prompts, own, **how)
+        order = sorted(range(len(own.names)), key=lambda k: own.names[k] != concept)
+        return found._replace(concepts=found.concepts[..., order], foreign=found.foreign[..., [*order, -1]])
+
+    def knows(self, concept: str) -> bool:
+        """Whether its answers can be scored by a concept."""
+        return not isinstance(self.judge, Trained) or concept in self.judge.names
 
 
 def sites_of(bank: ConceptBank, names: Sequence[str]) -> list[str]:
@@ -256,7 +268,7 @@ def _by_answers(
     scores, totals = asking(concept.name, [steered(amount) for amount in amounts]), np.zeros(len(amounts))
     for k in range(len(DEV_SEEDS)):
         both = stacked(plain.of([0, prompted], slice(k, k + 1)), scores.of(range(len(amounts)), slice(k, k + 1)))
-        totals += joint(both, 0).total[2:].mean((1, 2))
+        totals += worth(both, 0)
     best = int(totals.argmax())
     doses = [float(f"{dose * amounts[best]:.4g}") for dose in DOSES]
     worn = asking(concept.name, [steered(dose) for dose in doses], DEV_SEEDS[:1]).nll.mean((1, 2))

@@ -20,12 +20,19 @@ from ..contrast import contrasts_in, directions
 from ..picture_recipe import PictureRecipe
 from ..recipe import DirectionRecipe
 from ..record.activations import tokens
-from .calibration import Asking, own_judge, pairs_of, plan_of, readings, seen, sites_of, unit_of
+from .calibration import Asking, natural_of, own_judge, pairs_of, plan_of, readings, seen, sites_of, unit_of
 from .doses import ORDINARY
 from .prompted import Drawing, Trials
 
 CHANCE = 3.0
 """Likenesses of directions up to so many standard deviations of random ones, `D ** -0.5`, are no more than chance."""
+
+
+BASES, SURE = 40, 0.05
+"""Random bases that readings are looked at in, and the share of them up to which a site is taken for the bank's own."""
+SOME = 64
+"""Concepts whose readings are looked at so, at most."""
+NEEDED = "that needs contrast data (sl.directions, with license=) or readings that were measured (sl.calibrate, of text)"
 
 
 class Both(NamedTuple):
@@ -55,22 +62,28 @@ class Held(NamedTuple):
 
 class Comparison(dict[str, Held]):
     """What holds of each concept, by name; `fits` says how sites fit, and `rotated` names those whose residual stream has
-    another basis: there, no direction is nearer to what the bank's own data gives than chance."""
+    another basis: there, no direction is nearer to what the bank's own data gives than chance, or, without data, readings are
+    no nearer to what was measured than in random bases. `untold` names those of which the bank knows neither."""
 
-    def __init__(self, held: Mapping[str, Held], fits: Fit, rotated: Sequence[str]):
+    def __init__(self, held: Mapping[str, Held], fits: Fit, turned: Mapping[str, bool]):
         super().__init__(held)
-        self.fits, self.rotated = fits, tuple(rotated)
+        self.fits, self.rotated = fits, tuple(site for site, is_turned in turned.items() if is_turned)
+        self.untold = tuple(site for site, how in fits.items() if site not in turned and how not in MISFITS)
 
     def __repr__(self) -> str:
         rows = [("stored → here", *Held._fields)] + [(printable(name, 18), *map(repr, held)) for name, held in self.items()]
         lines = ["".join(f"{cell:<20}" for cell in row).rstrip() for row in rows]
-        lines += [f"{site} is rotated: no direction there is nearer to the data's own than chance" for site in self.rotated]
+        lines += [f"{site} is rotated: what the bank has there is no nearer to its own than chance" for site in self.rotated]
+        if self.untold:
+            lines.append(
+                f"whether {', '.join(self.untold)} {'is' if len(self.untold) == 1 else 'are'} rotated cannot be told: {NEEDED}"
+            )
         return "\n".join(lines)
 
 
 def compare(
     bank: ConceptBank, model: Any, concepts: Sequence[str] | None, *, prompts: Sequence[Any] | None = None,
-    judge: Judge | None = None, tokenizer: Any = None, texts: Sequence[str] | None = None, new_tokens: int = 32,
+    judge: Judge | None = None, tokenizer: Any = None, texts: Sequence[str] | None = None, new_tokens: int | None = None,
     seed: int = 0, **drawing: Any,
 ) -> Comparison:  # fmt: skip
     """What `ConceptBank.compare` does."""
@@ -86,33 +99,60 @@ def compare(
     if host.has_progress:
         draw = Drawing(model, plan_of(bank, PictureRecipe, seed=seed, **drawing))
         asked = prompts or draw.recipe.read_prompts()[: draw.recipe.dev_prompts]
-        found = _of_pictures(draw, here, fitting, asked, judge)
+        found, turned = _of_pictures(draw, here, fitting, asked, judge), {}
     else:
         plan, tokenizer = plan_of(bank, DirectionRecipe, **drawing), tokenizer or host.tokenizer()
-        judge = judge or (own_judge(bank, plan) if plan.concepts else None)
-        asking = judge and Asking(model, tokenizer, [*(prompts or plan.read_prompts("dev"))], judge, new_tokens)
-        found = _of_texts(model, tokenizer, here, fitting, list(texts or plan.read_texts(plan.reference)), asking)
-    alike, rotated = _alike(bank, model, fitting, tokenizer, drawing)
+        judges = judge or (own_judge(bank, plan, ()) if plan.concepts else None)
+        asked = [*(prompts or plan.read_prompts("dev"))]
+        asking = judges and Asking(model, tokenizer, asked, judges, new_tokens or plan.new_tokens)
+        read = list(texts or plan.read_texts(plan.reference))
+        x = tokens(model, tokenizer, read, sites_of(bank, fitting), what="ordinary texts")
+        found = _of_texts(here, fitting, x, Unrelated(model, tokenizer, read[-ORDINARY:]), asking)
+        turned = _unnatural(here, fitting, x)
+    alike, by_data = _alike(bank, model, fitting, tokenizer, drawing)
     held = {name: found.get(name, Held())._replace(cosine=alike.get(name, Both())) for name in names}
-    return Comparison({name: _beside(bank[name], held[name]) for name in names}, fits, rotated)
+    return Comparison({name: _beside(bank[name], held[name]) for name in names}, fits, turned | by_data)
 
 
 def _of_texts(
-    model: Any, tokenizer: Any, bank: ConceptBank, names: Sequence[str], texts: Sequence[str], asking: Asking | None
+    bank: ConceptBank, names: Sequence[str], x: Mapping[str, Tensor], ordinary: Unrelated, asking: Asking | None
 ) -> dict[str, Held]:
-    x = tokens(model, tokenizer, texts, sites_of(bank, names), what="ordinary texts")
-    ordinary, found = Unrelated(model, tokenizer, texts[-ORDINARY:]), {}
+    found = {}
     for name, z in readings(bank, names, x).items():
         concept, effect, damage = bank[name], None, None
         if concept.useful is not None and concept.useful_as == "Add":
             steered = Condition(name="steered", bank=bank, edits={name: concept.useful})
             damage = ordinary.side_effects(steered).kl
-            if asking:
+            if asking and asking.knows(name):
                 scores = asking(name, [Condition(name="unsteered"), steered]).concepts[..., 0].mean((1, 2))
                 effect = float(scores[1] - scores[0])
         unit = unit_of(z, bank.rows(concept).is_sparse)
         found[name] = Held(unit=Both(here=unit), effect=Both(here=effect), damage=Both(here=damage))
     return found
+
+
+def _unnatural(bank: ConceptBank, names: Sequence[str], x: Mapping[str, Tensor]) -> dict[str, bool]:
+    """By site, whether what is natural for concepts there is matched no better by their readings than by those of the same
+    activations in other bases, in each of which coordinates change places and signs at random."""
+    known = [name for name in names if bank[name].natural is not None]
+    some, draw = known[:: max(1, len(known) // SOME)], torch.Generator().manual_seed(0)
+
+    def turned(own: Tensor) -> Tensor:
+        signs = torch.randint(2, own.shape[-1:], generator=draw) * 2 - 1
+        return own[:, torch.randperm(own.shape[-1], generator=draw)] * signs
+
+    others = [_misses(bank, some, {site: turned(own) for site, own in x.items()}) for _ in range(BASES)] if some else []
+    return {site: sum(other[site] <= miss for other in others) > SURE * BASES for site, miss in _misses(bank, some, x).items()}
+
+
+def _misses(bank: ConceptBank, names: Sequence[str], x: Mapping[str, Tensor]) -> dict[str, float]:
+    """By site, by how much the ends of readings miss those that are natural, in shares of what lies between these."""
+    found: dict[str, list[float]] = {}
+    for name, z in readings(bank, names, x).items():
+        natural, here = bank[name].natural or (0.0, 0.0), natural_of(z, bank.rows(bank[name]).is_sparse)
+        miss = sum(abs(one - other) for one, other in zip(natural, here, strict=True)) / max(1e-12, natural[1] - natural[0])
+        found.setdefault(bank.read_at(bank[name]), []).append(miss)
+    return {site: sum(misses) / len(misses) for site, misses in found.items()}
 
 
 def _of_pictures(
@@ -148,12 +188,12 @@ def _beside(concept: Concept, held: Held) -> Held:
 
 def _alike(
     bank: ConceptBank, model: Any, names: Sequence[str], tokenizer: Any, drawing: Mapping[str, Any]
-) -> tuple[dict[str, Both], list[str]]:
-    """Likenesses of the bank's directions and those that its contrast data gives here, and sites where all are chance."""
+) -> tuple[dict[str, Both], dict[str, bool]]:
+    """Likenesses of the bank's directions and those that its contrast data gives here, and by site whether all are chance."""
     own = bank.contents()
     chosen = [bank[name] for name in names if name in contrasts_in(bank) and not bank.rows(bank[name]).is_sparse]
     if not chosen:
-        return {}, []
+        return {}, {}
     some = ConceptBank(**{**own, "concepts": [_free(concept) for concept in chosen], "graph": None})
     again = directions(model, some, tokenizer=tokenizer, **drawing)
     found: dict[str, Both] = {}
@@ -165,7 +205,7 @@ def _alike(
         for site, one, other in zip(sites, ours, theirs, strict=True):
             by_site.setdefault(site, []).append(_cosine(one, other) * len(one) ** 0.5)
         found[concept.name] = Both(None, _cosine(torch.cat(ours), torch.cat(theirs)))
-    return found, [site for site, alike in by_site.items() if max(map(abs, alike)) <= CHANCE]
+    return found, {site: max(map(abs, alike)) <= CHANCE for site, alike in by_site.items()}
 
 
 def _free(concept: Concept) -> Concept:

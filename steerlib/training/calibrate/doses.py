@@ -227,15 +227,18 @@ class Search:
     @torch.no_grad()
     def _apart(self, method: str, site: str) -> float:
         """By how many nats per token positive answers are likelier than negative ones, behind plain prompts, under a method's
-        strongest lever: those of every second pair, with a lever that was made from the others."""
+        strongest lever: every second one of each, with a lever that was made from the others."""
         if (method, site) not in self.apart:
             task, model = self.studio.task(self.concept, self.concept.asked[self.prompt]), self.studio.model
             lever = bank_of(fitted(method, task.half(0).elsewhere(site)), self.studio.norms)
             steered = Condition(name=method, bank=lever, edits={"lever": self._strongest(method, site)})
-            rows = torch.arange(len(task.half(1).pairs))
-            with together(model, [steered], len(rows)):
-                negative, positive = (float(loss(model, shown(task.half(1), side), rows)) for side in ("negative", "positive"))
-            self.apart[method, site] = negative - positive
+            losses = []
+            for side in ("negative", "positive"):
+                lesson = shown(task.half(1), side)
+                rows = torch.arange(len(lesson.said.ids))
+                with together(model, [steered], len(rows)):
+                    losses.append(float(loss(model, lesson, rows)))
+            self.apart[method, site] = losses[0] - losses[1]
         return self.apart[method, site]
 
     def bank(self, method: str, site: str) -> ConceptBank:
@@ -274,10 +277,8 @@ class Search:
     def _scored(self, settings: Sequence[tuple[str, str, float]], seed: int) -> list[Trial]:
         """Settings with their joint scores on answers of one seed."""
         scores = self._answers([self._condition(*setting) for setting in settings], DEV_SEEDS[seed : seed + 1])
-        both = stacked(self.anchors[seed], scores)
-        found = joint(both, self.column).total[2:].mean((1, 2))
-        own = [min(1.0, specificity(both, self.column, 2 + i) / SPECIFIC) for i in range(len(settings))]
-        return [Trial(*setting, joint=float(found[i]) * own[i]) for i, setting in enumerate(settings)]
+        found = worth(stacked(self.anchors[seed], scores), self.column)
+        return [Trial(*setting, joint=value) for setting, value in zip(settings, found, strict=True)]
 
     def _final(self) -> Trial:
         """The best of the first round's best, by both rounds together."""
@@ -294,6 +295,13 @@ class Search:
         if isclose(low, high):
             raise BadRecipe(f"no strength of {chosen.method} at {chosen.site} leaves the text sound; try other layers or pairs")
         return low, high, beyond
+
+
+def worth(scores: Scores, concept: int) -> list[float]:
+    """Joint scores of the conditions behind an unsteered and a prompted one, in proportion less where other concepts rise."""
+    totals = joint(scores, concept).total.mean((1, 2))
+    own = [min(1.0, specificity(scores, concept, k) / SPECIFIC) for k in range(len(totals))]
+    return [float(total) * share for total, share in zip(totals, own, strict=True)][2:]
 
 
 def longest(bank: ConceptBank, concept: Concept) -> float:

@@ -75,8 +75,8 @@ def measure(bank: ConceptBank, concept: ConceptRecipe, judge: Judge, studio: Stu
 
 def _response(bank: ConceptBank, fact: Concept, studio: Studio, concept: ConceptRecipe, prompts: Sequence[str]) -> Response:
     """Dose and response, in words that tell the pairs' answers with the concept from those without it."""
-    pairs, brief = studio.recipe.read_pairs(concept), studio.recipe.is_brief
-    words = comparison.lexicon([pair.positive for pair in pairs], [pair.negative for pair in pairs])
+    shown, brief = studio.recipe.read_shown(concept), studio.recipe.is_brief
+    words = comparison.lexicon(*([text for _, text in side] for side in shown))
     doses = [round(dose * (fact.useful or 1.0), 4) for dose in (DOSES[::3] if brief else DOSES)]
     some = prompts[:FEW] if brief else prompts
     return comparison.dose_response(studio.model, studio.tokenizer, bank, concept.name, doses, some, words)

@@ -11,7 +11,7 @@ from torch import Tensor
 from ...bank.concept_bank import BaseModel, ConceptBank, SiteFacts
 from ...bank.concepts import Concept, Gate, Part
 from ...encoders import Directions
-from ..entries import Pair
+from ..entries import Shown
 from .readouts import Readout
 
 
@@ -61,21 +61,22 @@ class Task:
 
     `name` is what the concept is called, `instruction` how a prompt would ask for it. Nothing is ever measured on `prompts`,
     requests to learn from; `texts` are ordinary text, which a gate should leave alone. Methods of one site work at `site`;
-    `sites` are all that are tried, in the model's order. By site: `positive` and `negative`, mean activations over answers of
-    the pairs with and without the concept; `reference`, activations of ordinary text; `norms`, their median length; `keep`,
-    directions of the other concepts. `memo` keeps what several methods need and one has made.
+    `sites` are all that are tried, in the model's order. `shown` are answers with and without the concept, of any numbers. By
+    site: `positive` and `negative`, mean activations over these answers, in the same order; `reference`, activations of
+    ordinary text; `norms`, their median length; `keep`, directions of the other concepts. `memo` keeps what several methods
+    need and one has made.
     """
 
     model: Any
     tokenizer: Any
     instruction: str
-    pairs: Sequence[Pair]
+    shown: Shown
     prompts: Sequence[str]
     texts: Sequence[str]
     site: str
     sites: Sequence[str]
     positive: dict[str, Float[Tensor, "n D"]]
-    negative: dict[str, Float[Tensor, "n D"]]
+    negative: dict[str, Float[Tensor, "m D"]]
     reference: dict[str, Float[Tensor, "tokens D"]]
     norms: dict[str, float]
     keep: dict[str, Float[Tensor, "k D"]] = field(default_factory=dict)
@@ -88,9 +89,10 @@ class Task:
         return Lever(moves={self.site: direction / direction.norm() * self.norms[self.site]}, **others)
 
     def half(self, k: int) -> "Task":
-        """The same task with every second pair only, from the k-th on."""
+        """The same task with every second answer of each side only, from the k-th on."""
         sides = ({site: x[k::2] for site, x in side.items()} for side in (self.positive, self.negative))
-        return replace(self, pairs=self.pairs[k::2], positive=next(sides), negative=next(sides))
+        said = Shown(*(side[k::2] for side in self.shown))
+        return replace(self, shown=said, positive=next(sides), negative=next(sides))
 
     def elsewhere(self, site: str) -> "Task":
         """The same task at another site."""

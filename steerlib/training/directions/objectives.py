@@ -42,9 +42,10 @@ def told(task: Task) -> Lesson:
 
 
 def shown(task: Task, side: Literal["positive", "negative"] = "positive") -> Lesson:
-    """The answers of the contrast pairs that show the concept, or those that do not."""
-    asked = [chat(task.tokenizer, pair.prompt, model=task.model) for pair in task.pairs]
-    answers = [behind(ask, getattr(pair, side)) for ask, pair in zip(asked, task.pairs, strict=True)]
+    """The answers that show the concept, or those that do not."""
+    said = getattr(task.shown, side)
+    asked = [chat(task.tokenizer, prompt, model=task.model) for prompt, _ in said]
+    answers = [behind(ask, answer) for ask, (_, answer) in zip(asked, said, strict=True)]
     batch = task.tokenizer(answers, return_tensors="pt", padding=True, padding_side="right", add_special_tokens=False)
     new, real = batch["input_ids"][:, : 2 * TOKENS], batch["attention_mask"][:, : 2 * TOKENS].bool()
     return Lesson(tokens_of(task.model, task.tokenizer, asked, (new, real)))

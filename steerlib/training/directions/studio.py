@@ -72,10 +72,8 @@ class Studio:
         found = tokens(self.model, self.tokenizer, texts, self.sites, what="reference text")
         stored = {f"reference|{site}": x for site, x in found.items()}
         for concept in progress(self.recipe.concepts, "reading contrast pairs"):
-            pairs = self.recipe.read_pairs(concept)
-            for side in ("positive", "negative"):
-                texts = [(pair.prompt, getattr(pair, side)) for pair in pairs]
-                read = answers(self.model, self.tokenizer, texts, self.sites, what=concept.name)
+            for side, said in self.recipe.read_shown(concept)._asdict().items():
+                read = answers(self.model, self.tokenizer, said, self.sites, what=concept.name)
                 stored |= {f"{side}|{concept.name}|{site}": torch.stack([t.mean(0) for t in x]) for site, x in read.items()}
         return stored
 
@@ -110,7 +108,7 @@ class Studio:
                 model=self.model,
                 tokenizer=self.tokenizer,
                 instruction=instruction,
-                pairs=self.recipe.read_pairs(concept),
+                shown=self.recipe.read_shown(concept),
                 prompts=self.recipe.read_prompts("train"),
                 texts=self.recipe.read_texts(self.recipe.reference)[: self.recipe.train_prompts],
                 site=self.sites[0],
@@ -148,8 +146,8 @@ class Studio:
         task = self.task(concept, "").elsewhere(site)
         both = torch.cat((task.positive[site], task.negative[site]))
         both = both[torch.randperm(len(both), generator=torch.Generator().manual_seed(self.recipe.seed))]
-        half = len(both) // 2
-        difference = both[:half].mean(0) - both[half:].mean(0)
+        first = len(task.positive[site])
+        difference = both[:first].mean(0) - both[first:].mean(0)
         return bank_of(task.at(difference), self.norms)
 
     def control(self, concept: ConceptRecipe, method: str, site: str) -> ConceptBank | None:

@@ -80,11 +80,13 @@ def sites_to_try(model: Any, recipe: DirectionRecipe) -> list[str]:
     depth = sum(name.removeprefix(where).isdigit() for name in host_for(model).sites())
     layers = recipe.layers or tuple(sorted({round(depth * (0.2 + 0.1 * i)) for i in range(6)}))[:: 2 if recipe.is_quick else 1]
     found = dict.fromkeys(round(layer * depth) if isinstance(layer, float) else layer for layer in layers)
-    if not depth or max(found) >= depth or min(found) < 0:
+    numbers = [layer for layer in found if not isinstance(layer, str)]
+    if not depth or numbers and (max(numbers) >= depth or min(numbers) < 0):
         raise BadRecipe(
             f"expected layers from 0 to {depth - 1}, got {layers}; leave them out, or give shares of the depth such as 0.4"
         )
-    return [f"{where}{layer}" for layer in found]
+    names = [layer if isinstance(layer, str) else f"{where}{layer}" for layer in found]
+    return [host_for(model).site(name).name for name in dict.fromkeys(names)]
 
 
 def choose(studio: Studio, judge: Judge, concept: ConceptRecipe) -> Choice:
@@ -173,7 +175,8 @@ def assemble(studio: Studio, choices: Mapping[str, Choice]) -> ConceptBank:
     answering = studio.answering()
     label = f"tokens of {called(studio.model, studio.tokenizer)}, whoever speaks, and not of prose"
     gates.append(detecting(ANSWERING, answering.gate, label, source=source, effects=answering.effects))
-    encoders = dict(sorted(rows.encoders().items(), key=lambda item: int(item[0].rpartition(".")[2])))
+    host = host_for(studio.model)
+    encoders = dict(sorted(rows.encoders().items(), key=lambda item: host.order(host.site(item[0]))))
     return ConceptBank(
         recipe.name,
         [*concepts, *gates],

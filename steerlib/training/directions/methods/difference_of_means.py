@@ -8,7 +8,9 @@ from ..levers import Lever, Task
 
 def direction(task: Task, site: str) -> Float[Tensor, " D"]:
     """The direction at a site, of length 1."""
-    difference = (task.positive[site] - task.negative[site]).mean(0)
+    one, other = task.positive[site], task.negative[site]
+    # of pairs, what both have in common cancels before it is rounded
+    difference = (one - other).mean(0) if len(one) == len(other) else one.mean(0) - other.mean(0)
     return difference / difference.norm()
 
 

@@ -18,8 +18,8 @@ def fit(task: Task) -> Lever:
     return task.at(pattern(task.positive[task.site], task.negative[task.site]))
 
 
-def pattern(positive: Float[Tensor, "n D"], negative: Float[Tensor, "m D"], **how: Any) -> Float[Tensor, " D"]:
-    """The pattern that tells two sets of activations apart, of any length; `how` goes to the regression."""
+def pattern(positive: Float[Tensor, "n D"], negative: Float[Tensor, "m D"]) -> Float[Tensor, " D"]:
+    """The pattern that tells two sets of activations apart, of any length; each set counts as a whole."""
     try:
         from sklearn.linear_model import LogisticRegression
     except ImportError:
@@ -27,5 +27,7 @@ def pattern(positive: Float[Tensor, "n D"], negative: Float[Tensor, "m D"], **ho
     both = torch.cat((positive, negative))
     centre, scale = both.mean(0), both.std(0).clamp(min=1e-6)
     labels = [1] * len(positive) + [0] * len(negative)
-    fitted: Any = LogisticRegression(C=0.1, max_iter=2000, **how).fit(((both - centre) / scale).numpy(), labels)
+    fitted: Any = LogisticRegression(C=0.1, max_iter=2000, class_weight="balanced").fit(
+        ((both - centre) / scale).numpy(), labels
+    )
     return torch.from_numpy(fitted.coef_[0]).float() * scale
