@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import typer
 from scenes import judges, measures, prompts, world
-from scenes.experiment import Case, Edits, Experiment, randomised, score
+from scenes.experiment import BARS, Case, Edits, Experiment, randomised, score
 from scenes.measures import TOLD, WHOLE, Cause, Effect, every
 from scipy.stats import spearmanr
 from sklearn.metrics import roc_auc_score
@@ -34,6 +34,8 @@ CONDITIONS = (
     "captions alone", "amount of a judge", "rewritten prompt", "random direction", "another concept", "made from the truth",
 )  # fmt: skip
 AMOUNTS = tuple(sorted((FIRST, *DOSES)))
+GONE = 0.8
+"""Share of what shows a value that has to show it no more where it is removed."""
 DEV, TEST = 1, 2
 """Purposes of scenes: a judge chooses an amount on the first, everything is measured on the second."""
 
@@ -43,7 +45,7 @@ class Bench:
 
     def __init__(self, experiment: Experiment, n: int, beside: ConceptBank | None = None):
         self.experiment, self.n = experiment, n
-        self.beside = beside and experiment.of(beside)
+        self.beside = None if beside is None else experiment.of(beside)
         quiet: Any = {"name": "judge", "base": "", "source": "", "description": ""}
         self.drawing = Drawing(experiment.pipe, PictureRecipe(**quiet, steps=experiment.steps, guidance=2.0, batch=2 * n))
 
@@ -203,7 +205,9 @@ def table(found: Mapping[str, Any]) -> str:
     several = [[pair for own in cells.values() if (pair := own[name])] for name in names]
     known = [auroc for auroc in aurocs.values() if auroc is not None]
     lines.append(("**mean**", *(_cell(_mean(pairs)) for pairs in several), _number(_mean(known))))
-    lines.append(("reach both bars", *(f"{_reach(pairs)} of {len(pairs)}" for pairs in several), ""))
+    least = [GONE if name in ("removed", "negative prompt") else BARS["effectiveness"] for name in names]
+    reach = (f"{_reach(*both)} of {len(both[0])}" for both in zip(several, least, strict=True))
+    lines.append(("reach both bars", *reach, ""))
     return markdown(" | ".join(["value", *names, "AUROC"]), lines)
 
 
@@ -229,8 +233,8 @@ def _mean(values: Any) -> Any:
     return np.mean(values, 0) if values else None
 
 
-def _reach(pairs: Any) -> int:
-    return sum(effect >= 0.9 and kept >= 0.95 for effect, kept in pairs)
+def _reach(pairs: Any, least: float = BARS["effectiveness"]) -> int:
+    return sum(effect >= least and kept >= BARS["preservation"] for effect, kept in pairs)
 
 
 def _number(value: float | None) -> str:

@@ -1,5 +1,7 @@
 """A CLIP model as a scorer, at toy size: its arithmetic, what it refuses, and how a recipe names it."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -25,7 +27,7 @@ def clip(toy, tmp_path_factory):
     text["bos_token_id"] = toy.tokenizer.bos_token_id
     vision = small | {"image_size": 8, "patch_size": 4}
     model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=4)).eval()
-    size = {"size": {"shortest_edge": 8}, "crop_size": {"height": 8, "width": 8}}
+    size: Any = {"size": {"shortest_edge": 8}, "crop_size": {"height": 8, "width": 8}}
     processor = CLIPProcessor(CLIPImageProcessor(**size), toy.tokenizer)
     folder = tmp_path_factory.mktemp("clip") / "tiny"
     model.save_pretrained(folder)
@@ -79,7 +81,7 @@ def test_a_recipe_and_a_name_can_be_scored_by_a_clip_of_a_folder(clip, toy, tmp_
     for name, value in {"DOSES": (), "EDITS": ("Add",), "REMOVED": (("Set", 0.0),)}.items():
         monkeypatch.setattr(calibrate, name, value)
     bank = sl.make(toy, "night", prompts=[f"a hill {k}" for k in range(4)], score=str(clip[2]), work=tmp_path / "work")
-    recipe = recipe_in(bank)
+    recipe: Any = recipe_in(bank)
     assert bank["night"].effects["scorer"] == "CLIP tiny" and recipe is not None and recipe.score == str(clip[2])
     (tmp_path / "beside").symlink_to(clip[2])
     assert place_of("beside", tmp_path) == str(tmp_path / "beside") and (*(tmp_path / "work").glob("*/chosen by CLIP tiny/*"),)

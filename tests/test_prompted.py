@@ -357,7 +357,7 @@ class Known(calibrate.Trials):
     def of(self, bank: Any, edits, *, remove=False):
         edit: Any = edits[self.concept]
         if remove:
-            if isinstance(edit, sl.Add):
+            if edit.__class__ is sl.Add:
                 return calibrate.Trial(min(1.0, -edit.amount / 4), -edit.amount)
             return calibrate.Trial(0.8 if isinstance(edit, sl.Scale) else 0.7, 0.1)
         amount = getattr(edit, "value" if isinstance(edit, sl.Set) else "amount")

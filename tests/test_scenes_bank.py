@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -59,8 +60,8 @@ def test_the_shipped_model_does_not_say_where_it_was_made(bank):
 
 def test_every_value_that_captions_name_has_a_concept_made_from_captions_alone(bank):
     assert {*bank.concepts} >= {cause.value for cause in every()}
-    recipe = recipe_in(bank)
-    assert isinstance(recipe, sl.PictureRecipe) and {c.name for c in recipe.concepts} == {cause.value for cause in every()}
+    recipe: Any = recipe_in(bank)
+    assert {c.name for c in recipe.concepts} == {cause.value for cause in every()}
     for concept in recipe.concepts:
         assert len({pair for part in recipe.read_splits(concept) for pair in part}) == 68
 
@@ -83,11 +84,11 @@ def test_a_concept_moves_its_factor_and_a_random_direction_does_not(experiment, 
 
 def test_no_edit_changes_nothing_and_an_edit_taken_back_neither(experiment, bank):
     case = experiment.case(Cause("hue", "blue"), 4, 8)
-    assert (experiment.draw(case.captions, {"blue": sl.Add(0.0)}) == case.before).all()
-    with pytest.warns(OutOfRange), sl.steer(experiment.pipe, bank, {"blue": sl.Add(-2.0)}, branch="cond", allow_ood=True):
-        back = experiment.draw(case.captions, {"blue": sl.Add(2.0)})
+    assert (experiment.draw(case.captions, {"violet": sl.Add(0.0)}) == case.before).all()
+    with pytest.warns(OutOfRange), sl.steer(experiment.pipe, bank, {"violet": sl.Add(-2.0)}, branch="cond", allow_ood=True):
+        back = experiment.draw(case.captions, {"violet": sl.Add(2.0)})
     assert np.abs(back.astype(int) - case.before).mean() < 0.5
-    assert np.abs(experiment.draw(case.captions, {"blue": sl.Add(2.0)}).astype(int) - case.before).mean() > 1
+    assert np.abs(experiment.draw(case.captions, {"violet": sl.Add(2.0)}).astype(int) - case.before).mean() > 1
 
 
 # -- the same commands, smaller ----------------------------------------------------------------------------------

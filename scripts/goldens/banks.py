@@ -136,7 +136,6 @@ def shipped_scenes() -> Iterator[Entry]:
     for name in ("night", "blue", "stone", "circle"):
         kind, amount = (bank[name].effects[key] for key in ("edit", "amount"))
         yield name, partial(drawn, {name: sl.Set(amount) if kind == "Set" else sl.Add(amount)})
-    yield "hold", partial(drawn, {"night": 2.5}, do="hold")
 
 
 def golden_banks() -> Iterator[Entry]:

@@ -1,118 +1,27 @@
-"""What follows from what in the scenes bank: each lever is moved alone, and judges say which values of other factors the
-pictures then show more, or less. The truth is known, so every edge can be marked.
+"""What follows from what in scenes: the truth is known, so every edge of a graph can be marked.
 
 `PYTHONPATH=scripts python -m scenes.graph BANK …` holds the graphs of banks, however they were found, against the truth.
-
-a -> b  levers of different factors     d  change of b's share of a picture, [M, B]     M  scenes
 """
 
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-from jaxtyping import Float
 from numpy.typing import NDArray
-from tqdm.auto import tqdm
 
-from scenes import measures, world
-from scenes.experiment import Edits, Experiment, randomised
-from scenes.judges import Readings
+from scenes import world
 from scenes.measures import Cause, every
 from steerlib.bank.concept_bank import ConceptBank
-from steerlib.errors import CorruptBank
 from steerlib.evaluation.report import markdown
-from steerlib.graph.causal_graph import CausalGraph, Edge
-from steerlib.steering.interventions import Add
-from steerlib.training.discover.confirm import FDR, adjusted, effects
+from steerlib.graph.causal_graph import CausalGraph
 
 LEAST = 0.2
-"""Change of share, at a lever's own dose, from which a value follows a lever; of 0.1, 0.2 and 0.3, chosen on other scenes."""
+"""Change of share from which a value follows another one."""
 TRUE = 4000
 """Scenes from which true effects are computed."""
-TESTED = {
-    "scene": "sunset", "side": "left", "background": "pale", "ground": "stone", "shape": "circle", "hue": "blue",
-    "size": "large", "texture": "striped",
-}  # fmt: skip
-"""The value of each factor whose directions are also dealt at random."""
 DEALT = 200
 """Graphs dealt at random, of which the mean is taken."""
-
-
-class Followed(NamedTuple):
-    """The edges, with effects per unit of the lever, and how many were left out that close a cycle of stronger ones."""
-
-    graph: CausalGraph
-    circles: int
-
-
-def with_followers(experiment: Experiment, n: int) -> ConceptBank:
-    """The bank with its graph, and in `provenance["graph"]` how it stands beside the truth and beside chance."""
-    (found, circles), true = followed(experiment, n), truth()
-    random = followed(experiment, n, causes=[Cause(*pair) for pair in TESTED.items()], random=True).graph
-    bank = experiment.bank.with_concepts(list(experiment.bank.concepts.values()), graph=found)
-    facts = {"scenes": n, "circles": circles, "levers": marked(found, true), "random directions": marked(random, true)}
-    bank.provenance = {**experiment.bank.provenance, "graph": facts | {"chance": shuffled(found, true)}}
-    return bank
-
-
-def share(read: Readings, cause: Cause) -> Float[NDArray, " M"]:
-    """How much of each picture shows a value: of an object's factor, the share of its objects."""
-    shows = (read[cause.factor] == cause.index).float()
-    if cause.factor in measures.WHOLE:
-        return shows.numpy()
-    there = (read["shape"] > 0).float()
-    return ((shows * there).sum(-1) / there.sum(-1).clamp(min=1)).numpy()
-
-
-def followed(experiment: Experiment, n: int, *, causes: Sequence[Cause] | None = None, random: bool = False) -> Followed:
-    """Move each lever of which an effect was measured, or some, at its own dose in the same `n` scenes; `random`: directions as
-    long as its own in its place."""
-    causes = [cause for cause in experiment.levers() if causes is None or cause in causes]
-    asked = world.draw(n, seed=(experiment.seed, 53, 9))
-    captions = world.captions(asked.factors, seed=(experiment.seed, 53, 9))
-    before, found = experiment.judge.read(experiment.draw(captions)), []
-    for cause in tqdm(causes, desc="what follows"):
-        lever = experiment.bank[cause.value]
-        amount = lever.effects["amount"]
-        edits: Edits = {cause.value: Add(amount)} if random else experiment.lever(cause)
-        bank = randomised(experiment.bank, lever, 0) if random else None
-        after = experiment.judge.read(experiment.draw(captions, edits, bank))
-        others = [other for other in every() if other.factor != cause.factor]
-        d = np.stack([share(after, other) - share(before, other) for other in others], 1)
-        found.append((cause, others, d, effects(d, np.full(n, amount))))
-    return _joined(found, n)
-
-
-def _joined(found: Sequence[tuple[Cause, Sequence[Cause], NDArray[Any], Any]], n: int) -> Followed:
-    """Those that hold among all that were tested, the strongest first, without circles."""
-    q = adjusted(np.concatenate([own[3] for *_, own in found]))
-    edges, start = [], 0
-    for cause, others, d, (tau, low, high, _) in found:
-        for i, other in enumerate(others):
-            holds = q[start + i] <= FDR and abs(d[:, i].mean()) >= LEAST and not low[i] <= 0 <= high[i]
-            if holds:
-                edge = Edge(
-                    src=cause.value,
-                    dst=other.value,
-                    weight=float(tau[i]),
-                    evidence="verified",
-                    tau=float(tau[i]),
-                    tau_lo=float(low[i]),
-                    tau_hi=float(high[i]),
-                    n_verify=n,
-                    p_adj=float(q[start + i]),
-                )
-                edges.append((abs(float(d[:, i].mean())), edge))
-        start += len(others)
-    kept: list[Edge] = []
-    for _, edge in sorted(edges, key=lambda pair: -pair[0]):
-        try:
-            CausalGraph([*kept, edge])
-        except CorruptBank:
-            continue
-        kept.append(edge)
-    return Followed(CausalGraph(kept), len(edges) - len(kept))
 
 
 def truth() -> Mapping[tuple[str, str], float]:
@@ -167,7 +76,7 @@ def beside_truth(bank: ConceptBank, true: Mapping[tuple[str, str], float]) -> di
 def table(banks: Sequence[ConceptBank]) -> str:
     """Graphs of banks beside the truth, as Markdown."""
     true = truth()
-    found = {bank.name: beside_truth(bank, true) for bank in banks}
+    found = {f"{bank.name} ({bank.folder or 'not saved'})": beside_truth(bank, true) for bank in banks}
     rows = [
         (
             name,

@@ -63,4 +63,5 @@ def _loaded(source: str, processor: Any) -> tuple[Any, Any]:
         from transformers import AutoProcessor, CLIPModel
     except ImportError:
         raise MissingExtra("CLIP needs transformers: pip install 'steerlib[transformers]'") from None
-    return CLIPModel.from_pretrained(source).to(best_device()), processor or AutoProcessor.from_pretrained(source)
+    model: Any = CLIPModel.from_pretrained(source)
+    return model.to(best_device()), processor or AutoProcessor.from_pretrained(source)

@@ -28,7 +28,7 @@ assert all(name in run("examples") for name in ("image.py", "text.py", "train.py
 assert "sl.steer(" in run("examples", "text")
 assert "BadBank" in run("info", "no such bank", code=1)
 with tempfile.TemporaryDirectory() as folder:
-    run("graph", "scenes-32", "--out", Path(folder) / "graph.html")
+    run("graph", "smollm2-135m-latents", "--out", Path(folder) / "graph.html")
     run("migrate", "smollm2-135m-instruct", Path(folder) / "new")
     assert {path.name for path in Path(folder).iterdir()} == {"graph.html", "new"}
 assert "steerlib[diffusers]" in run("steer", "scenes-32", "a red square", "-e", "blue=1", code=1)

@@ -382,7 +382,7 @@ def _by_pictures(
     for share in PARTS:
         attempt(share * safe)
     best = max(tried, key=lambda line: line.score)
-    choice = Choice(best, tried, "", round(trials.told, 4))
+    choice = Choice(best, tried, round(trials.told, 4))
     useful = best.amount if choice.is_useful else None
     made = _with(concept, choice.range, useful, concept.useful_as, "", "is useful")
     figures = {"edit": best.edit, "amount": best.amount, "effect": best.effect, "damage": best.damage, "told": choice.told}
