@@ -69,7 +69,7 @@ class LatentEffects(TypedDict, total=False):
     """Of a latent of a sparse encoder.
 
     `frequency` is the share of tokens that it fires on, `promotes` the tokens that the model's own head makes likelier by it.
-    `correlation` and `overlap` (intersection over union) are those of its readings with what its label says.
+    `correlation` is that of its readings with what its label says.
     """
 
     frequency: float
@@ -77,21 +77,17 @@ class LatentEffects(TypedDict, total=False):
     histogram: dict[str, Any]
     verified: Verified
     correlation: float
-    overlap: float
 
 
 class PictureEffects(TypedDict, total=False):
-    """Of a lever of a diffusion model: the chosen edit, `"Set"` or `"Add"`, its amount in units, and the bars it clears.
-
-    Of a concept from prompts what is stated in `training.calibrate.prompted`: `effect` and `damage` of that edit; `told`, the
-    share of prompted pictures that are told from plain ones; `saturated`, the shares of saturated pixels of steered and plain
-    pictures; the edit that removes it best, `removal` with its `removal_amount` (of `Scale` the factor), and the effect of
-    that, `removed`; and who scored it, `scorer`.
+    """Of a concept of a diffusion model, what is stated in `training.calibrate.prompted`: the chosen edit, `"Set"` or `"Add"`,
+    and its amount in units; `effect` and `damage` of that edit; `told`, the share of prompted pictures that are told from plain
+    ones; `saturated`, the shares of saturated pixels of steered and plain pictures; the edit that removes it best, `removal`
+    with its `removal_amount` (of `Scale` the factor), and the effect of that, `removed`; and who scored it, `scorer`.
     """
 
     edit: str
     amount: float
-    passes: dict[str, bool]
     effect: float
     damage: float
     told: float

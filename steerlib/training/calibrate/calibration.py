@@ -291,7 +291,7 @@ def _with(concept: Concept, ends: tuple[float, float], useful: float | None, edi
     return replace(concept, range=ends, useful=useful, useful_as=edit, beyond=said, effects=effects)
 
 
-STALE = ("edit", "amount", "passes", "effect", "damage", "told", "removal", "removed", "scorer")
+STALE = ("edit", "amount", "effect", "damage", "told", "saturated", "removal", "removal_amount", "removed", "scorer")
 """Effects of a concept of pictures that are of an amount."""
 
 
