@@ -3,6 +3,7 @@
 A card that its maker wrote keeps its words and its own metadata; a bank without one gets one made of what it holds.
 """
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -67,9 +68,10 @@ def example(name: str, base: str, edit: str) -> str:
 def example_of_pictures(name: str, base: str, edit: str, prompt: Any) -> str:
     """The same on a pipeline that draws prompts, or labels of classes; without a `base` the bank carries it."""
     where = f'"{base}"' if base else 'str(bank.file("pipeline"))'
+    said = json.dumps(prompt, ensure_ascii=False)
     return (
         f'```python\nimport steerlib as sl\n\nbank = sl.ConceptBank.from_pretrained("{name}")\npipe, _ = sl.load({where})\n'
-        f'with sl.steer(pipe, bank, {edit}, branch="cond"):\n    picture = pipe({prompt!r}).images[0]\n```'
+        f'with sl.steer(pipe, bank, {edit}, branch="cond"):\n    picture = pipe({said}).images[0]\n```'
     )
 
 
