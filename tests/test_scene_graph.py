@@ -1,11 +1,16 @@
 """What follows from what in scenes: the truth, marks beside it, and chance."""
 
+from typing import Any
+
 import pytest
+import torch
 from scenes import graph as scene_graph
 from scenes import prompts
 from scenes.graph import marked, shuffled, truth
 from scenes.measures import Cause
 
+import steerlib as sl
+from steerlib.bank import SiteFacts
 from steerlib.graph.causal_graph import CausalGraph, Edge
 
 
@@ -35,15 +40,14 @@ def test_edges_are_marked_by_sign_and_recall_counts_what_is_due(true):
 
 def test_graphs_of_banks_stand_beside_the_truth_however_they_were_found(true):
     found = CausalGraph([edge("night", "navy", 0.3), edge("day", "night", -0.5), edge("navy", "stone", 0.3)])
-
-    class Bank:
-        name, graph = "some", found
-
-    own = scene_graph.beside_truth(Bank, true)  # type: ignore[arg-type]
+    concepts = [sl.Concept(name=name, encoder="a", index=i) for i, name in enumerate(("night", "navy", "day", "stone"))]
+    facts: Any = {"base": sl.BaseModel(), "sites": {"a": SiteFacts(width=4)}, "graph": found}
+    bank = sl.ConceptBank("some", concepts, {"a": sl.Directions(torch.eye(4))}, **facts)
+    own = scene_graph.beside_truth(bank, true)
     assert (own["edges"], own["right"], own["of one factor"], own["wrong"]) == (2, 1, 1, ["navy → stone"])
     assert own["dealt"] < 0.3 and own["due"] == 23
-    text = scene_graph.table([Bank])  # type: ignore[list-item]
-    assert "| some | 2 | 1 | 50% |" in text and "| 23 | 4% | 1 |" in text and "navy → stone" in text
+    text = scene_graph.table([bank])
+    assert "| some (not saved) | 2 | 1 | 50% |" in text and "| 23 | 4% | 1 |" in text and "navy → stone" in text
 
 
 def test_bare_captions_leave_what_follows_to_the_model(tmp_path):

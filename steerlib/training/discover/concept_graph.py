@@ -56,7 +56,7 @@ class Readers(NamedTuple):
         return high.unflatten(1, (2, -1)).all(1).numpy()
 
     @classmethod
-    def of(cls, train: Sequence[Float[Tensor, "2 P F"]], dev: Sequence[Float[Tensor, "2 P F"]]) -> "Readers":
+    def of(cls, train: Sequence[Float[Tensor, "2 P F"]], dev: Sequence[Float[Tensor, "2 Q F"]]) -> "Readers":
         """From features of pairs of each concept, positive ones first: Fisher's discriminants of the ones to train with, in the
         covariance of all; of the others, high enough is what lies nearer to the mean of those that show the concept."""
         x = torch.cat([own.flatten(0, 1) for own in train])
