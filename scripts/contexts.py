@@ -52,7 +52,7 @@ def shows(factors: world.Factors, cause: Cause) -> NDArray[np.bool_]:
     return np.any(each, 0)
 
 
-def chosen(factors: world.Factors, rows: NDArray[np.intp]) -> dict[str, Any]:
+def chosen(factors: Mapping[str, Any], rows: NDArray[np.intp]) -> dict[str, Any]:
     """Some of the scenes."""
     return {name: values[rows] for name, values in factors.items()}
 
@@ -65,9 +65,9 @@ def prompts(n: int, seed: int) -> dict[str, list[tuple[str, str]]]:
     for cause in CAUSES:
         factors = world.solve(noise, cause.sets)
         fits = alone & (sum(shows(factors, each).astype(int) for each in CAUSES) == 1)
-        rows = np.flatnonzero(fits)[:n]
-        both = [np.array(world.captions(each, seed=(seed, LISTS)))[rows].tolist() for each in (factors, observed)]
-        found[cause.value] = [*zip(*both, strict=True)]
+        both = [np.array(world.captions(each, seed=(seed, LISTS))) for each in (factors, observed)]
+        rows = np.flatnonzero(fits & (both[0] != both[1]))[:n]
+        found[cause.value] = [*zip(*(captions[rows].tolist() for captions in both), strict=True)]
     return found
 
 

@@ -305,15 +305,14 @@ def fit_contexts(
         cost: what it costs, a mean over inputs: for pictures the binary cross entropy, summed over pixels.
         settings: of the training.
         learns: "all"; "module", while the rest is frozen; or "late": the rest learns after the first fifth.
-        contexts: those that batches are of. Default: the observed one and that of every concept.
+        contexts: those that batches are of. Default: the observed one and all others.
         folder: keeps a checkpoint, from which the same call goes on and ends with the same bits.
         save_every: steps between checkpoints.
-
     Returns the layer, in `eval` mode as the model is.
     """
     settings.check()
     layer = next(part for part in model.modules() if isinstance(part, ContextLayer))
-    own = {id(p) for p in layer.parameters()}
+    own = {*map(id, layer.parameters())}
     learned = {n: p for n, p in model.named_parameters() if p.requires_grad and (learns != "module" or id(p) in own)}
     adam = torch.optim.Adam(learned.values(), lr=settings.rate)
     about = dumps([asdict(settings), learns, layer.concepts], sort_keys=True)
@@ -327,7 +326,7 @@ def fit_contexts(
             with layer.within(name):
                 loss = cost(batches(name, g)) + settings.beta * layer.kl + _price(layer.effects, settings)
             is_early = learns == "late" and step < settings.steps / 5
-            _learn(adam, loss, settings.rate_at(step), waits=[p for p in learned.values() if is_early and id(p) not in own])
+            _learn(adam, loss, settings.rate_at(step), [p for p in learned.values() if is_early and id(p) not in own])
             layer.clamp()
             bar.update()
             if path is not None and ((step + 1) % save_every == 0 or step + 1 == settings.steps):
