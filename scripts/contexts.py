@@ -58,13 +58,16 @@ def chosen(factors: Mapping[str, Any], rows: NDArray[np.intp]) -> dict[str, Any]
 
 
 def prompts(n: int, seed: int) -> dict[str, list[tuple[str, str]]]:
-    """Of each value, captions in which it was set, and the same as observed; none names two of the values."""
+    """Of each value, captions in which it was set, and the same as observed; none names two of the values, and what other values
+    are of stays as it was, as in prompts that somebody writes."""
     noise, found = world.noise(16 * n, seed=(seed, LISTS)), {}
     observed = world.solve(noise, {})
     alone = sum(shows(observed, cause).astype(int) for cause in CAUSES) <= 1
     for cause in CAUSES:
         factors = world.solve(noise, cause.sets)
         fits = alone & (sum(shows(factors, each).astype(int) for each in CAUSES) == 1)
+        for other in {name for each in CAUSES if each != cause for name in each.sets}:
+            fits &= factors[other] == observed[other]
         both = [np.array(world.captions(each, seed=(seed, LISTS))) for each in (factors, observed)]
         rows = np.flatnonzero(fits & (both[0] != both[1]))[:n]
         found[cause.value] = [*zip(*(captions[rows].tolist() for captions in both), strict=True)]
@@ -86,7 +89,15 @@ def recipes(n: int, seed: int) -> dict[str, ContextRecipe]:
     """What the methods that are trained are trained by; prompts lie in the recipe itself."""
     lists = prompts(n, seed)
     files = {f"{name}.jsonl": _lines(some) for name, some in lists.items()}
-    common: Any = {"base": "scenes-32", "source": str(pipeline()), "site": SITE, "samples": n, "batch": 64, "seed": seed}
+    common: Any = {
+        "base": "scenes-32",
+        "source": str(pipeline()),
+        "site": SITE,
+        "samples": n,
+        "batch": 64,
+        "seed": seed,
+        "seeds": 1,
+    }
     pairs = ContextRecipe(name="pairs", contexts={name: f"{name}.jsonl" for name in lists}, texts=files, **common)
     names = [*lists]
     mixed = {name: [lists[names[(j + k) % len(names)]][k] for k in range(n)] for j, name in enumerate(names)}
