@@ -58,9 +58,9 @@ def chosen(factors: Mapping[str, Any], rows: NDArray[np.intp]) -> dict[str, Any]
 
 
 def prompts(n: int, seed: int) -> dict[str, list[tuple[str, str]]]:
-    """Of each value, captions in which it was set, and the same as observed; none names two of the values, and what other values
-    are of stays as it was, as in prompts that somebody writes."""
-    noise, found = world.noise(16 * n, seed=(seed, LISTS)), {}
+    """Of each value, captions in which it was set, and the same as observed; none names two of the values, and factors of other
+    values stay as they were, as in prompts that somebody writes."""
+    noise, found = world.noise(64 * n, seed=(seed, LISTS)), {}
     observed = world.solve(noise, {})
     alone = sum(shows(observed, cause).astype(int) for cause in CAUSES) <= 1
     for cause in CAUSES:
@@ -70,6 +70,7 @@ def prompts(n: int, seed: int) -> dict[str, list[tuple[str, str]]]:
             fits &= factors[other] == observed[other]
         both = [np.array(world.captions(each, seed=(seed, LISTS))) for each in (factors, observed)]
         rows = np.flatnonzero(fits & (both[0] != both[1]))[:n]
+        assert len(rows) == n
         found[cause.value] = [*zip(*(captions[rows].tolist() for captions in both), strict=True)]
     return found
 
