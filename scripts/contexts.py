@@ -3,7 +3,7 @@
 Contexts are captions by night, with circles, with something blue, with something striped. No prompt of training names two of
 them. Every pair of values is then done together on captions that show neither, and judges, which only measure, say how many
 pictures show each value, and how much of all else stayed. Beside it: the prompt rewritten, the difference of means of the same
-activations, a linear module, a module with labels shuffled, and one from lists that are not pairs.
+activations, a module of one expressive layer, one with labels shuffled, and one from lists that are not pairs.
 
 Goes on where it stopped; the figures are in `contexts.json` of the folder, and `python scripts/readme.py --no-banks --contexts
 FILE` writes the table.
@@ -40,7 +40,7 @@ SITE = "text_encoder.layers.1"
 LISTS, CASES = 11, 12
 """Purposes of captions: to train, to measure."""
 BARS = {"effect": 0.85, "preservation": 0.95}
-LINEAR = ContextFit(inner=16, outer=16, depth=1, batch=512, rate=3e-3, warmup=100, steps=1000, sparse=100.0)
+SHALLOW = ContextFit(inner=16, outer=16, depth=1, batch=512, rate=3e-3, warmup=100, steps=1000, sparse=100.0)
 
 
 def shows(factors: world.Factors, cause: Cause) -> NDArray[np.bool_]:
@@ -106,7 +106,7 @@ def recipes(n: int, seed: int) -> dict[str, ContextRecipe]:
     apart = {OBSERVED: observed, **{name: [done for done, _ in some] for name, some in lists.items()}}
     return {
         "context module": pairs,
-        "a linear module": replace(pairs, name="linear", fit=LINEAR),
+        "one expressive layer": replace(pairs, name="shallow", fit=SHALLOW),
         "labels shuffled": replace(
             pairs, name="shuffled", texts={f"{name}.jsonl": _lines(some) for name, some in mixed.items()}
         ),
