@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 from answering import table as answering
 from check_score import table as read_table
+from contexts import table as contexts_table
 from measure_scenes import by_factor, damage
 from measure_scenes import table as scenes_table
 from named import table as named
@@ -243,6 +244,7 @@ def main(
     damage: Annotated[Path | None, typer.Option(help="table that harness.py printed")] = None,
     words: Annotated[Path | None, typer.Option(help="figures of word_signs.py")] = None,
     quads: Annotated[Path | None, typer.Option(help="figures of quads.py")] = None,
+    contexts: Annotated[Path | None, typer.Option(help="figures of contexts.py")] = None,
     banks: Annotated[bool, typer.Option(help="run the first example, and read the shipped banks")] = True,
 ) -> None:
     """Write the measured parts of the READMEs."""
@@ -259,6 +261,7 @@ def main(
             "score": (read_table, score),
             "words": (signs, words),
             "quads": (quads_table, quads),
+            "contexts": (contexts_table, contexts),
         }
     ).items():
         if path is not None:

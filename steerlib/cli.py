@@ -35,7 +35,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="print JSON, for machines")
 Key = Annotated[Path | None, typer.Option(help="Ed25519 key in PEM: public to verify, private to sign")]
 Model = Annotated[str, typer.Option(help="folder, Hub id or package:<name>/<file>.gguf (default: the bank's own)")]
 Tokens = Annotated[int, typer.Option(help="new tokens of each answer", min=1)]
-TEMPLATE = "write a recipe to start from: steerlib train --template [text|latents|graph|pictures|prompts] [--out recipe.toml]"
+TEMPLATE = "write a recipe to start from: steerlib train --template [text|latents|graph|pictures|prompts|contexts] [--out FILE]"
 EDITS = "concept=amount in its units, or concept=useful, set:1.5, scale:0.5, clamp:-1:1, ablate, do:1, swap:other; repeatable"
 Work = Annotated[Path, typer.Option(help="folder of what each stage made, so that a run can go on")]
 Quick = Annotated[bool, typer.Option("--quick", help="a rough bank in about two minutes, to see whether it works")]

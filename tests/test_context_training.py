@@ -10,11 +10,14 @@ from tiny_models import WORDS, toy_tokenizer
 
 import steerlib as sl
 from steerlib import cli, errors
-from steerlib.evaluation.contexts import concept_match, correlations, distances, sliced_wasserstein
-from steerlib.training.carry import recipe_in
+from steerlib.evaluation.contexts import concept_match, correlations, distances, sliced_wasserstein, unidentified
+from steerlib.training.carry import RECIPE as CARRIED
+from steerlib.training.carry import carried, recipe_in
+from steerlib.training.context_recipe import FIT as FIT_OF_RECIPES
 from steerlib.training.context_recipe import ContextRecipe
 from steerlib.training.fit.contexts import OBSERVED, ContextFit, ContextLayer, fit_contexts
-from steerlib.training.package.contexts import Fitted, fitted_to, layer_bank
+from steerlib.training.package.contexts import Fitted, Pairs, fitted_to, fitted_to_pairs, layer_bank
+from steerlib.training.record.contexts import aligned, paired
 
 K, D, N = 3, 6, 1000
 A = torch.tensor([[0.0, 0, 0], [0.8, 0, 0], [-0.7, 0, 0]])
@@ -76,8 +79,7 @@ def test_with_an_intervention_missing_its_concept_is_not_and_is_told():
         data = contexts(missing)
         read = fitted_to(data, replace(FIT, steps=60)).module.encode(x[:, 0])
         assert concept_match(c, read).mcc < 0.9 and int(correlations(c, read).diagonal().argmin()) == missing
-        away = [sliced_wasserstein(data[f"c{k}"], data[OBSERVED]) for k in range(K)]
-        assert away[missing] < 0.2 * min(one for k, one in enumerate(away) if k != missing)  # seen without the truth
+        assert unidentified(data.pop(OBSERVED), data) == [f"c{missing}"]  # told without the truth
 
 
 def test_dos_give_what_interventions_give_and_compose_what_was_never_seen_together(fitted):
@@ -101,6 +103,58 @@ def test_effects_are_the_total_ones_in_units_of_both(fitted):
     unit = (torch.eye(K) + A).norm(dim=1)  # noise has variance 1
     wanted = A * unit / unit[:, None]
     torch.testing.assert_close(fitted.effects, wanted, atol=0.12, rtol=0)
+
+
+# -- pairs ---------------------------------------------------------------------------------------------------
+
+KINDS = torch.randn(2, 3, D, generator=torch.Generator().manual_seed(8))
+"""What a thing looks like by its shape, of three, and by its colour, of three; an intervention makes it the first of either."""
+
+
+def things(n: int, seed: int, done: tuple[int, ...] = ()) -> torch.Tensor:
+    """`[n, 4, D]`: four things of each prompt, that show shape, colour and something that nothing is done to."""
+    g = torch.Generator().manual_seed(seed)
+    which, rest = torch.randint(3, (2, n, 4), generator=g), 0.3 * torch.randn(n, 4, D, generator=g)
+    which[[*done]] = 0
+    return KINDS[0][which[0]] + KINDS[1][which[1]] + rest
+
+
+def fitted_to_things(shuffled: bool = False) -> Fitted:
+    plain, done = things(200, 1), [things(200, 1, (k,)) for k in range(2)]
+    if shuffled:
+        mixed = torch.rand(200, generator=torch.Generator().manual_seed(2)) < 0.5
+        done = [torch.where(mixed[:, None, None], done[k], done[1 - k]) for k in range(2)]
+    pairs = {name: Pairs(plain, after) for name, after in zip(("shape", "colour"), done, strict=True)}
+    settings = ContextFit(inner=8, outer=6, depth=2, steps=300, batch=128, rate=5e-3, warmup=30, sparse=100.0)
+    return fitted_to_pairs(plain, pairs, settings)
+
+
+def left(fitted: Fitted, *done: int) -> float:
+    """Of the squared change that these interventions make on other things, what dos do not."""
+    plain, after = things(100, 7), things(100, 7, done)
+    a = torch.zeros(100, 4, 2)
+    a[..., list(done)] = 1.0
+    given = plain + fitted.module.change(plain, a)
+    return float((given - after).square().sum() / (plain - after).square().sum())
+
+
+def test_pairs_teach_dos_that_compose_what_was_never_done_together():
+    torch.set_num_threads(1)
+    fitted = fitted_to_things()
+    assert max(left(fitted, 0), left(fitted, 1), left(fitted, 0, 1)) < 0.1
+    assert min(left(fitted_to_things(shuffled=True), k) for k in range(2)) > 0.3  # half of the change is that of the other
+
+
+def test_what_differs_least_is_paired_and_tokens_keep_their_partners():
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(5, 4, D, generator=g)
+    prompts, tokens = torch.randperm(5, generator=g), torch.randperm(4, generator=g)
+    y = x[prompts] + 0.01
+    before, after = paired(x, y[:4], words=False)
+    torch.testing.assert_close(after, before + 0.01)
+    assert len(before) == 4
+    before, after = paired(x, y[:, tokens], words=True)
+    torch.testing.assert_close(aligned(before, after), x + 0.01)
 
 
 # -- the training --------------------------------------------------------------------------------------------
@@ -185,7 +239,11 @@ def test_a_recipe_with_contexts_makes_a_bank_that_is_switched(tmp_path):
     made, model = recipe(tmp_path / "recipe"), toy()
     bank = sl.train(model, made, tokenizer=toy_tokenizer(), work=tmp_path / "work")
     assert list(bank) == ["tea"] and bank.encoders["layers.0"].kind == "context"
-    assert bank["tea"].effects.keys() == {"distance", "plain"} and "sl.Do()" in bank.card and "model.generate(" in bank.card
+    assert (
+        bank["tea"].effects.keys() == {"changed", "distance", "plain"}
+        and "sl.Do()" in bank.card
+        and "model.generate(" in bank.card
+    )
     assert not bank["tea"].unmeasured and "not measured" not in repr(bank)  # amounts of `Do` go from 0 to 1
     with pytest.raises(errors.BadRecipe, match="its figures are in its README.md"):
         cli.eval_(str(bank.save_pretrained(tmp_path / "made")), threads=1)
@@ -225,7 +283,33 @@ def test_contexts_of_a_file_of_rows_are_those_of_lists(tmp_path):
     assert ContextRecipe.from_file(tmp_path / "recipe.toml").digest != before
 
 
+def test_pairs_templates_and_folders_say_the_same_contexts(tmp_path):
+    listed = recipe(tmp_path)
+    plain = listed.read_contexts()[OBSERVED]
+    tea = [f"{prompt}, with tea" for prompt in plain]
+    by_template = replace(listed, contexts={OBSERVED: "plain.txt", "tea": "with tea"}, template="{prompt}, {concept}")
+    (tmp_path / "sorted").mkdir()
+    lines = [f'{{"positive": "{a}", "negative": "{b}"}}' for a, b in zip(tea, plain, strict=True)]
+    (tmp_path / "sorted/tea.jsonl").write_text("\n".join(lines))
+    by_pairs = replace(listed, contexts={"tea": "sorted/tea.jsonl"})
+    by_folder = replace(listed, contexts=None, rows="sorted")
+    for one in (by_template, by_pairs, by_folder):
+        one.check()
+        assert one.read_contexts() == {OBSERVED: plain, "tea": tea}
+        assert one.read_pairs() == {"tea": [*zip(tea, plain, strict=True)]}
+        kept = recipe_in(sl.ConceptBank("x", [], {}, base=sl.BaseModel(), sites={}, files={CARRIED: carried(one)}))
+        assert isinstance(kept, ContextRecipe) and kept.read_pairs() == one.read_pairs() and kept.digest == one.digest
+    (tmp_path / "sorted/observed.txt").write_text("\n".join(reversed(plain)))
+    assert by_folder.read_contexts() == {OBSERVED: plain[::-1], "tea": tea} and listed.read_pairs() == {}
+
+
+def test_a_table_of_the_fit_leaves_its_other_fields_as_they_are_by_default(tmp_path):
+    assert recipe(tmp_path).fit == replace(FIT_OF_RECIPES, inner=2, outer=2, steps=20, batch=8)
+
+
 @pytest.mark.parametrize(("changes", "said"), [
+    ({"template": "{prompt}"}, "with {concept}"), ({"template": "{prompt}, {concept}"}, "words for the template"),
+    ({"contexts": {OBSERVED: "plain.txt", "tea": "same.jsonl"}}, "two different prompts"),
     ({"contexts": {"tea": ["a"] * 9}}, "of 'observed'"),
     ({"contexts": {OBSERVED: list("abcdefgh"), "tea": ["a"] * 9}}, "'tea': expected 8"),
     ({"rows": "rows.jsonl"}, "not both"), ({"site": ""}, "expected a site"), ({"level": -1}, "timestep"),
@@ -233,6 +317,7 @@ def test_contexts_of_a_file_of_rows_are_those_of_lists(tmp_path):
     ({"fit": ContextFit(depth=9)}, "1 to 8 layers"), ({"fit": ContextFit(rate=0.0)}, "positive rate"),
 ], ids=str)  # fmt: skip
 def test_recipes_that_cannot_work_are_refused(tmp_path, changes, said):
+    (tmp_path / "same.jsonl").write_text('{"positive": "tea", "negative": "tea"}')
     with pytest.raises(errors.BadRecipe, match=said):
         replace(recipe(tmp_path), **changes).check()
 

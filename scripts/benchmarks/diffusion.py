@@ -12,7 +12,8 @@ import torch
 
 import steerlib as sl
 from steerlib.bank import SiteFacts
-from steerlib.encoders import JumpReLU
+from steerlib.encoders import Context, JumpReLU
+from steerlib.training.fit.contexts import ContextFit, ContextLayer
 
 from .measurement import Condition, Measurement, Way, over, within
 
@@ -82,6 +83,17 @@ def _latents(width: int, g: torch.Generator) -> JumpReLU:
     return JumpReLU(encoder=encoder, decoder=decoder, bias=torch.zeros(LATENTS), threshold=torch.full((LATENTS,), 0.5))
 
 
+def switched(pipe: Any, site: str, width: int) -> sl.ConceptBank:
+    """A context module of the size that recipes make, of four concepts."""
+    names = ["a", "b", "c", "d"]
+    tensors = ContextLayer(names, width, ContextFit(inner=16, outer=16, depth=2)).module.to_tensors()
+    module = Context({name: tensor.detach() for name, tensor in tensors.items()})
+    concepts = [sl.Concept(name=name, encoder=site, index=k) for k, name in enumerate(names)]
+    return sl.ConceptBank(
+        "switched", concepts, {site: module}, base=sl.BaseModel.of(pipe), sites={site: SiteFacts(width=width)}
+    )
+
+
 def conditions(pipe: Any, sites: tuple[str, ...]) -> dict[str, Condition]:
     """What is compared, by name."""
     directions, latents = banks(pipe, sites)
@@ -94,6 +106,8 @@ def conditions(pipe: Any, sites: tuple[str, ...]) -> dict[str, Condition]:
     chosen["in a window, one half of guidance"] = partial(
         steer, directions, {"c0": sl.Add(1.0, when=sl.Window(0.2, 0.8), branch="cond")}
     )
+    contexts = switched(pipe, sites[1], directions.sites[sites[1]].width)
+    chosen["two concepts of a context module"] = partial(steer, contexts, {"a": sl.Do(), "b": sl.Do()})
     return chosen
 
 

@@ -56,6 +56,18 @@ def distances(given: Mapping[str, Tensor], truth: Mapping[str, Tensor], plain: T
     return Composition(far, {name: sliced_wasserstein(plain, truth[name], seed=seed) for name in given})
 
 
+def unidentified(observed: Tensor, contexts: Mapping[str, Tensor], *, seed: int = 0) -> list[str]:
+    """Contexts, by name, whose samples are no farther from observed ones than twice what one half of these is from the other:
+    of an intervention that shows nothing, nothing is learned.
+
+    >>> unidentified(torch.arange(8.0)[:, None], {"same": torch.arange(8.0)[:, None], "moved": torch.full((8, 1), 9.0)})
+    ['same']
+    """
+    shuffled = observed[torch.randperm(len(observed), generator=torch.Generator().manual_seed(seed))]
+    near = sliced_wasserstein(*shuffled.chunk(2), seed=seed)
+    return [name for name, sample in contexts.items() if sliced_wasserstein(sample, observed, seed=seed) <= 2 * near]
+
+
 def correlations(truth: Float[Tensor, "N m"], found: Float[Tensor, "N n"]) -> Float[Tensor, "m n"]:
     """`|r|` of each true concept with each reading (Pearson)."""
     first, second = (v.double() - v.double().mean(0) for v in (truth, found))

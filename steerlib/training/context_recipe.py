@@ -8,10 +8,13 @@ from typing import Any, ClassVar
 from ..errors import BadRecipe
 from .fields import check_file_name
 from .fit.contexts import OBSERVED, ContextFit
+from .picture_recipe import asked, check_template
 from .recipe_base import Recipe
 
 LEAST = 8
 """Prompts of a context: some to learn from, the others to measure on."""
+FIT = ContextFit(inner=16, outer=16, depth=2, batch=512, rate=3e-3, warmup=100, steps=1000, sparse=100.0)
+"""Effects are dear: what a concept does by way of another is cut where both are done, so it has to be worth that."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,9 +23,15 @@ class ContextRecipe(Recipe):
 
     Args:
         contexts: In TOML `[contexts]`: the prompts of each concept, in which it was intervened on, and those of `observed`, in
-            which nothing was; a list, or the name of a file of prompts, one a line.
-        rows: In place of these a file of lines of `text` and `context`.
-        site: The site whose activations are switched: of a language model, at the last token of a prompt.
+            which nothing was; a list, or the name of a file of prompts, one a line. Better, of a concept the name of a .jsonl
+            file of pairs, lines of `positive` and `negative`: the same prompt with the concept and as observed. Lists are
+            paired so that as little as possible differs.
+        template: How a prompt says a concept, with `{prompt}` and `{concept}` in it, such as "{prompt}, {concept}". Then
+            `contexts` has the words for each concept ("by night"), which the template puts into the prompts of `observed`.
+        rows: In place of contexts a file of lines of `text` and `context`, or a folder with a file of each context, such as
+            `observed.txt` and `night.txt` or `night.jsonl`.
+        site: The site whose activations are switched: of a pipeline a block of its text encoder, or of its denoiser; of a
+            language model, at the last token of a prompt.
         level: Of a pipeline's denoiser: the timestep at whose noise its activations are taken, and around which they are
             switched. Default: what the pipeline's first pass shows, as at a text encoder.
         fit: How the module is trained; in TOML `[fit]`.
@@ -33,15 +42,18 @@ class ContextRecipe(Recipe):
     """
 
     contexts: Mapping[str, Any] | None = None
+    template: str = ""
     rows: str = ""
     site: str = ""
     level: int | None = None
-    fit: ContextFit = ContextFit(inner=8, outer=4, batch=64, steps=2000)
+    fit: ContextFit = FIT
     seeds: int = 3
     samples: int = 256
     steps: int = 20
     batch: int = 16
-    digested: ClassVar[tuple[str, ...]] = ("contexts", "rows", "site", "level", "fit", "seeds", "samples", "steps", "batch")
+    digested: ClassVar[tuple[str, ...]] = (
+        *("contexts", "template", "rows", "site", "level", "fit", "seeds", "samples", "steps", "batch"),
+    )
 
     @classmethod
     def describes(cls, values: Mapping[str, Any], folder: Path) -> bool:  # noqa: ARG003
@@ -55,6 +67,8 @@ class ContextRecipe(Recipe):
             raise BadRecipe(f"expected a site, positive seeds, steps and batch, and samples from {LEAST} up, got {self!r:.200}")
         if self.level is not None and self.level < 0:
             raise BadRecipe(f"expected level as a timestep from 0 up, got {self.level}")
+        if self.template:
+            check_template(self.template)
         self.fit.check()
         if to_train:
             self._check_prompts(self.read_contexts())
@@ -76,8 +90,19 @@ class ContextRecipe(Recipe):
 
     @property
     def listed(self) -> tuple[str, ...]:  # type: ignore[override]
-        files = [self.rows] if self.rows else [name for name in (self.contexts or {}).values() if isinstance(name, str)]
-        return tuple(sorted(files))
+        if self.rows.endswith(".jsonl"):
+            return (self.rows,)
+        phrases = self.template and not self.rows
+        files = [given for name, given in self._given().items() if not phrases or name == OBSERVED]
+        return tuple(sorted(given for given in files if isinstance(given, str)))
+
+    def _given(self) -> Mapping[str, Any]:
+        """What the recipe says of each context; of a folder, its files."""
+        if self.contexts or not self.rows:
+            return self.contexts or {}
+        inside = self.texts if self.texts is not None else [f"{self.rows}/{p.name}" for p in self.path(self.rows).glob("*")]
+        files = [Path(name) for name in inside if name.startswith(f"{self.rows}/")]
+        return {file.stem: file.as_posix() for file in sorted(files) if file.suffix in (".txt", ".jsonl")}
 
     @property
     def plain(self) -> str:
@@ -86,12 +111,32 @@ class ContextRecipe(Recipe):
 
     def read_contexts(self) -> dict[str, list[str]]:
         """The prompts of each context, `observed` first."""
-        found: dict[str, list[str]] = {}
-        for line in self.read_lines(self.rows, "text", "context") if self.rows else ():
-            found.setdefault(line["context"], []).append(line["text"])
-        for name, given in (self.contexts or {}).items():
-            found[name] = self._prompts(name, given)
+        pairs = self.read_pairs()
+        found: dict[str, list[str]] = {name: [prompt for prompt, _ in some] for name, some in pairs.items()}
+        if self.rows.endswith(".jsonl"):
+            for line in self.read_lines(self.rows, "text", "context"):
+                found.setdefault(line["context"], []).append(line["text"])
+        else:
+            found |= {name: self._prompts(name, given) for name, given in self._given().items() if name not in found}
+        if pairs:
+            found.setdefault(OBSERVED, list(dict.fromkeys(plain for some in pairs.values() for _, plain in some)))
         return {name: found[name] for name in sorted(found, key=lambda name: name != OBSERVED)}
+
+    def read_pairs(self) -> dict[str, list[tuple[str, str]]]:
+        """Of each concept that has pairs: prompts in which it was intervened on, and the same ones as observed."""
+        given = {} if self.rows.endswith(".jsonl") else dict(self._given())
+        observed, found = given.pop(OBSERVED, []), {}
+        for name, said in given.items():
+            if self.template:
+                if not isinstance(said, str) or not said.strip():
+                    raise BadRecipe(f"{name!r}: expected words for the template, such as 'by night', got {said!r:.80}")
+                found[name] = [(asked(self.template, prompt, said), prompt) for prompt in self._prompts(OBSERVED, observed)]
+            elif isinstance(said, str) and said.endswith(".jsonl"):
+                lines = self.read_lines(said, "positive", "negative")
+                found[name] = [(line["positive"].strip(), line["negative"].strip()) for line in lines]
+            if bad := [prompt for prompt, plain in found.get(name, ()) if prompt == plain]:
+                raise BadRecipe(f"{name!r}: expected pairs of two different prompts, got {bad[0]!r:.120} twice")
+        return found
 
     def _prompts(self, name: str, given: Any) -> list[str]:
         if isinstance(given, str):

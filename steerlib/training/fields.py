@@ -19,6 +19,8 @@ UNSAID = ("folder", "texts")
 def made_of(cls: Any, values: Any, where: str) -> Any:
     """A dataclass from the fields that a file gives, arrays as tuples.
 
+    A table whose default is a dataclass itself gives some of its fields; the others stay as they are.
+
     Raises `BadRecipe` for a field that is unknown, missing, or not of the type that the class says; `where` names the place.
     """
     if not isinstance(values, Mapping):
@@ -29,7 +31,11 @@ def made_of(cls: Any, values: Any, where: str) -> Any:
     if missing := [name for name in needed if name not in values]:
         raise BadRecipe(f"{where}: expected {' and '.join(missing)}, which a {cls.__name__} cannot do without; got none")
     types = get_type_hints(cls)
-    return cls(**{key: value_as(types[key], value, f"{where}, {key}") for key, value in values.items()})
+    given = {
+        key: {**vars(known[key].default), **value} if is_dataclass(known[key].default) and isinstance(value, Mapping) else value
+        for key, value in values.items()
+    }
+    return cls(**{key: value_as(types[key], value, f"{where}, {key}") for key, value in given.items()})
 
 
 def check_known(values: Iterable[str], known: Iterable[str], what: str, where: str) -> None:

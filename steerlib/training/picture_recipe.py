@@ -20,6 +20,18 @@ SEEDS = 100_003
 """Seeds of noise that no other seed of a recipe uses."""
 
 
+def asked(template: str, prompt: str, concept: str) -> str:
+    """A prompt that says a concept."""
+    return template.replace("{prompt}", prompt).replace("{concept}", concept)
+
+
+def check_template(template: str) -> None:
+    """Raise `BadRecipe` for a template without a place for either."""
+    for part in ("{prompt}", "{concept}"):
+        if part not in template:
+            raise BadRecipe(f"expected a template such as {TEMPLATE!r}, with {part}; got {template!r}")
+
+
 class PromptPair(NamedTuple):
     """A prompt that shows a concept and one that does not, both to be drawn from the noise of one seed."""
 
@@ -91,9 +103,7 @@ class PictureRecipe(Recipe):
     def check(self, *, to_train: bool = True) -> None:
         super().check(to_train=to_train)
         check_names([concept.name for concept in self.concepts])
-        for part in ("{prompt}", "{concept}"):
-            if part not in self.template:
-                raise BadRecipe(f"expected a template such as {TEMPLATE!r}, with {part}; got {self.template!r}")
+        check_template(self.template)
         if min(*self._counts, self.steps, len(self.methods)) < 1 or self.batch < 2:
             raise BadRecipe("expected a method or more, positive numbers of prompts and steps, and a batch of 2 or more")
         if not self.levels or min(self.levels) < 0 or len({*self.levels}) < len(self.levels):
@@ -137,7 +147,7 @@ class PictureRecipe(Recipe):
 
     def asked(self, prompt: str, concept: str) -> str:
         """A prompt that says a concept."""
-        return self.template.replace("{prompt}", prompt).replace("{concept}", concept)
+        return asked(self.template, prompt, concept)
 
     @property
     def provenance(self) -> dict[str, Any]:

@@ -118,7 +118,35 @@ negative = [
 ]
 """
 
+_CONTEXTS = """# Concepts that sl.Do() switches, at one site of a pipeline, from prompts.
+# `steerlib train recipe.toml` makes the bank, `--quick` a rough one.
+name = "my-contexts"
+base = "org/pipeline"          # the pipeline's id, for the card
+source = "pipeline"            # its folder, or a Hub id
+license = "apache-2.0"
+description = "What this bank is for."
+site = "text_encoder.layers.11"    # the last block of a text encoder whose output the pipeline reads
+template = "{prompt}, {concept}"   # how a prompt says a concept; without it, files or lists of prompts below
+
+[contexts]
+night = "by night"             # or, without a template, night.jsonl: lines of positive and negative; or night.txt
+snow = "in the snow"
+observed = [                   # or observed.txt; a hundred prompts or more are better
+    "a house on a lawn",
+    "a car on a road",
+    "a dog playing on a meadow",
+    "a street with a few shops",
+    "a boat by a lake",
+    "two children in a garden",
+    "a bench under a tree",
+    "a church on a hill",
+    "a market with many people",
+    "a horse behind a fence",
+]
+"""
+
 TEMPLATES = {"text": _TEXT, "latents": _LATENTS, "graph": _GRAPH, "pictures": _PICTURES, "prompts": _PROMPTS}
+TEMPLATES["contexts"] = _CONTEXTS
 """By kind; each is read as it stands, beside the corpus that it names."""
 
 

@@ -2,7 +2,7 @@
 
 What pictures show is told by linear readings of what the denoiser makes of them, learned from the pairs of each concept.
 
-x  features [B, F]     K  concepts     a -> b  an edge     d  by how much more a picture shows b where a is moved, [M, K]
+x  features [B, F]     K  concepts, C = 2 K readings     a -> b  an edge     d  by how much more a picture shows b where a is moved, [M, K]
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -48,8 +48,8 @@ class Readers(NamedTuple):
 
     mean: Float[Tensor, " F"]
     scale: Float[Tensor, " F"]
-    weights: Float[Tensor, "F 2K"]
-    least: Float[Tensor, " 2K"]
+    weights: Float[Tensor, "F C"]
+    least: Float[Tensor, " C"]
 
     def __call__(self, x: Float[Tensor, "B F"]) -> Bool[NDArray, "B K"]:
         high = (x - self.mean) / self.scale @ self.weights > self.least
@@ -69,7 +69,7 @@ class Readers(NamedTuple):
         return cls(mean, scale, weights, (ends[0] + ends[1]) / 2)
 
 
-def _means(pairs: Sequence[Float[Tensor, "2 P F"]]) -> tuple[Float[Tensor, "2K F"], Float[Tensor, "2K F"]]:
+def _means(pairs: Sequence[Float[Tensor, "2 P F"]]) -> tuple[Float[Tensor, "C F"], Float[Tensor, "C F"]]:
     """Of pictures that show each concept, twice; of their partners, and of pictures of all other concepts."""
     positive, negative = (torch.stack([own[side].mean(0) for own in pairs]) for side in (0, 1))
     count = torch.tensor([2.0 * own.shape[1] for own in pairs])[:, None]

@@ -8,6 +8,13 @@ so noise has one distribution in every context, and what differs between context
 In the context of concept k its own noise is read by a second row of pool: intervened on it no longer depends on its causes, so
 it is another function of x. This row is ours, in place of the paper's deep encoder, and is not kept: a `Do` acts on what was
 observed.
+
+In a model that stays as it is a module can learn that act itself. x is observed, y the same with concept k intervened on:
+
+    -log p(y | x + m(z; do k) - m(z; 0)) + beta KL(z | N(0, I)),   z = mu + sigma eps,   mu = pool x
+
+A batch of one context alone does not say which noise an observed input would have had in it: where what an intervention sets
+is always the same, the noise of its concept is free to tell of other things there, and a `Do` then changes them.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -145,7 +152,17 @@ class ContextLayer(nn.Module):
     def forward(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch D"]:
         module = self.module
         z = module.pooled(x)
-        return self._written(module, self._noisy(x, z) if self.training else z)
+        if self.training:
+            own = read(x, self.pool_own, self.pool_own_bias, self.positions)
+            z = self._noisy(torch.where(self._done[:, None] > 0, own, z))
+        return self._written(module, z)
+
+    def changed(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch D"]:
+        """What `Do` makes of activations: `x + m(x; a) - m(x; 0)`."""
+        module = self.module
+        z = self._noisy(module.pooled(x)) if self.training else module.pooled(x)
+        moved = module.concepts(z, self._done) - module.concepts(z, torch.zeros_like(self._done))
+        return x + module.unpooled(moved)
 
     @torch.no_grad()
     def draws(self, n: int, g: torch.Generator) -> Tensor:
@@ -163,10 +180,9 @@ class ContextLayer(nn.Module):
         """m of noise."""
         return module.unpooled(module.concepts(z, self._done)) + self.unpool_bias.squeeze(0)
 
-    def _noisy(self, x: Tensor, z: Tensor) -> Tensor:
+    def _noisy(self, mu: Tensor) -> Tensor:
         """Draws of noise; what it says is kept in `kl`, a sum over concepts, a mean over inputs."""
-        own = read(x, self.pool_own, self.pool_own_bias, self.positions)
-        mu, sigma = torch.where(self._done[:, None] > 0, own, z), self.spread.exp()
+        sigma = self.spread.exp()
         told = (mu.square() + sigma.square() - 1) / 2 - self.spread
         self.kl = told.flatten(-2).sum(-1).mean()
         return mu + sigma * torch.randn(mu.shape, generator=self.drawn).to(mu.device)
@@ -279,7 +295,7 @@ Cost = Callable[[Any], Tensor]
 
 def fit_contexts(
     model: nn.Module, batches: Batches, cost: Cost, settings: ContextFit, *, learns: Literal["all", "module", "late"] = "all",
-    folder: str | PathLike[str] | None = None, save_every: int = 500,
+    contexts: Sequence[str] | None = None, folder: str | PathLike[str] | None = None, save_every: int = 500,
 ) -> ContextLayer:  # fmt: skip
     """Train the context layer in a model, and the model around it.
 
@@ -289,19 +305,19 @@ def fit_contexts(
         cost: what it costs, a mean over inputs: for pictures the binary cross entropy, summed over pixels.
         settings: of the training.
         learns: "all"; "module", while the rest is frozen; or "late": the rest learns after the first fifth.
+        contexts: those that batches are of. Default: the observed one and all others.
         folder: keeps a checkpoint, from which the same call goes on and ends with the same bits.
         save_every: steps between checkpoints.
-
     Returns the layer, in `eval` mode as the model is.
     """
     settings.check()
     layer = next(part for part in model.modules() if isinstance(part, ContextLayer))
-    own = {id(p) for p in layer.parameters()}
+    own = {*map(id, layer.parameters())}
     learned = {n: p for n, p in model.named_parameters() if p.requires_grad and (learns != "module" or id(p) in own)}
     adam = torch.optim.Adam(learned.values(), lr=settings.rate)
     about = dumps([asdict(settings), learns, layer.concepts], sort_keys=True)
     path = None if folder is None else Path(folder) / CHECKPOINT
-    begun, names = _restored(path, model, learned, adam, about), (OBSERVED, *layer.concepts)
+    begun, names = _restored(path, model, learned, adam, about), contexts or (OBSERVED, *layer.concepts)
     model.train()
     with progress(None, "fitting", total=settings.steps, initial=begun) as bar:
         for step in range(begun, settings.steps):
@@ -310,7 +326,7 @@ def fit_contexts(
             with layer.within(name):
                 loss = cost(batches(name, g)) + settings.beta * layer.kl + _price(layer.effects, settings)
             is_early = learns == "late" and step < settings.steps / 5
-            _learn(adam, loss, settings.rate_at(step), waits=[p for p in learned.values() if is_early and id(p) not in own])
+            _learn(adam, loss, settings.rate_at(step), [p for p in learned.values() if is_early and id(p) not in own])
             layer.clamp()
             bar.update()
             if path is not None and ((step + 1) % save_every == 0 or step + 1 == settings.steps):

@@ -27,13 +27,28 @@ from ...steering.recording import observing
 from ...text import stage
 from ..context_recipe import ContextRecipe
 from ..fit.contexts import OBSERVED, ContextFit, ContextLayer, fit_contexts
-from ..record.contexts import last_tokens, pictures
+from ..record.contexts import aligned, last_tokens, paired, pictures, reads_words
 from ..record.noised import spans
 from ..store import recorded
 from .card import described
 
 HELD_OUT = 0.3
 """Share of the activations of each context that a module is not trained on."""
+
+
+class Pairs(NamedTuple):
+    """Activations as observed, and of the same with a concept intervened on."""
+
+    plain: Float[Tensor, "n P D"]
+    done: Float[Tensor, "n P D"]
+
+    def learned(self) -> "Pairs":
+        """Those that a module is trained on."""
+        return Pairs(*(x[: len(x) - held(x)] for x in self))
+
+    def held(self) -> "Pairs":
+        """The others."""
+        return Pairs(*(x[-held(x) :] for x in self))
 
 
 class Fitted(NamedTuple):
@@ -48,15 +63,23 @@ class Fitted(NamedTuple):
 
 def train_context(target: Any, tokenizer: Any, recipe: ContextRecipe, folder: Path) -> ConceptBank:
     """A module at the recipe's site, with the concepts and their effects on each other; the model stays as it is."""
-    prompts = recipe.read_contexts()
-    names = [name for name in prompts if name != OBSERVED]
+    prompts, partners = recipe.read_contexts(), recipe.read_pairs()
     with stage(1, 2, f"running prompts of {len(prompts)} contexts at {recipe.site}"):
         seen = {name: _seen(target, tokenizer, recipe, name, some, folder / "seen") for name, some in prompts.items()}
-    learned = {name: x[: len(x) - held(x)] for name, x in seen.items()}
-    with stage(2, 2, f"fitting a module of {len(names)} concepts from {recipe.seeds} seeds"):
+        plain = {
+            name: _seen(target, tokenizer, recipe, f"{name}/observed", [p for _, p in some], folder / "seen")
+            for name, some in partners.items()
+        }
+    observed, pairs = seen.pop(OBSERVED), {}
+    words = reads_words(host_for(target), recipe.site)
+    for name, done in seen.items():
+        before, after = (plain[name], done) if name in plain else paired(observed, done, words=words)
+        pairs[name] = Pairs(before, aligned(before, after) if words else after)
+    with stage(2, 2, f"fitting a module of {len(pairs)} concepts from {recipe.seeds} seeds"):
         seeds = [replace(recipe.fit, seed=recipe.fit.seed + recipe.seed + n) for n in range(recipe.seeds)]
-        fitted = [fitted_to(learned, fit, folder / f"seed-{fit.seed}") for fit in seeds]
-    bank = _bank(target, recipe, fitted, seen)
+        learned = {name: some.learned() for name, some in pairs.items()}
+        fitted = [fitted_to_pairs(observed, learned, fit, folder / f"seed-{fit.seed}") for fit in seeds]
+    bank = _bank(target, recipe, fitted, observed, pairs)
     bank.provenance, bank.license = recipe.provenance, recipe.license
     return bank.with_concepts(bank.concepts, card=_card(bank, recipe, draws=tokenizer is None))
 
@@ -75,7 +98,9 @@ def _seen(target: Any, tokenizer: Any, recipe: ContextRecipe, name: str, prompts
         if isinstance(target, torch.nn.Module):
             raise UnsupportedTarget(f"a {type(target).__name__} is not run by prompts; see steerlib/training/README.md")
         target.set_progress_bar_config(disable=True)
-        own: Any = {"count": recipe.samples, "batch": recipe.batch, "steps": recipe.steps, "seed": recipe.seed}
+        own: Any = {"batch": recipe.batch, "steps": recipe.steps, "seed": recipe.seed}
+        drawn_again = not reads_words(host_for(target), recipe.site)  # of words noise changes nothing
+        own["count"] = recipe.samples if drawn_again else min(recipe.samples, len(prompts))
         return {"x": pictures(target, prompts, recipe.site, level=recipe.level, **own)}
 
     return recorded(folder / f"{sha256(name.encode()).hexdigest()[:16]}.safetensors", run)["x"]
@@ -102,6 +127,28 @@ def fitted_to(contexts: Mapping[str, Float[Tensor, "n P D"]], settings: ContextF
     return measured(layer, contexts, middle, size)
 
 
+def fitted_to_pairs(
+    observed: Float[Tensor, "n P D"], pairs: Mapping[str, Pairs], settings: ContextFit, folder: Path | None = None
+) -> Fitted:
+    """A module that learns what a `Do` of each concept has to change, every position alone; what it leaves costs what a
+    Gaussian says, of the variance that the settings allow for."""
+    flat = {name: Pairs(*(x.flatten(0, 1) for x in both)) for name, both in pairs.items()}
+    every = torch.cat([observed.flatten(0, 1), *(both.done for both in flat.values())])
+    middle, size = every.mean(0), float((every - every.mean(0)).square().mean().sqrt().clamp(min=1e-12))
+    normal = {name: Pairs(*((x - middle) / size for x in both)) for name, both in flat.items()}
+    layer = ContextLayer([*pairs], every.shape[-1], settings)
+
+    def batches(name: str, g: torch.Generator) -> Pairs:
+        rows = torch.randint(len(normal[name].plain), (settings.batch,), generator=g)
+        return Pairs(*(x[rows] for x in normal[name]))
+
+    def cost(both: Pairs) -> Tensor:
+        return (both.done - layer.changed(both.plain)).square().sum(-1).mean() / (2 * settings.error)
+
+    fit_contexts(layer, batches, cost, settings, contexts=[*pairs], folder=folder)
+    return measured(layer, {OBSERVED: observed, **{name: both.done for name, both in pairs.items()}}, middle, size)
+
+
 @torch.no_grad()
 def measured(
     layer: ContextLayer, contexts: Mapping[str, Float[Tensor, "n P D"]], middle: float | Tensor = 0.0, size: float = 1.0
@@ -123,7 +170,8 @@ def measured(
     own["mean"] = (c[OBSERVED].mean(0) * own["axis"]).sum(-1)
     z = (c[OBSERVED] * own["axis"]).sum(-1) - own["mean"]
     unit = z.std(0).clamp(min=1e-6)
-    ends = torch.quantile(z, torch.tensor([0.005, 0.995]), dim=0)
+    some = z[:: 1 + len(z) // 100_000]  # of more numbers than 16 million torch takes no quantiles
+    ends = torch.quantile(some, torch.tensor([0.005, 0.995]), dim=0)
     return Fitted(Context(own, layer.positions), unit, ends, _effects(own, c[OBSERVED], unit))
 
 
@@ -173,26 +221,34 @@ def _effects(own: Mapping[str, Tensor], c: Float[Tensor, "n K O"], unit: Float[T
     return raw * (1 - eye) * unit / unit[:, None]
 
 
-def _bank(target: Any, recipe: ContextRecipe, fitted: list[Fitted], seen: Mapping[str, Tensor]) -> ConceptBank:
-    """Concepts with their distances on held-out activations, and the graph of their effects, with intervals over seeds."""
-    first, names = fitted[0], [name for name in seen if name != OBSERVED]
+def _bank(
+    target: Any, recipe: ContextRecipe, fitted: list[Fitted], observed: Tensor, pairs: Mapping[str, Pairs]
+) -> ConceptBank:
+    """Concepts with what a `Do` gives on held-out pairs, and the graph of their effects, with intervals over seeds."""
+    first, names = fitted[0], [*pairs]
     id = f"{recipe.site}@{recipe.level}" if recipe.level is not None else recipe.site
-    plain = seen[OBSERVED][-held(seen[OBSERVED]) :]
     concepts = []
     for k, name in enumerate(names):
-        a = torch.zeros(*plain.shape[:2], len(names))
-        a[..., k] = 1.0
-        far = distances({name: plain + first.module.change(plain, a)}, {name: seen[name][-held(seen[name]) :]}, plain)
-        about = {"distance": far.distance[name], "plain": far.plain[name]}
         low, high = first.natural[:, k].tolist()
+        about = _given_by(first.module, k, name, pairs[name].held())
         facts: Any = {"natural": (low, high), "useful": 1.0, "useful_as": "Do", "source": "a context module", "effects": about}
         concepts.append(Concept(name=name, encoder=id, index=k, unit=float(first.unit[k]), label=name, **facts))
-    site = SiteFacts(width=plain.shape[-1], norm=float(seen[OBSERVED].flatten(0, 1).norm(dim=-1).median()))
+    site = SiteFacts(width=observed.shape[-1], norm=float(observed.flatten(0, 1).norm(dim=-1).median()))
     host = host_for(target)
     base = BaseModel(id=recipe.base, fingerprint=host.fingerprint(), weights=digest_of(host))
     levels = {} if recipe.level is None else spans(target, [recipe.level])
     made: Any = {"base": base, "sites": {recipe.site: site}, "levels": levels, "graph": _graph(names, fitted)}
     return ConceptBank(recipe.name, concepts, {id: first.module}, **made)
+
+
+def _given_by(module: Context, k: int, name: str, both: Pairs) -> dict[str, float]:
+    """How near a `Do` comes: the share of the squared change that it makes, and distances with it and without."""
+    a = torch.zeros(*both.plain.shape[:2], module.count)
+    a[..., k] = 1.0
+    given = both.plain + module.change(both.plain, a)
+    left = (given - both.done).square().sum() / (both.plain - both.done).square().sum().clamp(min=1e-30)
+    far = distances({name: given}, {name: both.done}, both.plain)
+    return {"changed": float(1 - left), "distance": far.distance[name], "plain": far.plain[name]}
 
 
 def _graph(names: list[str], fitted: list[Fitted]) -> CausalGraph:
@@ -210,7 +266,10 @@ def _graph(names: list[str], fitted: list[Fitted]) -> CausalGraph:
 
 def _card(bank: ConceptBank, recipe: ContextRecipe, draws: bool) -> str:
     """The card, in Markdown with model-card metadata."""
-    rows = [(c.name, f"{c.effects['distance']:.3g}", f"{c.effects['plain']:.3g}") for c in bank.concepts.values()]
+    rows = [
+        (c.name, f"{c.effects['changed']:.0%}", f"{c.effects['distance']:.3g}", f"{c.effects['plain']:.3g}")
+        for c in bank.concepts.values()
+    ]
     effects = [
         (
             e.src,
@@ -225,7 +284,7 @@ def _card(bank: ConceptBank, recipe: ContextRecipe, draws: bool) -> str:
         front(recipe.name, recipe.base, recipe.license, [*bank.concepts.values()]).strip(),
         f"# {recipe.name}\n\n{described(recipe)}".strip(),
         example_of_pictures(*shown, recipe.plain) if draws else example(*shown),
-        MEASURED + "\n\n" + markdown("concept | distance | without Do", rows),
+        MEASURED + "\n\n" + markdown("concept | of the change | distance | without Do", rows),
         EFFECTS + "\n\n" + markdown("cause | effect | units per unit | over seeds", effects) if effects else "",
     ]
     return "\n\n".join(filter(None, parts)) + "\n"
@@ -233,8 +292,9 @@ def _card(bank: ConceptBank, recipe: ContextRecipe, draws: bool) -> str:
 
 MEASURED = """## What was measured
 
-The sliced Wasserstein distance of activations at the site from those of held-out prompts of the concept: of observed ones with
-`sl.Do()` of the concept, and of observed ones as they are. What becomes of the output was not measured."""
+On held-out pairs of prompts, observed and with the concept: how much of the squared difference of activations at the site
+`sl.Do()` makes, and how far they are then from those with the concept (sliced Wasserstein distance), beside observed ones as
+they are. What becomes of the output was not measured."""
 EFFECTS = """## Effects on each other
 
 Total effects that the module learned, as concepts vary where nothing is intervened on; they are no graph of direct causes."""

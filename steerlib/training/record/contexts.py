@@ -1,4 +1,8 @@
-"""Activations of prompts that are sorted by context, at one site, `[n, P, D]`: of a language model P is 1, the last token."""
+"""Activations of prompts that are sorted by context, at one site, `[n, P, D]`: of a language model P is 1, the last token.
+
+What an intervention does is told by pairs of the same prompt as observed and with it. Where no pairs are given, prompts are
+matched so that as little as possible differs between them; so are the tokens of both, which stand at other places.
+"""
 
 from collections.abc import Sequence
 from itertools import cycle, islice
@@ -8,7 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ...errors import SiteNotReached
+from ...errors import MissingExtra, SiteNotReached
+from ...hosts import Host
 from ...passes import StepState
 from ...steering.recording import conditional, observing
 from ...text import chat, progress, tokens_of
@@ -46,15 +51,53 @@ def pictures(
 
 def _first(pipe: Any, site: str, run: Any, rows: int) -> Tensor:
     """What the first pass with a row for each prompt shows; with guidance, of the conditional half."""
-    seen: list[Tensor] = []
 
     def observe(x: Tensor, state: StepState) -> None:
         own = conditional(x, state)
-        if not seen and own is not None and len(own) == rows:
-            seen.append(own.detach().clone())
+        if own is not None and len(own) == rows:
+            raise _Reached(own.detach().clone())
 
-    with observing(pipe, {site: observe}):
-        run()
-    if not seen:
-        raise SiteNotReached(f"the pipeline ran and did not reach {site!r} with a row for each prompt; name another site")
-    return seen[0]
+    try:
+        with observing(pipe, {site: observe}):
+            run()
+    except _Reached as reached:
+        return reached.args[0]
+    raise SiteNotReached(f"the pipeline ran and did not reach {site!r} with a row for each prompt; name another site")
+
+
+class _Reached(Exception):
+    """Ends a run that nothing more is wanted of; its argument is what was seen."""
+
+
+# -- pairs -------------------------------------------------------------------------------------------------------
+
+
+def reads_words(host: Host, site: str) -> bool:
+    """Whether the tokens of a site are those of a prompt, so that in another prompt the same stand at other places."""
+    found = host.site(site)
+    return found.reads_text or found.module.startswith("text_encoder")
+
+
+def paired(
+    x: Float[Tensor, "n P D"], y: Float[Tensor, "m P D"], *, words: bool
+) -> tuple[Float[Tensor, "k P D"], Float[Tensor, "k P D"]]:
+    """Pairs of both, as many as the fewer of them are: of all ways to pair them the one with the least total squared distance.
+    Of words the means over tokens are compared."""
+    flat = (x.mean(1), y.mean(1)) if words else (x.flatten(1), y.flatten(1))
+    rows, columns = _assigned(*flat)
+    return x[rows], y[columns]
+
+
+def aligned(x: Float[Tensor, "n P D"], y: Float[Tensor, "n P D"]) -> Float[Tensor, "n P D"]:
+    """y with the tokens of each prompt in the order in which they are nearest those of its partner."""
+    return torch.stack([after[_assigned(before, after)[1]] for before, after in zip(x, y, strict=True)])
+
+
+def _assigned(x: Float[Tensor, "n D"], y: Float[Tensor, "m D"]) -> tuple[Tensor, Tensor]:
+    """Rows and columns of the assignment with the least total squared distance."""
+    try:
+        from scipy.optimize import linear_sum_assignment
+    except ImportError:
+        raise MissingExtra("pairing activations needs scipy: pip install 'steerlib[train]'") from None
+    rows, columns = linear_sum_assignment(torch.cdist(x, y).square().numpy())
+    return torch.as_tensor(rows), torch.as_tensor(columns)
