@@ -2,7 +2,8 @@
 
 What pictures show is told by linear readings of what the denoiser makes of them, learned from the pairs of each concept.
 
-x  features [B, F]     K  concepts, C = 2 K readings     a -> b  an edge     d  by how much more a picture shows b where a is moved, [M, K]
+x  features [B, F]     K  concepts, C = 2 K readings     a -> b  an edge
+d  by how much more a picture shows b where a is moved, [M, K]
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
