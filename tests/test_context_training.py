@@ -397,7 +397,7 @@ def test_a_pipeline_is_switched_where_its_recipe_says(toy, tmp_path, site, level
     few: dict[str, Any] = {"seeds": 1, "samples": 8, "steps": 2, "batch": 4, "fit": replace(FIT, outer=2, steps=3, batch=4)}
     made = ContextRecipe(name="x", base="b", source="s", contexts=given, site=site, level=level, **few)
     bank = sl.train(toy, made, work=tmp_path)
-    assert f"pipe({made.plain!r})" in bank.card
+    assert f'pipe("{made.plain}")' in bank.card
 
     def draw() -> Any:
         return toy(given[OBSERVED][:1], num_inference_steps=4, generator=torch.manual_seed(0), output_type="np").images

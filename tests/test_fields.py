@@ -43,6 +43,7 @@ VALUES = {
 ACCEPTED = {
     "str": {"text"}, "int": {"whole"}, "float": {"whole", "number"}, "bool": {"flag"}, "tuple[str, ...]": {"texts"},
     "tuple[int, ...]": {"wholes"}, "tuple[float, ...]": {"wholes"},
+    "tuple[float | str, ...]": {"texts", "wholes"},
     "Mapping[str, Any]": {"table"}, "Precision": set(), "Normalisation": set(),
 }  # fmt: skip
 """By type as the classes state it, the values above that it takes; entries of their own take none of them."""

@@ -300,7 +300,7 @@ def test_readings_count_where_they_are_high():
 def test_a_recipe_of_latents_has_one_encoder_at_each_level_of_its_graph(tmp_path):
     text = 'name = "x"\nbase = "x"\nsource = "x"\ncorpus = ["a.txt"]\n'
     for site, level in (("a", 850), ("b", 300)):
-        text += f'[[encoders]]\nsite = "{site}"\nlevel = {level}\nlatents = 8\n'
+        text += f'[[encoders]]\nsite = "{site}"\nlevel = {level}\nlatents = 8\nk = 2\n'
     (tmp_path / "a.txt").write_text("a circle\n\na square")
     (tmp_path / "recipe.toml").write_text(text + "[graph]\ncontexts = 150\n")
     recipe = PipelineEncoderRecipe.from_file(tmp_path / "recipe.toml")

@@ -436,12 +436,13 @@ def test_lines_of_pairs_may_have_one_side_and_prompts_of_several_turns(tmp_path)
     recipe, file = DirectionRecipe.from_file(path), path.parent / "pairs" / "tea.jsonl"
     talk = [{"role": "user", "content": "why"}, {"role": "assistant", "content": "so"}, {"role": "user", "content": "now"}]
     lines(file, [{"prompt": talk, "positive": "tea"}, {"prompt": "rain", "positive": "cup", "negative": "hill"}])
-    assert recipe.read_shown(recipe.concepts[0]) == ([(talk, "tea"), ("rain", "cup")], [("rain", "hill")])
+    (own,) = (concept for concept in recipe.concepts if concept.name == "tea")
+    assert recipe.read_shown(own) == ([(talk, "tea"), ("rain", "cup")], [("rain", "hill")])
     assert [finding.what for finding in sl.lint(recipe) if finding.concept == "tea"]
     for wrong in ({"prompt": "why"}, {"positive": "tea"}, {"prompt": [{"role": "user"}], "positive": "tea"}):
         lines(file, [wrong])
         with pytest.raises(errors.BadRecipe, match="expected lines with prompt, positive, negative"):
-            recipe.read_shown(recipe.concepts[0])
+            recipe.read_shown(own)
 
 
 def test_a_method_that_is_added_is_tried_chosen_and_shipped(tmp_path, monkeypatch):
