@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import typer
 from scenes import judges, measures, prompts, world
-from scenes.experiment import BARS, Case, Edits, Experiment, randomised, score
+from scenes.experiment import BARS, Case, Edits, Experiment, score
 from scenes.measures import TOLD, WHOLE, Cause, Effect, every
 from scipy.stats import spearmanr
 from sklearn.metrics import roc_auc_score
@@ -27,6 +27,7 @@ from steerlib.evaluation.pictures import Pictures, edit_of
 from steerlib.evaluation.report import markdown
 from steerlib.steering.masks import Box
 from steerlib.training.calibrate.prompted import DOSES, FIRST, Drawing, steered
+from steerlib.training.discover.concept_graph import randomised
 from steerlib.training.picture_recipe import PictureRecipe
 from steerlib.training.store import remembered
 

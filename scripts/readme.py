@@ -224,6 +224,23 @@ def from_banks() -> None:
     demo(only=Half("images"), out=ROOT / ".assets" / "scenes.png")
 
 
+COSTS = {
+    "cost": "steering", "latents": "latents", "diffusion": "diffusion", "rebuilt": "rebuilt", "record": "record",
+    "whole": "whole", "gpu": "gpu",
+}  # fmt: skip
+"""Tables of cost by section, and the option that names the figures of each."""
+TABLES: dict[str, tuple[str, Callable[..., str]]] = {
+    **{name: (option, cost) for name, option in COSTS.items()},
+    "sae": ("sae", training),
+    "answering": ("answers", answering),
+    "score": ("score", read_table),
+    "words": ("words", signs),
+    "quads": ("quads", quads_table),
+    "contexts": ("contexts", contexts_table),
+}
+"""By section, the option that names its figures, and the table that is made of them."""
+
+
 def main(
     steering: Annotated[Path | None, typer.Option(help="figures of bench_steering.py")] = None,
     latents: Annotated[Path | None, typer.Option(help="figures of bench_latents.py")] = None,
@@ -248,31 +265,19 @@ def main(
     banks: Annotated[bool, typer.Option(help="run the first example, and read the shipped banks")] = True,
 ) -> None:
     """Write the measured parts of the READMEs."""
+    given = locals()
     if banks:
         from_banks()
-    costs = {"cost": steering, "latents": latents, "diffusion": diffusion, "rebuilt": rebuilt, "record": record, "whole": whole}
-    costs["gpu"] = gpu
-    tables: dict[str, tuple[Callable[..., str], Path | None]] = {name: (cost, path) for name, path in costs.items()}
-    for section, (table, path) in (
-        tables
-        | {
-            "sae": (training, sae),
-            "answering": (answering, answers),
-            "score": (read_table, score),
-            "words": (signs, words),
-            "quads": (quads_table, quads),
-            "contexts": (contexts_table, contexts),
-        }
-    ).items():
-        if path is not None:
-            put(section, table(json.loads(path.read_text(encoding="utf-8"))))
+    for section, (option, table) in TABLES.items():
+        if given[option] is not None:
+            put(section, table(json.loads(given[option].read_text(encoding="utf-8"))))
     if port is not None:
         put("port", ported(sl.ConceptBank.from_pretrained(str(port))))
     if graph is not None and scale is not None:
         put("graphs", bars(*(json.loads(path.read_text(encoding="utf-8")) for path in (graph, scale))))
-    for section, path in (("coverage", coverage), ("pipelines", pipelines), ("fits", fits), ("damage", damage)):
-        if path is not None:
-            put(section, path.read_text(encoding="utf-8").strip())
+    for section in ("coverage", "pipelines", "fits", "damage"):
+        if given[section] is not None:
+            put(section, given[section].read_text(encoding="utf-8").strip())
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from scenes import judges, world
-from scenes.experiment import Experiment, randomised
+from scenes.experiment import Experiment
 from scenes.measures import Cause, every
 
 import steerlib as sl
@@ -17,6 +17,7 @@ from steerlib.errors import OutOfRange
 from steerlib.evaluation.pictures import draw_as_told
 from steerlib.training import store
 from steerlib.training.carry import recipe_in
+from steerlib.training.discover.concept_graph import randomised
 
 ROOT = Path(__file__).parent.parent
 MEASURED = ROOT / "concept_banks" / "recipes" / "scenes-32" / "measured.json"

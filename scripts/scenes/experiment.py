@@ -6,14 +6,11 @@ from typing import Any, NamedTuple
 from warnings import catch_warnings, simplefilter
 
 import numpy as np
-import torch
 
 from scenes import measures, world
 from scenes.judges import PictureJudge
 from scenes.measures import Cause, every
 from steerlib.bank.concept_bank import ConceptBank
-from steerlib.bank.concepts import Concept
-from steerlib.encoders import Directions
 from steerlib.evaluation.pictures import draw_as_told, edit_of
 from steerlib.steering.interventions import Intervention
 from steerlib.steering.session import steer
@@ -84,17 +81,3 @@ class Experiment:
 def score(effect: measures.Effect) -> float:
     """By how much the bar that is hardest to reach is passed."""
     return min(effect.effectiveness - BARS["effectiveness"], effect.preservation - BARS["preservation"])
-
-
-def randomised(bank: ConceptBank, concept: Concept, seed: int) -> ConceptBank:
-    """A copy of the bank in which the directions of one concept are random ones of the same lengths."""
-    g = torch.Generator().manual_seed(seed + 997)
-    encoders = {id: bank.encoder(id) for id in bank.encoders}
-    for place in concept.places:
-        own = encoders[place.encoder]
-        assert isinstance(own, Directions)
-        rows, drawn = own.decoder.clone(), torch.randn(own.decoder.shape[1], generator=g)
-        rows[place.index] = drawn / drawn.norm() * rows[place.index].norm()
-        encoders[place.encoder] = Directions(rows, own.mean)
-    facts: dict[str, Any] = {"base": bank.base, "sites": bank.sites, "levels": bank.levels, "graph": bank.graph}
-    return ConceptBank(bank.name, [*bank.concepts.values()], encoders, **facts)
