@@ -45,6 +45,8 @@ Tflops = Annotated[float, typer.Option(help="rate for --dry-run, in 10^12 operat
 Threads = Annotated[int, typer.Option(help="processor threads (0: as many as a trial of 0.2 s finds fastest)", min=0)]
 
 Half = StrEnum("Half", ["text", "images"])  # what `demo` can show alone
+Precision = StrEnum("Precision", ["float32", "bfloat16", "auto"])
+Dtype = Annotated[Precision, typer.Option(help="of the weights; auto: bfloat16 where the device computes faster with it")]
 
 
 @app.command()
@@ -236,6 +238,7 @@ def train(
     template: Annotated[bool, typer.Option("--template", help=TEMPLATE)] = False,
     clean: Clean = False,
     model: Annotated[str, typer.Option(help="in place of the recipe's: folder, Hub id or package:<name>/<file>.gguf")] = "",
+    dtype: Dtype = Precision.float32,
     threads: Threads = 0,
     dry_run: DryRun = False,
     tflops: Tflops = 0.0,
@@ -257,7 +260,7 @@ def train(
 
         read = on(read, model, name=out.name if out else f"{read.name}-on-{Path(model).stem.lower()}")
     read = read.quick() if quick else read
-    terminal.foretell(read, tflops, threads) if dry_run else terminal.train_to(read, out, work, clean, threads)
+    terminal.foretell(read, tflops, threads) if dry_run else terminal.train_to(read, out, work, clean, threads, dtype)
 
 
 @app.command()
@@ -292,25 +295,18 @@ def make(
     out: Annotated[Path, typer.Option(help="folder of the bank")] = Path("out/made"),
     seed: Annotated[int, typer.Option(help="of all random choices", min=0)] = 0,
     prompts: Annotated[Path | None, typer.Option(help="of a pipeline: a file of prompts without the names, one a line")] = None,
+    score: Annotated[str, typer.Option(help="of a pipeline: a CLIP model that scores (default: the pipeline itself)")] = "",
     work: Work = Path("out/work"),
+    dtype: Dtype = Precision.float32,
     threads: Threads = 0,
     dry_run: DryRun = False,
     tflops: Tflops = 0.0,
 ) -> None:
     """Make concepts of a model from their names alone, a few minutes each. Run it again to go on where it stopped."""
     from . import terminal
-    from .training import named, pipeline
 
-    named.check_given(names)
-    pipeline.check_writable(out)
-    given = None if prompts is None else named.read_prompts(prompts)
-    if dry_run:
-        terminal.foretell(named.picture_recipe_of(names, model, given, name=out.name, seed=seed), tflops, threads)
-        return
-    target, tokenizer = loaded(model, threads)
-    how = {"tokenizer": tokenizer, "source": model, "name": out.name, "seed": seed, "work": work, "prompts": given}
-    bank = sl.make(target.to(pipeline.best_device()), names, **how)
-    terminal.finish(bank, out, [work], False, terminal.asking(recipe_of(bank, None), tokenizer))
+    rate = tflops if dry_run else None
+    terminal.make_to(names, model, out, work, threads, seed=seed, prompts=prompts, score=score, dtype=dtype, tflops=rate)
 
 
 @app.command()

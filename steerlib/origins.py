@@ -57,9 +57,19 @@ def source_of(bank: "sl.ConceptBank") -> str:
     return found
 
 
-def loaded(source: str, threads: int) -> Any:
-    """A model and its tokenizer, or a pipeline and None, with the loader's progress bars but not its remarks."""
+def loaded(source: str, threads: int, dtype: str = "float32") -> Any:
+    """A model and its tokenizer, or a pipeline and None, with the loader's progress bars but not its remarks; its weights in
+    `float32` or `bfloat16`, or, where this is `auto`, in the one with which the device computes faster."""
+    import torch
+
     from .threads import use_threads
+
+    if dtype == "auto":
+        from .devices import best_device
+        from .training.record.harvest import is_fast
+
+        dtype = "bfloat16" if is_fast(best_device(), "bf16") else "float32"
+    how = {} if dtype == "float32" else {"dtype": getattr(torch, dtype)}
 
     for library in ("transformers", "diffusers"):
         with suppress(ImportError):
@@ -71,7 +81,7 @@ def loaded(source: str, threads: int) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            return sl.load(source)
+            return sl.load(source, **how)
         except SteerlibError:
             raise
         except Exception as error:  # whatever a library says of a folder or an id that it cannot load

@@ -152,18 +152,38 @@ def finish(bank: ConceptBank, folder: Path, places: Sequence[Path], clean: bool,
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def train_to(recipe: Any, out: Path | None, work: Path, clean: bool, threads: int) -> None:
+def train_to(recipe: Any, out: Path | None, work: Path, clean: bool, threads: int, dtype: str = "float32") -> None:
     """Train a recipe, write and show its bank."""
     from .origins import loaded
     from .training import pipeline
 
     pipeline.check(recipe)
-    folder, places = out or Path("out") / recipe.name, pipeline.work_of(recipe, work)
+    folder = out or Path("out") / recipe.name
     pipeline.check_writable(folder)
     console.print(f"work folder: {work}, from which a run that stops goes on", markup=False, soft_wrap=True, style="dim")
-    model, tokenizer = loaded(recipe.weights, threads)
+    model, tokenizer = loaded(recipe.weights, threads, dtype)
     bank = pipeline.train(model.to(pipeline.best_device()), recipe, tokenizer=tokenizer, work=work)
-    finish(bank, folder, places, clean, asking(recipe, tokenizer))
+    finish(bank, folder, pipeline.work_of(recipe, work, model), clean, asking(recipe, tokenizer))
+
+
+def make_to(
+    names: Sequence[str], model: str, out: Path, work: Path, threads: int, *, seed: int, prompts: Path | None,
+    score: str, dtype: str, tflops: float | None,
+) -> None:  # fmt: skip
+    """Make concepts from their names, write and show their bank; or say what that takes at a rate `tflops`."""
+    from .origins import loaded, recipe_of
+    from .training import named, pipeline
+
+    named.check_given(names)
+    pipeline.check_writable(out)
+    given = None if prompts is None else named.read_prompts(prompts)
+    if tflops is not None:
+        foretell(named.picture_recipe_of(names, model, given, name=out.name, seed=seed), tflops, threads)
+        return
+    target, tokenizer = loaded(model, threads, dtype)
+    how: dict[str, Any] = {"tokenizer": tokenizer, "source": model, "name": out.name, "seed": seed, "work": work}
+    bank = named.make(target.to(pipeline.best_device()), names, prompts=given, score=score or None, **how)
+    finish(bank, out, [work], False, asking(recipe_of(bank, None), tokenizer))
 
 
 def foretell(recipe: Any, tflops: float, threads: int) -> None:

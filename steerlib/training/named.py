@@ -23,7 +23,7 @@ from .directions.methods import word
 from .directions.written import ASKINGS, written
 from .entries import ConceptRecipe, Pair, PictureConcept
 from .fields import check_file_name
-from .pipeline import Score, train
+from .pipeline import Score, precision_of, train
 from .recipe import RESERVED, DirectionRecipe, PictureRecipe
 from .store import remembered
 
@@ -103,8 +103,8 @@ def picture_recipe_of(names: Sequence[str], source: str, prompts: Sequence[str] 
 
 def _pairs(target: Any, tokenizer: Any, names: list[str], plan: DirectionRecipe, work: Any) -> dict[str, Any]:
     """What the model writes, or what an earlier call wrote."""
-    host = host_for(target)
-    key = sha256(repr((names, plan.seed, host.fingerprint(), digest_of(host))).encode()).hexdigest()[:16]
+    host, precision = host_for(target), [precision_of(target)] if precision_of(target) else []
+    key = sha256(repr((names, plan.seed, host.fingerprint(), digest_of(host), *precision)).encode()).hexdigest()[:16]
     path = None if work is None else Path(work) / f"pairs-{key}.json"
     return remembered(path, lambda: written(target, tokenizer, names, plan.read_prompts("train"), seed=plan.seed))
 

@@ -16,7 +16,7 @@ from ..bank.concept_bank import ConceptBank
 from ..bank.search import LABELS, stored, text_of
 from ..devices import best_device
 from ..errors import BadBank, BadRecipe
-from ..hosts import load
+from ..hosts import host_for, load
 from .carry import RECIPE, carried, pipeline_of
 from .recipe import (
     ContextRecipe,
@@ -73,7 +73,7 @@ def train(
         check(recipe)
         if score is not None and not isinstance(recipe, PictureRecipe):
             raise BadRecipe(f"score= is of pictures, and recipe {recipe.name!r} makes no concepts of them")
-        return _made(target, tokenizer, recipe, Path(place) / key_of(recipe), score)
+        return _made(target, tokenizer, recipe, Path(place), score)
 
 
 def _beside(recipe: Recipe, methods: Mapping[str, Any], work: object) -> AbstractContextManager[None]:
@@ -89,22 +89,30 @@ def _beside(recipe: Recipe, methods: Mapping[str, Any], work: object) -> Abstrac
     return beside(methods)
 
 
-def key_of(recipe: Recipe) -> str:
-    """The folder in `work` of what a recipe's stages make, apart from that of other recipes. What only the card shows does not
-    count: with another licence or description a run finds everything made."""
+def key_of(recipe: Recipe, precision: str = "") -> str:
+    """The folder in `work` of what a recipe's stages make, apart from that of other recipes and of models in another precision.
+    What only the card shows does not count: with another licence or description a run finds everything made."""
     if isinstance(recipe, CorpusRecipe):
         graph = getattr(recipe, "graph", None)
         told = sha256(f"{recipe.recorded_key} {recipe.fitted_key(recipe.encoders)} {graph!r}".encode())
         for name in getattr(graph, "environments", ()):
             told.update(recipe.bytes_of(name) or b"")
-        return told.hexdigest()[:16]
-    return replace(recipe, description="", license="", name="", base="").digest[:16]
+        key = told.hexdigest()[:16]
+    else:
+        key = replace(recipe, description="", license="", name="", base="").digest[:16]
+    return f"{key}-{precision}" if precision else key
 
 
-def work_of(recipe: Recipe, work: Path) -> list[Path]:
+def precision_of(target: Any) -> str:
+    """The types of a model's weights other than float32, such as `bfloat16`; nothing where there are none."""
+    kinds = {str(weight.dtype).removeprefix("torch.") for weight in host_for(target).model.parameters()}
+    return "-".join(sorted(kinds - {"float32"}))
+
+
+def work_of(recipe: Recipe, work: Path, target: Any) -> list[Path]:
     """The folders in `work` that a recipe's stages fill."""
     recorded = [work / recipe.recorded_key] if isinstance(recipe, CorpusRecipe) else []
-    return [work / key_of(recipe), *recorded]
+    return [work / key_of(recipe, precision_of(target)), *recorded]
 
 
 def check_writable(folder: Path) -> None:
@@ -127,7 +135,7 @@ def check(recipe: Recipe) -> None:
         check_picture_methods(recipe)
 
 
-def _made(target: Any, tokenizer: Any, recipe: Recipe, folder: Path, score: Any) -> ConceptBank:
+def _made(target: Any, tokenizer: Any, recipe: Recipe, work: Path, score: Any) -> ConceptBank:
     """The bank, with what it needs to be used and measured again: its recipe, whether its model is asked in a chat, and what
     its labels mean."""
     draws = target is not None and not isinstance(target, torch.nn.Module)
@@ -137,7 +145,9 @@ def _made(target: Any, tokenizer: Any, recipe: Recipe, folder: Path, score: Any)
         loaded, tokenizer = load(recipe.weights)
         target = loaded.to(best_device()) if target is None else target
     more = {} if score is None else {"score": score}
-    bank = WAYS[type(recipe)](target, tokenizer, recipe, folder, **more)
+    precision = precision_of(target)
+    bank = WAYS[type(recipe)](target, tokenizer, recipe, work / key_of(recipe, precision), **more)
+    bank.provenance |= {"precision": precision} if precision else {}
     if tokenizer is not None:
         bank.provenance["chat"] = getattr(tokenizer, "chat_template", None) is not None
     bank.files = {**bank.files, **pipeline_of(recipe), RECIPE: carried(recipe)}
