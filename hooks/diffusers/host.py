@@ -26,6 +26,8 @@ from .outline import outline
 from .sites import PipelineSites
 from .sockets import Plugged
 
+DTYPE = (0, 42)
+"""The first version of diffusers that is known to load by `dtype`; older ones call it `torch_dtype`."""
 _HOLDERS: WeakKeyDictionary[Any, nn.Module] = WeakKeyDictionary()
 
 
@@ -67,8 +69,10 @@ class PipelineHost(Host):
 
     @classmethod
     def load(cls, source: str, **kwargs: Any) -> tuple[Any, Any]:
-        kwargs = {"torch_dtype" if name == "dtype" else name: value for name, value in kwargs.items()}
-        return _diffusers().DiffusionPipeline.from_pretrained(source, **kwargs), None
+        library = _diffusers()
+        if tuple(map(int, library.__version__.split(".")[:2])) < DTYPE and "dtype" in kwargs:
+            kwargs["torch_dtype"] = kwargs.pop("dtype")
+        return library.DiffusionPipeline.from_pretrained(source, **kwargs), None
 
     @classmethod
     def outline(cls, source: str) -> tuple[Any, Counter[str]]:
