@@ -1,17 +1,20 @@
 """What follows from what in scenes: the truth, marks beside it, and chance."""
 
+from contextlib import contextmanager
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from scenes import graph as scene_graph
-from scenes import prompts
+from scenes import prompts, world
 from scenes.graph import marked, shuffled, truth
 from scenes.measures import Cause
 
 import steerlib as sl
-from steerlib.bank import SiteFacts
 from steerlib.graph.causal_graph import CausalGraph, Edge
+from steerlib.training.carry import recipe_in
 
 
 @pytest.fixture(scope="module")
@@ -38,16 +41,39 @@ def test_edges_are_marked_by_sign_and_recall_counts_what_is_due(true):
     assert shuffled(CausalGraph([edge("night", "navy", 0.3)] * 1), true) < 0.2
 
 
-def test_graphs_of_banks_stand_beside_the_truth_however_they_were_found(true):
+def test_graphs_stand_beside_the_truth_and_beside_that_of_judges(true):
     found = CausalGraph([edge("night", "navy", 0.3), edge("day", "night", -0.5), edge("navy", "stone", 0.3)])
-    concepts = [sl.Concept(name=name, encoder="a", index=i) for i, name in enumerate(("night", "navy", "day", "stone"))]
-    facts: Any = {"base": sl.BaseModel(), "sites": {"a": SiteFacts(width=4)}, "graph": found}
-    bank = sl.ConceptBank("some", concepts, {"a": sl.Directions(torch.eye(4))}, **facts)
-    own = scene_graph.beside_truth(bank, true)
+    own = scene_graph.beside_truth(found, true)
     assert (own["edges"], own["right"], own["of one factor"], own["wrong"]) == (2, 1, 1, ["navy → stone"])
     assert own["dealt"] < 0.3 and own["due"] == 23
-    text = scene_graph.table([bank])
-    assert "| some (not saved) | 2 | 1 | 50% |" in text and "| 23 | 4% | 1 |" in text and "navy → stone" in text
+    seen = CausalGraph([edge("navy", "stone", 0.1), edge("night", "navy", -0.3)])  # the second of the other sign
+    text = scene_graph.table({"some": found, "of judges": seen})
+    assert "| some | 2 | 1 | 50% |" in text and "| 23 | 4% | 1 | 1 |" in text and "Not in the truth, some: navy → stone." in text
+
+
+def test_judges_see_what_follows_in_the_pictures_of_the_recipe(monkeypatch, tmp_path):
+    """The bank's own pictures are drawn; what judges see in them is made up: `night` darkens all, and nothing else moves."""
+    bank = sl.ConceptBank.from_pretrained("scenes-32")
+    few = replace(recipe_in(bank), steps=1, graph=replace(recipe_in(bank).graph, contexts=16))
+    bank = bank.with_concepts([bank["night"], bank["blue"], bank["navy"]])
+    monkeypatch.setattr(scene_graph, "recipe_in", lambda _: few)
+    drawn: list[Any] = []
+
+    @contextmanager
+    def steered(pipe, bank, edits):
+        drawn.append([*(edits or {})])
+        yield
+
+    def read(pictures):
+        dark = torch.full((len(pictures),), world.VALUES["background"].index("navy" if drawn[-1] == ["night"] else "pink"))
+        other = {name: torch.zeros(len(pictures), 6) for name in ("hue", "shape")}
+        return {"scene": torch.zeros(len(pictures)), "background": dark, **other}
+
+    monkeypatch.setattr(scene_graph, "steered", steered)
+    monkeypatch.setattr(scene_graph.judges, "load", lambda _: SimpleNamespace(read=read))
+    (own,) = scene_graph.judged(bank, tmp_path).edges
+    assert (own.src, own.dst) == ("night", "navy") and own.effect * bank["night"].effects["amount"] == pytest.approx(1, abs=1e-3)
+    assert drawn == [[], ["night"], ["navy"], ["blue"]] and scene_graph.judged(bank, tmp_path).edges == (own,) and len(drawn) == 4
 
 
 def test_bare_captions_leave_what_follows_to_the_model(tmp_path):

@@ -1,20 +1,31 @@
 """What follows from what in scenes: the truth is known, so every edge of a graph can be marked.
 
-`PYTHONPATH=scripts python -m scenes.graph BANK …` holds the graphs of banks, however they were found, against the truth.
+`PYTHONPATH=scripts python -m scenes.graph BANK` holds the graph of a bank, however it was found, against the truth, and, where its
+recipe says in which pictures, beside what judges see follow in the same ones. Goes on where it stopped.
 """
 
-import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
 import numpy as np
+import torch
+import typer
 from numpy.typing import NDArray
 
-from scenes import world
-from scenes.measures import Cause, every
+from scenes import judges, world
+from scenes.measures import WHOLE, Cause, every
 from steerlib.bank.concept_bank import ConceptBank
+from steerlib.evaluation.pictures import edit_of
 from steerlib.evaluation.report import markdown
 from steerlib.graph.causal_graph import CausalGraph
+from steerlib.hosts import load
+from steerlib.text import progress
+from steerlib.training.calibrate.prompted import Drawing, steered
+from steerlib.training.carry import recipe_in
+from steerlib.training.discover.concept_graph import Moved, followed
+from steerlib.training.picture_recipe import PictureRecipe
+from steerlib.training.store import remembered
 
 LEAST = 0.2
 """Change of share from which a value follows another one."""
@@ -65,34 +76,87 @@ def shuffled(graph: CausalGraph, true: Mapping[tuple[str, str], float]) -> float
     return round(float(np.mean(found)), 4)
 
 
-def beside_truth(bank: ConceptBank, true: Mapping[tuple[str, str], float]) -> dict[str, Any]:
-    """The edges of a bank between values of different factors, marked, beside chance; of one factor they are counted alone: all
+def beside_truth(graph: CausalGraph, true: Mapping[tuple[str, str], float]) -> dict[str, Any]:
+    """The edges between values of different factors, marked, beside chance; of one factor they are counted alone: all
     its values take each other away, and nothing says which is the cause."""
-    edges = [edge for edge in bank.graph.edges if edge.relation == "compute"]
+    edges = [edge for edge in graph.edges if edge.relation == "compute"]
     apart = CausalGraph(edge for edge in edges if (edge.src, edge.dst) in true)
     return {**marked(apart, true), "of one factor": len(edges) - len(apart), "dealt": shuffled(apart, true)}
 
 
-def table(banks: Sequence[ConceptBank]) -> str:
-    """Graphs of banks beside the truth, as Markdown."""
-    true = truth()
-    found = {f"{bank.name} ({bank.folder or 'not saved'})": beside_truth(bank, true) for bank in banks}
-    rows = [
-        (
-            name,
-            *(str(own[what]) for what in ("edges", "right")),
-            f"{own['precision']:.0%}",
-            f"{own['dealt']:.0%}",
-            str(own["due"]),
-            f"{own['recall']:.0%}",
-            str(own["of one factor"]),
+def judged(bank: ConceptBank, work: Path) -> CausalGraph:
+    """What follows what by the rule of `[graph]`, where judges tell what the same pictures show."""
+    recipe = recipe_in(bank)
+    assert isinstance(recipe, PictureRecipe) and recipe.graph is not None, "expected a bank whose recipe has a [graph]"
+    dtype = getattr(torch, bank.provenance.get("precision", "float32"))
+    pipe, contexts = load(str(bank.file("pipeline")), dtype=dtype)[0], recipe.read_contexts(recipe.graph)
+    pipe.set_progress_bar_config(disable=True)
+    drawing, judge, (prompts, seeds) = Drawing(pipe, recipe), judges.load("scenes"), zip(*contexts, strict=True)
+    shown = [cause for cause in every() if cause.value in bank.concepts]
+
+    def seen(name: str, edits: Mapping[str, Any] | None = None) -> NDArray[Any]:
+        def read() -> list[list[float]]:
+            with steered(pipe, bank, edits):
+                readings = judge.read(drawing.shown(prompts, seeds)[1])
+            return np.stack([share(readings, cause) for cause in shown], 1).round(4).tolist()
+
+        return np.array(remembered(work / f"{name}.json", read))
+
+    plain, moves = seen("unsteered"), list[Moved]()
+    useful = [bank[cause.value] for cause in shown if bank[cause.value].useful is not None]
+    for own in progress(useful, "moving concepts"):
+        edit = edit_of(own.useful_as, own.effects["amount"])
+        moves.append(Moved(own.name, own.effects["amount"], seen(own.name, {own.name: edit}) - plain))
+    names, count = [cause.value for cause in shown], bank.provenance["graph"]["contexts"]
+    return followed(moves, names, [True] * len(names), count).graph
+
+
+def share(readings: Mapping[str, torch.Tensor], cause: Cause) -> NDArray[Any]:
+    """How much of each picture shows a value: of an object's factor, the share of its objects."""
+    shows = (readings[cause.factor] == cause.index).float()
+    if cause.factor in WHOLE:
+        return shows.numpy()
+    there = (readings["shape"] > 0).float()
+    return ((shows * there).sum(-1) / there.sum(-1).clamp(min=1)).numpy()
+
+
+def table(graphs: Mapping[str, CausalGraph]) -> str:
+    """Graphs beside the truth, as Markdown; the last one is that of judges, if there are several."""
+    true, last = truth(), [*graphs.values()][-1]
+    found = {name: beside_truth(graph, true) for name, graph in graphs.items()}
+    sure = {(edge.src, edge.dst): edge.effect for edge in last.edges}
+    rows = []
+    for name, own in found.items():
+        both = sum(sure.get((e.src, e.dst), 0.0) * e.effect > 0 for e in graphs[name].edges if (e.src, e.dst) in true)
+        rows.append(
+            (
+                name,
+                *(str(own[what]) for what in ("edges", "right")),
+                f"{own['precision']:.0%}",
+                f"{own['dealt']:.0%}",
+                str(own["due"]),
+                f"{own['recall']:.0%}",
+                str(both) if len(graphs) > 1 else "",
+                str(own["of one factor"]),
+            )
         )
-        for name, own in found.items()
-    ]
     wrong = [f"Not in the truth, {name}: {', '.join(own['wrong']) or 'none'}." for name, own in found.items()]
-    head = "bank | edges | right | precision | of as many dealt at random | due | recall | edges of one factor, not marked"
+    head = (
+        "graph | edges | right | precision | of as many dealt at random | due | recall | judges see it too "
+        "| edges of one factor, not marked"
+    )
     return "\n\n".join([markdown(head, rows), *wrong])
 
 
+def main(
+    bank: Annotated[str, typer.Argument(help="its name or folder")],
+    work: Annotated[Path, typer.Option(help="keeps what judges saw")] = Path("out/scenes-graph"),
+) -> None:
+    """Print the table."""
+    torch.set_num_threads(1)
+    made = ConceptBank.from_pretrained(bank)
+    print(table({made.name: made.graph, "of judges": judged(made, work)}))
+
+
 if __name__ == "__main__":
-    print(table([ConceptBank.from_pretrained(name) for name in sys.argv[1:]]))
+    typer.run(main)

@@ -35,7 +35,7 @@ Look = Callable[..., Float[Tensor, "B F"]]
 """Of prompts, seeds and, if pictures are steered, a bank and edits: draws the pictures and gives their features."""
 LEAST = 0.2
 """Change of share, at a concept's own amount, from which another one follows it."""
-TOLD = 0.75
+TOLD = 0.9
 """Share of pictures of held-out pairs that a reading has to tell right, for its concept to be an effect of others."""
 SHRUNK = 0.5
 """Share of the mean variance in the covariance of features, of which there are more than pictures of a concept."""
