@@ -34,10 +34,10 @@ class Draw(NamedTuple):
     q: Normal
 
 
-def objective(kind: str, latents: int, pictures: int) -> Callable[[Any, Tensor], Tensor]:
-    """The loss of a kind, of model and batch; `pictures` is how many the data has."""
+def objective(kind: str, latents: int, pictures: int) -> Callable[[Any, Tensor, float], Tensor]:
+    """The loss of a kind, of model, batch and the weight of what is asked of latents; `pictures` is how many the data has."""
     if kind == "VQ-VAE":
-        return quantised
+        return lambda model, x, _: quantised(model, x)
     own: Callable[[Draw], Tensor | float] = {
         "VAE": lambda _: 0.0,
         "beta-VAE": lambda d: (BETA - 1) * divergence(d.q),
@@ -46,10 +46,10 @@ def objective(kind: str, latents: int, pictures: int) -> Callable[[Any, Tensor],
         "DIP-VAE-II": lambda d: moments(d.q),
     }[kind]
 
-    def loss(model: Gaussian, x: Tensor) -> Tensor:
+    def loss(model: Gaussian, x: Tensor, asked: float) -> Tensor:
         q = model.encode(x)
         d = Draw(q.rsample(), q)
-        return unlikely(model.decoder(d.z), x) + divergence(q) + own(d)
+        return unlikely(model.decoder(d.z), x) + asked * (divergence(q) + own(d))
 
     return loss
 

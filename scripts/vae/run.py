@@ -20,6 +20,8 @@ from .objectives import objective
 from .worlds import WORLDS
 
 KINDS = ("VAE", "beta-VAE", "FactorVAE", "beta-TC-VAE", "DIP-VAE-II", "VQ-VAE")
+WARM = 0.5
+"""Share of the steps over which what is asked of latents grows to its full weight: asked at once, most would be passive."""
 Tick = Callable[[], object]
 """Is called after every step of training."""
 
@@ -47,7 +49,7 @@ class Size(NamedTuple):
     boosted: bool = True
 
 
-QUICK = Size(width=8, pictures=4000, steps=1500, batch=32, told=400, moved=16, boosted=False)
+QUICK = Size(pictures=4000, steps=3000, batch=32, told=400, moved=16, boosted=False)
 
 
 def run(world: str, kind: str, seed: int, size: Size, *, device: str = "cpu", tick: Tick = lambda: None) -> dict[str, Any]:
@@ -98,7 +100,7 @@ def train(model: Any, x: Tensor, kind: str, size: Size, seed: int, *, device: st
         loss, adam = objective(kind, size.latents, len(x)), torch.optim.Adam(model.parameters(), lr=size.rate)
         for step in range(size.steps):
             adam.param_groups[0]["lr"] = size.rate * min(1.0, 4 * (1 - step / size.steps))
-            found = loss(model, x[torch.randint(len(x), (size.batch,))])
+            found = loss(model, x[torch.randint(len(x), (size.batch,))], min(1.0, step / (WARM * size.steps)))
             adam.zero_grad()
             found.backward()
             adam.step()

@@ -275,8 +275,6 @@ def lines(figures: Mapping[str, Any]) -> list[str]:
         plain = figures["untrained"]["coordinates"]
         moved = np.mean([one["relative"] or 0.0 for one in plain["each"]] or [0.0])
         found.append(f"Untrained: relative effect {moved:.3f}, modularity {said(plain['modularity'])}.")
-    for name, own in disentangled(figures).items():
-        found.append(f"{name}: {', '.join(f'{NAMES[key]} {said(value)}' for key, value in own.items())}.".capitalize())
     if "codes" in figures:
         swaps = np.mean([code["relative"] for code in figures["codes"].values()])
         moves = np.mean([one["relative"] or 0.0 for one in whole["each"]])
@@ -299,24 +297,44 @@ def disentangled(figures: Mapping[str, Any]) -> dict[str, Mapping[str, float | N
     return {name: found for name, own in held.items() if (found := own.get("disentanglement"))}
 
 
-def page(study: Study, title: str) -> str:
-    """One HTML file that needs no network."""
-    figures = study.figures
-    moved = [[*(_shown(one[key]) for key in COLUMNS), figures["labels"][one["name"]]] for one in figures["coordinates"]["each"]]
-    dealt = [
+Table = tuple[list[str], list[list[str]]]
+"""Head and rows."""
+
+
+def moves(figures: Mapping[str, Any]) -> Table:
+    """What moving each coordinate does."""
+    each = figures["coordinates"]["each"]
+    rows = [[*(_shown(one[key]) for key in COLUMNS), figures["labels"][one["name"]]] for one in each]
+    return [*COLUMNS.values(), "label"], rows
+
+
+def changes(figures: Mapping[str, Any]) -> Table:
+    """What each change of the input does, and by which way."""
+    rows = [
         [name, *(_shown(own[key]) for key in CHANGES), _ways(own["through"]), _way(own["together"]), _ways(own["along"])]
         for name, own in figures["changes"].items()
     ]
-    known = [[name, *(said(own[key]) for key in NAMES)] for name, own in disentangled(figures).items()]
+    return ["change of the input", *CHANGES.values(), *WAYS], rows
+
+
+def told(figures: Mapping[str, Any]) -> Table:
+    """How far latents stand for factors, beside both controls; no rows where no factors are known."""
+    rows = [[name, *(said(own[key]) for key in NAMES)] for name, own in disentangled(figures).items()]
+    return ["", *NAMES.values()], rows
+
+
+def page(study: Study, title: str) -> str:
+    """One HTML file that needs no network."""
+    known = told(study.figures)
     parts = [
-        *(f"<p>{escape(line)}</p>" for line in lines(figures)),
-        *(["<h2>How far latents stand for factors</h2>", _table(["", *NAMES.values()], known)] if known else ()),
+        *(f"<p>{escape(line)}</p>" for line in lines(study.figures)),
+        *(["<h2>How far latents stand for factors</h2>", _table(*known)] if known[1] else ()),
         "<h2>What moving a coordinate does</h2>",
         _image(study, "traversals.png"),
-        _table([*COLUMNS.values(), "label"], moved),
+        _table(*moves(study.figures)),
         f"<p class=legend>{escape(LEGEND)}</p>",
         "<h2>What changing the input does, and by which way</h2>",
-        _table(["change of the input", *CHANGES.values(), *WAYS], dealt),
+        _table(*changes(study.figures)),
         f"<p class=legend>{escape(WAYS_LEGEND)}</p>",
         _image(study, "circuit.png"),
     ]
