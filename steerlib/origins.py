@@ -49,6 +49,10 @@ def source_of(bank: "sl.ConceptBank") -> str:
     """Where a bank's model is: in its folder, or where its maker, its shipped recipe or else the id of its base model says."""
     if (pipeline := bank.file("pipeline")) is not None:
         return str(pipeline)
+    if bank.file("autoencoder") is not None:
+        raise BadBank(
+            f"bank {bank.name!r} is of an autoencoder, which takes no prompts; its card shows how to steer it in Python"
+        )
     if isinstance(source := bank.provenance.get("source"), str):
         return source
     found = recipe_of(bank, None).source if shipped_recipe(bank).is_file() else bank.base.id

@@ -351,7 +351,9 @@ def study(model: str, data: Path, out: Path, concepts: Sequence[str], hidden: st
             raise BadEdit("--concept chooses concepts of a bank, which is studied on prompts; give --data prompts.txt")
         found = room.studied(room.opened(model), read(data), hidden=hidden, seed=seed)
     page = room.write(found, out, f"Study of {Path(model).name}")
-    for line in (*room.lines(found.figures), f"page: {page}"):
+    head, rows = room.told(found.figures)
+    known = [f"{row[0].capitalize()}: {', '.join(map(' '.join, zip(head[1:], row[1:], strict=True)))}." for row in rows]
+    for line in (*room.lines(found.figures), *known, f"page: {page}"):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 

@@ -52,6 +52,12 @@ def test_it_is_taken_with_the_card_and_the_graph_that_say_it(tmp_path):
     assert silent["concept 1"].label == "new"
 
 
+def test_another_concept_at_the_same_place_says_nothing_of_the_first():
+    bank = bank_with_card()
+    twin = replace(bank["concept 1"], name="twin", label="another", useful=9.0)
+    assert [*bank.with_concepts([*bank.concepts.values(), twin])][-1] == "twin"
+
+
 @pytest.mark.parametrize("change", [
     lambda bank: bank.concepts.pop("concept 1"), lambda bank: setattr(bank, "card", MEASURED),
     lambda bank: bank.concepts.update({"concept 1": replace(bank["concept 1"], effects={"concept": "old"})}),

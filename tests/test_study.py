@@ -1,6 +1,7 @@
 """A study of an autoencoder in one command: data read, figures, page, pictures and bank written."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +13,12 @@ from torch.distributions import Normal
 
 import steerlib as sl
 from steerlib import errors
+from steerlib.bank.concepts import Concept
 from steerlib.evaluation.circuits import ANY, pairs
 from steerlib.evaluation.datasets import Data, read
 from steerlib.evaluation.decoders import drawing, predicting
 from steerlib.evaluation.interventions import Decoder
-from steerlib.evaluation.study import lines, of_bank, opened, page, studied, untrained, write
+from steerlib.evaluation.study import ends_of, lines, of_bank, opened, page, studied, untrained, write
 
 SIDE = 6
 SCENES = Path(__file__).parents[1] / "concept_banks" / "scenes-32" / "pipeline"
@@ -67,7 +69,7 @@ def test_a_study_finds_what_a_decoder_was_made_of_and_writes_it(data, tmp_path):
     assert control["mig"] < 0.2 and control["dci_informativeness"] < 0.6
     plain = found.figures["untrained"]  # the same encoder, which has no weights of its own; a decoder of all pixels at once
     assert plain["disentanglement"] == pytest.approx(real) and plain["coordinates"]["modularity"] < 0.5
-    assert any(line.startswith("Untrained: relative effect") for line in lines(found.figures))
+    assert any(line.startswith("Untrained: mean relative effect") for line in lines(found.figures))
     written = write(found, tmp_path / "out", "Bars <b>")
     text = written.read_text()
     assert "Bars &lt;b&gt;" in text and "http" not in text and text.count("<tr>") == 4 + 3 + 4 and text.count("<img") == 2
@@ -125,9 +127,17 @@ def test_a_pipeline_from_fixed_noise_is_studied_by_concepts_of_any_bank(tmp_path
     assert one["relative"] > 0 and one["control"] > 0 and not one["dead"] and change["relative"] > 0
     assert 0 < abs(change["through"]["a"][0]) < 1 and change["pairs"] == 3
     assert found.bank is None and {*found.pictures} == {"circuit.png", "traversals.png"}
-    assert "through coordinates" in write(found, tmp_path, "Scenes").read_text() and not (tmp_path / "bank").exists()
+    text = write(found, tmp_path, "Scenes").read_text()
+    assert "through coordinates" in text and "along channels" not in text and not (tmp_path / "bank").exists()
+    assert lines(found.figures)[0] == "Coordinates: 1; dead, moving nothing: none."
     with pytest.raises(errors.BadEdit, match="three inputs"):
         of_bank(Decoder(pipe, drawing(pipe), bank), prompts[:2])
+
+
+def test_a_coordinate_is_shown_between_the_ends_of_what_is_known_of_it():
+    one = Concept(name="a", encoder="layers.1", index=0, unit=2.0, natural=(-2.0, 6.0), range=(0.0, 1.0))
+    assert ends_of(one) == (-1, 3) and ends_of(replace(one, natural=None)) == (0, 1)
+    assert ends_of(replace(one, natural=None, range=None)) == (-1, 1)
 
 
 def test_a_language_models_next_token_is_studied_by_concepts_of_any_bank(llama, bank):

@@ -11,14 +11,14 @@ import typer
 from steerlib.text import progress
 from steerlib.threads import use_threads
 
-from . import findings
+from . import findings, shipped
 from .run import KINDS, QUICK, Size, run
 from .scatter import scatter
 from .truth import truth
 from .worlds import WORLDS
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-OUT, README = Path("out/vae"), Path(__file__).parent / "README.md"
+OUT, OTHERS, README = Path("out/vae"), Path("out/vae-64"), Path(__file__).parent / "README.md"
 SEEDS = 3
 Job = tuple[str, str, int]
 
@@ -31,6 +31,11 @@ def jobs(sets: list[str], kinds: list[str], seeds: int) -> Iterator[Job]:
 def file_of(out: Path, job: Job) -> Path:
     """Where a run is written."""
     return out / "{}-{}-{}.json".format(Path(job[0]).stem, *job[1:])
+
+
+def read(out: Path) -> list[dict[str, Any]]:
+    """All runs in a folder."""
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(out.glob("*.json"))]
 
 
 @app.command("run")
@@ -64,10 +69,11 @@ def runs(
 @app.command()
 def tables(
     out: Annotated[Path, typer.Option(help="folder of the runs")] = OUT,
+    others: Annotated[Path, typer.Option(help="folder of runs of other sizes, of which a line each is written")] = OTHERS,
     readme: Annotated[Path, typer.Option(help="where to write them, between its marks; the picture goes beside it")] = README,
 ) -> None:
     """Write tables, findings and the picture of all runs in a folder."""
-    made: list[dict[str, Any]] = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(out.glob("*.json"))]
+    made = read(out)
     if not made or any(one["size"] != made[0]["size"] for one in made):
         raise typer.BadParameter(f"expected runs of one size in {out}, got {len(made)} runs of several or none")
     order = {job: k for k, job in enumerate(jobs([*WORLDS], [*KINDS], 1000))}
@@ -82,6 +88,8 @@ def tables(
         "all": findings.everything(made),
         "truth": truth(),
     }
+    if single := read(others):
+        parts["others"] = "\n".join(["Of another size:\n", *(f"- {findings.single(one)}" for one in single)])
     text = readme.read_text(encoding="utf-8")
     for name, content in parts.items():
         marks = re.compile(rf"(<!-- begin: {name} -->\n).*?(<!-- end: {name} -->)", re.DOTALL)
@@ -89,6 +97,17 @@ def tables(
     readme.write_text(text, encoding="utf-8")
     readme.with_name("scatter.svg").write_text(scatter(made), encoding="utf-8")
     typer.echo(f"wrote {readme}")
+
+
+@app.command()
+def bank(
+    out: Annotated[Path, typer.Option(help="folder of the bank")] = OUT / shipped.NAME,
+    work: Annotated[Path, typer.Option(help="folder of the autoencoder, trained if none is there")] = OUT / "faces",
+    threads: Annotated[int, typer.Option(help="of the processor", min=0)] = 1,
+) -> None:
+    """Make the shipped bank: train an autoencoder of faces, study it, and write both."""
+    use_threads(threads)
+    typer.echo(shipped.bank(work).save_pretrained(out))
 
 
 if __name__ == "__main__":

@@ -233,7 +233,21 @@ def about(runs: Sequence[Mapping[str, Any]], planned: int) -> str:
     size, seeds = runs[0]["size"], sorted({run["seed"] for run in runs})
     by_world = ", ".join(f"{sum(run['world'] == world for run in runs)} of {world}" for world in worlds(runs))
     said = ", ".join(f"{name} {value:g}" for name, value in size.items())
+    quickest = min(run["seconds"] for run in runs)
     return (
         f"**{len(runs)} of {planned} runs** ({by_world}; seeds {', '.join(map(str, seeds))}), each of this size: {said}; "
-        f"torch {runs[0]['torch']}." + (" One seed shows no finding; it is an example." if len(seeds) < 2 else "")
+        f"torch {runs[0]['torch']}; the quickest took {quickest} s."
+        + (" One seed shows no finding; it is an example." if len(seeds) < 2 else "")
+    )
+
+
+def single(run: Mapping[str, Any]) -> str:
+    """A run of another size, in one line."""
+    size, own, plain = run["size"], figures_of(run), figures_of(run, "untrained")
+    shown = ("unexplained", "active", "ces", "relative", "control", "dci_disentanglement", "infom", "infoe")
+    said = {name: known for name, known in SHOWN.items() if known in shown}
+    figures = ", ".join(f"{name} {short(own[known])}" for name, known in said.items() if known in own)
+    return (
+        f"{run['kind']} on {run['world']}, seed {run['seed']}, {size['side']} × {size['side']} pixels, {size['steps']} steps, "
+        f"{run['seconds']} s: {figures}; before training CES {short(plain['ces'])}."
     )

@@ -10,6 +10,8 @@
 R   -log p(x|z) of a picture whose pixels are Bernoulli, one draw of z ~ q(z|x)
 TC  KL(q(z) || prod_i q(z_i)), the total correlation
 C   covariance of z ~ q(z), over a batch       e   the nearest entry of the code book       sg   no gradient goes back
+
+What stands beside R has a weight that grows from 0 to 1 (`run.WARM`), but for VQ-VAE.
 """
 
 import math
@@ -26,6 +28,9 @@ from .models import Gaussian, Quantised
 BETA, GAMMA, BETA_TC, DIAGONAL, OFF_DIAGONAL = 4.0, 10.0, 6.0, 10.0, 10.0
 """Weights within the ranges of the papers: beta, gamma, beta of beta-TC-VAE, l1 and l2."""
 
+Loss = Callable[[Any, Tensor, float], Tensor]
+"""Of a model, a batch, and the weight of what is asked of latents: all but R."""
+
 
 class Draw(NamedTuple):
     """What a step is about: latents of a batch and where they came from."""
@@ -34,10 +39,10 @@ class Draw(NamedTuple):
     q: Normal
 
 
-def objective(kind: str, latents: int, pictures: int) -> Callable[[Any, Tensor], Tensor]:
-    """The loss of a kind, of model and batch; `pictures` is how many the data has."""
+def objective(kind: str, latents: int, pictures: int) -> Loss:
+    """The loss of a kind; `pictures` is how many the data has."""
     if kind == "VQ-VAE":
-        return quantised
+        return lambda model, x, _: quantised(model, x)
     own: Callable[[Draw], Tensor | float] = {
         "VAE": lambda _: 0.0,
         "beta-VAE": lambda d: (BETA - 1) * divergence(d.q),
@@ -46,10 +51,10 @@ def objective(kind: str, latents: int, pictures: int) -> Callable[[Any, Tensor],
         "DIP-VAE-II": lambda d: moments(d.q),
     }[kind]
 
-    def loss(model: Gaussian, x: Tensor) -> Tensor:
+    def loss(model: Gaussian, x: Tensor, asked: float) -> Tensor:
         q = model.encode(x)
         d = Draw(q.rsample(), q)
-        return unlikely(model.decoder(d.z), x) + divergence(q) + own(d)
+        return unlikely(model.decoder(d.z), x) + asked * (divergence(q) + own(d))
 
     return loss
 

@@ -16,10 +16,12 @@ from steerlib.evaluation.datasets import Data, read
 from steerlib.evaluation.study import measured
 
 from .models import Gaussian, Quantised
-from .objectives import objective
+from .objectives import Loss, objective
 from .worlds import WORLDS
 
 KINDS = ("VAE", "beta-VAE", "FactorVAE", "beta-TC-VAE", "DIP-VAE-II", "VQ-VAE")
+WARM = 0.5
+"""Share of the steps over which what is asked of latents grows to its full weight: asked at once, most would be passive."""
 Tick = Callable[[], object]
 """Is called after every step of training."""
 
@@ -47,15 +49,16 @@ class Size(NamedTuple):
     boosted: bool = True
 
 
-QUICK = Size(width=8, pictures=4000, steps=1500, batch=32, told=400, moved=16, boosted=False)
+QUICK = Size(pictures=4000, steps=3000, batch=32, told=400, moved=16, boosted=False)
 
 
 def run(world: str, kind: str, seed: int, size: Size, *, device: str = "cpu", tick: Tick = lambda: None) -> dict[str, Any]:
     """Train one autoencoder on one data set, and measure it; the seed is of weights, batches and noise."""
     begun = time.monotonic()
     learned, rest = pictures(world, size)
-    model = made(kind, learned.inputs, seed, size)
-    train(model, learned.inputs, kind, size, seed, device=device, tick=tick)
+    x = learned.inputs
+    model = made(kind, x, seed, size)
+    train(model, x, lambda: objective(kind, size.latents, len(x)), size, seed, device=device, tick=tick)
     figures = measured(model, rest, moved=size.moved, boosted=size.boosted, seed=seed).figures
     figures["unexplained"] = unexplained(model, rest.inputs)
     about = {"world": Path(world).stem, "kind": kind, "seed": seed, "size": size._asdict(), "factors": len(rest.factors)}
@@ -89,16 +92,28 @@ def made(kind: str, x: Tensor, seed: int, size: Size) -> Any:
     return model
 
 
-def train(model: Any, x: Tensor, kind: str, size: Size, seed: int, *, device: str = "cpu", tick: Tick = lambda: None) -> None:
-    """With Adam, at a rate that falls to nothing over the last quarter; back on the processor in the end."""
+def train(
+    model: Any,
+    x: Tensor,
+    loss: Callable[[], Loss],
+    size: Size,
+    seed: int = 0,
+    *,
+    device: str = "cpu",
+    tick: Tick = lambda: None,
+) -> None:
+    """With Adam, at a rate that falls to nothing over the last quarter; back on the processor in the end.
+
+    `loss` makes the loss, on the device.
+    """
     torch.manual_seed(seed)
     model.to(device)
     x = x.to(device)
     with torch.device(device):
-        loss, adam = objective(kind, size.latents, len(x)), torch.optim.Adam(model.parameters(), lr=size.rate)
+        of, adam = loss(), torch.optim.Adam(model.parameters(), lr=size.rate)
         for step in range(size.steps):
             adam.param_groups[0]["lr"] = size.rate * min(1.0, 4 * (1 - step / size.steps))
-            found = loss(model, x[torch.randint(len(x), (size.batch,))])
+            found = of(model, x[torch.randint(len(x), (size.batch,))], min(1.0, step / (WARM * size.steps)))
             adam.zero_grad()
             found.backward()
             adam.step()

@@ -42,7 +42,7 @@ def check_copy(bank: Any, copy: Any, given: Collection[str]) -> Any:
     gone = [concept for name, concept in old.items() if name not in new]
     stale = [concept for concept in gone if _is_named(concept.name, card)]
     for concept in old.values():
-        other = ids.get(concept.id, concept)
+        other = new.get(concept.name) or ids.get(concept.id, concept)
         relabelled = other.label != concept.label and len(concept.label) > 3 and concept.label in card
         moved = (other.useful, other.range) != (concept.useful, concept.range) and _is_named(concept.name, card)
         stale += [concept] if relabelled or moved else []

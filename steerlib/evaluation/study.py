@@ -9,6 +9,7 @@ from copy import deepcopy
 from dataclasses import asdict, replace
 from html import escape
 from importlib import import_module
+from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from ..bank.autoencoders import autoencoder_of, posterior
 from ..bank.concept_bank import ConceptBank
+from ..bank.concepts import Concept
 from ..errors import BadEdit, MissingExtra, UnsupportedTarget
 from ..hosts import load
 from ..steering.interventions import Set
@@ -29,7 +31,7 @@ from .datasets import Data
 from .decoders import decoding, reconstructing
 from .disentanglement import disentanglement
 from .interventions import Decoder, by_swap
-from .pictures import grid
+from .pictures import sheet
 
 ROWS, TOLD, STEPS = 48, 2000, 7
 """Inputs on which coordinates are moved, those that disentanglement is measured on, and pictures of a traversal."""
@@ -122,7 +124,7 @@ def of_bank(
     bank = studied.bank
     names = [name for name, concept in bank.concepts.items() if concept.present is None] if names is None else list(names)
     found = coordinates(studied, inputs, names, hidden=hidden, seed=seed)
-    figures = {"coordinates": found.to_dict(), "passive": [], "inputs": len(inputs), "moved": len(inputs)}
+    figures = {"coordinates": found.to_dict(), "inputs": len(inputs), "moved": len(inputs)}
     figures["labels"] = {name: bank[name].label for name in names}
     turned = [[inputs[(k + by) % len(inputs)] for k in range(len(inputs))] for by in (1, 2)]
     value, control = (torch.stack(some) if isinstance(inputs, Tensor) else some for some in turned)
@@ -227,62 +229,78 @@ def swapped(decoder: Decoder, inputs: Tensor, code: str, others: list[str], seed
 
 
 def traversals(decoder: Decoder, inputs: Any, names: list[str]) -> bytes | None:
-    """A row for each coordinate: one picture as it goes from one end of its values to the other, and where pictures change;
-    None where no pictures come out."""
+    """A row for each coordinate: one picture as it goes from one end of its values to the other (`ends_of`), and where pictures
+    change; None where no pictures come out."""
     plain = decoder(inputs)
     if plain.ndim != 4 or plain.shape[1] not in (1, 3) or not names:
         return None
     low, high = (float(torch.quantile(plain.flatten()[: 1 << 20], q)) for q in (0.001, 0.999))
 
     def seen(x: Tensor) -> NDArray[np.uint8]:
-        scaled = ((x - low) / max(high - low, 1e-9)).clamp(0, 1).permute(0, 2, 3, 1)
-        return (scaled.expand(*scaled.shape[:3], 3).numpy() * 255).round().astype(np.uint8)
+        scaled = ((x - low) / max(high - low, 1e-9)).clamp(0, 1).permute(1, 2, 0)
+        return (scaled.expand(*scaled.shape[:2], 3).numpy() * 255).round().astype(np.uint8)
 
     cells: dict[str, dict[str, NDArray[np.uint8]]] = {}
-    for name in names:
-        ends = decoder.bank[name].natural or (-1.0, 1.0)
-        made = [decoder(inputs, {name: Set(float(value), unit="raw")}) for value in np.linspace(*ends, STEPS)]
-        change = (made[-1] - made[0]).abs().mean((0, 1), keepdim=True)
-        row = {f"{k + 1}": seen(one[:1]) for k, one in enumerate(made)}
-        cells[name] = row | {"where": seen(low + (high - low) * change / change.max().clamp(min=1e-9))}
-    return grid(cells, title="from the lowest 0.5 % of a coordinate's values to the highest, and where pictures change")
+    for name in progress(names, "drawing coordinates"):
+        concept = decoder.bank[name]
+        made = [decoder(inputs, {name: Set(float(value))}) for value in np.linspace(*ends_of(concept), STEPS)]
+        change = (made[-1] - made[0]).abs().mean((0, 1))[None]
+        row = {f"{k}": seen(one[0]) for k, one in enumerate(made, 1)}
+        shown = name if concept.label in ("", name) else f"{name}\n{concept.label}"
+        cells[shown] = row | {"where": seen(low + (high - low) * change / change.max().clamp(min=1e-9))}
+    with BytesIO() as file:
+        sheet(cells).save(file, format="png", optimize=True)
+        return file.getvalue()
+
+
+def ends_of(concept: Concept) -> tuple[float, float]:
+    """Between which values a coordinate is shown, in its units: where 99 % of what it reads lie, or its safe range, or one unit
+    each way."""
+    if concept.natural is None:
+        return concept.range or (-1.0, 1.0)
+    low, high = concept.natural
+    return low / concept.unit, high / concept.unit
 
 
 COLUMNS = {
     "name": "coordinate", "ces": "CES", "relative": "relative effect", "low": "from", "high": "to", "control": "control",
     "specificity": "specificity", "focus": "focus",
 }  # fmt: skip
-LEGEND = """CES and specificity as published (arXiv 2505.03530). Relative effect: with a coordinate as it is in another input,
-the change of the outcome over the spread of outcomes, with its 95 % interval over inputs (from, to); control: a random
-direction at the same site treated alike. Focus: 0 where all outputs change alike, 1 where one alone does."""
+LEGEND = """Pictures: one input, with a coordinate set from one end of its values to the other (99 % of what it reads lie
+between them; where that was not measured, its safe range), and where this changes the pictures of all inputs. CES and
+specificity as published (arXiv 2505.03530). Relative effect: with a coordinate as it is in another input, the change of the
+outcome over the spread of outcomes, with its 95 % interval over inputs (from, to); control: a random direction at the same site
+treated alike. Focus: 0 where all outputs change alike, 1 where one alone does."""
 CHANGES = {"pairs": "pairs", "relative": "relative effect", "low": "from", "high": "to", "control": "control"}
 WAYS = ("through coordinates", "all together", "along channels")
 WAYS_LEGEND = """Two inputs that differ in one factor alone, or any two. Relative effect as above; control: the same change of
 the input with its numbers in a random order, or, of prompts, into a third one. Shares are of the whole change of the outcome,
 in brackets those of a control. Through a coordinate: its indirect effect (mediation), beside a random direction. Along a
-channel: what comes out when that hidden channel alone is taken from the other input, beside another channel."""
+channel: what comes out when that hidden channel alone is taken from the other input, beside another channel. In the picture a
+line is as thick as such a share is large, or as a coordinate moves a channel beside the one that it moves most; from 5 % on."""
 
 
 def lines(figures: Mapping[str, Any]) -> list[str]:
     """What was found, as sentences."""
     whole = figures["coordinates"]
-    found = [
-        f"{len(whole['each'])} active coordinates; passive: {', '.join(figures['passive']) or 'none'}; dead, moving nothing: "
-        f"{', '.join(whole['dead']) or 'none'}.",
-        f"Modularity {said(whole['modularity'])} (as published {said(whole['published_modularity'])}).",
-    ]
+    passive = f"; passive: {', '.join(figures['passive']) or 'none'}" if "passive" in figures else ""
+    found = [f"Coordinates: {len(whole['each'])}{passive}; dead, moving nothing: {', '.join(whole['dead']) or 'none'}."]
+    best = sorted(whole["each"], key=lambda one: -(one["relative"] or 0.0))[:TOLD_WAYS]
+    moved = [f"{one['name']} {_shown(one['relative'])} ({_shown(one['control'])})" for one in best]
+    found.append(f"Largest relative effects (in brackets, controls): {', '.join(moved) or 'none'}.")
+    if whole["modularity"] is not None:
+        found.append(f"Modularity {said(whole['modularity'])} (as published {said(whole['published_modularity'])}).")
     if "untrained" in figures:
         plain = figures["untrained"]["coordinates"]
-        moved = np.mean([one["relative"] or 0.0 for one in plain["each"]] or [0.0])
-        found.append(f"Untrained: relative effect {moved:.3f}, modularity {said(plain['modularity'])}.")
-    for name, own in disentangled(figures).items():
-        found.append(f"{name}: {', '.join(f'{NAMES[key]} {said(value)}' for key, value in own.items())}.".capitalize())
+        mean = np.mean([one["relative"] or 0.0 for one in plain["each"]] or [0.0])
+        found.append(f"Untrained: mean relative effect {mean:.3f}, modularity {said(plain['modularity'])}.")
     if "codes" in figures:
         swaps = np.mean([code["relative"] for code in figures["codes"].values()])
         moves = np.mean([one["relative"] or 0.0 for one in whole["each"]])
         found.append(f"Relative effect of a swap of codes {swaps:.3f}, of a continuous coordinate {moves:.3f}, on average.")
     ways = {name: _ways(own["through"]).partition(",")[0] for name, own in figures["changes"].items()}
-    found.append(f"Changes of the input act most through: {'; '.join(f'{name}: {way}' for name, way in ways.items() if way)}.")
+    through = "; ".join(f"{name}: {way}" for name, way in ways.items() if way)
+    found.append(f"Changes of the input act most through (in brackets, controls): {through or 'nothing'}.")
     return found
 
 
@@ -299,24 +317,46 @@ def disentangled(figures: Mapping[str, Any]) -> dict[str, Mapping[str, float | N
     return {name: found for name, own in held.items() if (found := own.get("disentanglement"))}
 
 
-def page(study: Study, title: str) -> str:
-    """One HTML file that needs no network."""
-    figures = study.figures
-    moved = [[*(_shown(one[key]) for key in COLUMNS), figures["labels"][one["name"]]] for one in figures["coordinates"]["each"]]
-    dealt = [
+Table = tuple[list[str], list[list[str]]]
+"""Head and rows."""
+
+
+def moves(figures: Mapping[str, Any]) -> Table:
+    """What moving each coordinate does."""
+    each = figures["coordinates"]["each"]
+    rows = [[*(_shown(one[key]) for key in COLUMNS), figures["labels"][one["name"]]] for one in each]
+    return [*COLUMNS.values(), "label"], rows
+
+
+def changes(figures: Mapping[str, Any]) -> Table:
+    """What each change of the input does, and by which way."""
+    rows = [
         [name, *(_shown(own[key]) for key in CHANGES), _ways(own["through"]), _way(own["together"]), _ways(own["along"])]
         for name, own in figures["changes"].items()
     ]
-    known = [[name, *(said(own[key]) for key in NAMES)] for name, own in disentangled(figures).items()]
+    head = ["change of the input", *CHANGES.values(), *WAYS]
+    shown = len(head) - (not any(row[-1] for row in rows))  # without a hidden site there are no channels
+    return head[:shown], [row[:shown] for row in rows]
+
+
+def told(figures: Mapping[str, Any]) -> Table:
+    """How far latents stand for factors, beside both controls; no rows where no factors are known."""
+    rows = [[name, *(said(own[key]) for key in NAMES)] for name, own in disentangled(figures).items()]
+    return ["", *NAMES.values()], rows
+
+
+def page(study: Study, title: str) -> str:
+    """One HTML file that needs no network."""
+    known = told(study.figures)
     parts = [
-        *(f"<p>{escape(line)}</p>" for line in lines(figures)),
-        *(["<h2>How far latents stand for factors</h2>", _table(["", *NAMES.values()], known)] if known else ()),
+        *(f"<p>{escape(line)}</p>" for line in lines(study.figures)),
+        *(["<h2>How far latents stand for factors</h2>", _table(*known)] if known[1] else ()),
         "<h2>What moving a coordinate does</h2>",
         _image(study, "traversals.png"),
-        _table([*COLUMNS.values(), "label"], moved),
+        _table(*moves(study.figures)),
         f"<p class=legend>{escape(LEGEND)}</p>",
         "<h2>What changing the input does, and by which way</h2>",
-        _table(["change of the input", *CHANGES.values(), *WAYS], dealt),
+        _table(*changes(study.figures)),
         f"<p class=legend>{escape(WAYS_LEGEND)}</p>",
         _image(study, "circuit.png"),
     ]
