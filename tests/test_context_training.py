@@ -73,6 +73,17 @@ def test_concepts_are_identified_where_each_was_intervened_on(fitted):
     assert match.latents.tolist() == [0, 1, 2]  # each by the name of its context
 
 
+def test_a_linear_module_starts_from_what_another_starts_from(monkeypatch):
+    monkeypatch.setitem(globals(), "A", 2 * A)  # so large that concepts are scaled
+    data = {name: x[:, 0] for name, x in contexts().items()}
+    first, other = (ContextLayer(["c0", "c1", "c2"], D, replace(FIT, inner=4, depth=depth)).eval() for depth in (0, 1))
+    for layer in (first, other):
+        layer.begin(data)
+    for context, x in data.items():
+        with torch.no_grad(), first.within(context), other.within(context):
+            assert (first(x) - other(x)).square().mean() <= 0.02 * x.var()
+
+
 def test_with_an_intervention_missing_its_concept_is_not_and_is_told():
     c, x = held_out()
     for missing in (1, 2):
@@ -314,7 +325,8 @@ def test_a_table_of_the_fit_leaves_its_other_fields_as_they_are_by_default(tmp_p
     ({"contexts": {OBSERVED: list("abcdefgh"), "tea": ["a"] * 9}}, "'tea': expected 8"),
     ({"rows": "rows.jsonl"}, "not both"), ({"site": ""}, "expected a site"), ({"level": -1}, "timestep"),
     ({"contexts": {OBSERVED: 3, "tea": "tea.txt"}}, "list of prompts"), ({"contexts": {OBSERVED: "no.txt"}}, "found none"),
-    ({"fit": ContextFit(depth=9)}, "1 to 8 layers"), ({"fit": ContextFit(rate=0.0)}, "positive rate"),
+    ({"fit": ContextFit(depth=9)}, "at most 8 layers"), ({"fit": ContextFit(depth=0)}, "inner and outer alike"),
+    ({"fit": ContextFit(rate=0.0)}, "positive rate"),
 ], ids=str)  # fmt: skip
 def test_recipes_that_cannot_work_are_refused(tmp_path, changes, said):
     (tmp_path / "same.jsonl").write_text('{"positive": "tea", "negative": "tea"}')

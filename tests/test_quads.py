@@ -48,11 +48,14 @@ def test_nine_pairs_are_held_out():
     assert {name for pair in PAIRS for name in pair} == {*CONCEPTS}
 
 
-def test_in_frozen_mode_only_the_module_learns():
+def test_in_frozen_mode_only_the_module_learns_and_fine_tuned_all_do():
     around = Autoencoder(TINY, 0, module=False)
     data = {name: torch.rand(16, 3, 8, 8, generator=generator()) for name in (OBSERVED, *CONCEPTS)}
-    model = with_module(TINY, data, 1, around)
-    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in around.state_dict().items())
+    for learns in ("module", "late"):
+        model = with_module(TINY, data, 1, around, learns)
+        kept = {name: torch.equal(model.state_dict()[name], tensor) for name, tensor in around.state_dict().items()}
+        del kept["spread"]  # of the noise that it has without a module
+        assert all(kept.values()) if learns == "module" else not any(kept.values())
 
 
 def test_the_command_goes_on_and_ends_with_figures_of_every_method_and_a_table(tmp_path, monkeypatch, capsys):
@@ -64,8 +67,9 @@ def test_the_command_goes_on_and_ends_with_figures_of_every_method_and_a_table(t
     monkeypatch.setattr(quads, "measured", lambda *_, **__: pytest.fail("was measured already"))
     quads.main(only="independent", seeds=1, side=8, steps=4, count=64, out=tmp_path)
     assert (own / "independent-0.json").read_bytes() == before
+    assert json.loads((own / "independent-0-linear.json").read_text()).keys() == {"linear"}
     found = json.loads((own / "quads.json").read_text())
-    methods = {"base", "pooled", "end to end", "frozen", "shuffled"}
+    methods = {"base", "pooled", "end to end", "frozen", "shuffled", "linear", "fine-tuned"}
     assert found["runs"]["independent"][0].keys() == methods
     assert all(0 < value < 9 for figures in found["runs"]["independent"][0].values() for value in figures.values())
     shown = capsys.readouterr().out

@@ -50,7 +50,7 @@ class ContextFit:
     Args:
         inner: I, numbers of a concept's noise.
         outer: O, numbers of a concept.
-        depth: Expressive layers, whose widths go from I to O in a line.
+        depth: Expressive layers, whose widths go from I to O in a line; 0 is a linear module, as a control, with I = O.
         steps: Batches.
         batch: Inputs of each.
         rate: Adam's, after `warmup` steps; from there it falls along a cosine to a hundredth.
@@ -78,8 +78,10 @@ class ContextFit:
 
     def check(self) -> None:
         """Raise `BadRecipe` for what cannot work."""
-        if min(self.inner, self.outer) < 2 or min(self.steps, self.batch) < 1 or not 1 <= self.depth <= len(LAYERS):
-            raise BadRecipe(f"expected widths from 2 up, positive steps and batch, 1 to {len(LAYERS)} layers, got {self}")
+        if min(self.inner, self.outer) < 2 or min(self.steps, self.batch) < 1 or not 0 <= self.depth <= len(LAYERS):
+            raise BadRecipe(f"expected widths from 2 up, positive steps and batch, at most {len(LAYERS)} layers, got {self}")
+        if self.depth == 0 and self.inner != self.outer:
+            raise BadRecipe(f"expected inner and outer alike in a linear module, of depth 0, got {self.inner} and {self.outer}")
         if min(self.rate, self.error) <= 0 or min(self.warmup, self.beta, self.sparse, self.small) < 0:
             raise BadRecipe(f"expected a positive rate and error, and no negative warmup or prices, got {self}")
 
@@ -123,15 +125,14 @@ class ContextLayer(nn.Module):
         settings.check()
         self.concepts, self.doing, self.drawn = tuple(concepts), None, torch.Generator()
         g, n, wide = torch.Generator().manual_seed(settings.seed), len(concepts), positions * width
-        sizes = [
-            round(settings.inner + (settings.outer - settings.inner) * k / settings.depth) for k in range(settings.depth + 1)
-        ]
+        wider, depth = settings.outer - settings.inner, settings.depth
+        sizes = [round(settings.inner + wider * k / max(1, depth)) for k in range(depth + 1)]
         made = _begun(g, n, sizes, wide)
         made |= {"pool.own": made["pool"].clone(), "pool.own.bias": torch.zeros(n, sizes[0])}
         made |= {"spread": torch.full((n, sizes[0]), -1.0), "unpool.bias": torch.zeros(positions, width)}
         for name, tensor in made.items():
             self.register_parameter(name.replace(".", "_"), nn.Parameter(tensor, requires_grad=name not in ("axis", "mean")))
-        self.positions, self.depth, self.kl = positions, settings.depth, torch.zeros(())
+        self.positions, self.depth, self.kl = positions, depth, torch.zeros(())
 
     @cached_property
     def module(self) -> Context:
@@ -203,7 +204,8 @@ class ContextLayer(nn.Module):
             at, own = z.mean(), z.std().clamp(min=1e-3)
             self.pool[k, 0], self.pool_bias[k, 0] = w[k], -middle @ w[k]
             self.pool_own[k, 0], self.pool_own_bias[k, 0] = w[k] / own, -(x.mean(0) @ w[k]) / own
-            for s, (by, shift) in enumerate(((1.0, 0.0), (own, at))):
+            first = 1.0 if self.depth else scale[k]  # else the last layer scales
+            for s, (by, shift) in enumerate(((first, 0.0), (first * own, first * at))):
                 self.noise[k, s, :2], self.noise_bias[k, s, :2] = 0.0, torch.tensor([shift, -shift])
                 self.noise[k, s, :2, 0] = torch.tensor([by, -by])  # of which gelu(t) - gelu(-t) = t
             self.unpool[k, 0] = write[k]
