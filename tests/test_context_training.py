@@ -278,6 +278,42 @@ def test_a_recipe_with_contexts_makes_a_bank_that_is_switched(tmp_path):
     assert session.report().lines[0].tokens == 4 and torch.equal(model(ids).logits, plain)
 
 
+def test_a_context_like_the_observed_one_identifies_nothing_and_the_card_says_so(tmp_path):
+    made = replace(recipe(tmp_path), seeds=1)
+    plain = made.read_contexts()[OBSERVED]
+    (tmp_path / "tea.jsonl").write_text(
+        "".join(f'{{"positive": "{prompt} tea", "negative": "{prompt}"}}\n' for prompt in plain)
+    )
+    lists = replace(made, contexts={OBSERVED: plain, "same": plain[::-1], "tea": "tea.jsonl"})
+    pairs = replace(
+        made, contexts={OBSERVED: plain, "same": "tea"}, template="{prompt} {concept}", site="embed"
+    )  # shows nothing
+    for one in (lists, pairs):
+        bank = sl.train(toy(), one, tokenizer=toy_tokenizer(), work=tmp_path / "work")
+        assert "**same: not identified" in bank.card and "not identified" in repr(bank["same"])
+        assert {c.name for c in bank.concepts.values() if c.useful is None} == {"same"}
+        assert one is pairs or '{"tea": sl.Do()}' in bank.card
+    assert bank["same"].effects["changed"] == 0
+
+
+def test_the_graph_has_effects_of_the_first_seed_and_the_ends_over_all(tmp_path):
+    made, model = recipe(tmp_path), toy()
+    words = made.read_contexts()
+    both = replace(
+        made, contexts={**words, "milk": [f"{one} milk" for one in words["tea"]]}, fit=replace(made.fit, sparse=0.0, warmup=0)
+    )
+    banks = [
+        sl.train(model, replace(both, seeds=seeds, seed=seed), tokenizer=toy_tokenizer(), work=tmp_path / "work")
+        for seeds, seed in ((2, 0), (1, 0), (1, 1))
+    ]
+    every, first, second = ({(e.src, e.dst): e for e in bank.graph.edges} for bank in banks)
+    assert every and all(e.relation == "context" and e.tau_lo is None for e in first.values())
+    for ends, edge in every.items():
+        weights = sorted([first[ends].weight, second[ends].weight if ends in second else 0.0])
+        assert edge.weight == first[ends].weight
+        assert [edge.tau_lo, edge.tau_hi] == pytest.approx(weights, abs=1e-3)
+
+
 def test_contexts_of_a_file_of_rows_are_those_of_lists(tmp_path):
     listed = recipe(tmp_path)
     lines = [f'{{"text": "{text}", "context": "{name}"}}' for name, texts in listed.read_contexts().items() for text in texts]
