@@ -17,6 +17,7 @@ from steerlib.training.context_recipe import FIT as FIT_OF_RECIPES
 from steerlib.training.context_recipe import ContextRecipe
 from steerlib.training.fit.contexts import OBSERVED, ContextFit, ContextLayer, fit_contexts
 from steerlib.training.package.contexts import Fitted, Pairs, fitted_to, fitted_to_pairs, layer_bank
+from steerlib.training.recipe import DirectionRecipe
 from steerlib.training.record.contexts import aligned, paired
 
 K, D, N = 3, 6, 1000
@@ -350,6 +351,22 @@ def test_pairs_templates_and_folders_say_the_same_contexts(tmp_path):
     assert by_folder.read_contexts() == {OBSERVED: plain[::-1], "tea": tea} and listed.read_pairs() == {}
 
 
+def test_functions_make_contexts_and_the_bank_keeps_what_they_gave(tmp_path):
+    listed = recipe(tmp_path)
+    plain = listed.read_contexts()[OBSERVED]
+    bare = replace(listed, contexts={OBSERVED: "plain.txt"}, seeds=1)
+    wanted = replace(bare, contexts={OBSERVED: plain, "tea": [[f"{prompt}, with tea", prompt] for prompt in plain]})
+    bank = sl.train(toy(), bare, tokenizer=toy_tokenizer(), work=tmp_path / "work", contexts={"tea": "{}, with tea".format})
+    kept = recipe_in(bank)
+    assert isinstance(kept, ContextRecipe) and kept.read_pairs() == wanted.read_pairs() and kept.digest == wanted.digest
+    for given, contexts in ((bare, {OBSERVED: str}), (bare, {"tea": len}), (replace(bare, contexts={}), {"tea": str.upper})):
+        with pytest.raises(errors.BadRecipe, match="expected p"):
+            sl.train(None, given, contexts=contexts)  # type: ignore[arg-type]
+    other = DirectionRecipe(name="x", base="b", source="s", concepts=())
+    with pytest.raises(errors.BadRecipe, match="is for a recipe of contexts"):
+        sl.train(None, other, contexts={"tea": str.upper})
+
+
 def test_a_table_of_the_fit_leaves_its_other_fields_as_they_are_by_default(tmp_path):
     assert recipe(tmp_path).fit == replace(FIT_OF_RECIPES, inner=2, outer=2, steps=20, batch=8)
 
@@ -420,6 +437,66 @@ def test_a_model_of_ones_own_learns_with_its_layer_and_is_switched(learns):
         with sl.steer(model, bank, dict.fromkeys(done, sl.Do())):
             torch.testing.assert_close(model(x), wanted)
         assert not torch.allclose(wanted, plain) and torch.equal(model(x), plain)
+
+
+def accelerated(accelerator: Any, folder: Any = None) -> tuple[Own, list[torch.Tensor]]:
+    """A model after a few steps, and the batches it saw."""
+    torch.manual_seed(0)
+    data, model, seen = contexts()[OBSERVED][:, 0], Own(), []
+
+    def cost(x: torch.Tensor) -> torch.Tensor:
+        seen.append(x)
+        return (model(x) - x).square().sum(-1).mean()
+
+    batches = lambda _, g: data[torch.randint(N, (8,), generator=g)]  # noqa: E731
+    fit_contexts(model, batches, cost, replace(FIT, steps=4, warmup=0), folder=folder, save_every=2, accelerator=accelerator)
+    return model, seen
+
+
+def test_accelerate_brings_precision_and_alone_changes_no_bit(tmp_path):
+    accelerate = pytest.importorskip("accelerate")
+    plain, same, half = (
+        accelerated(accelerator, tmp_path / str(k))[0].state_dict()
+        for k, accelerator in enumerate((None, accelerate.Accelerator(cpu=True), Rounding()))
+    )
+    assert all(torch.equal(same[name], tensor) for name, tensor in plain.items())
+    assert all(tensor.dtype == torch.float32 for tensor in half.values())
+    apart = max(float((half[name] - tensor).abs().max()) for name, tensor in plain.items())
+    assert 1e-6 < apart < 0.1
+
+
+class Rounding:
+    """What training asks of accelerate's object: one process, in bfloat16."""
+
+    device, num_processes, process_index, is_main_process = torch.device("cpu"), 1, 0, True
+
+    def autocast(self) -> Any:
+        return torch.autocast("cpu", torch.bfloat16)
+
+    def prepare_optimizer(self, adam: Any) -> Any:
+        return adam
+
+    def backward(self, loss: torch.Tensor) -> None:
+        loss.backward()
+
+
+class Second(Rounding):
+    """The second of two processes, which together find that nothing has to change."""
+
+    num_processes, process_index, is_main_process = 2, 1, False
+
+    def reduce(self, gradient: torch.Tensor, how: str) -> torch.Tensor:
+        assert how == "mean"
+        return 0 * gradient
+
+
+def test_processes_learn_from_batches_of_their_own_by_the_mean_of_all(tmp_path):
+    torch.manual_seed(0)
+    before = Own().state_dict()
+    (first, seen), (second, others) = accelerated(None), accelerated(Second(), tmp_path / "none")
+    assert all(torch.equal(second.state_dict()[name], tensor) for name, tensor in before.items())
+    assert not torch.equal(first.encoder.weight, second.encoder.weight) and not (tmp_path / "none").exists()
+    assert len(seen) == len(others) == 4 and not any(map(torch.equal, seen, others))
 
 
 def test_the_rest_learns_late_after_a_fifth_of_the_steps():

@@ -140,6 +140,10 @@ class ContextLayer(nn.Module):
         found = {name: getattr(self, name.replace(".", "_"), None) for name in Context.tensors}
         return Context({name: tensor for name, tensor in found.items() if tensor is not None}, self.positions)
 
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        self.__dict__.pop("module", None)  # moved parameters may be others
+        return super()._apply(*args, **kwargs)
+
     @contextmanager
     def within(self, context: str | Mapping[str, float] | None) -> Iterator[None]:
         """Inside the block, intervene on a concept, or on several as far as numbers from 0 to 1 say."""
@@ -298,6 +302,7 @@ Cost = Callable[[Any], Tensor]
 def fit_contexts(
     model: nn.Module, batches: Batches, cost: Cost, settings: ContextFit, *, learns: Literal["all", "module", "late"] = "all",
     contexts: Sequence[str] | None = None, folder: str | PathLike[str] | None = None, save_every: int = 500,
+    accelerator: Any = None,
 ) -> ContextLayer:  # fmt: skip
     """Train the context layer in a model, and the model around it.
 
@@ -310,45 +315,70 @@ def fit_contexts(
         contexts: those that batches are of. Default: the observed one and all others.
         folder: keeps a checkpoint, from which the same call goes on and ends with the same bits.
         save_every: steps between checkpoints.
+        accelerator: accelerate's; brings the device, its precision, and other processes, each with batches of its own.
     Returns the layer, in `eval` mode as the model is.
     """
     settings.check()
     layer = next(part for part in model.modules() if isinstance(part, ContextLayer))
     own = {*map(id, layer.parameters())}
     learned = {n: p for n, p in model.named_parameters() if p.requires_grad and (learns != "module" or id(p) in own)}
-    adam = torch.optim.Adam(learned.values(), lr=settings.rate)
+    rest = [p for p in learned.values() if learns == "late" and id(p) not in own]
+    adam, names = _adam(model, learned, settings, accelerator), contexts or (OBSERVED, *layer.concepts)
     about = dumps([asdict(settings), learns, layer.concepts], sort_keys=True)
     path = None if folder is None else Path(folder) / CHECKPOINT
-    begun, names = _restored(path, model, learned, adam, about), contexts or (OBSERVED, *layer.concepts)
-    model.train()
-    with progress(None, "fitting", total=settings.steps, initial=begun) as bar:
-        for step in range(begun, settings.steps):
-            g = layer.drawn = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
-            name = names[int(torch.randint(len(names), (), generator=g))]
-            with layer.within(name):
-                loss = cost(batches(name, g)) + settings.beta * layer.kl + _price(layer.effects, settings)
-            is_early = learns == "late" and step < settings.steps / 5
-            _learn(adam, loss, settings.rate_at(step), [p for p in learned.values() if is_early and id(p) not in own])
-            layer.clamp()
-            bar.update()
-            if path is not None and ((step + 1) % save_every == 0 or step + 1 == settings.steps):
-                _keep(path, model, learned, adam, step + 1, about)
+    begun = _restored(path, model.train(), learned, adam, about)
+    for step in progress(range(begun, settings.steps), "fitting", total=settings.steps, initial=begun):
+        g = layer.drawn = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
+        name = names[int(torch.randint(len(names), (), generator=g))]
+        with layer.within(name):
+            loss = _cost(batches, name, g, cost, accelerator) + settings.beta * layer.kl + _price(layer.effects, settings)
+        _learn(adam, loss, settings.rate_at(step), rest if step < settings.steps / 5 else (), accelerator)
+        layer.clamp()
+        if (step + 1) % save_every == 0 or step + 1 == settings.steps:
+            _keep(path, model, learned, adam, step + 1, about, accelerator)
     model.eval()
     return layer
 
 
-def _learn(adam: torch.optim.Adam, loss: Tensor, rate: float, waits: Sequence[Tensor]) -> None:
-    """One step of all parameters but those that wait."""
+def _adam(model: nn.Module, learned: Mapping[str, nn.Parameter], settings: ContextFit, accelerator: Any) -> Any:
+    """The optimizer of a model, which is moved to where it is trained."""
+    if accelerator is not None:
+        model.to(accelerator.device)
+    adam = torch.optim.Adam(learned.values(), lr=settings.rate)
+    return adam if accelerator is None else accelerator.prepare_optimizer(adam)
+
+
+def _cost(batches: Batches, name: str, g: torch.Generator, cost: Cost, accelerator: Any) -> Tensor:
+    """What a batch of a context costs; each process draws its own."""
+    if accelerator is None:
+        return cost(batches(name, g))
+    from accelerate.utils import send_to_device
+
+    if accelerator.process_index:
+        g.manual_seed(g.initial_seed() + (accelerator.process_index << 40))
+    with accelerator.autocast():
+        return cost(send_to_device(batches(name, g), accelerator.device))
+
+
+def _learn(adam: Any, loss: Tensor, rate: float, waits: Sequence[Tensor], accelerator: Any) -> None:
+    """One step of all parameters but those that wait, by the mean of all processes."""
     adam.zero_grad()
-    loss.backward()
+    (Tensor.backward if accelerator is None else accelerator.backward)(loss)
     for parameter in waits:
         parameter.grad = None
+    if accelerator is not None and accelerator.num_processes > 1:
+        for parameter in (p for group in adam.param_groups for p in group["params"] if p.grad is not None):
+            parameter.grad = accelerator.reduce(parameter.grad, "mean")
     adam.param_groups[0]["lr"] = rate
     adam.step()
 
 
-def _keep(path: Path, model: nn.Module, learned: Mapping[str, Tensor], adam: Any, step: int, about: str) -> None:
-    """All that the next step depends on, whole or not at all."""
+def _keep(
+    path: Path | None, model: nn.Module, learned: Mapping[str, Tensor], adam: Any, step: int, about: str, accelerator: Any
+) -> None:
+    """All that the next step depends on, whole or not at all; by one process."""
+    if path is None or not (accelerator is None or accelerator.is_main_process):
+        return
     found = {f"model|{name}": tensor for name, tensor in model.state_dict().items()}
     for name, parameter in learned.items():
         found |= {f"{key}|{name}": tensor for key, tensor in adam.state[parameter].items()}
@@ -369,5 +399,6 @@ def _restored(path: Path | None, model: nn.Module, learned: Mapping[str, Tensor]
             tensors.setdefault(kind, {})[own] = file.get_tensor(name)
     model.load_state_dict(tensors.pop("model"))
     for name, parameter in learned.items():
-        adam.state[parameter] = {key: own[name].to(parameter.device) for key, own in tensors.items() if name in own}
+        own = {key: tensor[name] for key, tensor in tensors.items() if name in tensor}
+        adam.state[parameter] = {key: t if key == "step" else t.to(parameter.device) for key, t in own.items()}
     return found["step"]

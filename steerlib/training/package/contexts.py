@@ -17,6 +17,7 @@ from torch import Tensor
 from ...bank.card import example, example_of_pictures, front
 from ...bank.concept_bank import BaseModel, ConceptBank, SiteFacts
 from ...bank.concepts import Concept
+from ...devices import best_device
 from ...encoders import Context
 from ...errors import UnsupportedTarget
 from ...evaluation.contexts import distances, unidentified
@@ -137,8 +138,9 @@ def fitted_to_pairs(
     flat = {name: Pairs(*(x.flatten(0, 1) for x in both)) for name, both in pairs.items()}
     every = torch.cat([observed.flatten(0, 1), *(both.done for both in flat.values())])
     middle, size = every.mean(0), float((every - every.mean(0)).square().mean().sqrt().clamp(min=1e-12))
-    normal = {name: Pairs(*((x - middle) / size for x in both)) for name, both in flat.items()}
-    layer = ContextLayer([*pairs], every.shape[-1], settings)
+    device = best_device()
+    normal = {name: Pairs(*(((x - middle) / size).to(device) for x in both)) for name, both in flat.items()}
+    layer = ContextLayer([*pairs], every.shape[-1], settings).to(device)
 
     def batches(name: str, g: torch.Generator) -> Pairs:
         rows = torch.randint(len(normal[name].plain), (settings.batch,), generator=g)
@@ -148,7 +150,7 @@ def fitted_to_pairs(
         return (both.done - layer.changed(both.plain)).square().sum(-1).mean() / (2 * settings.error)
 
     fit_contexts(layer, batches, cost, settings, contexts=[*pairs], folder=folder)
-    return measured(layer, {OBSERVED: observed, **{name: both.done for name, both in pairs.items()}}, middle, size)
+    return measured(layer.cpu(), {OBSERVED: observed, **{name: both.done for name, both in pairs.items()}}, middle, size)
 
 
 @torch.no_grad()
