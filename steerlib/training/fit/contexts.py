@@ -315,15 +315,14 @@ def fit_contexts(
         contexts: those that batches are of. Default: the observed one and all others.
         folder: keeps a checkpoint, from which the same call goes on and ends with the same bits.
         save_every: steps between checkpoints.
-        accelerator: accelerate's; brings the device, its precision, and other processes, each with batches of its own.
+        accelerator: accelerate's; brings the device, its precision, and other processes, which begin with the same model and
+            draw batches of their own.
     Returns the layer, in `eval` mode as the model is.
     """
     settings.check()
     layer = next(part for part in model.modules() if isinstance(part, ContextLayer))
-    own = {*map(id, layer.parameters())}
-    learned = {n: p for n, p in model.named_parameters() if p.requires_grad and (learns != "module" or id(p) in own)}
-    rest = [p for p in learned.values() if learns == "late" and id(p) not in own]
-    adam, names = _adam(model, learned, settings, accelerator), contexts or (OBSERVED, *layer.concepts)
+    learned, late, adam = _learning(model, layer, learns, settings.rate, accelerator)
+    names = contexts or (OBSERVED, *layer.concepts)
     about = dumps([asdict(settings), learns, layer.concepts], sort_keys=True)
     path = None if folder is None else Path(folder) / CHECKPOINT
     begun = _restored(path, model.train(), learned, adam, about)
@@ -332,7 +331,7 @@ def fit_contexts(
         name = names[int(torch.randint(len(names), (), generator=g))]
         with layer.within(name):
             loss = _cost(batches, name, g, cost, accelerator) + settings.beta * layer.kl + _price(layer.effects, settings)
-        _learn(adam, loss, settings.rate_at(step), rest if step < settings.steps / 5 else (), accelerator)
+        _learn(adam, loss, settings.rate_at(step), late if step < settings.steps / 5 else (), accelerator)
         layer.clamp()
         if (step + 1) % save_every == 0 or step + 1 == settings.steps:
             _keep(path, model, learned, adam, step + 1, about, accelerator)
@@ -340,12 +339,17 @@ def fit_contexts(
     return layer
 
 
-def _adam(model: nn.Module, learned: Mapping[str, nn.Parameter], settings: ContextFit, accelerator: Any) -> Any:
-    """The optimizer of a model, which is moved to where it is trained."""
+def _learning(
+    model: nn.Module, layer: ContextLayer, learns: str, rate: float, accelerator: Any
+) -> tuple[dict[str, nn.Parameter], list[nn.Parameter], Any]:
+    """What learns, by name, what of it waits at first, and its optimizer; the model is moved to where it is trained."""
     if accelerator is not None:
         model.to(accelerator.device)
-    adam = torch.optim.Adam(learned.values(), lr=settings.rate)
-    return adam if accelerator is None else accelerator.prepare_optimizer(adam)
+    own = {*map(id, layer.parameters())}
+    learned = {n: p for n, p in model.named_parameters() if p.requires_grad and (learns != "module" or id(p) in own)}
+    late = [p for p in learned.values() if learns == "late" and id(p) not in own]
+    adam = torch.optim.Adam(learned.values(), lr=rate)
+    return learned, late, adam if accelerator is None else accelerator.prepare_optimizer(adam)
 
 
 def _cost(batches: Batches, name: str, g: torch.Generator, cost: Cost, accelerator: Any) -> Tensor:
