@@ -1,18 +1,19 @@
-"""A context module in the frozen pipeline of scenes, from lists of prompts: `python scripts/contexts.py [--out out/contexts]`.
+"""A context module in the frozen pipeline of scenes, from lists of prompts: `python scripts/contexts.py [--seeds 3]`.
 
 Contexts are captions by night, with circles, with something blue, with something striped. No prompt of training names two of
 them. Every pair of values is then done together on captions that show neither, and judges, which only measure, say how many
 pictures show each value, and how much of all else stayed. Beside it: the prompt rewritten, the difference of means of the same
-activations, a module of one expressive layer, one with labels shuffled, and one from lists that are not pairs.
+activations, a linear module, one with labels shuffled, and one from lists that are not pairs.
 
-Goes on where it stopped; the figures are in `contexts.json` of the folder, and `python scripts/readme.py --no-banks --contexts
-FILE` writes the table.
+Goes on where it stopped; the figures of all seeds are in `contexts.json` of the folder `--out`, and `python scripts/readme.py
+--no-banks --contexts FILE` writes the table.
 """
 
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import Annotated, Any
@@ -29,8 +30,8 @@ from scenes.measures import Cause
 import steerlib as sl
 from steerlib.evaluation.pictures import Pictures, draw_as_told
 from steerlib.evaluation.report import markdown
-from steerlib.training.context_recipe import ContextRecipe
-from steerlib.training.fit.contexts import OBSERVED, ContextFit
+from steerlib.training.context_recipe import FIT, ContextRecipe
+from steerlib.training.fit.contexts import OBSERVED
 from steerlib.training.record.contexts import aligned, pictures
 from steerlib.training.store import remembered
 
@@ -40,7 +41,6 @@ SITE = "text_encoder.layers.1"
 LISTS, CASES = 11, 12
 """Purposes of captions: to train, to measure."""
 BARS = {"effect": 0.85, "preservation": 0.95}
-SHALLOW = ContextFit(inner=16, outer=16, depth=1, batch=512, rate=3e-3, warmup=100, steps=1000, sparse=100.0)
 
 
 def shows(factors: world.Factors, cause: Cause) -> NDArray[np.bool_]:
@@ -106,7 +106,7 @@ def recipes(n: int, seed: int) -> dict[str, ContextRecipe]:
     apart = {OBSERVED: observed, **{name: [done for done, _ in some] for name, some in lists.items()}}
     return {
         "context module": pairs,
-        "one expressive layer": replace(pairs, name="shallow", fit=SHALLOW),
+        "linear module": replace(pairs, name="linear", fit=replace(FIT, depth=0)),
         "labels shuffled": replace(
             pairs, name="shuffled", texts={f"{name}.jsonl": _lines(some) for name, some in mixed.items()}
         ),
@@ -203,31 +203,32 @@ def by_directions(bench: Bench, dev: Bench, bank: sl.ConceptBank) -> dict[str, l
 
 
 def table(found: Mapping[str, Any]) -> str:
-    """Effects and what is kept of every value and pair, by method; pairs that reach both bars are counted."""
-    methods: Mapping[str, Any] = found["methods"]
-    lines = [
-        (done, *(", ".join(f"{v:.2f}" for v in own[done][:-1]) + f" / {own[done][-1]:.2f}" for own in methods.values()))
-        for done in next(iter(methods.values()))
-    ]
-    reached = [sum(" + " in done and _score(v) >= 0 for done, v in own.items()) for own in methods.values()]
-    pairs = sum(" + " in line[0] for line in lines)
-    lines.append(("pairs that reach both bars", *(f"{n} of {pairs}" for n in reached)))
+    """Effects and what is kept of every value and pair, by method, over seeds; pairs that reach both bars are counted."""
+    runs: Sequence[Mapping[str, Any]] = found["runs"]
+    methods, lines = [*runs[0]], []
+    for done in runs[0][methods[0]]:
+        each = [[_over(values) for values in zip(*(run[name][done] for run in runs), strict=True)] for name in methods]
+        lines.append((done, *(f"{', '.join(own[:-1])} / {own[-1]}" for own in each)))
+    pairs = [done for done in runs[0][methods[0]] if " + " in done]
+    reached = [[sum(_score(run[name][done]) >= 0 for done in pairs) for run in runs] for name in methods]
+    lines.append(("pairs that reach both bars", *(f"{_over(counts, '.0f')} of {len(pairs)}" for counts in reached)))
+    several = f"Means over {len(runs)} seeds (least–most). " if len(runs) > 1 else ""
     said = (
         f"Effect of each value / mean share of other factors kept, on {found['cases']} captions that name none of them; bars "
-        f"are {BARS['effect']} for every value and {BARS['preservation']}. {found['prompts']} pairs of prompts a value, seed "
-        f"{found['seed']}. Machine: {found['machine']}; torch {found['torch']}."
+        f"are {BARS['effect']} for every value and {BARS['preservation']}. {found['prompts']} pairs of prompts a value. "
+        f"{several}Machine: {found['machine']}; torch {found['torch']}."
     )
     return f"{markdown(' | '.join(['done', *methods]), lines)}\n\n{said}"
 
 
-def main(
-    count: Annotated[int, typer.Option(help="pairs of prompts of each value")] = 300,
-    pictured: Annotated[int, typer.Option(help="captions that are measured")] = 32,
-    seed: Annotated[int, typer.Option(help="of captions, noise and fits")] = 0,
-    out: Annotated[Path, typer.Option(help="folder that keeps what was made")] = Path("out/contexts"),
-) -> None:
-    """Print the table."""
-    torch.set_num_threads(1)
+def _over(values: Sequence[float], how: str = ".2f") -> str:
+    """A mean, with the ends where they differ as shown."""
+    mean, least, most = (format(v, how) for v in (sum(values) / len(values), min(values), max(values)))
+    return mean if least == most else f"{mean} ({least}–{most})"
+
+
+def measured(count: int, pictured: int, seed: int, out: Path) -> dict[str, Any]:
+    """What judges see of every method, from one seed."""
     own = out / f"{count}-{pictured}-{seed}"
     pipe = sl.load(str(pipeline()))[0]
     banks = {name: sl.train(pipe, recipe, work=out / "work") for name, recipe in recipes(count, seed).items()}
@@ -238,10 +239,23 @@ def main(
     methods["difference of means"] = remembered(
         own / "means.json", lambda: by_directions(bench, Bench(pipe, pictured // 2, seed + 1), means)
     )
-    methods["prompt rewritten"] = remembered(own / "rewritten.json", bench.rewritten)
-    about = {"machine": machine(), "torch": torch.__version__, "cases": pictured, "prompts": count, "seed": seed}
-    found = {**about, "methods": {name: methods[name] for name in methods}}
-    (own / "contexts.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    return methods | {"prompt rewritten": remembered(own / "rewritten.json", bench.rewritten)}
+
+
+def main(
+    count: Annotated[int, typer.Option(help="pairs of prompts of each value")] = 300,
+    pictured: Annotated[int, typer.Option(help="captions that are measured")] = 32,
+    seeds: Annotated[int, typer.Option(help="number of seeds, of captions, noise and fits")] = 3,
+    out: Annotated[Path, typer.Option(help="folder that keeps what was made")] = Path("out/contexts"),
+) -> None:
+    """Print the table."""
+    torch.set_num_threads(1)
+    runs = [
+        remembered(out / f"{count}-{pictured}-{seed}.json", partial(measured, count, pictured, seed, out))
+        for seed in range(seeds)
+    ]
+    found = {"machine": machine(), "torch": torch.__version__, "cases": pictured, "prompts": count, "runs": runs}
+    (out / "contexts.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     print(table(found))
 
 

@@ -225,8 +225,8 @@ def from_banks() -> None:
 
 
 COSTS = {
-    "cost": "steering", "latents": "latents", "diffusion": "diffusion", "rebuilt": "rebuilt", "record": "record",
-    "whole": "whole", "gpu": "gpu",
+    "cost": "steering", "latents": "latents", "diffusion": "diffusion", "switched": "switched", "rebuilt": "rebuilt",
+    "record": "record", "whole": "whole", "gpu": "gpu",
 }  # fmt: skip
 """Tables of cost by section, and the option that names the figures of each."""
 TABLES: dict[str, tuple[str, Callable[..., str]]] = {
@@ -245,6 +245,7 @@ def main(
     steering: Annotated[Path | None, typer.Option(help="figures of bench_steering.py")] = None,
     latents: Annotated[Path | None, typer.Option(help="figures of bench_latents.py")] = None,
     diffusion: Annotated[Path | None, typer.Option(help="figures of bench_diffusion.py")] = None,
+    switched: Annotated[Path | None, typer.Option(help="figures of bench_diffusion.py of a context module alone")] = None,
     rebuilt: Annotated[Path | None, typer.Option(help="figures of bench_beside.py")] = None,
     record: Annotated[Path | None, typer.Option(help="figures of bench_record.py")] = None,
     sae: Annotated[Path | None, typer.Option(help="figures of bench_sae_train.py")] = None,

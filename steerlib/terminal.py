@@ -123,7 +123,7 @@ def example_of(bank: ConceptBank) -> str:
     levers = [concept for concept in bank.concepts.values() if concept.present is None]
     best = max(levers, key=lambda concept: (concept.useful is not None, bool(concept.effects.get("verified", {}).get("holds"))))
     kind = "" if best.useful_as == "Add" else f"{best.useful_as.lower()}:"
-    amount = "1" if best.useful is None else f"{kind}{best.useful:g}"
+    amount = f"{kind}{1 if best.useful is None else best.useful:g}"
     return shlex.join(["-e", f"{best.name}={amount}"])
 
 

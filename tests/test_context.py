@@ -61,7 +61,8 @@ def by_hand(module: Context, x: torch.Tensor, a: list[float]) -> torch.Tensor:
     t, switch = module.to_tensors(), torch.tensor(a).repeat_interleave(IN)
     z = torch.cat([t["pool"][k] @ x + t["pool.bias"][k] for k in range(K)])
     observed, intervened = (torch.block_diag(*t["noise"][:, s]) @ z + t["noise.bias"][:, s].flatten() for s in (0, 1))
-    e = gelu((1 - switch) * observed + switch * intervened)
+    e = (1 - switch) * observed + switch * intervened
+    e = gelu(e) if module.depth else e
     for layer in range(module.depth):
         e = torch.block_diag(*t[f"expressive.{layer}"]) @ e + t[f"expressive.{layer}.bias"].flatten()
         e = gelu(e) if layer + 1 < module.depth else e
@@ -92,13 +93,21 @@ def site(model: Any, bank: Any = None, edits: Any = None, **options: Any) -> tor
 
 
 @pytest.mark.parametrize("a", [[0.0, 0, 0], [1.0, 0, 0], [0.0, 1, 1], [0.25, 0, 1]], ids=str)
-@pytest.mark.parametrize("depth", [1, 3])
+@pytest.mark.parametrize("depth", [0, 1, 3])
 def test_it_computes_what_its_matrices_say(depth, a):
     module = Context(tensors(depth=depth))
     x = torch.randn(2, 5, D)
     amounts = torch.tensor(a).expand(2, 5, K)
     change = torch.stack([by_hand(module, row, a) - by_hand(module, row, [0.0] * K) for row in x.flatten(0, 1)])
     torch.testing.assert_close(module.change(x, amounts), change.unflatten(0, (2, 5)), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_without_expressive_layers_all_is_linear(depth):
+    module, (x, y) = Context(tensors(depth=depth)), torch.randn(2, D)
+    a = torch.tensor([1.0, 0.0, 0.5])
+    middle, ends = module.change((x + y) / 2, a), module.change(torch.stack([x, y]), a.expand(2, K)).mean(0)
+    assert torch.allclose(middle, ends, atol=1e-5) == (depth == 0)
 
 
 def test_a_do_cuts_what_its_concept_receives_and_switches_what_it_sends_and_nothing_else(module):

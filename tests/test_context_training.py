@@ -17,6 +17,7 @@ from steerlib.training.context_recipe import FIT as FIT_OF_RECIPES
 from steerlib.training.context_recipe import ContextRecipe
 from steerlib.training.fit.contexts import OBSERVED, ContextFit, ContextLayer, fit_contexts
 from steerlib.training.package.contexts import Fitted, Pairs, fitted_to, fitted_to_pairs, layer_bank
+from steerlib.training.recipe import DirectionRecipe
 from steerlib.training.record.contexts import aligned, paired
 
 K, D, N = 3, 6, 1000
@@ -71,6 +72,17 @@ def test_concepts_are_identified_where_each_was_intervened_on(fitted):
     match = concept_match(c, fitted.module.encode(x[:, 0]))
     assert match.mcc >= 0.95 and match.likeness.min() >= 0.9
     assert match.latents.tolist() == [0, 1, 2]  # each by the name of its context
+
+
+def test_a_linear_module_starts_from_what_another_starts_from(monkeypatch):
+    monkeypatch.setitem(globals(), "A", 2 * A)  # so large that concepts are scaled
+    data = {name: x[:, 0] for name, x in contexts().items()}
+    first, other = (ContextLayer(["c0", "c1", "c2"], D, replace(FIT, inner=4, depth=depth)).eval() for depth in (0, 1))
+    for layer in (first, other):
+        layer.begin(data)
+    for context, x in data.items():
+        with torch.no_grad(), first.within(context), other.within(context):
+            assert (first(x) - other(x)).square().mean() <= 0.02 * x.var()
 
 
 def test_with_an_intervention_missing_its_concept_is_not_and_is_told():
@@ -267,6 +279,42 @@ def test_a_recipe_with_contexts_makes_a_bank_that_is_switched(tmp_path):
     assert session.report().lines[0].tokens == 4 and torch.equal(model(ids).logits, plain)
 
 
+def test_a_context_like_the_observed_one_identifies_nothing_and_the_card_says_so(tmp_path):
+    made = replace(recipe(tmp_path), seeds=1)
+    plain = made.read_contexts()[OBSERVED]
+    (tmp_path / "tea.jsonl").write_text(
+        "".join(f'{{"positive": "{prompt} tea", "negative": "{prompt}"}}\n' for prompt in plain)
+    )
+    lists = replace(made, contexts={OBSERVED: plain, "same": plain[::-1], "tea": "tea.jsonl"})
+    pairs = replace(
+        made, contexts={OBSERVED: plain, "same": "tea"}, template="{prompt} {concept}", site="embed"
+    )  # shows nothing
+    for one in (lists, pairs):
+        bank = sl.train(toy(), one, tokenizer=toy_tokenizer(), work=tmp_path / "work")
+        assert "**same: not identified" in bank.card and "not identified" in repr(bank["same"])
+        assert {c.name for c in bank.concepts.values() if c.useful is None} == {"same"}
+        assert one is pairs or '{"tea": sl.Do()}' in bank.card
+    assert bank["same"].effects["changed"] == 0
+
+
+def test_the_graph_has_effects_of_the_first_seed_and_the_ends_over_all(tmp_path):
+    made, model = recipe(tmp_path), toy()
+    words = made.read_contexts()
+    both = replace(
+        made, contexts={**words, "milk": [f"{one} milk" for one in words["tea"]]}, fit=replace(made.fit, sparse=0.0, warmup=0)
+    )
+    banks = [
+        sl.train(model, replace(both, seeds=seeds, seed=seed), tokenizer=toy_tokenizer(), work=tmp_path / "work")
+        for seeds, seed in ((2, 0), (1, 0), (1, 1))
+    ]
+    every, first, second = ({(e.src, e.dst): e for e in bank.graph.edges} for bank in banks)
+    assert every and all(e.relation == "context" and e.tau_lo is None for e in first.values())
+    for ends, edge in every.items():
+        weights = sorted([first[ends].weight, second[ends].weight if ends in second else 0.0])
+        assert edge.weight == first[ends].weight
+        assert [edge.tau_lo, edge.tau_hi] == pytest.approx(weights, abs=1e-3)
+
+
 def test_contexts_of_a_file_of_rows_are_those_of_lists(tmp_path):
     listed = recipe(tmp_path)
     lines = [f'{{"text": "{text}", "context": "{name}"}}' for name, texts in listed.read_contexts().items() for text in texts]
@@ -303,6 +351,22 @@ def test_pairs_templates_and_folders_say_the_same_contexts(tmp_path):
     assert by_folder.read_contexts() == {OBSERVED: plain[::-1], "tea": tea} and listed.read_pairs() == {}
 
 
+def test_functions_make_contexts_and_the_bank_keeps_what_they_gave(tmp_path):
+    listed = recipe(tmp_path)
+    plain = listed.read_contexts()[OBSERVED]
+    bare = replace(listed, contexts={OBSERVED: "plain.txt"}, seeds=1)
+    wanted = replace(bare, contexts={OBSERVED: plain, "tea": [[f"{prompt}, with tea", prompt] for prompt in plain]})
+    bank = sl.train(toy(), bare, tokenizer=toy_tokenizer(), work=tmp_path / "work", contexts={"tea": "{}, with tea".format})
+    kept = recipe_in(bank)
+    assert isinstance(kept, ContextRecipe) and kept.read_pairs() == wanted.read_pairs() and kept.digest == wanted.digest
+    for given, contexts in ((bare, {OBSERVED: str}), (bare, {"tea": len}), (replace(bare, contexts={}), {"tea": str.upper})):
+        with pytest.raises(errors.BadRecipe, match="expected p"):
+            sl.train(None, given, contexts=contexts)  # type: ignore[arg-type]
+    other = DirectionRecipe(name="x", base="b", source="s", concepts=())
+    with pytest.raises(errors.BadRecipe, match="is for a recipe of contexts"):
+        sl.train(None, other, contexts={"tea": str.upper})
+
+
 def test_a_table_of_the_fit_leaves_its_other_fields_as_they_are_by_default(tmp_path):
     assert recipe(tmp_path).fit == replace(FIT_OF_RECIPES, inner=2, outer=2, steps=20, batch=8)
 
@@ -314,7 +378,8 @@ def test_a_table_of_the_fit_leaves_its_other_fields_as_they_are_by_default(tmp_p
     ({"contexts": {OBSERVED: list("abcdefgh"), "tea": ["a"] * 9}}, "'tea': expected 8"),
     ({"rows": "rows.jsonl"}, "not both"), ({"site": ""}, "expected a site"), ({"level": -1}, "timestep"),
     ({"contexts": {OBSERVED: 3, "tea": "tea.txt"}}, "list of prompts"), ({"contexts": {OBSERVED: "no.txt"}}, "found none"),
-    ({"fit": ContextFit(depth=9)}, "1 to 8 layers"), ({"fit": ContextFit(rate=0.0)}, "positive rate"),
+    ({"fit": ContextFit(depth=9)}, "at most 8 layers"), ({"fit": ContextFit(depth=0)}, "inner and outer alike"),
+    ({"fit": ContextFit(rate=0.0)}, "positive rate"),
 ], ids=str)  # fmt: skip
 def test_recipes_that_cannot_work_are_refused(tmp_path, changes, said):
     (tmp_path / "same.jsonl").write_text('{"positive": "tea", "negative": "tea"}')
@@ -372,6 +437,66 @@ def test_a_model_of_ones_own_learns_with_its_layer_and_is_switched(learns):
         with sl.steer(model, bank, dict.fromkeys(done, sl.Do())):
             torch.testing.assert_close(model(x), wanted)
         assert not torch.allclose(wanted, plain) and torch.equal(model(x), plain)
+
+
+def accelerated(accelerator: Any, folder: Any = None) -> tuple[Own, list[torch.Tensor]]:
+    """A model after a few steps, and the batches it saw."""
+    torch.manual_seed(0)
+    data, model, seen = contexts()[OBSERVED][:, 0], Own(), []
+
+    def cost(x: torch.Tensor) -> torch.Tensor:
+        seen.append(x)
+        return (model(x) - x).square().sum(-1).mean()
+
+    batches = lambda _, g: data[torch.randint(N, (8,), generator=g)]  # noqa: E731
+    fit_contexts(model, batches, cost, replace(FIT, steps=4, warmup=0), folder=folder, save_every=2, accelerator=accelerator)
+    return model, seen
+
+
+def test_accelerate_brings_precision_and_alone_changes_no_bit(tmp_path):
+    accelerate = pytest.importorskip("accelerate")
+    plain, same, half = (
+        accelerated(accelerator, tmp_path / str(k))[0].state_dict()
+        for k, accelerator in enumerate((None, accelerate.Accelerator(cpu=True), Rounding()))
+    )
+    assert all(torch.equal(same[name], tensor) for name, tensor in plain.items())
+    assert all(tensor.dtype == torch.float32 for tensor in half.values())
+    apart = max(float((half[name] - tensor).abs().max()) for name, tensor in plain.items())
+    assert 1e-6 < apart < 0.1
+
+
+class Rounding:
+    """What training asks of accelerate's object: one process, in bfloat16."""
+
+    device, num_processes, process_index, is_main_process = torch.device("cpu"), 1, 0, True
+
+    def autocast(self) -> Any:
+        return torch.autocast("cpu", torch.bfloat16)
+
+    def prepare_optimizer(self, adam: Any) -> Any:
+        return adam
+
+    def backward(self, loss: torch.Tensor) -> None:
+        loss.backward()
+
+
+class Second(Rounding):
+    """The second of two processes, which together find that nothing has to change."""
+
+    num_processes, process_index, is_main_process = 2, 1, False
+
+    def reduce(self, gradient: torch.Tensor, how: str) -> torch.Tensor:
+        assert how == "mean"
+        return 0 * gradient
+
+
+def test_processes_learn_from_batches_of_their_own_by_the_mean_of_all(tmp_path):
+    torch.manual_seed(0)
+    before = Own().state_dict()
+    (first, seen), (second, others) = accelerated(None), accelerated(Second(), tmp_path / "none")
+    assert all(torch.equal(second.state_dict()[name], tensor) for name, tensor in before.items())
+    assert not torch.equal(first.encoder.weight, second.encoder.weight) and not (tmp_path / "none").exists()
+    assert len(seen) == len(others) == 4 and not any(map(torch.equal, seen, others))
 
 
 def test_the_rest_learns_late_after_a_fifth_of_the_steps():

@@ -1,6 +1,7 @@
 """Quad data and the command that makes the table of context modules on it, at a size of seconds."""
 
 import json
+from dataclasses import replace
 from itertools import combinations
 
 import pytest
@@ -48,11 +49,21 @@ def test_nine_pairs_are_held_out():
     assert {name for pair in PAIRS for name in pair} == {*CONCEPTS}
 
 
-def test_in_frozen_mode_only_the_module_learns():
+def test_pictures_of_64_pixels_are_drawn_and_learned_from():
+    large = TINY._replace(side=64, fit=replace(TINY.fit, steps=1))
+    data = {name: quads.pictures(8, (), 64, 0, dependent=True) for name in (OBSERVED, *CONCEPTS)}
+    drawn = with_module(large, data, 0).draws(2, ("first",), 0)
+    assert drawn.shape == (2, 3, 64, 64) and drawn.min() >= 0 and drawn.max() <= 1
+
+
+def test_in_frozen_mode_only_the_module_learns_and_fine_tuned_all_do():
     around = Autoencoder(TINY, 0, module=False)
     data = {name: torch.rand(16, 3, 8, 8, generator=generator()) for name in (OBSERVED, *CONCEPTS)}
-    model = with_module(TINY, data, 1, around)
-    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in around.state_dict().items())
+    for learns in ("module", "late"):
+        model = with_module(TINY, data, 1, around, learns)
+        kept = {name: torch.equal(model.state_dict()[name], tensor) for name, tensor in around.state_dict().items()}
+        del kept["spread"]  # of the noise that it has without a module
+        assert all(kept.values()) if learns == "module" else not any(kept.values())
 
 
 def test_the_command_goes_on_and_ends_with_figures_of_every_method_and_a_table(tmp_path, monkeypatch, capsys):
@@ -64,8 +75,9 @@ def test_the_command_goes_on_and_ends_with_figures_of_every_method_and_a_table(t
     monkeypatch.setattr(quads, "measured", lambda *_, **__: pytest.fail("was measured already"))
     quads.main(only="independent", seeds=1, side=8, steps=4, count=64, out=tmp_path)
     assert (own / "independent-0.json").read_bytes() == before
+    assert json.loads((own / "independent-0-linear.json").read_text()).keys() == {"linear"}
     found = json.loads((own / "quads.json").read_text())
-    methods = {"base", "pooled", "end to end", "frozen", "shuffled"}
+    methods = {"base", "pooled", "end to end", "frozen", "shuffled", "linear", "fine-tuned"}
     assert found["runs"]["independent"][0].keys() == methods
     assert all(0 < value < 9 for figures in found["runs"]["independent"][0].values() for value in figures.values())
     shown = capsys.readouterr().out
@@ -80,5 +92,10 @@ def test_the_table_says_by_how_much_a_method_is_below_the_base_and_whether_bars_
     size = {"side": 32, "pictures": 2000, "hidden": 32, "fit": {"steps": 9, "batch": 64}}
     shown = quads.table({"runs": {"independent": [run(0.5), run(1.5)]}, "size": size, "machine": "m", "torch": "t"})
     assert "| end to end | 0.050 (0.025–0.075) | 0.100 (0.050–0.150) | 75% | 1.000 | 0.063, 0.081 | 72% |" in shown
-    assert "50% below the base: yes" in shown and "25.0% below it: **no**" in shown  # frozen: 20 %
-    assert "pooled level (0.150 to 0.450) or above: yes" in shown and "2 seeds" in shown
+    assert "- end to end at least 50.0% below the base: yes" in shown and "fine-tuned at" not in shown
+    assert "- frozen at least 25.0% below the base: **no**" in shown  # 20 %
+    assert "pooled level (0.150 to 0.450): yes; at 0.350" in shown and "2 seeds" in shown
+    low = {**run(1.0), "shuffled": run(0.5)["shuffled"]}
+    assert "pooled level (0.300 to 0.300): **no**" in quads.table(
+        {"runs": {"dependent": [low]}, "size": size, "machine": "m", "torch": "t"}
+    )

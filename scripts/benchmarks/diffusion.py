@@ -3,6 +3,8 @@
 Eight steps with guidance. Weights are random: what is measured is cost.
 """
 
+import time
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -114,15 +116,23 @@ def conditions(pipe: Any, sites: tuple[str, ...]) -> dict[str, Condition]:
 PIPELINES = {"U-Net of 10.9 M parameters": (unet, UNET_SITES), "transformer of 9.1 M parameters": (transformer, DIT_SITES)}
 
 
-def drawing(name: str, batch: int) -> dict[str, Way]:
+def drawing(name: str, batch: int, only: Sequence[str], clock: Callable[[], float]) -> dict[str, Way]:
     """A batch of images by one pipeline."""
     make, sites = PIPELINES[name]
     pipe = make()
     pipe.set_progress_bar_config(disable=True)
-    return {what: within(condition, lambda: pipe(**given(pipe, batch))) for what, condition in conditions(pipe, sites).items()}
+    chosen = conditions(pipe, sites)
+    if unknown := {*only} - {*chosen}:
+        raise ValueError(f"expected conditions among {', '.join(chosen)}, got {', '.join(unknown)}")
+    kept = [what for what in chosen if not only or what in only or what.startswith("plain")]
+    return {what: within(chosen[what], lambda: pipe(**given(pipe, batch)), clock) for what in kept}
 
 
-def measurements(batch: int = 1) -> dict[str, Measurement]:
+def measurements(
+    batch: int = 1, only: Sequence[str] = (), clock: Callable[[], float] = time.perf_counter
+) -> dict[str, Measurement]:
     """What is measured in turns."""
-    contests = {name: partial(drawing, name, batch) for name in PIPELINES}
-    return {"drawing": Measurement("an image, steered / unsteered: median (least–most)", contests, over("plain"))}
+    contests = {name: partial(drawing, name, batch, only, clock) for name in PIPELINES}
+    said = ", in processor time" if clock is time.process_time else ""
+    title = f"an image, steered / unsteered{said}: median (least–most)"
+    return {"drawing": Measurement(title, contests, over("plain"))}

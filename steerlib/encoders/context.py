@@ -5,14 +5,15 @@ a_k      how far concept k is intervened on: 0 observed, 1 intervened, between t
 
     z_k = pool_k x                                                       [I]  of each concept its own noise
     h_k = gelu((1 - a_k) V_k z_k + a_k V'_k z_k)                         [I]  the intervenable noise layer
-    e_k = F_k,L ... gelu(F_k,1 h_k)                                      [O]  expressive layers, the last one linear
+    e_k = F_k,L ... gelu(F_k,1 h_k)                                      [O]  L expressive layers, the last one linear
     c_i = e_i + (1 - a_i) sum_j ((1 - a_j) A_ij + a_j A'_ij) e_j + b_i   [O]  reduced-form causal layer, over j other than i
     m(x; a) = sum_k c_k unpool_k                                         [P D]
 
-Linear maps have biases. Blocks are stored one a concept, so that neither set of weights can leave its diagonal. A_ii and A'_ii
-are the identity, all other entries are from 0 to 1. An intervened concept receives nothing (its row is cut) and sends what its
-second set of weights says (its column is switched). The paper normalises batches between layers; here nothing does, because a
-batch comes from one context, and what it has in common is what the module has to learn.
+Linear maps have biases. With L = 0 all is linear: e_k is h_k without its gelu, and I is O. Blocks are stored one a concept, so
+that neither set of weights can leave its diagonal. A_ii and A'_ii are the identity, all other entries are from 0 to 1. An
+intervened concept receives nothing (its row is cut) and sends what its second set of weights says (its column is switched). The
+paper normalises batches between layers; here nothing does, because a batch comes from one context, and what it has in common is
+what the module has to learn.
 """
 
 from collections.abc import Mapping, Sequence
@@ -140,7 +141,8 @@ class Context(Encoder):
         """c of noise, with concepts intervened on as far as a says."""
         a, noise, bias = a[..., None], self._at("noise", z), self._at("noise.bias", z)
         observed, intervened = (torch.einsum("...ki,kji->...kj", z, noise[:, s]) + bias[:, s] for s in (0, 1))
-        e = gelu((1 - a) * observed + a * intervened)
+        e = (1 - a) * observed + a * intervened
+        e = gelu(e) if self.depth else e
         for layer, name in enumerate(LAYERS[: self.depth], 1):
             e = torch.einsum("...ki,kji->...kj", e, self._at(name, z)) + self._at(f"{name}.bias", z)
             e = gelu(e) if layer < self.depth else e

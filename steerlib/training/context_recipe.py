@@ -1,6 +1,6 @@
 """Concepts of a context module at one site of a model, from prompts that are sorted by what was intervened on."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -24,8 +24,8 @@ class ContextRecipe(Recipe):
     Args:
         contexts: In TOML `[contexts]`: the prompts of each concept, in which it was intervened on, and those of `observed`, in
             which nothing was; a list, or the name of a file of prompts, one a line. Better, of a concept the name of a .jsonl
-            file of pairs, lines of `positive` and `negative`: the same prompt with the concept and as observed. Lists are
-            paired so that as little as possible differs.
+            file of pairs, lines of `positive` and `negative`, or a list of such pairs: the same prompt with the concept and as
+            observed. Lists of prompts are paired so that as little as possible differs.
         template: How a prompt says a concept, with `{prompt}` and `{concept}` in it, such as "{prompt}, {concept}". Then
             `contexts` has the words for each concept ("by night"), which the template puts into the prompts of `observed`.
         rows: In place of contexts a file of lines of `text` and `context`, or a folder with a file of each context, such as
@@ -109,6 +109,16 @@ class ContextRecipe(Recipe):
         """A prompt in which nothing was intervened on."""
         return self.read_contexts()[OBSERVED][0]
 
+    def with_contexts(self, made: Mapping[str, Callable[[str], str]]) -> "ContextRecipe":
+        """The same recipe with further concepts, by name what a function makes of each observed prompt."""
+        found: dict[str, Any] = {**self.read_contexts(), **self.read_pairs()}
+        if OBSERVED not in found or found.keys() & made.keys():
+            raise BadRecipe(
+                f"expected prompts of {OBSERVED!r} and functions of other concepts, got {', '.join(found) or 'none'}"
+            )
+        pairs = {name: [(make(prompt), prompt) for prompt in found[OBSERVED]] for name, make in made.items()}
+        return replace(self, contexts=found | pairs, template="", rows="")
+
     def read_contexts(self) -> dict[str, list[str]]:
         """The prompts of each context, `observed` first."""
         pairs = self.read_pairs()
@@ -134,6 +144,8 @@ class ContextRecipe(Recipe):
             elif isinstance(said, str) and said.endswith(".jsonl"):
                 lines = self.read_lines(said, "positive", "negative")
                 found[name] = [(line["positive"].strip(), line["negative"].strip()) for line in lines]
+            elif isinstance(said, list | tuple) and any(isinstance(pair, list | tuple) for pair in said):
+                found[name] = [_pair(name, pair) for pair in said]
             if bad := [prompt for prompt, plain in found.get(name, ()) if prompt == plain]:
                 raise BadRecipe(f"{name!r}: expected pairs of two different prompts, got {bad[0]!r:.120} twice")
         return found
@@ -146,3 +158,9 @@ class ContextRecipe(Recipe):
         if not isinstance(given, list | tuple) or not all(isinstance(prompt, str) for prompt in given):
             raise BadRecipe(f"{name!r}: expected a list of prompts, or the name of a file of some, got {given!r:.80}")
         return list(given)
+
+
+def _pair(name: str, given: Any) -> tuple[str, str]:
+    if not isinstance(given, list | tuple) or len(given) != 2 or not all(isinstance(text, str) for text in given):
+        raise BadRecipe(f"{name!r}: expected pairs of a prompt with the concept and as observed, got {given!r:.80}")
+    return given[0].strip(), given[1].strip()

@@ -42,6 +42,7 @@ def train(
     work: str | os.PathLike[str] | None = None,
     score: Score | None = None,
     methods: Mapping[str, Any] | None = None,
+    contexts: Mapping[str, Callable[[str], str]] | None = None,
 ) -> ConceptBank:
     """Make a bank for a model: record, fit, label or choose by measured effect, calibrate, evaluate.
 
@@ -56,6 +57,7 @@ def train(
             scale, such as `sl.ClipScore`. Default: the recipe's CLIP model, or else the pipeline itself, by how well prompts
             explain them. A run goes on where one of a scorer of the same name stopped.
         methods: Of a `DirectionRecipe`: methods of your own that it names, as functions like those of `sl.directions`.
+        contexts: Of a `ContextRecipe`: further concepts, each a function that makes a prompt with it of an observed one.
 
     Returns:
         The bank, with its card; `save_pretrained` writes it.
@@ -67,13 +69,22 @@ def train(
     Example:
         >>> recipe = sl.Recipe.from_file("recipe.toml")                          # doctest: +SKIP
         >>> bank = sl.train(None, recipe, work="out/work")                       # doctest: +SKIP
-        >>> bank.save_pretrained("out/bank")                                     # doctest: +SKIP
     """
+    recipe = _told(recipe, score, contexts)
     with _beside(recipe, methods or {}, work), TemporaryDirectory() if work is None else nullcontext(work) as place:
         check(recipe)
-        if score is not None and not isinstance(recipe, PictureRecipe):
-            raise BadRecipe(f"score= is of pictures, and recipe {recipe.name!r} makes no concepts of them")
         return _made(target, tokenizer, recipe, Path(place), score)
+
+
+def _told(recipe: Recipe, score: Score | None, contexts: Mapping[str, Callable[[str], str]] | None) -> Recipe:
+    """The recipe with what functions make; raises `BadRecipe` where it has no use for what is given."""
+    if score is not None and not isinstance(recipe, PictureRecipe):
+        raise BadRecipe(f"score= is of pictures, and recipe {recipe.name!r} makes no concepts of them")
+    if not contexts:
+        return recipe
+    if not isinstance(recipe, ContextRecipe):
+        raise BadRecipe(f"contexts= is for a recipe of contexts, and {recipe.name!r} is none")
+    return recipe.with_contexts(contexts)
 
 
 def _beside(recipe: Recipe, methods: Mapping[str, Any], work: object) -> AbstractContextManager[None]:

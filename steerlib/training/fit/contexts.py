@@ -50,7 +50,7 @@ class ContextFit:
     Args:
         inner: I, numbers of a concept's noise.
         outer: O, numbers of a concept.
-        depth: Expressive layers, whose widths go from I to O in a line.
+        depth: Expressive layers, whose widths go from I to O in a line; 0 is a linear module, as a control, with I = O.
         steps: Batches.
         batch: Inputs of each.
         rate: Adam's, after `warmup` steps; from there it falls along a cosine to a hundredth.
@@ -78,8 +78,10 @@ class ContextFit:
 
     def check(self) -> None:
         """Raise `BadRecipe` for what cannot work."""
-        if min(self.inner, self.outer) < 2 or min(self.steps, self.batch) < 1 or not 1 <= self.depth <= len(LAYERS):
-            raise BadRecipe(f"expected widths from 2 up, positive steps and batch, 1 to {len(LAYERS)} layers, got {self}")
+        if min(self.inner, self.outer) < 2 or min(self.steps, self.batch) < 1 or not 0 <= self.depth <= len(LAYERS):
+            raise BadRecipe(f"expected widths from 2 up, positive steps and batch, at most {len(LAYERS)} layers, got {self}")
+        if self.depth == 0 and self.inner != self.outer:
+            raise BadRecipe(f"expected inner and outer alike in a linear module, of depth 0, got {self.inner} and {self.outer}")
         if min(self.rate, self.error) <= 0 or min(self.warmup, self.beta, self.sparse, self.small) < 0:
             raise BadRecipe(f"expected a positive rate and error, and no negative warmup or prices, got {self}")
 
@@ -123,21 +125,24 @@ class ContextLayer(nn.Module):
         settings.check()
         self.concepts, self.doing, self.drawn = tuple(concepts), None, torch.Generator()
         g, n, wide = torch.Generator().manual_seed(settings.seed), len(concepts), positions * width
-        sizes = [
-            round(settings.inner + (settings.outer - settings.inner) * k / settings.depth) for k in range(settings.depth + 1)
-        ]
+        wider, depth = settings.outer - settings.inner, settings.depth
+        sizes = [round(settings.inner + wider * k / max(1, depth)) for k in range(depth + 1)]
         made = _begun(g, n, sizes, wide)
         made |= {"pool.own": made["pool"].clone(), "pool.own.bias": torch.zeros(n, sizes[0])}
         made |= {"spread": torch.full((n, sizes[0]), -1.0), "unpool.bias": torch.zeros(positions, width)}
         for name, tensor in made.items():
             self.register_parameter(name.replace(".", "_"), nn.Parameter(tensor, requires_grad=name not in ("axis", "mean")))
-        self.positions, self.depth, self.kl = positions, settings.depth, torch.zeros(())
+        self.positions, self.depth, self.kl = positions, depth, torch.zeros(())
 
     @cached_property
     def module(self) -> Context:
         """What it computes, with the parameters themselves."""
         found = {name: getattr(self, name.replace(".", "_"), None) for name in Context.tensors}
         return Context({name: tensor for name, tensor in found.items() if tensor is not None}, self.positions)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        self.__dict__.pop("module", None)  # moved parameters may be others
+        return super()._apply(*args, **kwargs)
 
     @contextmanager
     def within(self, context: str | Mapping[str, float] | None) -> Iterator[None]:
@@ -203,7 +208,8 @@ class ContextLayer(nn.Module):
             at, own = z.mean(), z.std().clamp(min=1e-3)
             self.pool[k, 0], self.pool_bias[k, 0] = w[k], -middle @ w[k]
             self.pool_own[k, 0], self.pool_own_bias[k, 0] = w[k] / own, -(x.mean(0) @ w[k]) / own
-            for s, (by, shift) in enumerate(((1.0, 0.0), (own, at))):
+            first = 1.0 if self.depth else scale[k]  # else the last layer scales
+            for s, (by, shift) in enumerate(((first, 0.0), (first * own, first * at))):
                 self.noise[k, s, :2], self.noise_bias[k, s, :2] = 0.0, torch.tensor([shift, -shift])
                 self.noise[k, s, :2, 0] = torch.tensor([by, -by])  # of which gelu(t) - gelu(-t) = t
             self.unpool[k, 0] = write[k]
@@ -296,6 +302,7 @@ Cost = Callable[[Any], Tensor]
 def fit_contexts(
     model: nn.Module, batches: Batches, cost: Cost, settings: ContextFit, *, learns: Literal["all", "module", "late"] = "all",
     contexts: Sequence[str] | None = None, folder: str | PathLike[str] | None = None, save_every: int = 500,
+    accelerator: Any = None,
 ) -> ContextLayer:  # fmt: skip
     """Train the context layer in a model, and the model around it.
 
@@ -308,45 +315,74 @@ def fit_contexts(
         contexts: those that batches are of. Default: the observed one and all others.
         folder: keeps a checkpoint, from which the same call goes on and ends with the same bits.
         save_every: steps between checkpoints.
+        accelerator: accelerate's; brings the device, its precision, and other processes, which begin with the same model and
+            draw batches of their own.
     Returns the layer, in `eval` mode as the model is.
     """
     settings.check()
     layer = next(part for part in model.modules() if isinstance(part, ContextLayer))
-    own = {*map(id, layer.parameters())}
-    learned = {n: p for n, p in model.named_parameters() if p.requires_grad and (learns != "module" or id(p) in own)}
-    adam = torch.optim.Adam(learned.values(), lr=settings.rate)
+    learned, late, adam = _learning(model, layer, learns, settings.rate, accelerator)
+    names = contexts or (OBSERVED, *layer.concepts)
     about = dumps([asdict(settings), learns, layer.concepts], sort_keys=True)
     path = None if folder is None else Path(folder) / CHECKPOINT
-    begun, names = _restored(path, model, learned, adam, about), contexts or (OBSERVED, *layer.concepts)
-    model.train()
-    with progress(None, "fitting", total=settings.steps, initial=begun) as bar:
-        for step in range(begun, settings.steps):
-            g = layer.drawn = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
-            name = names[int(torch.randint(len(names), (), generator=g))]
-            with layer.within(name):
-                loss = cost(batches(name, g)) + settings.beta * layer.kl + _price(layer.effects, settings)
-            is_early = learns == "late" and step < settings.steps / 5
-            _learn(adam, loss, settings.rate_at(step), [p for p in learned.values() if is_early and id(p) not in own])
-            layer.clamp()
-            bar.update()
-            if path is not None and ((step + 1) % save_every == 0 or step + 1 == settings.steps):
-                _keep(path, model, learned, adam, step + 1, about)
+    begun = _restored(path, model.train(), learned, adam, about)
+    for step in progress(range(begun, settings.steps), "fitting", total=settings.steps, initial=begun):
+        g = layer.drawn = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
+        name = names[int(torch.randint(len(names), (), generator=g))]
+        with layer.within(name):
+            loss = _cost(batches, name, g, cost, accelerator) + settings.beta * layer.kl + _price(layer.effects, settings)
+        _learn(adam, loss, settings.rate_at(step), late if step < settings.steps / 5 else (), accelerator)
+        layer.clamp()
+        if (step + 1) % save_every == 0 or step + 1 == settings.steps:
+            _keep(path, model, learned, adam, step + 1, about, accelerator)
     model.eval()
     return layer
 
 
-def _learn(adam: torch.optim.Adam, loss: Tensor, rate: float, waits: Sequence[Tensor]) -> None:
-    """One step of all parameters but those that wait."""
+def _learning(
+    model: nn.Module, layer: ContextLayer, learns: str, rate: float, accelerator: Any
+) -> tuple[dict[str, nn.Parameter], list[nn.Parameter], Any]:
+    """What learns, by name, what of it waits at first, and its optimizer; the model is moved to where it is trained."""
+    if accelerator is not None:
+        model.to(accelerator.device)
+    own = {*map(id, layer.parameters())}
+    learned = {n: p for n, p in model.named_parameters() if p.requires_grad and (learns != "module" or id(p) in own)}
+    late = [p for p in learned.values() if learns == "late" and id(p) not in own]
+    adam = torch.optim.Adam(learned.values(), lr=rate)
+    return learned, late, adam if accelerator is None else accelerator.prepare_optimizer(adam)
+
+
+def _cost(batches: Batches, name: str, g: torch.Generator, cost: Cost, accelerator: Any) -> Tensor:
+    """What a batch of a context costs; each process draws its own."""
+    if accelerator is None:
+        return cost(batches(name, g))
+    from accelerate.utils import send_to_device
+
+    if accelerator.process_index:
+        g.manual_seed(g.initial_seed() + (accelerator.process_index << 40))
+    with accelerator.autocast():
+        return cost(send_to_device(batches(name, g), accelerator.device))
+
+
+def _learn(adam: Any, loss: Tensor, rate: float, waits: Sequence[Tensor], accelerator: Any) -> None:
+    """One step of all parameters but those that wait, by the mean of all processes."""
     adam.zero_grad()
-    loss.backward()
+    (Tensor.backward if accelerator is None else accelerator.backward)(loss)
     for parameter in waits:
         parameter.grad = None
+    if accelerator is not None and accelerator.num_processes > 1:
+        for parameter in (p for group in adam.param_groups for p in group["params"] if p.grad is not None):
+            parameter.grad = accelerator.reduce(parameter.grad, "mean")
     adam.param_groups[0]["lr"] = rate
     adam.step()
 
 
-def _keep(path: Path, model: nn.Module, learned: Mapping[str, Tensor], adam: Any, step: int, about: str) -> None:
-    """All that the next step depends on, whole or not at all."""
+def _keep(
+    path: Path | None, model: nn.Module, learned: Mapping[str, Tensor], adam: Any, step: int, about: str, accelerator: Any
+) -> None:
+    """All that the next step depends on, whole or not at all; by one process."""
+    if path is None or not (accelerator is None or accelerator.is_main_process):
+        return
     found = {f"model|{name}": tensor for name, tensor in model.state_dict().items()}
     for name, parameter in learned.items():
         found |= {f"{key}|{name}": tensor for key, tensor in adam.state[parameter].items()}
@@ -367,5 +403,6 @@ def _restored(path: Path | None, model: nn.Module, learned: Mapping[str, Tensor]
             tensors.setdefault(kind, {})[own] = file.get_tensor(name)
     model.load_state_dict(tensors.pop("model"))
     for name, parameter in learned.items():
-        adam.state[parameter] = {key: own[name].to(parameter.device) for key, own in tensors.items() if name in own}
+        own = {key: tensor[name] for key, tensor in tensors.items() if name in tensor}
+        adam.state[parameter] = {key: t if key == "step" else t.to(parameter.device) for key, t in own.items()}
     return found["step"]

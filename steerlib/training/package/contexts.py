@@ -17,9 +17,10 @@ from torch import Tensor
 from ...bank.card import example, example_of_pictures, front
 from ...bank.concept_bank import BaseModel, ConceptBank, SiteFacts
 from ...bank.concepts import Concept
+from ...devices import best_device
 from ...encoders import Context
 from ...errors import UnsupportedTarget
-from ...evaluation.contexts import distances
+from ...evaluation.contexts import distances, unidentified
 from ...evaluation.report import markdown
 from ...graph.causal_graph import CausalGraph, Edge
 from ...hosts import digest_of, host_for
@@ -79,7 +80,9 @@ def train_context(target: Any, tokenizer: Any, recipe: ContextRecipe, folder: Pa
         seeds = [replace(recipe.fit, seed=recipe.fit.seed + recipe.seed + n) for n in range(recipe.seeds)]
         learned = {name: some.learned() for name, some in pairs.items()}
         fitted = [fitted_to_pairs(observed, learned, fit, folder / f"seed-{fit.seed}") for fit in seeds]
-    bank = _bank(target, recipe, fitted, observed, pairs)
+    unknown = unidentified(observed, {name: seen[name] for name in seen if name not in plain})
+    unknown += [name for name in plain if torch.dist(*pairs[name]) <= 1e-3 * pairs[name].plain.norm()]
+    bank = _bank(target, recipe, fitted, observed, pairs, unknown)
     bank.provenance, bank.license = recipe.provenance, recipe.license
     return bank.with_concepts(bank.concepts, card=_card(bank, recipe, draws=tokenizer is None))
 
@@ -135,8 +138,9 @@ def fitted_to_pairs(
     flat = {name: Pairs(*(x.flatten(0, 1) for x in both)) for name, both in pairs.items()}
     every = torch.cat([observed.flatten(0, 1), *(both.done for both in flat.values())])
     middle, size = every.mean(0), float((every - every.mean(0)).square().mean().sqrt().clamp(min=1e-12))
-    normal = {name: Pairs(*((x - middle) / size for x in both)) for name, both in flat.items()}
-    layer = ContextLayer([*pairs], every.shape[-1], settings)
+    device = best_device()
+    normal = {name: Pairs(*(((x - middle) / size).to(device) for x in both)) for name, both in flat.items()}
+    layer = ContextLayer([*pairs], every.shape[-1], settings).to(device)
 
     def batches(name: str, g: torch.Generator) -> Pairs:
         rows = torch.randint(len(normal[name].plain), (settings.batch,), generator=g)
@@ -146,7 +150,7 @@ def fitted_to_pairs(
         return (both.done - layer.changed(both.plain)).square().sum(-1).mean() / (2 * settings.error)
 
     fit_contexts(layer, batches, cost, settings, contexts=[*pairs], folder=folder)
-    return measured(layer, {OBSERVED: observed, **{name: both.done for name, both in pairs.items()}}, middle, size)
+    return measured(layer.cpu(), {OBSERVED: observed, **{name: both.done for name, both in pairs.items()}}, middle, size)
 
 
 @torch.no_grad()
@@ -160,10 +164,10 @@ def measured(
     own["pool"], own["unpool"] = own["pool"] / size, own["unpool"] * size
     own["pool.bias"] = own["pool.bias"] - own["pool"] @ at
     module = Context(own, layer.positions)
-    none, names = torch.zeros(module.count), [name for name in contexts if name != OBSERVED]
+    none = torch.zeros(module.count)
     c = {name: module.concepts(module.pooled(x), none).flatten(0, -3) for name, x in contexts.items()}
     every = torch.cat([*c.values()])
-    for k, name in enumerate(names):
+    for k, name in enumerate(layer.concepts):
         axis = _axis(every[:, k], own["unpool"][k])
         away = (c[name][:, k].mean(0) - c[OBSERVED][:, k].mean(0)) @ axis
         own["axis"][k] = axis if away >= 0 else -axis
@@ -190,12 +194,8 @@ def layer_bank(model: torch.nn.Module, contexts: Mapping[str, Any], *, name: str
         with torch.no_grad(), observing(model, {f"{path}.in": keep}):
             model(batch)
     fitted = measured(layer, {name: x.reshape(len(x), layer.positions, -1) for name, x in seen.items()})
-    facts: Any = {"useful": 1.0, "useful_as": "Do", "encoder": path, "source": "a context module"}
-    units = zip(fitted.unit.tolist(), fitted.natural.T.tolist(), strict=True)
-    concepts = [
-        Concept(name=name, index=k, unit=unit, natural=(low, high), **facts)
-        for k, (name, (unit, (low, high))) in enumerate(zip(layer.concepts, units, strict=True))
-    ]
+    unknown = unidentified(seen[OBSERVED], {name: seen[name] for name in layer.concepts})
+    concepts = [_concept(fitted, k, name, path, name in unknown) for k, name in enumerate(layer.concepts)]
     bank = ConceptBank.from_encoder(fitted.module, site=path, reads=f"{path}.in", base=model, name=name, concepts=concepts)
     bank.graph = _graph(list(layer.concepts), [fitted])
     return bank
@@ -221,18 +221,24 @@ def _effects(own: Mapping[str, Tensor], c: Float[Tensor, "n K O"], unit: Float[T
     return raw * (1 - eye) * unit / unit[:, None]
 
 
+def _concept(fitted: Fitted, k: int, name: str, encoder: str, is_unknown: bool, **more: Any) -> Concept:
+    """A concept that is switched; of one that was not identified no amount is useful."""
+    low, high = fitted.natural[:, k].tolist()
+    own: Any = {"beyond": UNKNOWN} if is_unknown else {"useful": 1.0}
+    own |= {"index": k, "unit": float(fitted.unit[k]), "natural": (low, high), "useful_as": "Do", "source": "a context module"}
+    return Concept(name=name, encoder=encoder, **own, **more)
+
+
 def _bank(
-    target: Any, recipe: ContextRecipe, fitted: list[Fitted], observed: Tensor, pairs: Mapping[str, Pairs]
+    target: Any, recipe: ContextRecipe, fitted: list[Fitted], observed: Tensor, pairs: Mapping[str, Pairs], unknown: list[str]
 ) -> ConceptBank:
     """Concepts with what a `Do` gives on held-out pairs, and the graph of their effects, with intervals over seeds."""
     first, names = fitted[0], [*pairs]
     id = f"{recipe.site}@{recipe.level}" if recipe.level is not None else recipe.site
     concepts = []
     for k, name in enumerate(names):
-        low, high = first.natural[:, k].tolist()
         about = _given_by(first.module, k, name, pairs[name].held())
-        facts: Any = {"natural": (low, high), "useful": 1.0, "useful_as": "Do", "source": "a context module", "effects": about}
-        concepts.append(Concept(name=name, encoder=id, index=k, unit=float(first.unit[k]), label=name, **facts))
+        concepts.append(_concept(first, k, name, id, name in unknown, label=name, effects=about))
     site = SiteFacts(width=observed.shape[-1], norm=float(observed.flatten(0, 1).norm(dim=-1).median()))
     host = host_for(target)
     base = BaseModel(id=recipe.base, fingerprint=host.fingerprint(), weights=digest_of(host))
@@ -246,9 +252,9 @@ def _given_by(module: Context, k: int, name: str, both: Pairs) -> dict[str, floa
     a = torch.zeros(*both.plain.shape[:2], module.count)
     a[..., k] = 1.0
     given = both.plain + module.change(both.plain, a)
-    left = (given - both.done).square().sum() / (both.plain - both.done).square().sum().clamp(min=1e-30)
+    left, whole = (float((x - both.done).square().sum()) for x in (given, both.plain))
     far = distances({name: given}, {name: both.done}, both.plain)
-    return {"changed": float(1 - left), "distance": far.distance[name], "plain": far.plain[name]}
+    return {"changed": 1 - left / whole if whole else 0.0, "distance": far.distance[name], "plain": far.plain[name]}
 
 
 def _graph(names: list[str], fitted: list[Fitted]) -> CausalGraph:
@@ -266,6 +272,7 @@ def _graph(names: list[str], fitted: list[Fitted]) -> CausalGraph:
 
 def _card(bank: ConceptBank, recipe: ContextRecipe, draws: bool) -> str:
     """The card, in Markdown with model-card metadata."""
+    unknown = [c.name for c in bank.concepts.values() if c.beyond == UNKNOWN]
     rows = [
         (c.name, f"{c.effects['changed']:.0%}", f"{c.effects['distance']:.3g}", f"{c.effects['plain']:.3g}")
         for c in bank.concepts.values()
@@ -279,17 +286,21 @@ def _card(bank: ConceptBank, recipe: ContextRecipe, draws: bool) -> str:
         )
         for e in bank.graph.edges
     ]
-    shown = recipe.name, recipe.source, f'{{"{next(iter(bank.concepts))}": sl.Do()}}'
+    first = next((name for name in bank.concepts if name not in unknown), next(iter(bank.concepts)))
+    shown = recipe.name, recipe.source, f'{{"{first}": sl.Do()}}'
     parts = [
         front(recipe.name, recipe.base, recipe.license, [*bank.concepts.values()]).strip(),
         f"# {recipe.name}\n\n{described(recipe)}".strip(),
         example_of_pictures(*shown, recipe.plain) if draws else example(*shown),
         MEASURED + "\n\n" + markdown("concept | of the change | distance | without Do", rows),
+        f"**{', '.join(unknown)}: {UNKNOWN}.**" if unknown else "",
         EFFECTS + "\n\n" + markdown("cause | effect | units per unit | over seeds", effects) if effects else "",
     ]
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
+UNKNOWN = "not identified, for its context shows nothing at this site that the observed one does not"
+"""What is said of such a concept."""
 MEASURED = """## What was measured
 
 On held-out pairs of prompts, observed and with the concept: how much of the squared difference of activations at the site
