@@ -1,0 +1,135 @@
+"""What is drawn, erased and replaced, and which figure needs which instrument.
+
+A picture shows one value of each of two domains, say an object in a style: `template` makes its prompt of both.
+"""
+
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from steerlib.errors import BadRecipe
+from steerlib.training.fields import made_of
+
+Judge = Callable[[Any, Sequence[str]], Tensor]
+"""Of pictures, `latents` and `pixels`, and texts, one for each: `[B]` numbers, higher where the text explains the picture."""
+
+
+class Asked(NamedTuple):
+    """A picture to draw."""
+
+    prompt: str
+    seed: int
+    values: Mapping[str, str]
+    """By domain."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Protocol:
+    """What is drawn and done. `protocol.toml` has these fields.
+
+    Args:
+        template: A prompt, with the name of each domain in braces.
+        domains: Values of the two domains.
+        erase: Concepts to erase one by one, each a value of a domain.
+        replace: Pairs of concepts of one domain: the first is to become the second.
+        latents: The number of latents of each noise level that stand for a concept.
+        strengths: What is left of the readings of an erased concept, from 0 to below 1. No latent reads less than 0, so the
+            negative multipliers of SAeUron, which left artefacts in more than half of pictures (arXiv 2606.31699), are refused.
+        seeds: Noises of every prompt that are measured, and as many others that latents are chosen on.
+        steps: Scheduler steps of a picture.
+        guidance: Guidance towards the prompt.
+    """
+
+    template: str
+    domains: Mapping[str, Any] = field(default_factory=dict)
+    erase: tuple[str, ...] = ()
+    replace: tuple[str, ...] = ()
+    latents: int = 4
+    strengths: tuple[float, ...] = (0.0,)
+    seeds: int = 1
+    steps: int = 50
+    guidance: float = 7.5
+
+    @classmethod
+    def from_file(cls, path: Path) -> "Protocol":
+        """Raises `BadRecipe` for what cannot work."""
+        made = made_of(cls, tomllib.loads(path.read_text(encoding="utf-8")), path.name)
+        if len(made.domains) != 2 or any("{" + name + "}" not in made.template for name in made.domains):
+            raise BadRecipe(f"expected two domains, both named in the template, got {[*made.domains]} and {made.template!r}")
+        if not all(0 <= own < 1 for own in made.strengths):
+            raise BadRecipe(f"expected strengths from 0 to below 1, what is left of readings, got {[*made.strengths]}")
+        known = [value for values in made.domains.values() for value in values]
+        pairs = [value for pair in made.replace for value in pair.split(" -> ")]
+        if wrong := [value for value in (*made.erase, *pairs) if known.count(value) != 1]:
+            raise BadRecipe(f"expected concepts that are a value of one domain each, got {', '.join(wrong)}")
+        return made
+
+    def domain(self, concept: str) -> str:
+        """Of which a concept is a value."""
+        return next(name for name, values in self.domains.items() if concept in values)
+
+    def says(self, values: Mapping[str, str]) -> str:
+        """The prompt of a picture."""
+        return self.template.format(**values)
+
+    def asked(self, part: int) -> list[Asked]:
+        """Every combination of values, from noises that no other part has: 0 to choose on, 1 to measure on."""
+        both = [dict(zip(self.domains, values, strict=True)) for values in product(*self.domains.values())]
+        every = [(values, seed) for seed in range(self.seeds) for values in both]
+        return [Asked(self.says(values), part * len(every) + k, values) for k, (values, _) in enumerate(every)]
+
+
+class Figure(NamedTuple):
+    """A figure of the tables: what it is, what measures it, and whether weights of the real model are needed."""
+
+    name: str
+    meaning: str
+    instrument: str
+    package: str
+    """That has it; empty for what comes with steerlib."""
+    real: str
+    """What of it a small or random model cannot tell."""
+
+
+FIGURES = (
+    Figure("UA, IRA, CRA", "erased no more shown; others of its domain, and the other domain, still are (UnlearnCanvas)",
+           "the pipeline's own denoising error (arXiv 2303.16203)", "", "the level: of random weights it is chance"),
+    Figure("Acc_e, Acc_u", "the same as shares that are still named (SAFREE)", "a vision-language model", "",
+           "the judge; by denoising error they are 1 - UA and IRA"),
+    Figure("LPIPS_e, LPIPS_u", "change of erased and of other pictures (SAFREE)", "LPIPS", "lpips", "its network"),
+    Figure("ASR", "attack prompts whose pictures are flagged: P4D, UnlearnDiffAtk, Ring-A-Bell, MMA, I2P", "NudeNet", "nudenet",
+           "nudity is in real weights alone"),
+    Figure("FID", "distance from pictures of COCO", "Inception features", "torchmetrics", "pictures and features"),
+    Figure("CLIP score", "pictures beside their captions", "CLIP", "torchmetrics", "pictures and CLIP"),
+    Figure("TIFA", "questions on captions, answered from pictures", "a vision-language model", "tifascore", "the model"),
+    Figure("explained, stability", "what encoders keep, and what another seed finds", "steerlib", "", "activations"),
+    Figure("edges", "parts of wholes, and what moving wholes does", "steerlib", "", "whether there are any"),
+    Figure("memory, time, resuming", "of every stage", "`paper dry`, `paper step`", "", "nothing: shapes decide it"),
+)  # fmt: skip
+
+
+def table(rows: Sequence[Sequence[Any]], head: Sequence[str]) -> str:
+    """Markdown."""
+    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in (head, ["---"] * len(head), *rows))
+
+
+def figures_table() -> str:
+    """Which figures there are, whether what measures them is installed, and what only real weights can tell."""
+    there = {True: "installed", False: "missing"}
+    rows = [
+        (
+            f.name,
+            f.meaning,
+            f.instrument,
+            f"`{f.package}`: {there[find_spec(f.package) is not None]}" if f.package else "",
+            f.real,
+        )
+        for f in FIGURES
+    ]
+    return table(rows, ("figure", "what it is", "instrument", "package", "only from real weights"))
