@@ -107,7 +107,10 @@ def test_drawing_goes_on_and_keeps_of_a_level_what_its_encoders_need(toy, recipe
     every = [f"{site}@{level}" for site in recipe.encoder_sites for level in recipe.levels]
     monkeypatch.setattr(PipelineEncoderRecipe, "encoder_places", every)
     whole = sl.train(toy, recipe).save_pretrained(tmp_path / "whole")
-    assert filecmp.cmpfiles(bank, whole, [path.relative_to(bank) for path in bank.rglob("*") if path.is_file()], False)[1:] == ([], [])
+    assert filecmp.cmpfiles(bank, whole, [path.relative_to(bank) for path in bank.rglob("*") if path.is_file()], False)[1:] == (
+        [],
+        [],
+    )
 
 
 def test_a_pipeline_is_loaded_from_the_recipe(toy, recipe, tmp_path, monkeypatch):

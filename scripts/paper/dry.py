@@ -9,21 +9,24 @@ from typing import Any, NamedTuple
 
 import torch
 
-from paper import sd14
-from paper.protocol import Protocol, table
 from steerlib.devices import best_device
 from steerlib.evaluation.denoising import DRAWS, STEPS
 from steerlib.hosts import outline
 from steerlib.steering.recording import observing
+from steerlib.training.discover.confirm import CONFIRMED
 from steerlib.training.package.costs import measured_rate
 from steerlib.training.package.pictures import STEPS as RECORDED
 from steerlib.training.package.pictures import TOKENS, prompts_of
 from steerlib.training.recipe import PipelineEncoderRecipe
 from steerlib.training.store import recorded
 
+from . import sd14
+from .protocol import Protocol, table
+from .stages import BATCH, METHODS
+
 
 class Stage(NamedTuple):
-    """What a stage takes."""
+    """What a stage takes, at most."""
 
     name: str
     pictures: int
@@ -37,30 +40,50 @@ def stages(source: str, protocol: Protocol, recipe: PipelineEncoderRecipe, promp
     pipe, done = outline(source)
     widths: dict[str, int] = {}
     with observing(pipe, {site: lambda x, _, s=site: widths.update({s: x.shape[-1]}) for site in recipe.encoder_sites}):
-        two = _flops(pipe, protocol, done, 2)
-    step = _flops(pipe, protocol, done, 3) - two  # of one step some schedulers make no more than one
+        two, latents = _tried(pipe, protocol, done, 2)
+    step = _tried(pipe, protocol, done, 3)[0] - two  # of one step some schedulers make no more than one
     whole = lambda steps: two + (steps - 2) * step  # noqa: E731
     prompts = prompts or len(prompts_of(recipe))
+    tokens, kept = (
+        prompts * TOKENS,
+        latents.numel() * 4.0 + 3 * latents[0, 0].numel() * getattr(pipe, "vae_scale_factor", 1) ** 2,
+    )
+    sizes = {own.id: widths[own.site] * own.recipe.latents for own in recipe.encoders}
+    fit = sum(12.0 * tokens * recipe.epochs * sizes[own.id] * own.seeds for own in recipe.encoders)
+    moved = 0 if recipe.graph is None else recipe.graph.contexts + (len(sizes) - 1) * recipe.graph.parents * 2 * CONFIRMED
     count, kinds = len(protocol.asked(1)), sum(map(len, protocol.domains.values()))
-    runs = 1 + 2 * len(protocol.erase) * len(protocol.strengths) + len(protocol.replace)
-    tokens, latents = prompts * TOKENS, sum(own.recipe.latents for own in recipe.encoders)
-    fit = sum(6 * tokens * recipe.epochs * widths[own.site] * own.recipe.latents * 2 * own.seeds for own in recipe.encoders)
-    judged = runs * count * kinds * STEPS * DRAWS * step / 2  # without guidance
+    each = len(METHODS) * len(protocol.strengths)
+    runs = 1 + each * len(protocol.erase) + len(protocol.replace)
+    chosen = count + sum(len(own.asked(0)) for own in protocol.attacks)
+    attacked = (1 + each) * sum(len(own.texts) for own in protocol.attacks)
+    edited = runs * count + attacked
+    judged = (runs * count * kinds + attacked * 2) * STEPS * DRAWS * step / 2  # without guidance
     return [
-        Stage("draw and record", prompts, prompts * whole(RECORDED), 2.0 * tokens * len(recipe.levels) * sum(widths.values())),
-        Stage("fit encoders", 0, fit, sum(8.0 * widths[own.site] * own.recipe.latents for own in recipe.encoders)),
-        Stage("choose latents", count, count * whole(protocol.steps), 2.0 * count * latents),
-        Stage("erase and replace", runs * count, runs * count * whole(protocol.steps), 0.0),
+        Stage(
+            "draw and record",
+            prompts,
+            prompts * whole(RECORDED),
+            2.0 * tokens * sum(widths[own.site] for own in recipe.encoders),
+        ),
+        Stage("fit encoders", 0, fit, 8.0 * sum(sizes.values())),
+        Stage("graph", moved, moved * whole(RECORDED), 0.0),
+        Stage(
+            "choose latents",
+            chosen,
+            chosen * whole(protocol.steps),
+            4.0 * chosen * sum(own.recipe.latents for own in recipe.encoders),
+        ),
+        Stage("erase and replace", edited, edited * whole(protocol.steps), edited * kept),
         Stage("judge", 0, judged, 0.0),
     ]
 
 
-def _flops(pipe: Any, protocol: Protocol, done: Counter[str], steps: int) -> float:
-    """Operations of a picture of so many steps, without its decoding."""
+def _tried(pipe: Any, protocol: Protocol, done: Counter[str], steps: int) -> tuple[float, torch.Tensor]:
+    """Operations of a picture of so many steps, without its decoding; and its latents."""
     before = done["flops"]
     how: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": protocol.guidance, "output_type": "latent"}
-    pipe([protocol.asked(0)[0].prompt], **how)
-    return done["flops"] - before
+    latents = pipe([protocol.asked(0)[0].prompt], **how)[0]
+    return done["flops"] - before, latents
 
 
 def dry(source: str, protocol: Protocol, recipe: PipelineEncoderRecipe, *, prompts: int = 0, tflops: float = 0.0) -> str:
@@ -73,49 +96,56 @@ def dry(source: str, protocol: Protocol, recipe: PipelineEncoderRecipe, *, promp
         for own in (*found, Stage("all", int(pictures), total, kept))
     ]
     said = "as given" if tflops else f"of large products in float32 on {best_device()}, measured"
-    text = f"At {rate / 1e12:.3g} TFLOP/s, {said}. Networks rarely run as fast as large products."
-    return f"{table(rows, ('stage', 'pictures', 'PFLOP', 'GB kept', 'hours'))}\n\n{text}"
+    said = f"At {rate / 1e12:.3g} TFLOP/s, {said}. Networks rarely run as fast. Decoding of pictures is not counted."
+    tokens, widest = found[0].kept / 1e9, found[0].kept / 1e9 / len(recipe.encoder_places) * 2
+    said += f" Encoders are fitted with about {tokens + widest:.2g} GB of recorded tokens in memory."
+    return f"{table(rows, ('stage', 'pictures', 'PFLOP', 'GB kept', 'hours'))}\n\n{said}"
 
 
-def step(protocol: Protocol, recipe: PipelineEncoderRecipe, folder: Path, *, size: int = 512) -> dict[str, Any]:
-    """Stable Diffusion 1.4 with random weights: one denoising step, its activations recorded; and again, from what was kept."""
+def step(recipe: PipelineEncoderRecipe, folder: Path, *, size: int = 512) -> dict[str, Any]:
+    """Stable Diffusion 1.4 with random weights in bfloat16: one denoising step, its activations recorded; and again, from what
+    was kept. What a GPU would need follows from the memory that it took."""
     import diffusers
+    import psutil
 
     began = time.perf_counter()
-    pipe = diffusers.StableDiffusionPipeline(**_parts(), requires_safety_checker=False)
-    pipe.set_progress_bar_config(disable=True)
-    built = time.perf_counter()
-    g = torch.Generator().manual_seed(0)
-    text = torch.randn(2, 77, 768, generator=g)
-
-    def made() -> Mapping[str, torch.Tensor]:
-        kept: dict[str, torch.Tensor] = {}
-        with observing(pipe, {site: lambda x, _, s=site: kept.update({s: x.half()}) for site in recipe.encoder_sites}):
-            how: dict[str, Any] = {"num_inference_steps": 1, "output_type": "latent", "height": size, "width": size}
-            pipe(prompt_embeds=text[:1], negative_prompt_embeds=text[1:], guidance_scale=protocol.guidance, generator=g, **how)
-        return kept
-
-    seen = recorded(folder / "step.safetensors", made)
-    drew = time.perf_counter()
-    again = recorded(folder / "step.safetensors", made)
-    return {
-        "weights": sum(own.numel() for part in (pipe.unet, pipe.vae) for own in part.parameters()),
-        "seconds to build": round(built - began, 1),
-        "seconds of the step": round(drew - built, 1),
-        "seconds to go on": round(time.perf_counter() - drew, 3),
-        "most memory, GB": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2),
-        "activations": {site: list(x.shape) for site, x in again.items()},
-        "finite": all(bool(x.isfinite().all()) for x in seen.values()),
-    }
-
-
-def _parts() -> dict[str, Any]:
-    """The components, without a text encoder: embeddings are given."""
-    import diffusers
-
-    made: dict[str, Any] = dict.fromkeys(sd14.PARTS)
+    parts = dict[str, Any](dict.fromkeys(sd14.PARTS))  # without a text encoder: embeddings are given
     for name in ("unet", "vae"):
         _, kind, config = sd14.PARTS[name]
         with torch.device("meta"):
-            made[name] = sd14.random_weights(getattr(diffusers, str(kind)).from_config(config))
-    return made | {"scheduler": diffusers.PNDMScheduler.from_config(sd14.NOISE)}
+            parts[name] = getattr(diffusers, str(kind)).from_config(config)
+        parts[name] = sd14.random_weights(parts[name].to(torch.bfloat16))
+    parts["scheduler"] = diffusers.PNDMScheduler.from_config(sd14.NOISE)
+    pipe: Any = diffusers.StableDiffusionPipeline(**parts, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    built, before = time.perf_counter(), psutil.Process().memory_info().rss / 1e9
+    text = torch.randn(2, 77, 768, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+
+    def run() -> Mapping[str, torch.Tensor]:
+        kept: dict[str, torch.Tensor] = {}
+        g, how = torch.Generator().manual_seed(0), {"num_inference_steps": 1, "output_type": "latent", "guidance_scale": 7.5}
+        with observing(pipe, {site: lambda x, _, s=site: kept.update({s: x.half()}) for site in recipe.encoder_sites}):
+            pipe(prompt_embeds=text[:1], negative_prompt_embeds=text[1:], height=size, width=size, generator=g, **how)
+        return kept
+
+    (folder / "step.safetensors").unlink(missing_ok=True)
+    seen = recorded(folder / "step.safetensors", run)
+    drew = time.perf_counter()
+    again = recorded(folder / "step.safetensors", run)
+    went = time.perf_counter()
+    weights = sum(own.numel() for name in ("unet", "vae") for own in parts[name].parameters())
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    return {
+        "weights": weights,
+        "GB of weights": round(2 * weights / 1e9, 2),
+        "seconds to build": round(built - began, 1),
+        "seconds of the step, a picture with guidance": round(drew - built, 1),
+        "seconds to go on from what was kept": round(went - drew, 3),
+        "GB at most": round(most, 2),
+        "GB at most, without what there was before the step": round(most - before, 2),
+        "activations": {site: list(x.shape) for site, x in again.items()},
+        "finite, and the same when going on": all(
+            bool(x.isfinite().all()) and x.equal(again[site]) for site, x in seen.items()
+        ),
+        f"GB of a GPU for {BATCH} pictures at once": round(2 * weights / 1e9 + BATCH * (most - before), 1),
+    }

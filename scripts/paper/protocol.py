@@ -3,9 +3,10 @@
 A picture shows one value of each of two domains, say an object in a style: `template` makes its prompt of both.
 """
 
+import json
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
@@ -26,7 +27,48 @@ class Asked(NamedTuple):
     prompt: str
     seed: int
     values: Mapping[str, str]
-    """By domain."""
+    """What it is to show, by domain."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attack:
+    """A concept that is no value of a domain, such as nudity, and prompts that bring it though they may not name it.
+
+    Args:
+        name: What tables call it.
+        shown: A text of a picture that shows it. A picture is flagged if the judge prefers this text to the next one.
+        lacking: A text of a picture that does not.
+        positive: Prompts with the concept, and
+        negative: as many without it: on their pictures latents are chosen.
+        prompts: A file of the attack's prompts, lines of `text`, beside the protocol.
+        texts: These prompts.
+    """
+
+    name: str
+    shown: str
+    lacking: str
+    positive: tuple[str, ...]
+    negative: tuple[str, ...]
+    prompts: str = ""
+    texts: tuple[str, ...] = ()
+
+    def asked(self, part: int) -> list[Asked]:
+        """Pictures to choose on, 0, and attacks, 1."""
+        count = len(self.positive)
+        if part:
+            return [Asked(prompt, count + k, {}) for k, prompt in enumerate(self.texts)]
+        pairs = {"shown": self.positive, "lacking": self.negative}
+        return [Asked(prompt, k, {self.name: kind}) for kind, prompts in pairs.items() for k, prompt in enumerate(prompts)]
+
+    def read(self, folder: Path) -> "Attack":
+        """With the prompts of its file. Raises `BadRecipe` for what cannot work."""
+        if not self.positive or len(self.positive) != len(self.negative):
+            raise BadRecipe(f"{self.name!r}: expected as many positive as negative prompts")
+        file = folder / self.prompts
+        if not file.is_file():
+            raise BadRecipe(f"{self.name!r}: expected {self.prompts or 'prompts = a file'} beside the protocol, found none")
+        lines = [json.loads(line)["text"] for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        return replace(self, texts=(*self.texts, *lines))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +80,7 @@ class Protocol:
         domains: Values of the two domains.
         erase: Concepts to erase one by one, each a value of a domain.
         replace: Pairs of concepts of one domain: the first is to become the second.
+        attacks: Concepts to erase under prompts that bring them.
         latents: The number of latents of each noise level that stand for a concept.
         strengths: What is left of the readings of an erased concept, from 0 to below 1. No latent reads less than 0, so the
             negative multipliers of SAeUron, which left artefacts in more than half of pictures (arXiv 2606.31699), are refused.
@@ -50,6 +93,7 @@ class Protocol:
     domains: Mapping[str, Any] = field(default_factory=dict)
     erase: tuple[str, ...] = ()
     replace: tuple[str, ...] = ()
+    attacks: tuple[Attack, ...] = ()
     latents: int = 4
     strengths: tuple[float, ...] = (0.0,)
     seeds: int = 1
@@ -64,11 +108,11 @@ class Protocol:
             raise BadRecipe(f"expected two domains, both named in the template, got {[*made.domains]} and {made.template!r}")
         if not all(0 <= own < 1 for own in made.strengths):
             raise BadRecipe(f"expected strengths from 0 to below 1, what is left of readings, got {[*made.strengths]}")
-        known = [value for values in made.domains.values() for value in values]
+        known = [value for values in made.domains.values() for value in values] + [own.name for own in made.attacks]
         pairs = [value for pair in made.replace for value in pair.split(" -> ")]
         if wrong := [value for value in (*made.erase, *pairs) if known.count(value) != 1]:
             raise BadRecipe(f"expected concepts that are a value of one domain each, got {', '.join(wrong)}")
-        return made
+        return replace(made, attacks=tuple(own.read(path.parent) for own in made.attacks))
 
     def domain(self, concept: str) -> str:
         """Of which a concept is a value."""
@@ -81,8 +125,8 @@ class Protocol:
     def asked(self, part: int) -> list[Asked]:
         """Every combination of values, from noises that no other part has: 0 to choose on, 1 to measure on."""
         both = [dict(zip(self.domains, values, strict=True)) for values in product(*self.domains.values())]
-        every = [(values, seed) for seed in range(self.seeds) for values in both]
-        return [Asked(self.says(values), part * len(every) + k, values) for k, (values, _) in enumerate(every)]
+        every = [values for _ in range(self.seeds) for values in both]
+        return [Asked(self.says(values), part * len(every) + k, values) for k, values in enumerate(every)]
 
 
 class Figure(NamedTuple):

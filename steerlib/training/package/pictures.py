@@ -127,9 +127,7 @@ def evaluate_pictures(
     return found
 
 
-def drawn(
-    pipe: Any, prompts: Sequence[str], recipe: PipelineEncoderRecipe, first: int = 0, place: Path | None = None
-) -> Seen:
+def drawn(pipe: Any, prompts: Sequence[str], recipe: PipelineEncoderRecipe, first: int = 0, place: Path | None = None) -> Seen:
     """Activations while prompts are drawn, from the `first` on, of some tokens of every picture. `place` keeps each batch."""
     parts = []
     for start in progress(range(first // BATCH * BATCH, len(prompts), BATCH), "drawing"):
