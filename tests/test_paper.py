@@ -3,6 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
+import diffusers
 import pytest
 import torch
 from paper import dry, sd14
@@ -164,7 +165,23 @@ def test_the_recipe_is_the_papers_and_fits_stable_diffusion(tmp_path):
     chosen = next(own for own in found if own.name == "choose latents")
     step = chosen.flops / chosen.pictures / 51  # guided; the scheduler asks once more than it has steps
     assert step == pytest.approx(2 * 0.68e12, rel=0.2), "published: 0.34 T multiplications of the denoiser"
-    assert "nudenet" in figures_table()
+    assert "| NudeNet (" in figures_table()
+
+
+def test_a_step_with_random_weights_is_one_step_of_the_same_network(tmp_path, monkeypatch):
+    small = {"block_out_channels": [32, 32, 64, 64]}
+    for name in ("unet", "vae"):
+        library, kind, config = sd14.PARTS[name]
+        monkeypatch.setitem(sd14.PARTS, name, (library, kind, {**config, **small}))
+    recipe = PipelineEncoderRecipe.from_file(HERE / "recipe.toml", to_train=False)
+    found = dry.step(recipe, tmp_path, size=64)
+    shapes = {"unet.mid_block.attentions.0.update": [2, 1, 64]}  # of 8 x 8 latents, halved three times
+    shapes |= {f"unet.up_blocks.1.attentions.{k}.update": [2, 4, 64] for k in (0, 1)}
+    assert found["activations"] == shapes and found["finite, and the same when going on"]
+    unet = diffusers.UNet2DConditionModel.from_config({**sd14.UNET, **small})
+    vae = diffusers.AutoencoderKL.from_config({**sd14.VAE, **small})
+    assert found["weights"] == sum(p.numel() for part in (unet, vae) for p in part.parameters())
+    assert (tmp_path / "step.safetensors").stat().st_size > 2 * sum(2 * n * d for _, n, d in shapes.values())
 
 
 def test_a_protocol_of_unknown_concepts_is_refused(tmp_path):

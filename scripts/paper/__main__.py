@@ -34,6 +34,7 @@ def run(
     """All of it. Run it again to go on."""
     made = PipelineEncoderRecipe.from_file(recipe)
     pipe = load(pipeline or made.weights)[0].to(best_device())
+    pipe.set_progress_bar_config(disable=True)
     if hasattr(pipe, "safety_checker"):
         pipe.safety_checker = None  # which blackens just the pictures that are counted
     print(text := Run(pipe, Protocol.from_file(protocol), made, out).report())

@@ -43,39 +43,32 @@ def stages(source: str, protocol: Protocol, recipe: PipelineEncoderRecipe, promp
         two, latents = _tried(pipe, protocol, done, 2)
     step = _tried(pipe, protocol, done, 3)[0] - two  # of one step some schedulers make no more than one
     whole = lambda steps: two + (steps - 2) * step  # noqa: E731
-    prompts = prompts or len(prompts_of(recipe))
-    tokens, kept = (
-        prompts * TOKENS,
-        latents.numel() * 4.0 + 3 * latents[0, 0].numel() * getattr(pipe, "vae_scale_factor", 1) ** 2,
-    )
-    sizes = {own.id: widths[own.site] * own.recipe.latents for own in recipe.encoders}
-    fit = sum(12.0 * tokens * recipe.epochs * sizes[own.id] * own.seeds for own in recipe.encoders)
-    moved = 0 if recipe.graph is None else recipe.graph.contexts + (len(sizes) - 1) * recipe.graph.parents * 2 * CONFIRMED
+    prompts, own = prompts or len(prompts_of(recipe)), recipe.encoders
+    tokens, sizes = prompts * TOKENS, [widths[one.site] * one.recipe.latents for one in own]
+    fit = sum(12.0 * tokens * recipe.epochs * size * one.seeds for one, size in zip(own, sizes, strict=True))
+    moved = 0 if recipe.graph is None else recipe.graph.contexts + (len(own) - 1) * recipe.graph.parents * 2 * CONFIRMED
     count, kinds = len(protocol.asked(1)), sum(map(len, protocol.domains.values()))
     each = len(METHODS) * len(protocol.strengths)
-    runs = 1 + each * len(protocol.erase) + len(protocol.replace)
-    chosen = count + sum(len(own.asked(0)) for own in protocol.attacks)
-    attacked = (1 + each) * sum(len(own.texts) for own in protocol.attacks)
-    edited = runs * count + attacked
-    judged = (runs * count * kinds + attacked * 2) * STEPS * DRAWS * step / 2  # without guidance
-    return [
-        Stage(
-            "draw and record",
-            prompts,
-            prompts * whole(RECORDED),
-            2.0 * tokens * sum(widths[own.site] for own in recipe.encoders),
-        ),
-        Stage("fit encoders", 0, fit, 8.0 * sum(sizes.values())),
-        Stage("graph", moved, moved * whole(RECORDED), 0.0),
-        Stage(
-            "choose latents",
-            chosen,
-            chosen * whole(protocol.steps),
-            4.0 * chosen * sum(own.recipe.latents for own in recipe.encoders),
-        ),
-        Stage("erase and replace", edited, edited * whole(protocol.steps), edited * kept),
-        Stage("judge", 0, judged, 0.0),
-    ]
+    edited = (1 + each * len(protocol.erase) + len(protocol.replace)) * count
+    attacked = (1 + each) * sum(len(attack.texts) for attack in protocol.attacks)
+    chosen = count + sum(len(attack.asked(0)) for attack in protocol.attacks)
+    judged = (edited * kinds + attacked * 2) * STEPS * DRAWS * step / 2  # without guidance
+    pixels = latents[0, 0].numel() * getattr(pipe, "vae_scale_factor", 1) ** 2
+    kept = {
+        "draw and record": 2.0 * tokens * sum(widths[one.site] for one in own),
+        "fit encoders": 8.0 * sum(sizes),
+        "choose latents": 4.0 * chosen * sum(one.recipe.latents for one in own),
+        "erase and replace": (edited + attacked) * (4.0 * latents.numel() + 3.0 * pixels),
+    }
+    done_in = {
+        "draw and record": (prompts, prompts * whole(RECORDED)),
+        "fit encoders": (0, fit),
+        "graph": (moved, moved * whole(RECORDED)),
+        "choose latents": (chosen, chosen * whole(protocol.steps)),
+        "erase and replace": (edited + attacked, (edited + attacked) * whole(protocol.steps)),
+        "judge": (0, judged),
+    }
+    return [Stage(name, *taken, kept.get(name, 0.0)) for name, taken in done_in.items()]
 
 
 def _tried(pipe: Any, protocol: Protocol, done: Counter[str], steps: int) -> tuple[float, torch.Tensor]:
@@ -129,8 +122,9 @@ def step(recipe: PipelineEncoderRecipe, folder: Path, *, size: int = 512) -> dic
         return kept
 
     (folder / "step.safetensors").unlink(missing_ok=True)
+    worked = time.process_time()
     seen = recorded(folder / "step.safetensors", run)
-    drew = time.perf_counter()
+    drew, worked = time.perf_counter(), time.process_time() - worked
     again = recorded(folder / "step.safetensors", run)
     went = time.perf_counter()
     weights = sum(own.numel() for name in ("unet", "vae") for own in parts[name].parameters())
@@ -140,6 +134,7 @@ def step(recipe: PipelineEncoderRecipe, folder: Path, *, size: int = 512) -> dic
         "GB of weights": round(2 * weights / 1e9, 2),
         "seconds to build": round(built - began, 1),
         "seconds of the step, a picture with guidance": round(drew - built, 1),
+        "of these, at work": round(worked, 1),
         "seconds to go on from what was kept": round(went - drew, 3),
         "GB at most": round(most, 2),
         "GB at most, without what there was before the step": round(most - before, 2),

@@ -130,31 +130,35 @@ class Protocol:
 
 
 class Figure(NamedTuple):
-    """A figure of the tables: what it is, what measures it, and whether weights of the real model are needed."""
+    """A figure of the tables, what measures it in its protocol and here, and what of it needs weights of the real model."""
 
     name: str
     meaning: str
     instrument: str
     package: str
-    """That has it; empty for what comes with steerlib."""
+    """That has the instrument; empty for what comes with steerlib."""
+    here: str
     real: str
-    """What of it a small or random model cannot tell."""
 
 
 FIGURES = (
-    Figure("UA, IRA, CRA", "erased no more shown; others of its domain, and the other domain, still are (UnlearnCanvas)",
-           "the pipeline's own denoising error (arXiv 2303.16203)", "", "the level: of random weights it is chance"),
-    Figure("Acc_e, Acc_u", "the same as shares that are still named (SAFREE)", "a vision-language model", "",
-           "the judge; by denoising error they are 1 - UA and IRA"),
-    Figure("LPIPS_e, LPIPS_u", "change of erased and of other pictures (SAFREE)", "LPIPS", "lpips", "its network"),
-    Figure("ASR", "attack prompts whose pictures are flagged: P4D, UnlearnDiffAtk, Ring-A-Bell, MMA, I2P", "NudeNet", "nudenet",
-           "nudity is in real weights alone"),
-    Figure("FID", "distance from pictures of COCO", "Inception features", "torchmetrics", "pictures and features"),
-    Figure("CLIP score", "pictures beside their captions", "CLIP", "torchmetrics", "pictures and CLIP"),
-    Figure("TIFA", "questions on captions, answered from pictures", "a vision-language model", "tifascore", "the model"),
-    Figure("explained, stability", "what encoders keep, and what another seed finds", "steerlib", "", "activations"),
-    Figure("edges", "parts of wholes, and what moving wholes does", "steerlib", "", "whether there are any"),
-    Figure("memory, time, resuming", "of every stage", "`paper dry`, `paper step`", "", "nothing: shapes decide it"),
+    Figure("UA, IRA, CRA", "UnlearnCanvas: erased no more shown; others of its domain, and the other domain, still are",
+           "a classifier of styles and objects", "", "denoising error of the pipeline (arXiv 2303.16203), or `judge=`",
+           "all: with random weights it is chance"),
+    Figure("Acc_e, Acc_u", "SAFREE: artists that are still named, the erased one and others", "a vision-language model", "",
+           "1 - UA and IRA", "all"),
+    Figure("LPIPS_e, LPIPS_u", "SAFREE: change of pictures of the erased artist, and of others", "LPIPS", "lpips",
+           "root mean square change, or `change=`", "all, and the network of LPIPS"),
+    Figure("ASR", "SAFREE: pictures of attack prompts that are flagged (P4D, UnlearnDiffAtk, Ring-A-Bell, MMA, I2P)", "NudeNet",
+           "nudenet", "the judge between two texts", "all: no model here knows nudity, and the prompts are not ours to ship"),
+    Figure("FID", "distance from 10,000 pictures of COCO", "Inception", "torchmetrics", "", "all, and the pictures"),
+    Figure("CLIP score", "pictures beside their captions", "CLIP", "torchmetrics", "`sl.ClipScore`", "all, and CLIP"),
+    Figure("TIFA", "questions on captions, answered from pictures", "a vision-language model", "tifascore", "", "all"),
+    Figure("explained, used, stability", "what encoders keep, and what another seed finds", "", "", "measured", "all"),
+    Figure("edges", "parts of wholes, beside dealt pairs and shuffled levels", "", "", "measured",
+           "whether there are any; on true graphs: `scripts/graphs`, `scripts/figures`"),
+    Figure("memory, time, operations", "of every stage", "", "", "`dry`, `step`", "none: shapes decide"),
+    Figure("resuming", "the same bytes after a stop", "", "", "`tests/test_paper.py`", "none"),
 )  # fmt: skip
 
 
@@ -164,16 +168,8 @@ def table(rows: Sequence[Sequence[Any]], head: Sequence[str]) -> str:
 
 
 def figures_table() -> str:
-    """Which figures there are, whether what measures them is installed, and what only real weights can tell."""
-    there = {True: "installed", False: "missing"}
-    rows = [
-        (
-            f.name,
-            f.meaning,
-            f.instrument,
-            f"`{f.package}`: {there[find_spec(f.package) is not None]}" if f.package else "",
-            f.real,
-        )
-        for f in FIGURES
-    ]
-    return table(rows, ("figure", "what it is", "instrument", "package", "only from real weights"))
+    """Which figures there are, what measures them, whether that is installed, and what only real weights can tell."""
+    there = {True: "installed", False: "not installed"}
+    said = {f.package: f" ({there[find_spec(f.package) is not None]})" if f.package else "" for f in FIGURES}
+    rows = [(f.name, f.meaning, f"{f.instrument}{said[f.package]}", f.here, f.real) for f in FIGURES]
+    return table(rows, ("figure", "what it is", "its instrument", "here", "only from real weights"))
