@@ -100,7 +100,7 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_bytes(toy, plan, recipe, run,
         return draw(self, some)
 
     monkeypatch.setattr(Run, "_draw", drawn)
-    for _ in range(3):  # while latents are read, while plain pictures are drawn, and while a concept is erased
+    for _ in range(3):  # while latents of domains, then of attacks, are chosen, and while a concept is erased
         with pytest.raises(KeyboardInterrupt):
             Run(toy, plan, recipe, tmp_path / "out", blue).report()
     text = Run(toy, plan, recipe, tmp_path / "out", blue).report()

@@ -1,6 +1,7 @@
 """The stages, each with its result on disk: encoders, latents of concepts, unlearning, editing, tables. A run goes on."""
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -31,6 +32,8 @@ from .protocol import Asked, Attack, Judge, Protocol, figures_table, table
 BATCH = 8
 """Pictures that are drawn together."""
 Pixels = NDArray[np.uint8]
+FIRST = ("encoder", "levels", "concept", "pair", "method", "left", "latents", "prompts", "UA", "IRA", "CRA", "shown", "ASR")
+"""Columns of tables, in this order; others follow."""
 METHODS = ("all levels", "noisiest level", "noisiest level and its parts by the graph", "as many others")
 """Which latents are scaled: those of the concept; the last are a control."""
 
@@ -255,7 +258,9 @@ class Run:
         )
         quality, graph = self.bank.provenance.get("quality", {}), self.bank.provenance.get("graph", {}).get("levels", {})
         figures = ("explained", "control", "used", "stability")
-        encoders = [{"encoder": id, **{key: own.get(key, "") for key in figures}} for id, own in quality.items()]
+        encoders = [
+            {"encoder": id, **{key: round(own[key], 4) if key in own else "" for key in figures}} for id, own in quality.items()
+        ]
         edges = [{"levels": pair, **own, "dealt": own["dealt"]["verified"]} for pair, own in graph.items()]
         parts = {
             "Encoders": _rows(encoders),
@@ -271,8 +276,12 @@ class Run:
 
 def _file(name: str) -> str:
     """As the name of a file."""
-    return name.replace(" ", "_").replace("/", "_")
+    return re.sub(r"[^\w.-]+", "_", name)
 
 
 def _rows(rows: Sequence[Mapping[str, Any]]) -> str:
-    return table([[*row.values()] for row in rows], [*rows[0]]) if rows else "Nothing asked."
+    """Rows as they are kept, with what they are of in front."""
+    if not rows:
+        return "Nothing asked."
+    head = sorted(rows[0], key=lambda name: (FIRST.index(name) if name in FIRST else len(FIRST), name))
+    return table([[row[name] for name in head] for row in rows], head)
