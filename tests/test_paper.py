@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import pytest
@@ -172,14 +173,17 @@ def test_a_step_with_random_weights_is_one_step_of_the_same_network(tmp_path, mo
     small = {"block_out_channels": [32, 32, 64, 64]}
     for name in ("unet", "vae"):
         library, kind, config = sd14.PARTS[name]
-        monkeypatch.setitem(sd14.PARTS, name, (library, kind, {**config, **small}))
+        monkeypatch.setitem(sd14.PARTS, name, (library, kind, {**(config or {}), **small}))
     recipe = PipelineEncoderRecipe.from_file(HERE / "recipe.toml", to_train=False)
     found = dry.step(recipe, tmp_path, size=64)
     shapes = {"unet.mid_block.attentions.0.update": [2, 1, 64]}  # of 8 x 8 latents, halved three times
     shapes |= {f"unet.up_blocks.1.attentions.{k}.update": [2, 4, 64] for k in (0, 1)}
     assert found["activations"] == shapes and found["finite, and the same when going on"]
-    unet = diffusers.UNet2DConditionModel.from_config({**sd14.UNET, **small})
-    vae = diffusers.AutoencoderKL.from_config({**sd14.VAE, **small})
+    d: Any = diffusers
+    unet, vae = (
+        d.UNet2DConditionModel.from_config({**sd14.UNET, **small}),
+        d.AutoencoderKL.from_config({**sd14.VAE, **small}),
+    )
     assert found["weights"] == sum(p.numel() for part in (unet, vae) for p in part.parameters())
     assert (tmp_path / "step.safetensors").stat().st_size > 2 * sum(2 * n * d for _, n, d in shapes.values())
 
