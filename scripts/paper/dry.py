@@ -101,15 +101,16 @@ def step(recipe: PipelineEncoderRecipe, folder: Path, *, size: int = 512) -> dic
     import diffusers
     import psutil
 
+    d: Any = diffusers
     began = time.perf_counter()
     parts = dict[str, Any](dict.fromkeys(sd14.PARTS))  # without a text encoder: embeddings are given
     for name in ("unet", "vae"):
         _, kind, config = sd14.PARTS[name]
         with torch.device("meta"):
-            parts[name] = getattr(diffusers, str(kind)).from_config(config)
+            parts[name] = getattr(d, str(kind)).from_config(config)
         parts[name] = sd14.random_weights(parts[name].to(torch.bfloat16))
-    parts["scheduler"] = diffusers.PNDMScheduler.from_config(sd14.NOISE)
-    pipe: Any = diffusers.StableDiffusionPipeline(**parts, requires_safety_checker=False)
+    parts["scheduler"] = d.PNDMScheduler.from_config(sd14.NOISE)
+    pipe: Any = d.StableDiffusionPipeline(**parts, requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
     built, before = time.perf_counter(), psutil.Process().memory_info().rss / 1e9
     text = torch.randn(2, 77, 768, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
