@@ -1,10 +1,13 @@
 """Banks of latents by noise level from a diffusers pipeline."""
 
+import filecmp
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from scenes import world
 
 import steerlib as sl
@@ -77,6 +80,36 @@ def test_a_pipeline_gets_a_bank_of_latents_by_level(toy, recipe, tmp_path, monke
     again = sl.train(toy, recipe, work=tmp_path / "work")
     assert all(
         torch.equal(again.encoder(id).to_tensors()["encoder"], bank.encoder(id).to_tensors()["encoder"]) for id in bank.encoders
+    )
+
+
+def test_drawing_goes_on_and_keeps_of_a_level_what_its_encoders_need(toy, recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(pictures, "STEPS", 2)
+    monkeypatch.setattr(pictures, "FACTS", 600)
+    first, second = recipe.encoders
+    recipe = replace(recipe, encoders=(first, replace(second, site="unet.mid_block.attentions.0")), epochs=1)
+    paint, done = pictures.painted, []
+
+    def painted(pipe, prompts, seeds):
+        if done == [0, 8]:
+            raise KeyboardInterrupt
+        done.append(seeds.start)
+        paint(pipe, prompts, seeds)
+
+    monkeypatch.setattr(pictures, "painted", painted)
+    with pytest.raises(KeyboardInterrupt):
+        sl.train(toy, recipe, work=tmp_path / "work")
+    done.append("stopped")
+    bank = sl.train(toy, recipe, work=tmp_path / "work").save_pretrained(tmp_path / "bank")
+    assert done == [0, 8, "stopped", 16, 24], "no batch is drawn twice"
+    kept = [len(load_file(path)) for path in sorted((tmp_path / "work").glob("*/seen/*"))]
+    assert kept == [4, 4, 2, 2], "from 600 tokens on, two of four: each site at the level of its encoder"
+    every = [f"{site}@{level}" for site in recipe.encoder_sites for level in recipe.levels]
+    monkeypatch.setattr(PipelineEncoderRecipe, "encoder_places", every)
+    whole = sl.train(toy, recipe).save_pretrained(tmp_path / "whole")
+    assert filecmp.cmpfiles(bank, whole, [path.relative_to(bank) for path in bank.rglob("*") if path.is_file()], False)[1:] == (
+        [],
+        [],
     )
 
 

@@ -212,6 +212,7 @@ class CorpusRecipe(Recipe, ABC):
     def recorded_key(self) -> str:
         """Of what a recording reads: with another encoder of the same sites, nothing is recorded again."""
         read = (self.source, self.tokens, self.seed, self.encoder_sites, [made.level for made in self.encoders])
+        read += tuple(self.encoder_places) if self.has_levels else ()
         sha = hashlib.sha256(repr(read).encode())
         for name in self.corpus:
             sha.update(self.bytes_of(name) or b"")
@@ -225,6 +226,11 @@ class CorpusRecipe(Recipe, ABC):
     def encoder_sites(self) -> list[str]:
         """Every site that an encoder reads or writes, once."""
         return list(dict.fromkeys(site for made in self.encoders for site in (made.reads, made.site) if site))
+
+    @property
+    def encoder_places(self) -> list[str]:
+        """Every `site@level` of an encoder, once."""
+        return sorted({made.id.partition("#")[0] for made in self.encoders})
 
     def read_corpus(self) -> list[Any]:
         """The documents of the corpus; none of a corpus that a bank does not carry."""

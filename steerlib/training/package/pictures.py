@@ -1,8 +1,8 @@
 """From a diffusers pipeline to a bank of latents by noise level: draw, fit, look, measure. A run that stops goes on.
 
-seen.safetensors   activations `site@level`, a share of the tokens of every picture
-encoders/          what `fit` keeps of every encoder
-graph/             what latents read of other pictures, and where some were moved
+seen/       activations `site@level`, a share of the tokens of every picture, a file for each batch
+encoders/   what `fit` keeps of every encoder
+graph/      what latents read of other pictures, and where some were moved
 """
 
 import re
@@ -43,6 +43,8 @@ LEAST = 4
 """Prompts that have a word which latents are labelled by, and prompts that lack it."""
 LOOKED_AT, CALIBRATED = 1 << 16, 1 << 14
 """Tokens on which readings, and thresholds, are measured."""
+FACTS = 4096
+"""Tokens of each level by which the length of a site's activations is known."""
 
 
 def train_pictures(pipe: Any, recipe: PipelineEncoderRecipe, folder: Path) -> ConceptBank:
@@ -56,7 +58,7 @@ def train_pictures(pipe: Any, recipe: PipelineEncoderRecipe, folder: Path) -> Co
     place = folder.parent / recipe.recorded_key
     count = 3 + (recipe.graph is not None)
     with stage(1, count, f"drawing {len(prompts)} prompts"):
-        seen = recorded(place / "seen.safetensors", lambda: drawn(pipe, prompts, recipe))
+        seen = drawn(pipe, prompts, recipe, place=place / "seen")
     with stage(2, count, f"fitting and measuring {len(recipe.encoders)} encoders"):
         at = place / "encoders" / recipe.fitted_key(recipe.encoders)
         encoders, figures = fitted(recipe.encoders, seen, at, epochs=recipe.epochs)
@@ -125,16 +127,23 @@ def evaluate_pictures(
     return found
 
 
-def drawn(pipe: Any, prompts: Sequence[str], recipe: PipelineEncoderRecipe, first: int = 0) -> Seen:
-    """Activations while prompts are drawn, from the `first` on, of some tokens of every picture."""
+def drawn(pipe: Any, prompts: Sequence[str], recipe: PipelineEncoderRecipe, first: int = 0, place: Path | None = None) -> Seen:
+    """Activations while prompts are drawn, from the `first` on, of some tokens of every picture. `place` keeps each batch."""
     parts = []
     for start in progress(range(first // BATCH * BATCH, len(prompts), BATCH), "drawing"):
-        some = list(prompts[start : start + BATCH])
-        seeds = range(recipe.seed + start, recipe.seed + start + len(some))
-        run = lambda: painted(pipe, some, seeds)  # noqa: B023, E731
-        seen = thinned(at_levels(pipe, recipe.encoder_sites, recipe.levels, run), TOKENS, recipe.seed + start)
-        parts.append({key: x[max(0, first - start) :] for key, x in seen.items()})
+        file = None if place is None else place / f"{start:06}.safetensors"
+        part = recorded(file, lambda s=start: _batch(pipe, prompts[s : s + BATCH], recipe, s))
+        parts.append({key: x[max(0, first - start) :] for key, x in part.items()})
     return joined(parts)
+
+
+def _batch(pipe: Any, some: Sequence[str], recipe: PipelineEncoderRecipe, start: int) -> Seen:
+    """What prompts show, the first of which is number `start`: a site at the levels of its encoders, and of the first pictures
+    at all levels, for what the bank says of the site."""
+    seeds = range(recipe.seed + start, recipe.seed + start + len(some))
+    seen = at_levels(pipe, recipe.encoder_sites, recipe.levels, lambda: painted(pipe, some, seeds))
+    few = thinned(seen, TOKENS, recipe.seed + start)
+    return {key: x.half() for key, x in few.items() if key in recipe.encoder_places or start * x.shape[1] < FACTS}
 
 
 def thinned(seen: Seen, count: int, seed: int) -> Seen:
@@ -212,7 +221,7 @@ def bank_of(
     """The bank, without a card; its levels are those of the activations."""
     at: dict[str, list[Tensor]] = {}
     for key, x in seen.items():
-        at.setdefault(key.partition("@")[0], []).append(x.flatten(0, 1)[:4096].float())
+        at.setdefault(key.partition("@")[0], []).append(x.flatten(0, 1)[:FACTS].float())
     sites = {site: site_facts(torch.cat(parts)) for site, parts in at.items()}
     levels = spans(pipe, sorted({int(key.partition("@")[2]) for key in seen}))
     return ConceptBank(name, concepts, encoders, base=BaseModel.of(pipe, id=base), sites=sites, levels=levels)

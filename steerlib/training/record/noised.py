@@ -54,5 +54,5 @@ def at_levels(pipe: Any, sites: Sequence[str], levels: Sequence[int], run: Calla
 
 
 def joined(parts: Sequence[Mapping[str, Tensor]]) -> Seen:
-    """What several runs showed, in half precision."""
-    return {key: torch.cat([part[key].half().cpu() for part in parts]) for key in parts[0]}
+    """What several runs showed, in half precision; the first shows whatever a later one does."""
+    return {key: torch.cat([part[key].half().cpu() for part in parts if key in part]) for key in parts[0]}
