@@ -68,7 +68,7 @@ def stages(source: str, protocol: Protocol, recipe: PipelineEncoderRecipe, promp
         "erase and replace": (edited + attacked, (edited + attacked) * whole(protocol.steps)),
         "judge": (0, judged),
     }
-    return [Stage(name, *taken, kept.get(name, 0.0)) for name, taken in done_in.items()]
+    return [Stage(name, count, done, kept.get(name, 0.0)) for name, (count, done) in done_in.items()]
 
 
 def _tried(pipe: Any, protocol: Protocol, done: Counter[str], steps: int) -> tuple[float, torch.Tensor]:
