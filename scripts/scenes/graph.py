@@ -1,7 +1,7 @@
 """What follows from what in scenes: the truth is known, so every edge of a graph can be marked.
 
-`PYTHONPATH=scripts python -m scenes.graph BANK` holds the graph of a bank against the truth, and beside what judges see follow in
-the same pictures, which its recipe says. Goes on where it stopped.
+`PYTHONPATH=scripts python -m scenes.graph BANK` holds the graph of a bank against the truth, and beside what judges see follow
+in the same pictures, which its recipe says. Goes on where it stopped.
 """
 
 from collections.abc import Mapping
