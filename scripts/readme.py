@@ -261,6 +261,7 @@ def main(
     port: Annotated[Path | None, typer.Option(help="a bank that steerlib port made of the shipped one")] = None,
     damage: Annotated[Path | None, typer.Option(help="table that harness.py printed")] = None,
     words: Annotated[Path | None, typer.Option(help="figures of word_signs.py")] = None,
+    scenes_graph: Annotated[Path | None, typer.Option(help="table that scenes.graph printed")] = None,
     quads: Annotated[Path | None, typer.Option(help="figures of quads.py")] = None,
     contexts: Annotated[Path | None, typer.Option(help="figures of contexts.py")] = None,
     banks: Annotated[bool, typer.Option(help="run the first example, and read the shipped banks")] = True,
@@ -276,9 +277,9 @@ def main(
         put("port", ported(sl.ConceptBank.from_pretrained(str(port))))
     if graph is not None and scale is not None:
         put("graphs", bars(*(json.loads(path.read_text(encoding="utf-8")) for path in (graph, scale))))
-    for section in ("coverage", "pipelines", "fits", "damage"):
-        if given[section] is not None:
-            put(section, given[section].read_text(encoding="utf-8").strip())
+    for section in ("coverage", "pipelines", "fits", "damage", "scenes-graph"):
+        if (path := given[section.replace("-", "_")]) is not None:
+            put(section, path.read_text(encoding="utf-8").strip())
 
 
 if __name__ == "__main__":

@@ -55,7 +55,8 @@ def test_graphs_stand_beside_the_truth_and_beside_that_of_judges(true):
 def test_judges_see_what_follows_in_the_pictures_of_the_recipe(monkeypatch, tmp_path):
     """The bank's own pictures are drawn; what judges see in them is made up: `night` darkens all, and nothing else moves."""
     bank = sl.ConceptBank.from_pretrained("scenes-32")
-    few = replace(recipe_in(bank), steps=1, graph=replace(recipe_in(bank).graph, contexts=16))
+    recipe: Any = recipe_in(bank)
+    few = replace(recipe, steps=1, graph=replace(recipe.graph, contexts=16))
     bank = bank.with_concepts([bank["night"], bank["blue"], bank["navy"]])
     monkeypatch.setattr(scene_graph, "recipe_in", lambda _: few)
     drawn: list[Any] = []
