@@ -7,17 +7,13 @@ import numpy as np
 import pytest
 import torch
 from torch.distributions import Normal
-from vae import findings, run, shipped
+from vae import findings, run
 from vae.__main__ import runs, tables
 from vae.models import CODES, Quantised
 from vae.objectives import BETA_TC, Discriminator, Draw, divergence, moments, objective, quantised, total_correlation
 from vae.run import QUICK, pictures, unexplained
 from vae.tracing import ball, box, capsule, cone, cylinder, lit, rays, ring, trace
 from vae.worlds import WORLDS
-
-import steerlib as sl
-from steerlib import errors
-from steerlib.origins import source_of
 
 # -- pictures --------------------------------------------------------------------------------------------------------
 
@@ -313,28 +309,6 @@ def test_what_was_made_is_not_made_again_and_tables_say_how_many_runs_they_are_o
     assert text.partition("begin: all")[2].count("| sprites | VAE |") == 1 and text.count("factors shuffled") == 1
     svg = readme.with_name("scatter.svg").read_text()
     assert svg.count("<circle") == 2 + 2 and "sprites" in svg  # two runs, two kinds in the legend
-
-
-def test_the_bank_of_an_autoencoder_of_diffusers_is_made_in_small(tmp_path, monkeypatch):
-    """Trained for three steps, and what was trained is not trained again; steered as its card says, and refused for prompts."""
-    monkeypatch.setattr(shipped, "SIZE", QUICK._replace(pictures=40, told=24, steps=3, batch=8, rate=0.1))
-    monkeypatch.setattr("steerlib.evaluation.study.ROWS", 3)
-    monkeypatch.setattr("steerlib.evaluation.study.untrained", lambda *_: None)
-    monkeypatch.setattr("steerlib.evaluation.circuits.BUSY", 1)
-    vae = shipped.trained(tmp_path / "vae")
-    monkeypatch.setattr(shipped, "train", lambda *_: pytest.fail("it was there"))
-    made = sl.ConceptBank.from_pretrained(shipped.bank(tmp_path / "vae").save_pretrained(tmp_path / "faces-32"))
-    made.verify()
-    first, z = next(iter(made.concepts.values())), torch.zeros(1, shipped.LATENTS, 1, 1)
-    moved = z.clone()
-    moved[0, first.index] = 2 * first.unit
-    with torch.no_grad(), sl.steer(vae, made, {first.name: 2.0}, allow_ood=True):
-        steered = vae.decode(z).sample
-    torch.testing.assert_close(steered, vae.decode(moved).sample.detach(), atol=1e-4, rtol=1e-4)
-    text = (tmp_path / "faces-32" / "README.md").read_text()
-    assert f"| {first.name} | " in text and "traversals.png" in text and '{"z' in text and first.effects["relative"] > 0
-    with pytest.raises(errors.BadBank, match="takes no prompt"):
-        source_of(made)
 
 
 def test_a_file_is_a_data_set_too(tmp_path):

@@ -11,7 +11,7 @@ import typer
 from steerlib.text import progress
 from steerlib.threads import use_threads
 
-from . import findings, shipped
+from . import findings
 from .run import KINDS, QUICK, Size, run
 from .scatter import scatter
 from .truth import truth
@@ -97,17 +97,6 @@ def tables(
     readme.write_text(text, encoding="utf-8")
     readme.with_name("scatter.svg").write_text(scatter(made), encoding="utf-8")
     typer.echo(f"wrote {readme}")
-
-
-@app.command()
-def bank(
-    out: Annotated[Path, typer.Option(help="folder of the bank")] = OUT / shipped.NAME,
-    work: Annotated[Path, typer.Option(help="folder of the autoencoder, trained if none is there")] = OUT / "faces",
-    threads: Annotated[int, typer.Option(help="of the processor", min=0)] = 1,
-) -> None:
-    """Make the shipped bank: train an autoencoder of faces, study it, and write both."""
-    use_threads(threads)
-    typer.echo(shipped.bank(work).save_pretrained(out))
 
 
 if __name__ == "__main__":
