@@ -35,6 +35,8 @@ CONDITIONS = (
     "captions alone", "amount of a judge", "rewritten prompt", "random direction", "another concept", "made from the truth",
 )  # fmt: skip
 AMOUNTS = tuple(sorted((FIRST, *DOSES)))
+HARMFUL = (9.0, 14.0)
+"""Amounts that no search tries, at which pictures break: of smaller ones nearly everything is kept, with little to rank."""
 GONE = 0.8
 """Share of what shows a value that has to show it no more where it is removed."""
 DEV, TEST = 1, 2
@@ -140,15 +142,16 @@ class Bench:
         e, cause, kind = self.experiment, case.cause, own.effects["edit"]
         said, seeds, shown, gains, harm = e.saying(case, DEV), [*range(len(case.captions))], [], [], []
         there = e.judge.read(case.before)["shape"] > 0
-        arms: dict[str, tuple[list[str], Edits | None]] = {"plain": (case.captions, None), "prompted": (said, None)}
-        arms |= {f"{amount:g}": (case.captions, {own.name: edit_of(kind, amount)}) for amount in AMOUNTS}
+        arms: dict[str | float, tuple[list[str], Edits | None]] = {"plain": (case.captions, None), "prompted": (said, None)}
+        arms |= {amount: (case.captions, {own.name: edit_of(kind, amount)}) for amount in (*AMOUNTS, *HARMFUL)}
         natural = torch.zeros(len(said))
         for name, (captions, edits) in arms.items():
             with steered(e.pipe, e.bank, edits):
                 latents, pictures = self.drawing.shown(captions, seeds)
             n, p = self.drawing.errors(latents, case.captions, said)
-            gains += (n - p).tolist()
-            shown += _shows(e.judge.read(pictures), cause, there)
+            if name not in HARMFUL:
+                gains += (n - p).tolist()
+                shown += _shows(e.judge.read(pictures), cause, there)
             if edits is None:
                 natural += (n if name == "plain" else p) / 2
             else:

@@ -13,6 +13,7 @@ from scenes.graph import marked, shuffled, truth
 from scenes.measures import Cause
 
 import steerlib as sl
+from steerlib.errors import SteeringWarning
 from steerlib.graph.causal_graph import CausalGraph, Edge
 from steerlib.training.carry import recipe_in
 
@@ -57,7 +58,9 @@ def test_judges_see_what_follows_in_the_pictures_of_the_recipe(monkeypatch, tmp_
     bank = sl.ConceptBank.from_pretrained("scenes-32")
     recipe: Any = recipe_in(bank)
     few = replace(recipe, steps=1, graph=replace(recipe.graph, contexts=16))
-    bank = bank.with_concepts([bank["night"], bank["blue"], bank["navy"]])
+    kept = [own for own in bank.concepts.values() if own.name in ("night", "blue", "navy") or own.name.endswith(".where")]
+    with pytest.warns(SteeringWarning, match="32 of 64 concepts"):
+        bank = bank.with_concepts(kept, graph=CausalGraph(), card="")
     monkeypatch.setattr(scene_graph, "recipe_in", lambda _: few)
     drawn: list[Any] = []
 
