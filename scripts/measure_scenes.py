@@ -226,11 +226,18 @@ def by_factor(found: Mapping[str, Any]) -> str:
     return markdown(" | ".join(["factor", "values", *shown, "reach both bars"]), [line for line in lines if line[1] != "0"])
 
 
-def damage(found: Mapping[str, Any]) -> tuple[float, int]:
-    """Rank correlation of the damage that a bank measures by itself with the share of other factors that changed, and over how
-    many values and amounts."""
-    pairs = np.array([pair for own in found.values() for pair in own["self-score"]["damage and lost"]])
-    return float(spearmanr(pairs[:, 0], pairs[:, 1]).statistic), len(pairs)  # type: ignore[union-attr]
+def damage(found: Mapping[str, Any]) -> str:
+    """Rank correlation of the damage that a bank measures by itself with the share of other factors that changed, of all values
+    and amounts together, and of the amounts of one value, as a sentence."""
+    each = [np.array(own["self-score"]["damage and lost"]) for own in found.values()]
+    pairs, some = np.concatenate(each), [own for own in each if len({*own[:, 1]}) > 1]
+    within = float(np.mean([_spearman(own) for own in some]))
+    rank = f"over {len(pairs)} values and amounts {_spearman(pairs):.2f}, over the amounts of one value {within:.2f}"
+    return f"Damage against what was lost, Spearman: {rank} on average (of {len(some)} values of which any is lost)."
+
+
+def _spearman(pairs: Any) -> float:
+    return float(spearmanr(pairs[:, 0], pairs[:, 1]).statistic)  # type: ignore[union-attr]
 
 
 def _mean(values: Any) -> Any:
@@ -275,8 +282,7 @@ def main(
     }
     if out is not None:
         out.write_text(json.dumps(found, indent=1) + "\n")
-    rho, several = damage(found)
-    print(table(found), by_factor(found), f"Damage against what was lost, {several} times: Spearman {rho:.2f}.", sep="\n\n")
+    print(table(found), by_factor(found), damage(found), sep="\n\n")
 
 
 if __name__ == "__main__":

@@ -217,10 +217,9 @@ def from_banks() -> None:
     for name in ("fresh", "unseen"):
         put(name, unseen(json.loads((RECIPES / name / "measured.json").read_text(encoding="utf-8"))))
     scenes = json.loads((RECIPES / "scenes-32" / "measured.json").read_text(encoding="utf-8"))
-    rho, several = damage(scenes)
     put("scenes-examined", examined(json.loads((RECIPES / "scenes-32" / "examined.json").read_text(encoding="utf-8"))))
     put("scenes-levers", by_factor(scenes))
-    put("scenes-values", f"{scenes_table(scenes)}\n\nOver {several} values and amounts: Spearman {rho:.2f}.")
+    put("scenes-values", f"{scenes_table(scenes)}\n\n{damage(scenes)}")
     demo(only=Half("images"), out=ROOT / ".assets" / "scenes.png")
 
 

@@ -39,15 +39,22 @@ def test_tables_have_means_and_count_what_reaches_both_bars():
     ]
 
 
-def test_damage_is_compared_by_ranks_over_all_values_and_amounts():
-    assert damage({"a": figures(1.0), "b": figures(1.0)}) == (pytest.approx(1.0), 6)
-    turned = [(0.1, 0.2), (0.2, 0.1), (0.4, 0.0)]
-    assert damage({"a": figures(1.0, lost=turned)}) == (pytest.approx(-1.0), 3)
+def test_damage_is_compared_by_ranks_over_all_values_and_amounts_and_within_a_value():
+    """b loses ten times as much at a tenth of a's damage: each is in order, both together are not; c loses nothing."""
+    a, b = [(1.0, 0.01), (2.0, 0.02), (4.0, 0.03)], [(0.1, 0.1), (0.2, 0.2), (0.4, 0.3)]
+    every = {name: figures(1.0, lost=lost) for name, lost in {"a": a, "b": b}.items()}
+    assert "over 6 values and amounts -0.54, over the amounts of one value 1.00 on average (of 2" in damage(every)
+    assert (
+        "over 9 values" in (said := damage(every | {"c": figures(1.0, lost=[(0.1, 0.0)] * 3)}))
+        and "1.00 on average (of 2" in said
+    )
+    assert "value -1.00 on average (of 1" in damage({"a": figures(1.0, lost=[(0.1, 0.2), (0.2, 0.1), (0.4, 0.0)])})
 
 
 @pytest.mark.parametrize("cause", [Cause("hue", "blue"), Cause("scene", "night")], ids=lambda cause: cause.value)
 def test_a_concept_by_nothing_leaves_every_picture_as_it_was(toy, monkeypatch, cause):
     monkeypatch.setattr(measure_scenes, "AMOUNTS", (0.0,))
+    monkeypatch.setattr(measure_scenes, "HARMFUL", ())
     facts = {"edit": "Add", "amount": 0.0, "removal": "Set", "removal_amount": 0.0}
     concepts = [
         sl.Concept(name=name, encoder="unet.conv_out", index=k, source="given", effects=facts)
