@@ -95,23 +95,30 @@ def dry(source: str, protocol: Protocol, recipe: PipelineEncoderRecipe, *, promp
     return f"{table(rows, ('stage', 'pictures', 'PFLOP', 'GB kept', 'hours'))}\n\n{said}"
 
 
-def step(recipe: PipelineEncoderRecipe, folder: Path, *, size: int = 512) -> dict[str, Any]:
-    """Stable Diffusion 1.4 with random weights in bfloat16: one denoising step, its activations recorded; and again, from what
-    was kept. What a GPU would need follows from the memory that it took."""
+def _untrained() -> Any:
+    """Without a text encoder: embeddings are given."""
     import diffusers
-    import psutil
 
     d: Any = diffusers
-    began = time.perf_counter()
-    parts = dict[str, Any](dict.fromkeys(sd14.PARTS))  # without a text encoder: embeddings are given
+    parts = dict[str, Any](dict.fromkeys(sd14.PARTS))
     for name in ("unet", "vae"):
         _, kind, config = sd14.PARTS[name]
         with torch.device("meta"):
             parts[name] = getattr(d, str(kind)).from_config(config)
         parts[name] = sd14.random_weights(parts[name].to(torch.bfloat16))
     parts["scheduler"] = d.PNDMScheduler.from_config(sd14.NOISE)
-    pipe: Any = d.StableDiffusionPipeline(**parts, requires_safety_checker=False)
+    pipe = d.StableDiffusionPipeline(**parts, requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def step(recipe: PipelineEncoderRecipe, folder: Path, *, size: int = 512) -> dict[str, Any]:
+    """Stable Diffusion 1.4 with random weights in bfloat16: one denoising step, its activations recorded; and again, from what
+    was kept. What a GPU would need follows from the memory that it took."""
+    import psutil
+
+    began = time.perf_counter()
+    pipe = _untrained()
     built, before = time.perf_counter(), psutil.Process().memory_info().rss / 1e9
     text = torch.randn(2, 77, 768, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
 
@@ -128,7 +135,7 @@ def step(recipe: PipelineEncoderRecipe, folder: Path, *, size: int = 512) -> dic
     drew, worked = time.perf_counter(), time.process_time() - worked
     again = recorded(folder / "step.safetensors", run)
     went = time.perf_counter()
-    weights = sum(own.numel() for name in ("unet", "vae") for own in parts[name].parameters())
+    weights = sum(own.numel() for part in (pipe.unet, pipe.vae) for own in part.parameters())
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
     return {
         "weights": weights,
