@@ -1,5 +1,6 @@
 """The paper's protocol end to end on a toy pipeline, whose weights are random; its dry run beside what pipelines really do."""
 
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,8 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_bytes(toy, plan, recipe, run,
     for other, judge in ((replace(plan, steps=3), blue), (plan, None)):
         with pytest.raises(BadRecipe, match="other settings"):
             Run(toy, other, recipe, tmp_path / "out", judge)
+    with pytest.raises(BadRecipe, match="other settings"):
+        Run(deepcopy(toy).to(torch.bfloat16), plan, recipe, tmp_path / "out", blue)
 
 
 def test_tables_say_what_a_judge_says(toy, plan, recipe, run, tmp_path):

@@ -11,6 +11,7 @@ import torch
 
 from steerlib.devices import best_device
 from steerlib.evaluation.denoising import DRAWS, STEPS
+from steerlib.evaluation.report import markdown
 from steerlib.hosts import outline
 from steerlib.steering.recording import observing
 from steerlib.training.discover.confirm import CONFIRMED
@@ -21,7 +22,7 @@ from steerlib.training.recipe import PipelineEncoderRecipe
 from steerlib.training.store import recorded
 
 from . import sd14
-from .protocol import Protocol, table
+from .protocol import Protocol
 from .stages import BATCH, METHODS
 
 
@@ -92,7 +93,7 @@ def dry(source: str, protocol: Protocol, recipe: PipelineEncoderRecipe, *, promp
     said = f"At {rate / 1e12:.3g} TFLOP/s, {said}. Networks rarely run as fast. Decoding of pictures is not counted."
     tokens, widest = found[0].kept / 1e9, found[0].kept / 1e9 / len(recipe.encoder_places) * 2
     said += f" Encoders are fitted with about {tokens + widest:.2g} GB of recorded tokens in memory."
-    return f"{table(rows, ('stage', 'pictures', 'PFLOP', 'GB kept', 'hours'))}\n\n{said}"
+    return f"{markdown('stage | pictures | PFLOP | GB kept | hours', rows)}\n\n{said}"
 
 
 def _untrained() -> Any:

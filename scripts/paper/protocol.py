@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from steerlib.errors import BadRecipe
+from steerlib.evaluation.report import markdown
 from steerlib.training.fields import made_of
 
 Judge = Callable[[Any, Sequence[str]], Tensor]
@@ -162,14 +163,9 @@ FIGURES = (
 )  # fmt: skip
 
 
-def table(rows: Sequence[Sequence[Any]], head: Sequence[str]) -> str:
-    """Markdown."""
-    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in (head, ["---"] * len(head), *rows))
-
-
 def figures_table() -> str:
     """Which figures there are, what measures them, whether that is installed, and what only real weights can tell."""
     there = {True: "installed", False: "not installed"}
     said = {f.package: f" ({there[find_spec(f.package) is not None]})" if f.package else "" for f in FIGURES}
     rows = [(f.name, f.meaning, f"{f.instrument}{said[f.package]}", f.here, f.real) for f in FIGURES]
-    return table(rows, ("figure", "what it is", "its instrument", "here", "only from real weights"))
+    return markdown("figure | what it is | its instrument | here | only from real weights", rows)

@@ -20,14 +20,15 @@ from steerlib.encoders import Sparse
 from steerlib.errors import BadRecipe
 from steerlib.evaluation.denoising import drawn, errors
 from steerlib.evaluation.pictures import stills
+from steerlib.evaluation.report import markdown
 from steerlib.hosts import digest_of, host_for
 from steerlib.text import progress
-from steerlib.training.pipeline import key_of
+from steerlib.training.pipeline import key_of, precision_of
 from steerlib.training.recipe import PipelineEncoderRecipe
 from steerlib.training.record.noised import at_levels
 from steerlib.training.store import recorded, remembered
 
-from .protocol import Asked, Attack, Judge, Protocol, figures_table, table
+from .protocol import Asked, Attack, Judge, Protocol, figures_table
 
 BATCH = 8
 """Pictures that are drawn together."""
@@ -66,7 +67,11 @@ class Run:
     change: Callable[[Pixels, Pixels], NDArray[Any]] = rms
 
     def __post_init__(self) -> None:
-        own = {"protocol": asdict(self.protocol), "recipe": key_of(self.recipe), "weights": digest_of(host_for(self.pipe))}
+        own = {
+            "protocol": asdict(self.protocol),
+            "recipe": key_of(self.recipe, precision_of(self.pipe)),
+            "weights": digest_of(host_for(self.pipe)),
+        }
         own |= {name: getattr(given, "__qualname__", "") for name, given in (("judge", self.judge), ("change", self.change))}
         if remembered(self.folder / "settings.json", lambda: own) != json.loads(json.dumps(own)):
             raise BadRecipe(f"{self.folder.name} holds a run of other settings; give another folder, or delete it")
@@ -284,4 +289,4 @@ def _rows(rows: Sequence[Mapping[str, Any]]) -> str:
     if not rows:
         return "Nothing asked."
     head = sorted(rows[0], key=lambda name: (FIRST.index(name) if name in FIRST else len(FIRST), name))
-    return table([[row[name] for name in head] for row in rows], head)
+    return markdown(" | ".join(head), [[str(row[name]) for name in head] for row in rows])
