@@ -49,9 +49,24 @@ def pytest_terminal_summary(terminalreporter, config):
         DURATIONS.write_text(json.dumps(rounded, indent=1, sort_keys=True) + "\n")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup():
+    """Before any fixture: weights that nobody seeded are the same in whatever order and process tests run."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(autouse=True)
 def _one_thread():
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def accelerate():
+    """The package, without what others told it, and afterwards without what this test told it: it remembers both."""
+    package = pytest.importorskip("accelerate", reason="needs accelerate, of the extra dev")
+    package.state.AcceleratorState._reset_state(reset_partial_state=True)
+    yield package
+    package.state.AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture

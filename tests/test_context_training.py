@@ -453,8 +453,7 @@ def accelerated(accelerator: Any, folder: Any = None) -> tuple[Own, list[torch.T
     return model, seen
 
 
-def test_accelerate_brings_precision_and_alone_changes_no_bit(tmp_path):
-    accelerate = pytest.importorskip("accelerate", reason="needs accelerate, of the extra dev")
+def test_accelerate_brings_precision_and_alone_changes_no_bit(tmp_path, accelerate):
     plain, same, half = (
         accelerated(accelerator, tmp_path / str(k))[0].state_dict()
         for k, accelerator in enumerate((None, accelerate.Accelerator(cpu=True), Rounding()))

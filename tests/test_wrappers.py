@@ -237,11 +237,9 @@ def test_wrappers_are_unwrapped_or_refused_with_the_reason():
         assert str(error.value) == text
 
 
-def test_a_model_prepared_by_accelerate_is_steered():
-    accelerate = pytest.importorskip("accelerate", reason="needs accelerate, of the extra dev")
+def test_a_model_prepared_by_accelerate_is_steered(accelerate):
     model = tiny("llama")
     bank = bank_at(model, "layers.0")
-    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)  # of other tests
     prepared = accelerate.Accelerator(cpu=True, mixed_precision="bf16").prepare(model)
     with torch.no_grad(), sl.steer(prepared, bank, {"a": sl.Set(2.0)}), sl.record(prepared, bank) as tape:
         prepared(IDS)
