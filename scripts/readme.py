@@ -8,11 +8,13 @@ from what `unseen.py` wrote. Each option names the file with the figures of one 
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from answering import table as answering
+from benchmarks import sections
 from check_score import table as read_table
 from contexts import table as contexts_table
 from measure_scenes import by_factor, damage
@@ -32,6 +34,7 @@ READMES = [
 ]
 RECIPES = ROOT / "concept_banks" / "recipes"
 READMES.append(RECIPES / "scenes-32" / "README.md")
+put = partial(sections.put, READMES)
 ASKED = (("Tell me about your day.", ("sports", "science"), 2), ("Describe a perfect morning.", ("science", "fantasy"), 1))
 """Prompts of the first example, the concepts that each is steered by, and how many sentences are shown."""
 SHOWN = 260
@@ -195,14 +198,6 @@ def examined(found: Mapping[str, Any]) -> str:
     """How often the unsteered model draws what captions ask for: what `train_scenes.py` wrote."""
     shares = ", ".join(f"{name} {share:.1%}" for name, share in found["as asked"].items())
     return f"Of {found['captions']:,} captions that it was never trained on, drawn as asked, unsteered: {shares}."
-
-
-def put(section: str, content: str) -> None:
-    """Replace what stands between a section's marks, in the README that has them."""
-    marks = re.compile(rf"(<!-- begin: {section} -->\n).*?(<!-- end: {section} -->)", re.DOTALL)
-    (home,) = [path for path in READMES if path.is_file() and marks.search(path.read_text(encoding="utf-8"))]
-    text = home.read_text(encoding="utf-8")
-    home.write_text(marks.sub(lambda m: f"{m[1]}{content}\n{m[2]}", text), encoding="utf-8")
 
 
 def from_banks() -> None:

@@ -1,14 +1,18 @@
 """Figures: what is composed of what, pictures and words, how pictures are read, and measures whose values are known."""
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
-from figures import measures, reading, world
+from figures import control, measure, measures, prompts, reading, world
 from figures.measures import Change
 from figures.prompts import COUNT, write
 from scenes.painting import noised
 from scenes.pipeline import pipeline
 
+import steerlib as sl
 from steerlib.encoders import TopK
 from steerlib.graph.causal_graph import CausalGraph, Edge
 from steerlib.hosts import host_for
@@ -219,3 +223,111 @@ def test_the_recipe_asks_for_sites_that_the_pipeline_has_and_uses_no_labels(tmp_
     host = host_for(pipeline("toy", known=world.vocabulary()))
     assert {*recipe.encoder_sites} <= {*host.sites()}
     assert recipe.tokens == COUNT * TOKENS
+
+
+# -- banks beside the truth --------------------------------------------------------------------------------------
+
+LEVELS = dict(zip((899, 500, 100), world.LEVELS, strict=True))
+SITE = "unet.mid_block.attentions.0.update"
+NAMES = {level: world.LEVELS[level] if level == "wholes" else measures.below(level) for level in world.LEVELS}
+
+
+@pytest.fixture(scope="module")
+def toy_bank():
+    """A pipeline that learned nothing, and a bank with as many latents at each level as there are things to be told."""
+    pipe, few, g = pipeline("toy", known=world.vocabulary()), world.draw(3, seed=1), torch.Generator().manual_seed(0)
+    said = world.captions(few.factors)
+    seen = at_levels(pipe, [SITE], [*LEVELS], lambda: noised(pipe, few.pixels, said, [*LEVELS], seed=0))
+    encoders = {}
+    for key, level in LEVELS.items():
+        rows, bias = torch.randn(len(NAMES[level]), seen[f"{SITE}@{key}"].shape[2], generator=g), torch.zeros(len(NAMES[level]))
+        about = {"decoder_bias": torch.zeros(rows.shape[1]), "centred": False, "k": 2}
+        encoders[f"{SITE}@{key}"] = TopK(encoder=rows, bias=bias, decoder=rows, **about)
+    return pipe, bank_of(pipe, "toy", "toy", [], encoders, seen)
+
+
+def told_truth():
+    """Readings of figures at each level that tell everything, however strongly."""
+    g = torch.Generator().manual_seed(0)
+    at = zip(LEVELS, presence(1600, seed=3).values(), strict=True)
+    return {f"{SITE}@{key}": there * (0.5 + torch.rand(there.shape, generator=g)) for key, there in at}
+
+
+def test_readings_that_tell_the_truth_give_its_graph_and_shuffled_levels_none(toy_bank, monkeypatch, tmp_path):
+    pipe, bank = toy_bank
+    monkeypatch.setattr(measure.Bench, "__init__", lambda *_: None)
+    bench = measure.Bench(tmp_path, 0, 0)
+    bench.pipe, bench.renders, bench.opened = pipe, world.Figures(world.sample(1600, seed=3), *SEEN[1:]), lambda _: (pipe, bank)
+    monkeypatch.setattr(measures, "readings", lambda *_: told_truth())
+    rows = bench.read(measure.OWN)
+    assert [row["found"] for row in rows if "level" in row] == [1, 1, 1]
+    graphs = {row["graph"]: row for row in rows if "graph" in row}
+    assert graphs["minimal, of renders"]["recall"] > 0.9 > graphs["minimal, of renders"]["precision"] > 0.7
+    assert graphs["minimal, of renders"]["f1"] > graphs["correlation"]["f1"] + 0.1 > graphs["dense"]["f1"] + 0.1
+    assert graphs["minimal, levels shuffled"]["arrows"] == 0 and graphs["correlation, levels shuffled"]["f1"] < 0.3
+    named = bench._named()
+    assert named["cat"][0] == f"{SITE}@899/0" and named["hood"][0] == f"{SITE}@500/0" and named["beak"][0] == f"{SITE}@100/11"
+    assert named["beak"][1].startswith(f"{SITE}@899/") and all(len(own) == 3 for own in named.values())
+
+
+def given(toy, bank, named):
+    """What edits are measured with, of a bank whose latents are named."""
+    pipe, own = toy
+    width = own.encoder(f"{SITE}@899").decoder.shape[1]
+    places, zero = {name: torch.randn(width) for name in prompts.LEVERS}, {"removal": "Set", "removal_amount": 0.0}
+    levers = sl.ConceptBank.from_directions(places, site=SITE, base=pipe)
+    known = [replace(own, effects={"edit": "Set", "amount": 1.5, **zero}) for own in levers.concepts.values()]
+    return control.Given(pipe, bank, levers.with_concepts(known), named, 12)
+
+
+def test_every_way_moves_what_it_says(toy_bank):
+    graph = CausalGraph(
+        [
+            Edge(src="500/0", dst="899/0", weight=1.0, relation="selection"),
+            Edge(src="100/0", dst="500/0", weight=1.0, relation="selection"),
+            Edge(src="500/9", dst="899/0", weight=1.0, relation="compute"),
+        ]
+    )
+    named = {"cat": ["899/0", "500/3"], "bee": ["899/1", "500/4"]}
+    own = given(toy_bank, SimpleNamespace(graph=graph), named)
+    put, out, swap = Change("set", "cat"), Change("remove", "cat"), Change("swap", "cat", "bee")
+    assert [control.latents(own, "cat", way) for way in (control.ONE, control.ALL, control.GRAPH)] == [
+        ["899/0"], ["899/0", "500/3"], ["899/0", "500/0", "100/0"]
+    ]  # fmt: skip
+    assert control.edits(own, put, control.ONE) == [{"899/0": sl.Set(amount)} for amount in control.AMOUNTS]
+    assert control.edits(own, out, control.ALL) == [{"899/0": sl.Ablate(), "500/3": sl.Ablate()}]
+    assert control.edits(own, swap, control.LEVER) == [{"cat": sl.Set(0.0), "bee": sl.Set(1.5)}]
+    assert {change.kind for change in control.changes()} == {"set", "remove", "swap"}
+
+
+def test_the_true_counterfactual_reaches_both_bars_and_what_does_nothing_none(toy_bank, monkeypatch):
+    change, seen = Change("set", "cat"), []
+
+    def drawn(_, captions, bank, do):
+        seen.append((bank, do))
+        factors = control.asked(change, 12)
+        return world.drawn(world.edited(factors, change.do) if bank is None and len(seen) > 1 else factors).pixels, 0.25
+
+    monkeypatch.setattr(control, "drawn", drawn)
+    own = given(toy_bank, SimpleNamespace(graph=None), {"cat": ["899/0"]})
+    monkeypatch.setattr(control, "_windows", lambda *_: iter([]))
+    row = control.measured(own, change)
+    ways = row["ways"]
+    assert [*ways] == [*control.WAYS] and (ways[control.PROMPT]["effect"], ways[control.PROMPT]["preservation"]) == (1, 1)
+    assert all(ways[way]["effect"] == 0 and ways[way]["off range"] == 0.25 for way in control.WAYS[1:])
+    assert seen[2] == (own.levers, {"cat": sl.Set(1.5)}) and seen[3][0] not in (None, own.levers, own.bank)
+    lines = control.table([row]).splitlines()
+    assert "| the prompt rewritten | 1 of 1 | 1.00 | 1.00 |" in lines[2] and "| one latent | 0 of 1 | 0.00 |" in lines[5]
+    assert control.each([row]).splitlines()[2].startswith("| set cat | 1.00, 1.00 | 0.00, 1.00 |")
+
+
+@pytest.mark.parametrize("concept", ["cat", "hood", "whiskers"])
+def test_pairs_of_a_lever_differ_in_its_parts_alone(concept):
+    both = prompts.pairs(concept, 30)
+    assert len(both) == 30 and all(positive != negative for positive, negative in both)
+    hues = [[{*caption.split()} & {*world.SEEN_WITH} for caption in pair] for pair in both]
+    assert all(own <= other or other <= own for own, other in hues)  # a hue is said where something has one
+    own = world.parts_of(concept).items()
+    names = {name for name in world.CONCEPTS if world.parts_of(name).items() & own}
+    assert all(any(name in positive for name in names) for positive, _ in both)
+    assert not any(f"a {concept} " in negative for _, negative in both)

@@ -147,6 +147,13 @@ def test_masks_over_tiles_are_refused():
 # -- replays ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("when", [sl.Window(0.0, 0.5), sl.Ramp(sl.Window(0.0, 1.0), 0.0, 1.0)])
+def test_a_text_encoder_has_no_progress_for_a_window_to_open_on(texts, when):
+    pipe, bank = texts
+    with pytest.raises(errors.Unanswerable, match="reads the prompt before there is any progress"):
+        sl.steer(pipe, bank, {"a": sl.Add(1.0, when=when)})
+
+
 @pytest.mark.parametrize("family", ["sd1", "flux", "wan"])
 def test_a_recorded_run_is_replayed_at_each_noise_level_and_half_of_guidance(family):
     """Patching a concept's own readings changes nothing; another run's are read afterwards."""

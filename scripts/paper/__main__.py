@@ -1,7 +1,7 @@
 """Run the protocol, or say what it takes: `python -m scripts.paper run`, `dry`, `step`."""
 
 import json
-import re
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -11,12 +11,14 @@ from steerlib import load
 from steerlib.devices import best_device
 from steerlib.training.recipe import PipelineEncoderRecipe
 
+from ..benchmarks.sections import put as written
 from . import dry as drying
 from . import sd14
 from .protocol import Protocol, figures_table
 from .stages import Run
 
 HERE = Path(__file__).parent
+put = partial(written, [HERE / "README.md"])
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 Plan = Annotated[Path, typer.Option(help="what is drawn, erased and replaced")]
 Encoders = Annotated[Path, typer.Option(help="the recipe of the encoders, with its prompts beside it")]
@@ -74,13 +76,6 @@ def step(
     print(text := json.dumps(found, indent=1))
     if write:
         put("step", f"```json\n{text}\n```")
-
-
-def put(section: str, text: str) -> None:
-    """Write a measured part of the README."""
-    marks = re.compile(rf"(<!-- begin: {section} -->\n).*?(<!-- end: {section} -->)", re.DOTALL)
-    path = HERE / "README.md"
-    path.write_text(marks.sub(lambda m: f"{m[1]}{text}\n{m[2]}", path.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -257,6 +257,11 @@ def _check(concept: Concept, host: Host, site: str, intervention: Intervention, 
             f"{concept.name!r}: text has no progress for a {type(when).__name__} to open on, because its end is unknown; "
             "use Steps, which counts new tokens"
         )
+    if when is not None and when.clock == "progress" and host.counts_tokens(host.site(site)):
+        raise Unanswerable(
+            f"{concept.name!r} is written at {site!r}, which reads the prompt before there is any progress for a "
+            f"{type(when).__name__} to open on; leave out when="
+        )
     if intervention.tokens not in ("all", None) and not host.counts_tokens(host.site(site)):
         raise Unanswerable(
             f"{concept.name!r}: tokens={intervention.tokens!r} counts tokens of text, and those of {site!r} are none; "

@@ -1,0 +1,198 @@
+"""Concepts set, removed and swapped in what a pipeline draws, in several ways beside each other.
+
+Every edit is measured on captions of figures that it applies to, from the same noise: whether the parts of the concept are as
+they should be, and what of the rest is as before. Of latents that are set three amounts are tried, and the one that does best
+by the truth is shown: this favours them, as nothing else chooses their amounts. Those of levers were chosen from captions alone.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+from warnings import catch_warnings, simplefilter
+
+import numpy as np
+
+from figures import measures, world
+from figures.measures import Change
+from figures.prompts import LEVERS
+from steerlib import Ablate, ConceptBank, Set, steer
+from steerlib.evaluation.pictures import Pictures, draw_as_told, edit_of, sheet
+from steerlib.evaluation.report import markdown
+from steerlib.training.discover.concept_graph import randomised
+
+BARS = {"effect": 0.9, "preservation": 0.95, "off range": 0.1}
+AMOUNTS = (1.0, 2.0, 4.0)
+"""Of a latent that is set, in units: its usual reading where it fires, and more."""
+PROMPT, LEVER, RANDOM, ONE = "the prompt rewritten", "lever from captions", "random direction", "one latent"
+ALL, GRAPH = "its latents of all levels", "one latent and its parts by the graph"
+WAYS = (PROMPT, LEVER, RANDOM, ONE, ALL, GRAPH)
+OTHERS = {"cat": "bee", "panda": "robot", "hood": "helmet", "grin": "jaw", "round ears": "antennae", "beak": "smile"}
+"""What some concepts are swapped for."""
+PURPOSE = 75
+"""Keeps these captions apart from others."""
+STEPS = 10
+
+
+class Given(NamedTuple):
+    """What edits are measured with."""
+
+    pipe: Any
+    bank: ConceptBank
+    """Latents, with their graph."""
+    levers: ConceptBank
+    named: Mapping[str, Sequence[str]]
+    """By concept its latents, that of its own level first."""
+    cases: int
+
+
+def changes() -> Iterator[Change]:
+    """Every concept of `LEVERS` is set and removed, some are swapped for others that have a lever."""
+    for concept in LEVERS:
+        yield Change("set", concept)
+        yield Change("remove", concept)
+    yield from (Change("swap", concept, other) for concept, other in OTHERS.items() if other in LEVERS)
+
+
+def asked(change: Change, n: int) -> world.Factors:
+    """Figures that a change applies to."""
+    own = (0, PURPOSE, world.CONCEPTS.index(change.concept), ("set", "remove", "swap").index(change.kind))
+    drawn = world.sample(60 * n, seed=own)
+    shown = np.any([drawn[slot] > 0 for slot in change.slots], 0)
+    rows = (change.applies(drawn) & shown).nonzero()[0][:n]
+    return {name: values[rows] for name, values in drawn.items()}
+
+
+def edits(given: Given, change: Change, way: str) -> list[Mapping[str, Any]]:
+    """The edits of a way, one for each amount that it has."""
+    if way in (LEVER, RANDOM):
+        return [{name: _lever(given.levers, name, there) for name, there in change.do.items()}]
+    found = []
+    for amount in AMOUNTS if any(change.do.values()) else AMOUNTS[:1]:
+        own = {}
+        for name, there in change.do.items():
+            own |= {latent: Set(amount) if there else Ablate() for latent in latents(given, name, way)}
+        found.append(own)
+    return found
+
+
+def _lever(bank: ConceptBank, name: str, there: bool) -> Any:
+    """How a lever is set, or removed, at the amount that was chosen without the truth."""
+    told = bank[name].effects
+    return edit_of(told["edit"], told["amount"]) if there else edit_of(told["removal"], told["removal_amount"])
+
+
+def latents(given: Given, concept: str, way: str) -> list[str]:
+    """The latents that a way moves."""
+    own, *others = given.named[concept]
+    if way == ALL:
+        return [own, *others]
+    if way == GRAPH:
+        graph = given.bank.graph
+        return [own] if graph is None else [own, *_parts(graph.edges, own)]
+    return [own]
+
+
+def _parts(edges: Sequence[Any], whole: str) -> list[str]:
+    """All that a latent is made of, and what that is made of."""
+    own = [edge.src for edge in edges if edge.relation == "selection" and edge.dst == whole]
+    return [*dict.fromkeys([*own, *(part for each in own for part in _parts(edges, each))])]
+
+
+def drawn(given: Given, captions: list[str], bank: ConceptBank | None, do: Mapping[str, Any]) -> tuple[Pictures, float]:
+    """Pictures, and the largest share of tokens at which a concept reads what it never does by itself."""
+    draw = lambda: draw_as_told(given.pipe, captions, steps=STEPS)  # noqa: E731
+    if bank is None:
+        return draw(), 0.0
+    with catch_warnings():
+        simplefilter("ignore")  # amounts go beyond safe ranges on purpose
+        with steer(given.pipe, bank, do, branch="cond", allow_ood=True) as session:
+            return draw(), max((line.off_range or 0.0 for line in session.report().lines), default=0.0)
+
+
+def measured(given: Given, change: Change) -> dict[str, Any]:
+    """What every way of a change did."""
+    factors = asked(change, given.cases)
+    seed = (0, PURPOSE, world.CONCEPTS.index(change.concept))
+    captions, due = (world.captions(each, seed=seed) for each in (factors, world.edited(factors, change.do)))
+    before, _ = drawn(given, captions, None, {})
+    random = given.levers
+    for name in change.do:
+        random = randomised(random, random[name], seed=0)
+    banks, found = {PROMPT: None, LEVER: given.levers, RANDOM: random}, {}
+    for way in WAYS:
+        said, tried = (due, [{}]) if way == PROMPT else (captions, edits(given, change, way))
+        rows = [_one(change, before, *drawn(given, said, banks.get(way, given.bank), do)) for do in tried]
+        best = max(range(len(rows)), key=lambda k: (rows[k]["effect"] or 0.0) + (rows[k]["preservation"] or 0.0))
+        found[way] = rows[best] | {"setting": best}
+    found |= {f"{LEVER}, {level} alone": own for level, own in _windows(given, change, captions, before)}
+    return {"change": change.kind, "concept": change.concept, "other": change.other, "ways": found}
+
+
+def _windows(given: Given, change: Change, captions: list[str], before: Pictures) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What the lever does at each noise level alone; nothing of one that changes what the text encoder reads."""
+    (do,) = edits(given, change, LEVER)
+    if any("@" not in place.encoder for name in do for place in given.levers[name].places):
+        return
+    for level, span in given.levers.levels.items():
+        own = {name: replace(edit, when=span) for name, edit in do.items()}
+        yield level, _one(change, before, *drawn(given, captions, given.levers, own))
+
+
+def _one(change: Change, before: Pictures, after: Pictures, off: float) -> dict[str, Any]:
+    told = measures.effect(change, before, after)._asdict()
+    return {name: round(v, 4) if isinstance(v, float) else v for name, v in told.items()} | {"off range": round(off, 4)}
+
+
+def shown(given: Given, rows: Sequence[Mapping[str, Any]], count: int = 8) -> Any:
+    """A sheet of the first picture of some edits that set a concept, by every way at the setting that is in the table."""
+    cells: dict[str, dict[str, Pictures]] = {}
+    for row in [row for row in rows if row["change"] == "set"][:count]:
+        change = Change("set", row["concept"])
+        factors = {name: values[:1] for name, values in asked(change, given.cases).items()}
+        seed = (0, PURPOSE, world.CONCEPTS.index(change.concept))
+        captions, due = (world.captions(each, seed=seed) for each in (factors, world.edited(factors, change.do)))
+        cells[f"set {change.concept}"] = own = {"plain": drawn(given, captions, None, {})[0][0]}
+        own[PROMPT] = drawn(given, due, None, {})[0][0]
+        for way, bank in ((LEVER, given.levers), (ONE, given.bank), (ALL, given.bank), (GRAPH, given.bank)):
+            own[way] = drawn(given, captions, bank, edits(given, change, way)[row["ways"][way]["setting"]])[0][0]
+    return sheet(cells)
+
+
+# -- tables ------------------------------------------------------------------------------------------------------
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Every way: how many edits reach both bars, and means, over all that could be measured."""
+    lines = []
+    for way in WAYS:
+        own = [row["ways"][way] for row in rows if row["ways"][way]["effect"] is not None]
+        both = sum(_holds(one) for one in own)
+        means = [float(np.mean([one[name] for one in own])) for name in BARS]
+        lines.append([way, f"{both} of {len(own)}", *(f"{mean:.2f}" for mean in means)])
+    return markdown("way | reach both bars | effect | preservation | off range", lines)
+
+
+def _holds(one: Mapping[str, Any]) -> bool:
+    return all((one[name] or 0.0) >= BARS[name] for name in ("effect", "preservation"))
+
+
+def windows(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What levers that set a concept do at one noise level alone, by the level of the concept: effect and preservation."""
+    own = [row for row in rows if row["change"] == "set"]
+    ways = [LEVER, *(way for way in own[0]["ways"] if way.startswith(f"{LEVER}, "))]
+    lines = []
+    for level, names in world.LEVELS.items():
+        some = [row["ways"] for row in own if row["concept"] in names and {*ways} <= {*row["ways"]}]
+        means = [[np.mean([one[way][name] or 0.0 for one in some]) for name in ("effect", "preservation")] for way in ways]
+        lines.append([f"{level} ({len(some)})", *(f"{a:.2f}, {b:.2f}" for a, b in means)])
+    return markdown("concepts | " + " | ".join(way.removeprefix(f"{LEVER}, ") for way in ways), lines)
+
+
+def each(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Every edit by every way: effect and preservation."""
+    say = lambda one: "–" if one["effect"] is None else f"{one['effect']:.2f}, {one['preservation']:.2f}"  # noqa: E731
+    lines = [
+        [f"{row['change']} {row['concept']}" + f" → {row['other']}" * bool(row["other"]), *(say(row["ways"][w]) for w in WAYS)]
+        for row in rows
+    ]
+    return markdown("edit | " + " | ".join(WAYS), lines)
