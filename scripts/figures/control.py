@@ -2,7 +2,7 @@
 
 Every edit is measured on captions of figures that it applies to, from the same noise: whether the parts of the concept are as
 they should be, and what of the rest is as before. Of latents that are set three amounts are tried, and the one that does best
-by the truth is shown: this favours them, as nothing else chooses their amounts. Those of levers were chosen from captions alone.
+by the truth is shown: this favours them, as nothing else chooses their amounts. Levers have theirs from captions alone.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

@@ -139,11 +139,10 @@ class Bench:
         ]
 
     def composed(self) -> Any:
-        """A sheet of wholes with what the bank's graph says they are made of: of each latent the render that it reads most in."""
-        bank, z = self.opened(OWN)[1], measures.readings(self.pipe, self.opened(OWN)[1], self.renders)
-        best = {
-            bank[f"{id}/{k}"].name: int(own[:, k].argmax()) for id, own in z.items() for k in own.amax(0).nonzero().flatten()
-        }
+        """A sheet of wholes and halves with what the bank's graph says they are made of: of latents where they read most."""
+        bank = self.opened(OWN)[1]
+        z = measures.readings(self.pipe, bank, self.renders)
+        best = {bank[f"{id}/{k}"].name: int(row) for id, own in z.items() for k, row in enumerate(own.argmax(0))}
         names = {latents[0]: concept for concept, latents in self.named().items()}
         cells = {}
         for concept in (*world.WHOLES, *world.HALVES):
