@@ -219,7 +219,7 @@ def _too_long(site: str, program: Program) -> Iterator[str]:
 def _pinned(lower: Lowering, chosen: Iterable[Concept]) -> list[Edit]:
     """Concepts that keep the reading of an unsteered twin."""
     bank, options, edited = lower.bank, lower.options, {concept.name for concept in chosen}
-    follow = [child for name in edited for child in bank.graph.descendants(name)]
+    follow = [child for name in edited for child in bank.graph.followers(name)]
     held = _named(bank, "hold", options.hold, lambda name: name not in edited)
     names = dict.fromkeys([*follow, *held])
     free = _named(bank, "free", options.free, lambda name: name in names and name not in edited)
@@ -239,9 +239,7 @@ def _named(bank: ConceptBank, option: str, given: Iterable[str], changes: Callab
         levels = [concept.name for concept in bank.concepts.values() if concept.factor == name] or [bank[name].name]
         if not any(map(changes, levels)):
             why = {"hold": "it is edited itself", "free": "it does not follow what is edited, so nothing holds it"}[option]
-            raise BadEdit(
-                f"{option}= {name!r} changes nothing: {why}; leave it out (bank.graph.descendants lists what follows)"
-            )
+            raise BadEdit(f"{option}= {name!r} changes nothing: {why}; leave it out (bank.graph.followers lists what follows)")
         found += levels
     return found
 
@@ -250,7 +248,7 @@ def _forecasts(lower: Lowering, made: Sequence[Edit], scope: object) -> list[Edi
     """Edits that carry the graph's forecast to later sites; a set concept is cut from its parents."""
     bank, moving = lower.bank, {edit.name for edit in made}
     fixed = {edit.name for edit in made if edit.is_target}
-    reached = dict.fromkeys(child for name in sorted(moving) for child in bank.graph.descendants(name))
+    reached = dict.fromkeys(child for name in sorted(moving) for child in bank.graph.followers(name))
     found = []
     for name in reached:
         parents = {p: w for p, w in bank.graph.parents(name).items() if p in moving or p in reached}
