@@ -18,7 +18,7 @@ list is no part of the bank: it is neither read nor copied, and `verify` says th
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -64,7 +64,7 @@ def read(home: hub.Home) -> dict[str, Any]:
         columns = {column: file.all(column) for column in file.header}
         graph = CausalGraph.from_tensors(columns, [concept.name for concept in concepts])
     if answers := _lines(_bytes(home, files, OUTCOMES), OUTCOMES):
-        graph = CausalGraph([*graph.edges, *(_outcome(line) for line in answers)])
+        graph = CausalGraph([*graph.edges, *(_outcome(line, {concept.name for concept in concepts}) for line in answers)])
     try:
         card = _bytes(home, files, CARD).decode("utf-8")
     except UnicodeDecodeError as error:
@@ -89,9 +89,13 @@ def _concepts(text: bytes) -> list[Concept]:
     return [Concept.from_dict(line) for line in _lines(text, CONCEPTS)]
 
 
-def _outcome(line: Any) -> Edge:
-    if not (edge := Edge.from_dict(line)).is_outcome:
-        raise CorruptBank(f"expected edges to outcomes in {OUTCOMES}, whose names begin with {ANSWERS!r}, got {edge.dst!r:.80}")
+def _outcome(line: Any, names: Collection[str]) -> Edge:
+    edge = Edge.from_dict(line)
+    if not edge.is_outcome or edge.src not in names:
+        raise CorruptBank(
+            f"expected edges of {OUTCOMES} from concepts of the bank to what is called {ANSWERS}…, got {edge.src!r:.80} -> "
+            f"{edge.dst!r:.80}"
+        )
     return edge
 
 

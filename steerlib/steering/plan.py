@@ -32,6 +32,7 @@ from .lowering import SHARE, Lowering, Options, reach
 from .lowering import Do as Do
 from .program import Program
 from .reading import Note
+from .sparing import spared
 
 Edits = Mapping[Any, float | Sequence[float] | Intervention]
 """By concept, or by the name of one."""
@@ -72,6 +73,7 @@ def resolve(bank: ConceptBank, host: Host, edits: Edits, options: Options) -> Pl
     notices: list[tuple[str, type[Warning]]] = [(notice, OtherWeights)] if (notice := bank.check(host, options.match)) else []
     wanted = {name: _intervention(name, value) for name, value in edits.items()}
     _check_rows(wanted)
+    wanted = spared(bank, wanted) if options.do == "spare" else wanted
     moved = _moved(bank, wanted, options)
     lower, scope = Lowering(bank, host, options), object()
     made = []
@@ -113,8 +115,8 @@ def _check_options(options: Options) -> None:
         raise BadEdit(f"expected match 'model' or 'sites', got {options.match!r:.80}")
     if options.branch not in ("both", "cond", "uncond"):
         raise BadEdit(f"expected branch 'both', 'cond' or 'uncond', got {options.branch!r}")
-    if options.do not in ("model", "hold", "graph"):
-        raise BadEdit(f"expected do 'model', 'hold' or 'graph', got {options.do!r}")
+    if options.do not in ("model", "hold", "graph", "spare"):
+        raise BadEdit(f"expected do 'model', 'hold', 'graph' or 'spare', got {options.do!r}")
     if (options.hold or options.free) and options.do != "hold":
         raise BadEdit(f"hold= and free= belong to do='hold', got do={options.do!r}")
 
