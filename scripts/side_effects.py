@@ -19,6 +19,7 @@ import numpy as np
 import torch
 import typer
 from numpy.typing import NDArray
+from transformers import DynamicCache
 
 import steerlib as sl
 from steerlib.evaluation.text import judge_for, repeated
@@ -96,7 +97,8 @@ class Drawing:
         with ExitStack() as stack:
             session = stack.enter_context(self.steered(arms, count * before))
             given: dict[str, Any] = {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
-            out = model(input_ids=asked.ids.repeat_interleave(before, 0), use_cache=True, logits_to_keep=1, **given)
+            given |= {"past_key_values": DynamicCache(), "use_cache": True}
+            out = model(input_ids=asked.ids.repeat_interleave(before, 0), logits_to_keep=1, **given)
             if after > 1:
                 out.past_key_values.batch_repeat_interleave(after)
                 session.set(self.edits(arms, count * after))

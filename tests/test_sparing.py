@@ -1,16 +1,20 @@
 """Graphs that tell of answers, and edits planned from them."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from tiny_models import tiny, toy_tokenizer
 
 import steerlib as sl
 from steerlib.bank import trust
 from steerlib.errors import BadBank, CorruptBank, Unanswerable
+from steerlib.evaluation.text import Judge
 from steerlib.steering.sparing import spared
-from steerlib.training.discover.answered import answered, foretold
+from steerlib.text import chat, complete
+from steerlib.training.discover.answered import answered, foretold, moved
 from steerlib.training.discover.concept_graph import Moved
 
 SITE, NAMES = "layers.1", ["a", "b", "c"]
@@ -164,3 +168,26 @@ def test_edges_of_strangers_are_checked(tmp_path, three, field, value):
     (tmp_path / "bank.json").write_text(json.dumps(manifest))
     with pytest.raises((CorruptBank, BadBank)):
         sl.ConceptBank.from_pretrained(tmp_path).verify()
+
+
+def test_concepts_are_moved_alone_and_answers_scored_by_prompt():
+    """What is written is scored: the same as steering by hand and reading the judge's logits."""
+    tokenizer = toy_tokenizer()
+    model = tiny("llama", vocab_size=len(tokenizer), initializer_range=0.3)
+    generator = torch.Generator().manual_seed(1)
+    d = 4 * torch.randn(2, model.config.hidden_size, generator=generator)
+    bank = sl.ConceptBank.from_directions({"a": d[0], "b": d[1]}, site="layers.0", base=model)
+    bank = bank.with_concepts([replace(bank["a"], useful=1.0), replace(bank["b"], useful=2.0)])
+    judge = Judge.fit({"a": ["a cat and a dog", "the cat sleeps"], "b": ["a plane in the sky", "the pilot lands"]})
+    prompts = ["one two", "three"]
+    moves = moved(model, tokenizer, bank, ["a", "b"], prompts, judge, seeds=2)
+    assert [(own.name, own.amount, own.d.shape) for own in moves] == [("a", 1.0, (2, 2)), ("b", 2.0, (2, 2))]
+    found = []
+    asked, how = [chat(tokenizer, prompt) for prompt in prompts] * 3, {"new_tokens": 40, "temperature": 0.7}
+    for edits in ({}, {"b": 2.0}):
+        with sl.steer(model, bank, edits):
+            done = [complete(model, tokenizer, asked, seed=seed, **how) for seed in range(2)]
+        k = 4 if edits else 0
+        found.append(np.mean([judge.evidence(one.texts[k : k + 2]) for one in done], 0))
+    np.testing.assert_allclose(moves[1].d, found[1] - found[0], atol=1e-5)
+    assert np.abs(moves[1].d).max() > 1e-3

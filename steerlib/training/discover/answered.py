@@ -9,11 +9,27 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ...bank.concept_bank import ConceptBank
+from ...evaluation.comparison import Condition, answer
+from ...evaluation.text import Judge
 from ...graph.causal_graph import CausalGraph, Edge
 from ...graph.edge import ANSWERS
 from .concept_graph import Moved
 from .confirm import FDR, adjusted, effects
 from .text_graph import Foretold
+
+
+def moved(
+    model: Any, tokenizer: Any, bank: ConceptBank, names: Sequence[str], prompts: Sequence[str], judge: Judge, *, seeds: int = 2
+) -> list[Moved]:
+    """Each concept moved alone by its useful amount, and what that did to sampled answers: by prompt, a mean over `seeds`, in
+    logits of the judge (`Judge.evidence`), an outcome for each concept that it learned from texts."""
+    edits = {name: {name: bank[name].useful or 0.0} for name in names}
+    conditions = [Condition(name=""), *(Condition(name=name, bank=bank, edits=own) for name, own in edits.items())]
+    texts = answer(model, tokenizer, conditions, prompts, judge, seeds=range(seeds)).texts
+    flat = [text for by_seed in texts for by_prompt in by_seed for text in by_prompt]
+    z = judge.evidence(flat).reshape(len(conditions), seeds, len(prompts), -1).mean(1)
+    return [Moved(name, edits[name][name], own - z[0]) for name, own in zip(names, z[1:], strict=True)]
 
 
 def answered(moves: Sequence[Moved], outcomes: Sequence[str]) -> CausalGraph:
