@@ -33,8 +33,9 @@ from steerlib.training.discover.text_graph import scores
 from steerlib.training.store import remembered
 
 BANK, NEW, ROWS, TEMPERATURE, PART, SEEDS = "smollm2-135m-instruct", 32, 96, 0.7, 0.6, 10
-LEARN, SHOWN, UNRELATED, DEALT = 24, 10, 15, 200
-"""Requests to learn from; greedy answers that are kept for reading; unrelated texts; how often effects are dealt."""
+LEARN, SHOWN, UNRELATED, DEALT, DRAWN = 24, 10, 15, 200, 1000
+"""Requests to learn from; greedy answers that are kept for reading; unrelated texts; how often effects are dealt, and requests
+drawn again."""
 NEVER_USED = (
     "Describe the view from a bridge at noon.", "Tell me about something you lost and found again.",
     "Write a short message to a new neighbour.", "Explain why people wait in queues.", "How do I keep a promise?",
@@ -126,10 +127,10 @@ class Drawing:
         how: dict[str, Any] = {"do": "hold", "hold": arms[0].hold} if arms[0].hold else {}
         return sl.steer(self.model[0], self.bank, self.edits(arms, each), **how)
 
-    def beside(self, arm: Arm, texts: Sequence[str]) -> dict[str, Any]:
-        """What an arm does to unrelated texts, and greedy answers."""
+    def beside(self, arm: Arm, texts: Sequence[str], is_read: bool) -> dict[str, Any]:
+        """What an arm does to unrelated texts, and greedy answers, if they are to be read."""
         path = self.folder / "beside" / f"{arm.id}.json"
-        return remembered(path, lambda: {"kl": self._kl(arm, texts), "answers": self._greedy(arm, NEVER_USED[:SHOWN])})
+        return remembered(path, lambda: {"kl": self._kl(arm, texts), "answers": self._greedy(arm) if is_read else []})
 
     @torch.no_grad()
     def _kl(self, arm: Arm, texts: Sequence[str]) -> float:
@@ -140,9 +141,8 @@ class Drawing:
             after = logits(self.model[0], done).float().log_softmax(-1)
         return float((before.exp() * (before - after)).sum(-1)[done.new[1]].mean())
 
-    def _greedy(self, arm: Arm, prompts: Sequence[str]) -> list[str]:
-        """Answers to be read."""
-        model, tokenizer = self.model
+    def _greedy(self, arm: Arm) -> list[str]:
+        (model, tokenizer), prompts = self.model, NEVER_USED[:SHOWN]
         with self.steered([arm], len(prompts)):
             return complete(model, tokenizer, [chat(tokenizer, prompt) for prompt in prompts], new_tokens=NEW).texts
 
@@ -289,18 +289,37 @@ def _softmax(x: NDArray[Any]) -> NDArray[Any]:
 
 
 def kept(study: Study, name: str, plain: Arm, arm: Arm, texts: Sequence[str]) -> dict[str, Any]:
-    """What an arm does: the rise of its concept, specificity as of `evaluation.score`, repetition, KL; and answers to read."""
+    """What an arm does: the rise of its concept, specificity, repetition, KL; and answers to read."""
     before, after = study.read(plain), study.read(arm)
-    gains, own = (after["points"] - before["points"]).mean(0), study.judge.names.index(name)
-    gain, others = max(0.0, float(gains[own])), float(np.maximum(0, np.delete(gains, own)).sum())
-    found = {"gain": gain, "specificity": gain / (gain + others) if gain else 0.0, "amounts": dict(arm.amounts)}
-    return {**found, "repeated": float(after["repeated"].mean()), **study.drawing.beside(arm, texts)}
+    own, gains = study.judge.names.index(name), after["points"] - before["points"]
+    found = {"gain": float(gains.mean(0)[own]), "specificity": _specificity(gains.mean(0), own), "amounts": dict(arm.amounts)}
+    found |= {"repeated": float(after["repeated"].mean()), "gains": gains.round(5).tolist(), "column": own}
+    return found | study.drawing.beside(arm, texts, name in study.spare and not arm.hold)
+
+
+def _specificity(gains: NDArray[Any], own: int) -> float:
+    """Gain of the concept over the gains of all: that of `evaluation.score`."""
+    gain = max(0.0, float(gains[own]))
+    return gain / (gain + float(np.maximum(0, np.delete(gains, own)).sum())) if gain else 0.0
+
+
+def ahead(concepts: Sequence[Mapping[str, Any]], way: str) -> tuple[float, float, float]:
+    """By how much a way is more specific than plain edits, a mean over concepts; 95 % interval by bootstrap over requests."""
+    random = np.random.default_rng(0)
+    pairs = [[(np.array(own[w]["gains"]), own[w]["column"]) for w in (way, "plain")] for own in concepts]
+    count = len(pairs[0][0][0])
+    picks = [np.arange(count), *random.integers(0, count, (DRAWN, count))]
+    found = [
+        np.mean([_specificity(x[p].mean(0), k) - _specificity(y[p].mean(0), k) for (x, k), (y, _) in pairs]) for p in picks
+    ]
+    low, high = np.quantile(found[1:], (0.025, 0.975))
+    return float(found[0]), float(low), float(high)
 
 
 def measured(study: Study, texts: Sequence[str]) -> dict[str, Any]:
     """All figures."""
     (plain,) = study.arms("never used", {"unsteered": {}}, 4)
-    full, part = study.arms("full", study.single), study.arms("part", {n: {n: PART} for n in study.names}, 1)
+    full, part = study.arms("full", study.single), study.arms("part", {n: {n: PART} for n in study.names}, 3)
     carrying = {name: study.single[name] for name in study.spare}
     ways = {
         "spare": study.arms("spare", study.spare),
@@ -344,7 +363,9 @@ def table(figures: Mapping[str, Any]) -> str:
     lines.append(f"| **mean of these {len(carrying)}** | {' | '.join(_mean(some[way]) for way in WAYS)} | |")
     cells = [_mean(whole[way]) if way in whole else "" for way in WAYS]
     lines.append(f"| **mean of all {len(figures['concepts'])}** | {' | '.join(cells)} | |")
-    return "\n".join(lines)
+    more = ["{} {:+.2f} ({:+.2f} to {:+.2f})".format(way, *ahead(carrying, way)) for way in WAYS[1:]]
+    said = f"Specificity of these {len(carrying)} less that of plain edits: {', '.join(more)}."
+    return "\n".join([*lines, "", f"{said} Unsteered answers repeat {figures['repeated']:.3f} of their trigrams."])
 
 
 def _cell(own: Mapping[str, float]) -> str:
