@@ -26,16 +26,15 @@ from steerlib.evaluation.text import judge_for, repeated
 from steerlib.graph.edge import ANSWERS
 from steerlib.origins import recipe_of
 from steerlib.steering.sparing import spared
-from steerlib.text import chat, complete, logits, ordinary, progress, tokens_of
+from steerlib.text import chat, logits, ordinary, progress, tokens_of
 from steerlib.training.discover.answered import answered, foretold
 from steerlib.training.discover.concept_graph import Moved
 from steerlib.training.discover.text_graph import scores
 from steerlib.training.store import remembered
 
 BANK, NEW, ROWS, TEMPERATURE, PART, SEEDS = "smollm2-135m-instruct", 32, 96, 0.7, 0.6, 10
-LEARN, SHOWN, UNRELATED, DEALT, DRAWN = 24, 10, 15, 200, 1000
-"""Requests to learn from; greedy answers that are kept for reading; unrelated texts; how often effects are dealt, and requests
-drawn again."""
+LEARN, UNRELATED, DEALT, DRAWN = 24, 8, 200, 1000
+"""Requests to learn from; unrelated texts; how often effects are dealt, and requests drawn again."""
 NEVER_USED = (
     "Describe the view from a bridge at noon.", "Tell me about something you lost and found again.",
     "Write a short message to a new neighbour.", "Explain why people wait in queues.", "How do I keep a promise?",
@@ -68,6 +67,7 @@ class Drawing:
         self.bank, self.source, self.folder, self.path = bank, source, folder, folder / "answers.jsonl"
         folder.mkdir(parents=True, exist_ok=True)
         lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.is_file() else []
+        self._before: torch.Tensor | None = None
         self.known: dict[str, list[list[str]]] = {line["id"]: line["texts"] for line in map(json.loads, lines)}
 
     @cached_property
@@ -127,24 +127,20 @@ class Drawing:
         how: dict[str, Any] = {"do": "hold", "hold": arms[0].hold} if arms[0].hold else {}
         return sl.steer(self.model[0], self.bank, self.edits(arms, each), **how)
 
-    def beside(self, arm: Arm, texts: Sequence[str], is_read: bool) -> dict[str, Any]:
-        """What an arm does to unrelated texts, and greedy answers, if they are to be read."""
-        path = self.folder / "beside" / f"{arm.id}.json"
-        return remembered(path, lambda: {"kl": self._kl(arm, texts), "answers": self._greedy(arm) if is_read else []})
+    def kl(self, arm: Arm, texts: Sequence[str]) -> float:
+        """What an arm does to the next token on unrelated texts, in nats per token."""
+        return remembered(self.folder / "kl" / f"{arm.id}.json", lambda: self._kl(arm, texts))
 
     @torch.no_grad()
     def _kl(self, arm: Arm, texts: Sequence[str]) -> float:
         """KL(p_0 || p_s) of the next token on unrelated texts, in nats per token."""
         done = ordinary(*self.model, texts, NEW)
-        before = logits(self.model[0], done).float().log_softmax(-1)
+        if self._before is None:
+            self._before = logits(self.model[0], done).float().log_softmax(-1)
+        before = self._before
         with self.steered([arm], len(texts)):
             after = logits(self.model[0], done).float().log_softmax(-1)
         return float((before.exp() * (before - after)).sum(-1)[done.new[1]].mean())
-
-    def _greedy(self, arm: Arm) -> list[str]:
-        (model, tokenizer), prompts = self.model, NEVER_USED[:SHOWN]
-        with self.steered([arm], len(prompts)):
-            return complete(model, tokenizer, [chat(tokenizer, prompt) for prompt in prompts], new_tokens=NEW).texts
 
 
 def _grouped(arms: Sequence[Arm]) -> list[list[Arm]]:
@@ -289,12 +285,13 @@ def _softmax(x: NDArray[Any]) -> NDArray[Any]:
 
 
 def kept(study: Study, name: str, plain: Arm, arm: Arm, texts: Sequence[str]) -> dict[str, Any]:
-    """What an arm does: the rise of its concept, specificity, repetition, KL; and answers to read."""
+    """What an arm does: the rise of its concept, specificity, repetition, and KL where a plain edit and a spared one differ."""
     before, after = study.read(plain), study.read(arm)
     own, gains = study.judge.names.index(name), after["points"] - before["points"]
     found = {"gain": float(gains.mean(0)[own]), "specificity": _specificity(gains.mean(0), own), "amounts": dict(arm.amounts)}
     found |= {"repeated": float(after["repeated"].mean()), "gains": gains.round(5).tolist(), "column": own}
-    return found | study.drawing.beside(arm, texts, name in study.spare and not arm.hold)
+    is_compared = name in study.spare and arm.id.partition(" ")[0] in ("full", "spare")
+    return found | {"kl": study.drawing.kl(arm, texts) if is_compared else None}
 
 
 def _specificity(gains: NDArray[Any], own: int) -> float:
@@ -368,12 +365,14 @@ def table(figures: Mapping[str, Any]) -> str:
     return "\n".join([*lines, "", f"{said} Unsteered answers repeat {figures['repeated']:.3f} of their trigrams."])
 
 
-def _cell(own: Mapping[str, float]) -> str:
-    return f"{own['gain']:.2f}, **{own['specificity']:.2f}**, {own['kl']:.2f}, {own['repeated']:.3f}"
+def _cell(own: Mapping[str, Any]) -> str:
+    kl = "–" if own["kl"] is None else f"{own['kl']:.2f}"
+    return f"{own['gain']:.2f}, **{own['specificity']:.2f}**, {kl}, {own['repeated']:.3f}"
 
 
-def _mean(some: Sequence[Mapping[str, float]]) -> str:
-    return _cell({key: float(np.mean([own[key] for own in some])) for key in ("gain", "specificity", "kl", "repeated")})
+def _mean(some: Sequence[Mapping[str, Any]]) -> str:
+    columns = {key: [own[key] for own in some] for key in ("gain", "specificity", "kl", "repeated")}
+    return _cell({key: None if None in own else float(np.mean(own)) for key, own in columns.items()})
 
 
 def main(

@@ -73,8 +73,7 @@ def resolve(bank: ConceptBank, host: Host, edits: Edits, options: Options) -> Pl
     notices: list[tuple[str, type[Warning]]] = [(notice, OtherWeights)] if (notice := bank.check(host, options.match)) else []
     wanted = {name: _intervention(name, value) for name, value in edits.items()}
     _check_rows(wanted)
-    wanted = spared(bank, wanted) if options.do == "spare" else wanted
-    moved = _moved(bank, wanted, options)
+    moved = _moved(bank, spared(bank, wanted) if options.do == "spare" else wanted, options)
     lower, scope = Lowering(bank, host, options), object()
     made = []
     for concept, intervention in moved:
