@@ -300,10 +300,10 @@ def _specificity(gains: NDArray[Any], own: int) -> float:
     return gain / (gain + float(np.maximum(0, np.delete(gains, own)).sum())) if gain else 0.0
 
 
-def ahead(concepts: Sequence[Mapping[str, Any]], way: str) -> tuple[float, float, float]:
-    """By how much a way is more specific than plain edits, a mean over concepts; 95 % interval by bootstrap over requests."""
+def ahead(concepts: Sequence[Mapping[str, Any]], other: str) -> tuple[float, float, float]:
+    """By how much `spare` is more specific than another way, a mean over concepts; 95 % interval by bootstrap over requests."""
     random = np.random.default_rng(0)
-    pairs = [[(np.array(own[w]["gains"]), own[w]["column"]) for w in (way, "plain")] for own in concepts]
+    pairs = [[(np.array(own[w]["gains"]), own[w]["column"]) for w in ("spare", other)] for own in concepts]
     count = len(pairs[0][0][0])
     picks = [np.arange(count), *random.integers(0, count, (DRAWN, count))]
     found = [
@@ -360,8 +360,8 @@ def table(figures: Mapping[str, Any]) -> str:
     lines.append(f"| **mean of these {len(carrying)}** | {' | '.join(_mean(some[way]) for way in WAYS)} | |")
     cells = [_mean(whole[way]) if way in whole else "" for way in WAYS]
     lines.append(f"| **mean of all {len(figures['concepts'])}** | {' | '.join(cells)} | |")
-    more = ["{} {:+.2f} ({:+.2f} to {:+.2f})".format(way, *ahead(carrying, way)) for way in WAYS[1:]]
-    said = f"Specificity of these {len(carrying)} less that of plain edits: {', '.join(more)}."
+    more = ["{} {:+.2f} ({:+.2f} to {:+.2f})".format(way, *ahead(carrying, way)) for way in WAYS if way != "spare"]
+    said = f"Specificity of `spare`, on these {len(carrying)}, less that of {', of '.join(more)}."
     return "\n".join([*lines, "", f"{said} Unsteered answers repeat {figures['repeated']:.3f} of their trigrams."])
 
 
