@@ -17,10 +17,12 @@ from answering import table as answering
 from benchmarks import sections
 from check_score import table as read_table
 from contexts import table as contexts_table
+from edge_meaning import table as meaning_table
 from measure_scenes import by_factor, damage
 from measure_scenes import table as scenes_table
 from named import table as named
 from quads import table as quads_table
+from side_effects import table as side_effects_table
 
 import steerlib as sl
 from steerlib.evaluation.report import UNDEFINED
@@ -231,6 +233,8 @@ TABLES: dict[str, tuple[str, Callable[..., str]]] = {
     "words": ("words", signs),
     "quads": ("quads", quads_table),
     "contexts": ("contexts", contexts_table),
+    "side-effects": ("side_effects", side_effects_table),
+    "edge-meaning": ("meaning", meaning_table),
 }
 """By section, the option that names its figures, and the table that is made of them."""
 
@@ -258,6 +262,8 @@ def main(
     scenes_graph: Annotated[Path | None, typer.Option(help="table that scenes.graph printed")] = None,
     quads: Annotated[Path | None, typer.Option(help="figures of quads.py")] = None,
     contexts: Annotated[Path | None, typer.Option(help="figures of contexts.py")] = None,
+    side_effects: Annotated[Path | None, typer.Option(help="figures of side_effects.py")] = None,
+    meaning: Annotated[Path | None, typer.Option(help="figures of edge_meaning.py")] = None,
     banks: Annotated[bool, typer.Option(help="run the first example, and read the shipped banks")] = True,
 ) -> None:
     """Write the measured parts of the READMEs."""

@@ -73,7 +73,8 @@ class ConceptBank(Derived):
         extra: Mapping[str, Any] | None = None,
     ):
         self.name, self.base, self.sites, self.levels = name, base, dict(sites), dict(levels or {})
-        self.graph, self.card, self.license, self.files = graph or CausalGraph(), card, license, dict(files or {})
+        self.graph = CausalGraph() if graph is None else graph  # one of outcomes alone has no edges between concepts
+        self.card, self.license, self.files = card, license, dict(files or {})
         self.provenance, self.pictures, self.extra = dict(provenance or {}), dict(pictures or {}), dict(extra or {})
         self._shelf = encoders if isinstance(encoders, Shelf) else Shelf.of(encoders, where, reads)
         self.concepts = by_name(concepts, self._shelf.facts)

@@ -21,7 +21,8 @@ def check_said(concepts: Mapping[str, Concept], graph: Any, card: str) -> None:
                     f"the measured effects of {concept.name!r} are of {key} {said!r:.80}, it has {own!r:.80}; if it changed, "
                     f"give effects={{**concept.effects, {key!r}: {own!r:.80}}} too, or effects={{}}"
                 )
-    if missing := {end for edge in graph.edges for end in (edge.src, edge.dst)} - concepts.keys():
+    joined = {edge.src for edge in graph.every} | {edge.dst for edge in graph.edges}
+    if missing := joined - concepts.keys():
         raise BadBank(
             f"the graph joins {sorted(missing)[0]!r}, which is none of the bank's concepts; list it among them, or give graph= "
             "without it"

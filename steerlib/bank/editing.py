@@ -183,7 +183,7 @@ def _joined(bank: Edited, other: Edited, prefix: str) -> dict[str, Any]:
         "encoders": Shelf.joined(first["encoders"], second["encoders"]),
         "sites": sites,
         "levels": bank.levels | {levels[name]: window for name, window in other.levels.items()},
-        "graph": CausalGraph([*bank.graph.edges, *second["graph"].edges]),
+        "graph": CausalGraph([*bank.graph.every, *second["graph"].every]),
         "card": wording.joined(bank.card, card),
         "license": _license(bank.license, other.license),
         "provenance": _provenance(bank, other, ids),
@@ -255,7 +255,7 @@ def _called(
         facts[new] = replace(there, file=file_of(new), norm=norm)
     thumbnails = {THUMBNAIL.format(old): THUMBNAIL.format(new) for old, new in names.items() if old != new}
     pictures = {thumbnails.get(name, name): picture for name, picture in bank.pictures.items()}
-    edges = [replace(e, src=names.get(e.src, e.src), dst=names.get(e.dst, e.dst)) for e in bank.graph.edges]
+    edges = [replace(e, src=names.get(e.src, e.src), dst=names.get(e.dst, e.dst)) for e in bank.graph.every]
     return own | {
         "concepts": [_moved(c, names, known, prefix) for c in (*own["concepts"], *fresh)],
         "encoders": Shelf(facts, lent={new: (own["encoders"], old) for old, new in known.items()}),
@@ -288,7 +288,7 @@ def _moved(concept: Concept, names: Mapping[str, str], ids: Mapping[str, str], p
 def _of(bank: Edited, kept: Mapping[str, Concept], encoders: Collection[str]) -> dict[str, Any]:
     """A bank of some concepts and encoders."""
     own, graph = _called(bank, {}, {id: id for id in bank.encoder_facts if id in encoders}), bank.graph
-    edges = CausalGraph([edge for edge in graph.edges if edge.src in kept and edge.dst in kept])
+    edges = CausalGraph([e for e in graph.every if e.src in kept and (e.dst in kept or e.is_outcome)])
     for end in {end for edge in graph.edges for end in (edge.src, edge.dst) if end in kept}:
         if lost := [name for name in graph.descendants(end) if name in kept and name not in edges.descendants(end)]:
             warnings.warn(

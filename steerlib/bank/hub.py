@@ -22,7 +22,7 @@ SMALL = 64 << 20
 TIMEOUT = 30.0
 TRIES = 3
 SIGNATURE = "bank.json.sig"
-STALE = ["sites/*", "concepts.jsonl", "graph.safetensors", "hashes.safetensors", "bank.json", SIGNATURE]
+STALE = ["sites/*", "concepts.jsonl", "graph.safetensors", "outcomes.jsonl", "hashes.safetensors", "bank.json", SIGNATURE]
 """What a bank published over another one takes away, unless it has it too; and all that the other one listed."""
 
 

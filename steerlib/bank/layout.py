@@ -6,6 +6,7 @@ bank.json.sig                a signature, if it was signed
 concepts.jsonl               one line a concept
 anything else                a pipeline, say: listed and hashed like the rest
 graph.safetensors            edges by line of concepts.jsonl, one entry an edge: see `CausalGraph`
+outcomes.jsonl               one line an edge from a concept to what answers show
 sites/<encoder>.safetensors  one row per concept in each tensor
 hashes.safetensors           block hashes, so that single rows can be trusted
 anything else                such as what `labels.safetensors` and `recipe.jsonl` keep: listed, hashed and written again
@@ -17,7 +18,7 @@ list is no part of the bank: it is neither read nor copied, and `verify` says th
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -28,14 +29,17 @@ from torch import Tensor
 
 from ..errors import BadBank, CorruptBank
 from ..graph.causal_graph import CausalGraph
+from ..graph.edge import ANSWERS, Edge
 from . import hub, signature, trust
 from .concepts import Concept
 from .consistency import check_said
 from .manifest import SAID, Manifest
 from .shelf import Shelf
 
-CARD, CONCEPTS, GRAPH = "README.md", "concepts.jsonl", "graph.safetensors"
+CARD, CONCEPTS, GRAPH, OUTCOMES = "README.md", "concepts.jsonl", "graph.safetensors", "outcomes.jsonl"
 Files = Mapping[str, Mapping[str, Any]]
+SHAPE: dict[str, Any] = {"sort_keys": True, "ensure_ascii": False, "allow_nan": False, "separators": (",", ":")}
+"""Of JSON lines: same values, same bytes."""
 
 
 def read(home: hub.Home) -> dict[str, Any]:
@@ -46,9 +50,10 @@ def read(home: hub.Home) -> dict[str, Any]:
         raise CorruptBank(f"bank.json has {size} bytes, expected at most {trust.MAX_MANIFEST}")
     said, encoders, files = Manifest.from_json((home.path / "bank.json").read_bytes())
     pictures = [name for name in files if name.endswith(".png")]
-    wanted = files if sum(record["size"] for record in files.values()) <= hub.SMALL else {CARD, CONCEPTS, GRAPH, *pictures}
+    small = {CARD, CONCEPTS, GRAPH, OUTCOMES, *pictures}
+    wanted = files if sum(record["size"] for record in files.values()) <= hub.SMALL else small
     home.fetch({name: record for name, record in files.items() if name in wanted})
-    own = {CARD, CONCEPTS, GRAPH, trust.HASHES, *pictures, *(facts.file for facts in encoders.values())}
+    own = {*small, trust.HASHES, *(facts.file for facts in encoders.values())}
     if sum(files[name]["size"] for name in pictures) > trust.MAX_PICTURES:
         raise CorruptBank(f"expected pictures of at most {trust.MAX_PICTURES} bytes together, got more")
     concepts = _concepts(_bytes(home, files, CONCEPTS))
@@ -58,6 +63,8 @@ def read(home: hub.Home) -> dict[str, Any]:
         file = trust.Tensors(home.read, GRAPH, files[GRAPH])
         columns = {column: file.all(column) for column in file.header}
         graph = CausalGraph.from_tensors(columns, [concept.name for concept in concepts])
+    if answers := _lines(_bytes(home, files, OUTCOMES), OUTCOMES):
+        graph = CausalGraph([*graph.edges, *(_outcome(line, {concept.name for concept in concepts}) for line in answers)])
     try:
         card = _bytes(home, files, CARD).decode("utf-8")
     except UnicodeDecodeError as error:
@@ -79,10 +86,25 @@ def _bytes(home: hub.Home, files: Files, name: str) -> bytes:
 
 
 def _concepts(text: bytes) -> list[Concept]:
+    return [Concept.from_dict(line) for line in _lines(text, CONCEPTS)]
+
+
+def _outcome(line: Any, names: Collection[str]) -> Edge:
+    edge = Edge.from_dict(line)
+    if not edge.is_outcome or edge.src not in names:
+        raise CorruptBank(
+            f"expected edges of {OUTCOMES} from concepts of the bank to what is called {ANSWERS}…, got {edge.src!r:.80} -> "
+            f"{edge.dst!r:.80}"
+        )
+    return edge
+
+
+def _lines(text: bytes, name: str) -> list[Any]:
+    """The values of JSON lines."""
     lines = text.split(b"\n")
     if any(len(line) > trust.MAX_LINE for line in lines):
-        raise CorruptBank(f"{CONCEPTS} has a line of more than {trust.MAX_LINE} bytes")
-    return [Concept.from_dict(trust.strict_json(line, CONCEPTS)) for line in lines if line.strip()]
+        raise CorruptBank(f"{name} has a line of more than {trust.MAX_LINE} bytes")
+    return [trust.strict_json(line, name) for line in lines if line.strip()]
 
 
 def write(target: Path, bank: Mapping[str, Any], key: str | PathLike[str] | None = None) -> Path:
@@ -137,9 +159,10 @@ def _write(folder: Path, bank: Mapping[str, Any]) -> None:
         blocks = bytearray(trust.block_hashes(folder / facts.file))
         hashes[facts.file] = torch.frombuffer(blocks, dtype=torch.uint8).reshape(-1, 32)
     save_file(hashes, folder / trust.HASHES)
-    shape: dict[str, Any] = {"sort_keys": True, "ensure_ascii": False, "allow_nan": False, "separators": (",", ":")}
-    lines = "".join(json.dumps(concept.to_dict(), **shape) + "\n" for concept in concepts)
-    (folder / CONCEPTS).write_text(lines, encoding="utf-8", newline="\n")
+    for name, values in ((CONCEPTS, concepts), (OUTCOMES, bank["graph"].answers)):
+        lines = "".join(json.dumps(value.to_dict(), **SHAPE) + "\n" for value in values)
+        if lines or name == CONCEPTS:
+            (folder / name).write_text(lines, encoding="utf-8", newline="\n")
     if len(bank["graph"]):
         save_file(bank["graph"].to_tensors([concept.name for concept in concepts]), folder / GRAPH)
     if bank["card"]:

@@ -145,6 +145,12 @@ class Judge:
         likely = [self.model.predict_proba(embed(texts))[:, : self.classes]] if self.classes else []
         return np.concatenate([*likely, *counts], axis=1)
 
+    def evidence(self, texts: Sequence[str]) -> Float[np.ndarray, "texts classes"]:
+        """By concept of the regression, its logit: scores before concepts compete for a text. It rises and falls in proportion
+        with what a text says of the concept, whatever else the text says."""
+        found = self.model.decision_function(embed(texts))
+        return np.stack([-found, found], 1) if found.ndim == 1 else found[:, : self.classes]
+
     def accuracy(self, texts: Sequence[str], concepts: Sequence[str]) -> float:
         """Share of texts whose own concept is the likeliest class."""
         return float((self.model.predict(embed(texts)) == [self.names.index(name) for name in concepts]).mean())

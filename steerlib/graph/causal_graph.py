@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ..errors import BadBank, CorruptBank
+from .edge import ANSWERS, RELATIONS
 from .edge import EVIDENCE as EVIDENCE
-from .edge import RELATIONS
 from .edge import Edge as Edge
 from .forecasts import Forecast, above, adding_up, floors_of, interval, is_some
 
@@ -22,7 +22,8 @@ class CausalGraph:
     relations have no cycles.
 
     Args:
-        edges: in any order; at most one for each pair and relation.
+        edges: in any order; at most one for each pair and relation. Those to outcomes (`answers/nature`) are kept apart, in
+            `answers`: forecasts tell of them, while nothing can be done to an outcome, or held there.
 
     Raises:
         CorruptBank: the edges of a relation other than `context` form a cycle, or one stands twice.
@@ -35,8 +36,10 @@ class CausalGraph:
     """
 
     def __init__(self, edges: Iterable[Edge] = ()):
-        self.edges = tuple(sorted(edges, key=lambda edge: (edge.relation, edge.src, edge.dst)))
-        by = {relation: _by_ends(e for e in self.edges if e.relation == relation) for relation in RELATIONS}
+        given = sorted(edges, key=lambda edge: (edge.relation, edge.src, edge.dst))
+        self.edges = tuple(edge for edge in given if not edge.is_outcome)
+        self.answers = tuple(edge for edge in given if edge.is_outcome)
+        by = {relation: _by_ends(e for e in given if e.relation == relation) for relation in RELATIONS}
         _order(by["selection"])
         self._direct, self._total = by["compute"], by["total"]
         both = {name: {**self._direct.get(name, {}), **self._total.get(name, {})} for name in {**self._direct, **self._total}}
@@ -44,8 +47,13 @@ class CausalGraph:
         self._weights = adding_up(self._order, self._direct, self._total)
 
     @property
+    def every(self) -> tuple[Edge, ...]:
+        """Edges between concepts, and those to outcomes."""
+        return self.edges + self.answers
+
+    @property
     def names(self) -> tuple[str, ...]:
-        """Concepts that cause others or are caused, causes before their effects."""
+        """Concepts that cause others or are caused, and outcomes, causes before their effects."""
         return self._order
 
     def parents(self, name: str) -> Mapping[str, float]:
@@ -54,11 +62,15 @@ class CausalGraph:
         return self._weights.get(name, {})
 
     def children(self, name: str) -> tuple[str, ...]:
-        """Names of the concepts of which a concept is a direct cause."""
+        """Names of the concepts, and outcomes, of which a concept is a direct cause."""
         return tuple(concept for concept in self._order if name in self.parents(concept))
 
+    def followers(self, name: str) -> tuple[str, ...]:
+        """Names of the concepts that a concept moves, as `descendants` tells them, without outcomes."""
+        return tuple(child for child in self.descendants(name) if not child.startswith(ANSWERS))
+
     def descendants(self, name: str, *, fixed: Iterable[str] = ()) -> tuple[str, ...]:
-        """Names of all concepts that a concept moves, causes before their effects; nothing moves a `fixed` one."""
+        """Names of all concepts and outcomes that a concept moves, causes before their effects; nothing moves a `fixed` one."""
         reached, held = {name}, {*fixed}
         for concept in self._order:
             if concept not in held and not reached.isdisjoint(self.parents(concept)):
@@ -110,7 +122,8 @@ class CausalGraph:
         return len(self.edges)
 
     def to_tensors(self, names: Sequence[str]) -> dict[str, Tensor]:
-        """The columns of `graph.safetensors`, an entry an edge; ends are places among `names`."""
+        """The columns of `graph.safetensors`, an entry an edge; ends are places among `names`. Edges to
+        outcomes, which are no concepts, are not among them (`outcomes.jsonl`)."""
         line = {name: i for i, name in enumerate(names)}
         if missing := [end for edge in self.edges for end in (edge.src, edge.dst) if end not in line]:
             raise BadBank(f"the graph joins {missing[0]!r}, which is none of the bank's concepts; list it among them")

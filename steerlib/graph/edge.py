@@ -1,15 +1,18 @@
 """An edge of a causal graph, and what is known of it."""
 
-from dataclasses import dataclass
-from typing import Literal, get_args
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, get_args
 
-from ..errors import BadBank
+from ..errors import BadBank, CorruptBank
 
 Relation = Literal["compute", "selection", "context", "total"]
 Evidence = Literal["observed", "randomised", "verified", "asserted"]
 RELATIONS: tuple[Relation, ...] = get_args(Relation)
 """As files number them, like the next: what is added comes last."""
 EVIDENCE: tuple[Evidence, ...] = get_args(Evidence)
+ANSWERS = "answers/"
+"""What the name of an outcome begins with: how much answers show something, which can be moved and not be edited."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,7 +21,7 @@ class Edge:
 
     Args:
         src: name of the cause.
-        dst: name of the effect.
+        dst: name of the effect: a concept; or an outcome, such as `answers/nature`, how much answers show of `nature`.
         weight: change of `dst` per unit of `src`, with no other concept between them; of a total effect, what edges along the
             way multiply to.
         relation: `compute`: moving the one moves the other, along the order of generation. `selection`: the one is a part of
@@ -67,7 +70,41 @@ class Edge:
                 f"showed and how often, got {self.tau} and {self.n_verify}; leave evidence out for one that is stated by hand"
             )
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON, without what is not known."""
+        return {key: value for key, value in asdict(self).items() if value is not None}
+
+    @classmethod
+    def from_dict(cls, values: Any) -> "Edge":
+        """From JSON of a stranger: unknown fields are ignored; raises `CorruptBank` on values that an edge cannot have."""
+        given = {f.name: values[f.name] for f in fields(cls) if f.name in values} if isinstance(values, Mapping) else {}
+        if not {"src", "dst", "weight"} <= given.keys() or not all(_is_sound(*item) for item in given.items()):
+            raise CorruptBank(f"expected an edge with src, dst, weight and finite figures, got {values!r:.200}")
+        try:
+            return cls(**given)
+        except BadBank as error:
+            raise CorruptBank(str(error)) from None
+
+    @property
+    def is_outcome(self) -> bool:
+        """Whether its effect is on answers, not on a concept."""
+        return self.dst.startswith(ANSWERS)
+
     @property
     def effect(self) -> float:
         """What forecasts go by: `tau` where the edge is verified, else `weight`."""
         return self.weight if self.tau is None or self.evidence != "verified" else self.tau
+
+
+WORDS: dict[str, tuple[str, ...] | None] = {"src": None, "dst": None, "relation": RELATIONS, "evidence": EVIDENCE}
+"""Fields that are texts, and what they can be, if not anything."""
+HUGE = 1e300
+
+
+def _is_sound(key: str, value: Any) -> bool:
+    """Whether a stranger's value can be that of a field."""
+    if key in WORDS:
+        return isinstance(value, str) and (WORDS[key] is None or value in (WORDS[key] or ()))
+    if isinstance(value, bool) or key == "everywhere":
+        return isinstance(value, bool) and key == "everywhere"
+    return isinstance(value, int if key == "n_verify" else int | float) and -HUGE < value < HUGE

@@ -25,7 +25,7 @@ from .passages import passage
 from .reading import Key, Note, NoteReader, PromptReader, Reader, reader
 from .shares import Gated, Half, Masked, OwnLength, Section, Share, When
 
-Do = Literal["model", "hold", "graph"]
+Do = Literal["model", "hold", "graph", "spare"]
 
 
 class Options(NamedTuple):

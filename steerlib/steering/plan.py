@@ -32,6 +32,7 @@ from .lowering import SHARE, Lowering, Options, reach
 from .lowering import Do as Do
 from .program import Program
 from .reading import Note
+from .sparing import spared
 
 Edits = Mapping[Any, float | Sequence[float] | Intervention]
 """By concept, or by the name of one."""
@@ -72,7 +73,7 @@ def resolve(bank: ConceptBank, host: Host, edits: Edits, options: Options) -> Pl
     notices: list[tuple[str, type[Warning]]] = [(notice, OtherWeights)] if (notice := bank.check(host, options.match)) else []
     wanted = {name: _intervention(name, value) for name, value in edits.items()}
     _check_rows(wanted)
-    moved = _moved(bank, wanted, options)
+    moved = _moved(bank, spared(bank, wanted) if options.do == "spare" else wanted, options)
     lower, scope = Lowering(bank, host, options), object()
     made = []
     for concept, intervention in moved:
@@ -113,8 +114,8 @@ def _check_options(options: Options) -> None:
         raise BadEdit(f"expected match 'model' or 'sites', got {options.match!r:.80}")
     if options.branch not in ("both", "cond", "uncond"):
         raise BadEdit(f"expected branch 'both', 'cond' or 'uncond', got {options.branch!r}")
-    if options.do not in ("model", "hold", "graph"):
-        raise BadEdit(f"expected do 'model', 'hold' or 'graph', got {options.do!r}")
+    if options.do not in ("model", "hold", "graph", "spare"):
+        raise BadEdit(f"expected do 'model', 'hold', 'graph' or 'spare', got {options.do!r}")
     if (options.hold or options.free) and options.do != "hold":
         raise BadEdit(f"hold= and free= belong to do='hold', got do={options.do!r}")
 
@@ -219,7 +220,7 @@ def _too_long(site: str, program: Program) -> Iterator[str]:
 def _pinned(lower: Lowering, chosen: Iterable[Concept]) -> list[Edit]:
     """Concepts that keep the reading of an unsteered twin."""
     bank, options, edited = lower.bank, lower.options, {concept.name for concept in chosen}
-    follow = [child for name in edited for child in bank.graph.descendants(name)]
+    follow = [child for name in edited for child in bank.graph.followers(name)]
     held = _named(bank, "hold", options.hold, lambda name: name not in edited)
     names = dict.fromkeys([*follow, *held])
     free = _named(bank, "free", options.free, lambda name: name in names and name not in edited)
@@ -239,9 +240,7 @@ def _named(bank: ConceptBank, option: str, given: Iterable[str], changes: Callab
         levels = [concept.name for concept in bank.concepts.values() if concept.factor == name] or [bank[name].name]
         if not any(map(changes, levels)):
             why = {"hold": "it is edited itself", "free": "it does not follow what is edited, so nothing holds it"}[option]
-            raise BadEdit(
-                f"{option}= {name!r} changes nothing: {why}; leave it out (bank.graph.descendants lists what follows)"
-            )
+            raise BadEdit(f"{option}= {name!r} changes nothing: {why}; leave it out (bank.graph.followers lists what follows)")
         found += levels
     return found
 
@@ -250,7 +249,7 @@ def _forecasts(lower: Lowering, made: Sequence[Edit], scope: object) -> list[Edi
     """Edits that carry the graph's forecast to later sites; a set concept is cut from its parents."""
     bank, moving = lower.bank, {edit.name for edit in made}
     fixed = {edit.name for edit in made if edit.is_target}
-    reached = dict.fromkeys(child for name in sorted(moving) for child in bank.graph.descendants(name))
+    reached = dict.fromkeys(child for name in sorted(moving) for child in bank.graph.followers(name))
     found = []
     for name in reached:
         parents = {p: w for p, w in bank.graph.parents(name).items() if p in moving or p in reached}

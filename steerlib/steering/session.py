@@ -161,7 +161,8 @@ def steer(
         branch: the half of guidance that is edited: "both", "cond" (with the prompt) or "uncond".
         do: "model": the network carries an edit on. "hold": each pass runs unsteered too, and descendants in the bank's graph
             are pinned to their values there; edits are skipped on tokens where a stored gate of a pinned concept is open
-            that they do not share. "graph": the graph's forecast is added at later sites.
+            that they do not share. "graph": the graph's forecast is added at later sites. "spare": amounts of concepts
+            that answers would show more of, too, are added, so that by the graph's edges to answers these stay as they are.
         hold, free: with `do="hold"`, other concepts to pin, and descendants that are not pinned.
         allow_ood: allow changes of any length and values outside the natural range ("out of distribution"): no caps.
         exact: read latents that compete (TopK) beside all others; False: by the bank's threshold, as cheap as a direction.
