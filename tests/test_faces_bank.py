@@ -31,6 +31,7 @@ def random_plain(channels):
     torch.manual_seed(1)
     plain = Plain(3, 4, channels)
     for conv in convolutions(plain):
+        assert conv.bias is not None
         torch.nn.init.normal_(conv.bias, std=0.3)
     return plain
 
@@ -72,9 +73,7 @@ def test_training_that_was_cut_off_goes_on_with_the_same_bits(tmp_path, monkeypa
 
 def test_the_command_makes_the_bank_in_small(tmp_path, monkeypatch):
     """Trained for a few steps, not trained again, steered as the card says; tables between their marks."""
-    monkeypatch.setattr(shipped, "SIZE", shipped.SIZE._replace(pictures=40, told=24, batch=8))
-    monkeypatch.setattr("steerlib.evaluation.study.untrained", lambda *_: None)
-    monkeypatch.setattr("steerlib.evaluation.study.ROWS", 3)
+    monkeypatch.setattr(shipped, "SIZE", shipped.SIZE._replace(pictures=40, told=24, batch=8, moved=3))
     readme = tmp_path / "README.md"
     readme.write_text("a\n<!-- begin: bank -->\nstale\n<!-- end: bank -->\n")
     how = {"out": tmp_path / "faces", "work": tmp_path / "work", "steps": 11, "readme": [readme], "threads": 1}

@@ -1,6 +1,7 @@
 """The bank `faces-32-latents`: an autoencoder of diffusers, trained on drawn faces, whose latents are concepts."""
 
 from collections.abc import Mapping
+from dataclasses import asdict, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +24,7 @@ from steerlib.text import progress
 
 from .findings import SHOWN, figures_of, short, table
 from .objectives import Draw, Loss, divergence, total_correlation
-from .run import Size, pictures, train, unexplained
+from .run import QUICK, Size, pictures, train, unexplained
 from .tiny import Plain, empty, exported
 from .worlds import WORLDS
 
@@ -46,11 +47,12 @@ class Part(NamedTuple):
 
 PARTS = (Part(4000, 0.15, 15.0), Part(4000, 0.08, 25.0), Part(3000, 0.04, 40.0))
 """First what is large comes apart, then what is small is added."""
-SIZE = Size(told=1000, steps=sum(part.steps for part in PARTS), batch=32)
+SIZE = QUICK._replace(pictures=8000, steps=sum(part.steps for part in PARTS))
+"""Measured on as many faces as a run of the study."""
 HIDDEN = "decoder.layers.7:BDN"
 """Units in the middle of the decoder, at 4 x 4 places, by which modularity is measured."""
-MOVED, CHANCE = 1.0, 16
-"""Units by which a latent is moved each way, and random directions of that length that are moved beside it."""
+MOVED, CHANCE, FACES = 1.0, 8, 64
+"""Units by which a latent is moved each way, random directions as long beside it, and faces that are moved."""
 
 
 # -- training ----------------------------------------------------------------------------------------------------------
@@ -78,7 +80,8 @@ def trained(folder: Path, size: Size | None = None) -> Any:
         folder.mkdir(parents=True, exist_ok=True)
         x = pictures(WORLD, size)[0].inputs.contiguous(memory_format=torch.channels_last)
         torch.manual_seed(0)
-        plain = Plain(x.shape[1], size.latents).to(memory_format=torch.channels_last)
+        plain: Any = Plain(x.shape[1], size.latents)
+        plain.to(memory_format=torch.channels_last)
         with progress(None, "training", total=size.steps) as bar:
             for k, part in enumerate(PARTS):
                 own = size._replace(steps=size.steps * part.steps // SIZE.steps)
@@ -192,15 +195,18 @@ def bank(folder: Path, size: Size | None = None) -> ConceptBank:
     """Of the autoencoder in a folder, trained if need be, with what a study of it finds, and a card that says so."""
     size = size or SIZE
     vae, new = trained(folder, size), held(size)
-    found, x = study.studied(vae, new, hidden=HIDDEN), 2 * new.inputs - 1
-    made: Any = found.bank
+    x = 2 * new.inputs - 1
+    found = study.measured(vae, Data(x, new.factors), hidden=HIDDEN, moved=size.moved, boosted=size.boosted)
     figures = {**found.figures, "unexplained": unexplained(vae, x)}
+    effects = {one.pop("name"): one for one in map(asdict, found.found.each)}
+    concepts = [replace(concept, effects=effects[name]) for name, concept in found.bank.concepts.items()]
+    made: Any = found.bank.with_concepts(concepts)
     with torch.no_grad():
         few = posterior(vae.encode(x[:1])).mean
     drawn = {name: study.traversals(Decoder(vae, decoding(vae), made), few, [name]) for name in made.concepts}
     strips = {f"{name}.png": png for name, png in drawn.items() if png is not None}
     read = judge(size)
-    seen = moved(vae, made, new.inputs, read)
+    seen = moved(vae, made, new.inputs[:FACES], read)
     trained_as = {"data": WORLD, "kind": "beta-TC-VAE", "parts": [part._asdict() for part in PARTS], **size._asdict()}
     return made.with_concepts(
         name=NAME,
@@ -221,7 +227,7 @@ def card(figures: dict[str, Any], concepts: list[Concept], seen: Moved, read: Ju
         f"# {NAME}",
         ABOUT,
         EXAMPLE.replace("FIRST", first.name),
-        *study.lines(figures),
+        *lines(figures),
         "## What moving a latent does",
         *(f"![{concept.name}]({concept.name}.png)" for concept in concepts),
         table(*study.moves(figures)),
@@ -229,19 +235,30 @@ def card(figures: dict[str, Any], concepts: list[Concept], seen: Moved, read: Ju
         "## What of a face it changes",
         on_factors(seen, read),
         FACTORS_LEGEND,
-        "## What changing a face does, and by which way",
-        table(*study.changes(figures)),
-        study.WAYS_LEGEND,
         "## How far latents stand for factors",
         table(*study.told(figures)),
     ]
     return "\n\n".join(parts) + "\n"
 
 
+def lines(figures: dict[str, Any]) -> list[str]:
+    """What was found, as sentences."""
+    own, plain = (figures_of({"figures": figures}, part) for part in ("", "untrained"))
+    effect, chance, before = (short(part[key]) for part, key in ((own, "relative"), (own, "control"), (plain, "relative")))
+    apart, mixed = (short(part["dci_disentanglement"]) for part in (own, plain))
+    return [
+        f"Active latents: {own['active']:.0f}; passive, saying nothing of a face: {', '.join(figures['passive']) or 'none'}. "
+        f"Of the squared error of the mean face {own['unexplained']:.0%} is left.",
+        f"Mean relative effect {effect} (random directions {chance}, untrained {before}), DCI disentanglement {apart} "
+        f"(untrained {mixed}).",
+    ]
+
+
 FACTORS_LEGEND = f"""By how many standard deviations of a factor a face changes when a latent goes from {MOVED:g} of its units
-less to {MOVED:g} more, with the 95 % interval of that mean over faces. A linear judge reads the factors; it was found from true
-faces and what they were drawn from. *Random*: the absolute change by random directions among active latents, as long in units,
-mean of {CHANCE}. *Judge*: the share of a factor's variance that it explains in true faces which it was not found from."""
+less to {MOVED:g} more, with the 95 % interval of that mean over {FACES} faces. A linear judge reads the factors; it was found
+from true faces and what they were drawn from. *Random*: the absolute change by random directions among active latents, as long
+in units, mean of {CHANCE}. *Judge*: the share of a factor's variance that it explains in true faces which it was not found
+from."""
 
 
 def on_factors(seen: Moved, read: Judge) -> str:
