@@ -16,7 +16,7 @@ import steerlib as sl
 from steerlib import errors
 from steerlib.graph.page import THUMBNAIL
 
-SHIPPED = ("smollm2-135m-instruct", "scenes-32", "smollm2-135m-latents")
+SHIPPED = ("smollm2-135m-instruct", "scenes-32", "smollm2-135m-latents", "faces-32-latents")
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,7 +11,7 @@ import typer
 from steerlib.text import progress
 from steerlib.threads import use_threads
 
-from . import findings
+from . import findings, shipped
 from .run import KINDS, QUICK, Size, run
 from .scatter import scatter
 from .truth import truth
@@ -19,6 +19,7 @@ from .worlds import WORLDS
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 OUT, OTHERS, README = Path("out/vae"), Path("out/vae-64"), Path(__file__).parent / "README.md"
+BANKS = Path(__file__).parents[2] / "concept_banks"
 SEEDS = 3
 Job = tuple[str, str, int]
 
@@ -36,6 +37,15 @@ def file_of(out: Path, job: Job) -> Path:
 def read(out: Path) -> list[dict[str, Any]]:
     """All runs in a folder."""
     return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(out.glob("*.json"))]
+
+
+def put(readme: Path, parts: Mapping[str, str]) -> None:
+    """Write each part between its marks, where a file has them."""
+    text = readme.read_text(encoding="utf-8")
+    for name, content in parts.items():
+        marks = re.compile(rf"(<!-- begin: {name} -->\n).*?(<!-- end: {name} -->)", re.DOTALL)
+        text = marks.sub(lambda m, content=content: f"{m[1]}{content}\n{m[2]}", text)
+    readme.write_text(text, encoding="utf-8")
 
 
 @app.command("run")
@@ -90,13 +100,25 @@ def tables(
     }
     if single := read(others):
         parts["others"] = "\n".join(["Of another size:\n", *(f"- {findings.single(one)}" for one in single)])
-    text = readme.read_text(encoding="utf-8")
-    for name, content in parts.items():
-        marks = re.compile(rf"(<!-- begin: {name} -->\n).*?(<!-- end: {name} -->)", re.DOTALL)
-        text = marks.sub(lambda m, content=content: f"{m[1]}{content}\n{m[2]}", text)
-    readme.write_text(text, encoding="utf-8")
+    put(readme, parts)
     readme.with_name("scatter.svg").write_text(scatter(made), encoding="utf-8")
     typer.echo(f"wrote {readme}")
+
+
+@app.command()
+def bank(
+    out: Annotated[Path, typer.Option(help="folder of the bank")] = BANKS / shipped.NAME,
+    work: Annotated[Path, typer.Option(help="folder of the autoencoder; training goes on in it")] = OUT / "faces",
+    steps: Annotated[int, typer.Option(help="of training, if other than the bank's own", min=0)] = 0,
+    readme: Annotated[list[Path] | None, typer.Option(help="where to write tables, between their marks")] = None,
+    threads: Annotated[int, typer.Option(help="of the processor", min=0)] = 1,
+) -> None:
+    """Make the shipped bank: train an autoencoder of faces, study it, and write the bank and its tables."""
+    use_threads(threads)
+    made = shipped.bank(work, shipped.SIZE._replace(steps=steps) if steps else shipped.SIZE)
+    typer.echo(made.save_pretrained(out))
+    for path in readme or [BANKS / "README.md", README]:
+        put(path, shipped.tables(made, README.read_text(encoding="utf-8")))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
-from steerlib.bank.autoencoders import posterior
+from steerlib.bank.autoencoders import decoded, posterior
 from steerlib.errors import BadEdit
 from steerlib.evaluation.datasets import Data, read
 from steerlib.evaluation.study import measured
@@ -22,6 +22,8 @@ from .worlds import WORLDS
 KINDS = ("VAE", "beta-VAE", "FactorVAE", "beta-TC-VAE", "DIP-VAE-II", "VQ-VAE")
 WARM = 0.5
 """Share of the steps over which what is asked of latents grows to its full weight: asked at once, most would be passive."""
+KEPT = 250
+"""Steps after which training that is kept in a file is kept again."""
 Tick = Callable[[], object]
 """Is called after every step of training."""
 
@@ -101,28 +103,52 @@ def train(
     *,
     device: str = "cpu",
     tick: Tick = lambda: None,
+    kept: Path | None = None,
 ) -> None:
     """With Adam, at a rate that falls to nothing over the last quarter; back on the processor in the end.
 
-    `loss` makes the loss, on the device.
+    `loss` makes the loss, on the device. In the file `kept` is where training has come to, so that it goes on there, with the
+    same outcome as in one piece on a processor, if the loss itself learns nothing.
     """
     torch.manual_seed(seed)
     model.to(device)
     x = x.to(device)
     with torch.device(device):
         of, adam = loss(), torch.optim.Adam(model.parameters(), lr=size.rate)
-        for step in range(size.steps):
+        for step in range(resumed(kept, model, adam, tick), size.steps):
             adam.param_groups[0]["lr"] = size.rate * min(1.0, 4 * (1 - step / size.steps))
             found = of(model, x[torch.randint(len(x), (size.batch,))], min(1.0, step / (WARM * size.steps)))
             adam.zero_grad()
             found.backward()
             adam.step()
             tick()
+            if kept is not None and (step + 1) % KEPT == 0:
+                keep(kept, model, adam, step + 1)
     model.cpu().eval().requires_grad_(False)
+
+
+def keep(path: Path, model: Any, adam: torch.optim.Optimizer, step: int) -> None:
+    """Write where training has come to, whole or not at all."""
+    part = path.with_suffix(".part")
+    torch.save({"model": model.state_dict(), "adam": adam.state_dict(), "draws": torch.get_rng_state(), "step": step}, part)
+    part.rename(path)
+
+
+def resumed(path: Path | None, model: Any, adam: torch.optim.Optimizer, tick: Tick) -> int:
+    """Go on from a file, if it is there; returns the step to begin with."""
+    if path is None or not path.is_file():
+        return 0
+    found = torch.load(path, weights_only=True)
+    model.load_state_dict(found["model"])
+    adam.load_state_dict(found["adam"])
+    torch.set_rng_state(found["draws"])
+    for _ in range(found["step"]):
+        tick()
+    return int(found["step"])
 
 
 @torch.no_grad()
 def unexplained(model: Any, x: Tensor) -> float:
     """Squared error of pictures that are decoded from the middle of what the encoder says, over that of their mean."""
-    y = model.decode(posterior(model.encode(x)).mean)
+    y = decoded(model.decode(posterior(model.encode(x)).mean))
     return float((y - x).square().sum() / (x - x.mean(0)).square().sum())

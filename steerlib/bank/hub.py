@@ -291,7 +291,7 @@ def list_banks(
         NotReached: the Hub did not answer.
 
     >>> [found.name for found in sl.list_banks(local_files_only=True)]
-    ['scenes-32', 'smollm2-135m-instruct', 'smollm2-135m-latents']
+    ['faces-32-latents', 'scenes-32', 'smollm2-135m-instruct', 'smollm2-135m-latents']
     """
     bases = {name: strict_json((path / "bank.json").read_bytes(), name)["base_model"]["id"] for name, path in shipped().items()}
     found = [Listed(name=name, base_model=base, is_shipped=True) for name, base in bases.items()]
