@@ -129,9 +129,13 @@ def example_of(bank: ConceptBank) -> str:
 
 def asking(recipe: Any, tokenizer: Any) -> str:
     """A prompt to try a bank with that was made by a recipe."""
+    from .training.record.documents import documents
+
     if tokenizer is not None:
         return ASK
-    return getattr(recipe, "plain", "") or str(next(iter(recipe.read_corpus()), ASK))
+    return getattr(recipe, "plain", "") or next(
+        (said for said in documents(recipe.read_corpus()) if isinstance(said, str)), ASK
+    )
 
 
 def finish(bank: ConceptBank, folder: Path, places: Sequence[Path], clean: bool, prompt: str) -> None:

@@ -197,12 +197,13 @@ def test_pictures_of_a_bank_that_was_just_made_are_steered_and_measured_with_no_
     """Trained by the command line; the command that it prints at the end works."""
     import shlex
 
-    (tmp_path / "prompts.txt").write_text("\n\n".join(f"a {hue} square at night" for hue in ("red", "green", "blue") * 3))
+    lines = [json.dumps({"text": f"a {hue} square at night"}) for hue in ("red", "green", "blue") * 3]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(lines))
     (tmp_path / "recipe.toml").write_text(f"""
 name = "pictures"
 base = "scenes"
 source = "{ROOT / "concept_banks" / "scenes-32" / "pipeline"}"
-corpus = ["prompts.txt"]
+corpus = ["prompts.jsonl"]
 tokens = 512
 encoders = [{{ site = "unet.mid_block.attentions.0", level = 500, kind = "topk", latents = 32, k = 4, batch = 64 }}]
 """)
@@ -211,7 +212,7 @@ encoders = [{{ site = "unet.mid_block.attentions.0", level = 500, kind = "topk",
     done = subprocess.run([*map(str, command), "--threads", "1"], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0 and "\x1b" not in done.stderr and "stage 2 of 3" in done.stderr, done.stderr
     said = shlex.split(next(line for line in done.stdout.splitlines() if line.startswith("try it:")).removeprefix("try it:"))
-    assert said[:3] == ["steerlib", "steer", str(bank)]
+    assert said[:4] == ["steerlib", "steer", str(bank), "a red square at night"]
     out = tmp_path / "new" / "drawn.png"
     assert str(out) in run(*said[1:], "--steps", 2, "--samples", 2, "--out", out, "--threads", 1)
     assert out.read_bytes().startswith(b"\x89PNG")

@@ -257,7 +257,8 @@ def test_readings_that_tell_the_truth_give_its_graph_and_shuffled_levels_none(to
     pipe, bank = toy_bank
     monkeypatch.setattr(measure.Bench, "__init__", lambda *_: None)
     bench = measure.Bench(tmp_path, 0, 0)
-    bench.pipe, bench.renders, bench.opened = pipe, world.Figures(world.sample(1600, seed=3), *SEEN[1:]), lambda _: (pipe, bank)
+    bench.pipe, bench.renders = pipe, world.Figures(world.sample(1600, seed=3), *SEEN[1:])
+    monkeypatch.setattr(bench, "opened", lambda _: (pipe, bank))
     monkeypatch.setattr(measures, "readings", lambda *_: told_truth())
     rows = bench.read(measure.OWN)
     assert [row["found"] for row in rows if "level" in row] == [1, 1, 1]

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,7 +28,7 @@ def edge(src, outcome, effect):
 
 
 EFFECTS = {"aa": 2.0, "ab": 1.0, "ac": -0.5, "bb": 4.0, "ba": 1.0}
-GRAPH = sl.CausalGraph(edge(*ends, effect) for ends, effect in EFFECTS.items())
+GRAPH = sl.CausalGraph(edge(src, outcome, effect) for (src, outcome), effect in EFFECTS.items())
 
 
 @pytest.fixture
@@ -77,11 +78,11 @@ def test_of_several_edits_each_spares_what_it_carries_along(llama, three):
 
 def test_amounts_solve_the_linear_system(three):
     bank = three.with_concepts(graph=GRAPH)
-    found = spared(bank, {"a": sl.Add(3.0, tokens="generated")})
+    found: dict[str, Any] = spared(bank, {"a": sl.Add(3.0, tokens="generated")})
     # 2 a + 1 b = 6 and 1 a + 4 b = 0; c falls and is left alone
     assert {name: edit.amount for name, edit in found.items()} == pytest.approx({"a": 24 / 7, "b": -6 / 7})
     assert all(edit.tokens == "generated" for edit in found.values())
-    rows = spared(bank, {"a": sl.Add([3.0, 0.0, -1.0])})
+    rows: dict[str, Any] = spared(bank, {"a": sl.Add([3.0, 0.0, -1.0])})
     assert rows["b"].amount == pytest.approx((-6 / 7, 0.0, 2 / 7))
 
 
@@ -121,7 +122,7 @@ def test_edges_are_those_whose_effect_is_surely_not_chance():
     d[:, 0] += 3.0
     (only,) = answered([Moved("a", 1.5, d)], [f"o{k}" for k in range(40)]).answers
     assert (only.src, only.dst, only.n_verify, only.evidence) == ("a", "answers/o0", 24, "verified")
-    assert only.effect == pytest.approx(d[:, 0].mean() / 1.5) and only.tau_lo < only.effect < only.tau_hi
+    assert only.effect == pytest.approx(d[:, 0].mean() / 1.5) and (only.tau_lo or 0) < only.effect < (only.tau_hi or 0)
     rows = foretold(sl.CausalGraph([only]), [Moved("o0", 1.0, d), Moved("a", 3.0, d)], ["o0", "o1"])
     said = {(row.edge.src, row.edge.dst): row.said[0] for row in rows}
     assert said == {("o0", "answers/o1"): 0, ("a", "answers/o0"): pytest.approx(3.0 * only.effect), ("a", "answers/o1"): 0}

@@ -39,10 +39,11 @@ README = Path(__file__).with_name("README.md")
 class Bench:
     """A folder with a pipeline and its banks, and what was measured of them, on `n` renders and `cases` prompts an edit."""
 
-    def __init__(self, folder: Path, n: int, cases: int):
+    def __init__(self, folder: Path, n: int, cases: int, dtype: str = "float32"):
         self.folder, self.n, self.cases = folder, n, cases
         self.kept = folder / f"measured-{n}-{cases}"
-        self.pipe = load(str(folder / "pipeline"))[0]
+        self.dtype = getattr(torch, dtype)
+        self.pipe = load(str(folder / "pipeline"))[0].to(self.dtype)
         self.pipe.set_progress_bar_config(disable=True)
 
     @cached_property
@@ -59,7 +60,7 @@ class Bench:
             return self.pipe, ConceptBank.from_pretrained(self.folder / "bank")
         pipe, place = self.pipe, self.folder / "controls" / kind.replace(", ", "-").replace(" ", "-")
         if kind == UNTRAINED:
-            pipe = pipeline("small", seed=1, known=world.vocabulary())
+            pipe = pipeline("small", seed=1, known=world.vocabulary()).to(self.dtype)
             pipe.set_progress_bar_config(disable=True)
         if not (place / "bank.json").is_file():
             train(pipe, _controlled(self.recipe, kind), work=self.folder / "work").save_pretrained(place)
@@ -225,10 +226,11 @@ def main(
     folder: Annotated[Path, typer.Argument(help="with the pipeline and its banks")],
     renders: Annotated[int, typer.Option(help="pictures that nodes are looked for on")] = 2000,
     cases: Annotated[int, typer.Option(help="prompts of every edit")] = 24,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16")] = "float32",
     readme: Annotated[Path, typer.Option(help="whose tables are written")] = README,
 ) -> None:
     """Measure, and write the tables."""
-    bench = Bench(folder, renders, cases)
+    bench = Bench(folder, renders, cases, dtype)
     for mark, text in tables(bench):
         sections.put([readme], mark, text)
         print(f"{mark}\n\n{text}\n")

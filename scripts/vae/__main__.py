@@ -1,8 +1,7 @@
 """Make runs of the study, and write its tables: `python -m scripts.vae run`, then `python -m scripts.vae tables`."""
 
 import json
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,6 +10,7 @@ import typer
 from steerlib.text import progress
 from steerlib.threads import use_threads
 
+from ..benchmarks.sections import put
 from . import findings, shipped
 from .run import KINDS, QUICK, Size, run
 from .scatter import scatter
@@ -37,15 +37,6 @@ def file_of(out: Path, job: Job) -> Path:
 def read(out: Path) -> list[dict[str, Any]]:
     """All runs in a folder."""
     return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(out.glob("*.json"))]
-
-
-def put(readme: Path, parts: Mapping[str, str]) -> None:
-    """Write each part between its marks, where a file has them."""
-    text = readme.read_text(encoding="utf-8")
-    for name, content in parts.items():
-        marks = re.compile(rf"(<!-- begin: {name} -->\n).*?(<!-- end: {name} -->)", re.DOTALL)
-        text = marks.sub(lambda m, content=content: f"{m[1]}{content}\n{m[2]}", text)
-    readme.write_text(text, encoding="utf-8")
 
 
 @app.command("run")
@@ -100,7 +91,8 @@ def tables(
     }
     if single := read(others):
         parts["others"] = "\n".join(["Of another size:\n", *(f"- {findings.single(one)}" for one in single)])
-    put(readme, parts)
+    for name, content in parts.items():
+        put([readme], name, content)
     readme.with_name("scatter.svg").write_text(scatter(made), encoding="utf-8")
     typer.echo(f"wrote {readme}")
 
@@ -117,8 +109,8 @@ def bank(
     use_threads(threads)
     made = shipped.bank(work, shipped.SIZE._replace(steps=steps) if steps else shipped.SIZE)
     typer.echo(made.save_pretrained(out))
-    for path in readme or [BANKS / "README.md", README]:
-        put(path, shipped.tables(made, README.read_text(encoding="utf-8")))
+    for name, content in shipped.tables(made, README.read_text(encoding="utf-8")).items():
+        put(readme or [BANKS / "README.md", README], name, content)
 
 
 if __name__ == "__main__":
