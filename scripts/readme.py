@@ -239,6 +239,22 @@ TABLES: dict[str, tuple[str, Callable[..., str]]] = {
 """By section, the option that names its figures, and the table that is made of them."""
 
 
+def write(given: Mapping[str, Any]) -> None:
+    """Every part of which something is given, by the name of its option."""
+    if given["banks"]:
+        from_banks()
+    for section, (option, table) in TABLES.items():
+        if given[option] is not None:
+            put(section, table(json.loads(given[option].read_text(encoding="utf-8"))))
+    if given["port"] is not None:
+        put("port", ported(sl.ConceptBank.from_pretrained(str(given["port"]))))
+    if given["graph"] is not None and given["scale"] is not None:
+        put("graphs", bars(*(json.loads(given[name].read_text(encoding="utf-8")) for name in ("graph", "scale"))))
+    for section in ("coverage", "pipelines", "fits", "damage", "scenes-graph"):
+        if (path := given[section.replace("-", "_")]) is not None:
+            put(section, path.read_text(encoding="utf-8").strip())
+
+
 def main(
     steering: Annotated[Path | None, typer.Option(help="figures of bench_steering.py")] = None,
     latents: Annotated[Path | None, typer.Option(help="figures of bench_latents.py")] = None,
@@ -267,19 +283,7 @@ def main(
     banks: Annotated[bool, typer.Option(help="run the first example, and read the shipped banks")] = True,
 ) -> None:
     """Write the measured parts of the READMEs."""
-    given = locals()
-    if banks:
-        from_banks()
-    for section, (option, table) in TABLES.items():
-        if given[option] is not None:
-            put(section, table(json.loads(given[option].read_text(encoding="utf-8"))))
-    if port is not None:
-        put("port", ported(sl.ConceptBank.from_pretrained(str(port))))
-    if graph is not None and scale is not None:
-        put("graphs", bars(*(json.loads(path.read_text(encoding="utf-8")) for path in (graph, scale))))
-    for section in ("coverage", "pipelines", "fits", "damage", "scenes-graph"):
-        if (path := given[section.replace("-", "_")]) is not None:
-            put(section, path.read_text(encoding="utf-8").strip())
+    write(locals())
 
 
 if __name__ == "__main__":

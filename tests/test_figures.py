@@ -307,7 +307,7 @@ def test_the_true_counterfactual_reaches_both_bars_and_what_does_nothing_none(to
     def drawn(_, captions, bank, do):
         seen.append((bank, do))
         factors = control.asked(change, 12)
-        return world.drawn(world.edited(factors, change.do) if bank is None and len(seen) > 1 else factors).pixels, 0.25
+        return world.drawn(world.edited(factors, change.do) if bank is None and len(seen) > 1 else factors).pixels
 
     monkeypatch.setattr(control, "drawn", drawn)
     own = given(toy_bank, SimpleNamespace(graph=None), {"cat": ["899/0"]})
@@ -315,7 +315,7 @@ def test_the_true_counterfactual_reaches_both_bars_and_what_does_nothing_none(to
     row = control.measured(own, change)
     ways = row["ways"]
     assert [*ways] == [*control.WAYS] and (ways[control.PROMPT]["effect"], ways[control.PROMPT]["preservation"]) == (1, 1)
-    assert all(ways[way]["effect"] == 0 and ways[way]["off range"] == 0.25 for way in control.WAYS[1:])
+    assert all((ways[way]["effect"], ways[way]["preservation"]) == (0, 1) for way in control.WAYS[1:])
     assert seen[2] == (own.levers, {"cat": sl.Set(1.5)}) and seen[3][0] not in (None, own.levers, own.bank)
     lines = control.table([row]).splitlines()
     assert "| the prompt rewritten | 1 of 1 | 1.00 | 1.00 |" in lines[2] and "| one latent | 0 of 1 | 0.00 |" in lines[5]

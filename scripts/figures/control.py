@@ -6,6 +6,7 @@ by the truth is shown: this favours them, as nothing else chooses their amounts.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, NamedTuple
 from warnings import catch_warnings, simplefilter
@@ -20,7 +21,7 @@ from steerlib.evaluation.pictures import Pictures, draw_as_told, edit_of, sheet
 from steerlib.evaluation.report import markdown
 from steerlib.training.discover.concept_graph import randomised
 
-BARS = {"effect": 0.9, "preservation": 0.95, "off range": 0.1}
+BARS = {"effect": 0.9, "preservation": 0.95}
 AMOUNTS = (1.0, 2.0, 4.0)
 """Of a latent that is set, in units: its usual reading where it fires, and more."""
 PROMPT, LEVER, RANDOM, ONE = "the prompt rewritten", "lever from captions", "random direction", "one latent"
@@ -98,15 +99,12 @@ def _parts(edges: Sequence[Any], whole: str) -> list[str]:
     return [*dict.fromkeys([*own, *(part for each in own for part in _parts(edges, each))])]
 
 
-def drawn(given: Given, captions: list[str], bank: ConceptBank | None, do: Mapping[str, Any]) -> tuple[Pictures, float]:
-    """Pictures, and the largest share of tokens at which a concept reads what it never does by itself."""
-    draw = lambda: draw_as_told(given.pipe, captions, steps=STEPS)  # noqa: E731
-    if bank is None:
-        return draw(), 0.0
+def drawn(given: Given, captions: list[str], bank: ConceptBank | None, do: Mapping[str, Any]) -> Pictures:
+    """Pictures from the same noise, steered if there is a bank."""
     with catch_warnings():
         simplefilter("ignore")  # amounts go beyond safe ranges on purpose
-        with steer(given.pipe, bank, do, branch="cond", allow_ood=True) as session:
-            return draw(), max((line.off_range or 0.0 for line in session.report().lines), default=0.0)
+        with nullcontext() if bank is None else steer(given.pipe, bank, do, branch="cond", allow_ood=True):
+            return draw_as_told(given.pipe, captions, steps=STEPS)
 
 
 def measured(given: Given, change: Change) -> dict[str, Any]:
@@ -114,14 +112,14 @@ def measured(given: Given, change: Change) -> dict[str, Any]:
     factors = asked(change, given.cases)
     seed = (0, PURPOSE, world.CONCEPTS.index(change.concept))
     captions, due = (world.captions(each, seed=seed) for each in (factors, world.edited(factors, change.do)))
-    before, _ = drawn(given, captions, None, {})
+    before = drawn(given, captions, None, {})
     random = given.levers
     for name in change.do:
         random = randomised(random, random[name], seed=0)
     banks, found = {PROMPT: None, LEVER: given.levers, RANDOM: random}, {}
     for way in WAYS:
         said, tried = (due, [{}]) if way == PROMPT else (captions, edits(given, change, way))
-        rows = [_one(change, before, *drawn(given, said, banks.get(way, given.bank), do)) for do in tried]
+        rows = [_one(change, before, drawn(given, said, banks.get(way, given.bank), do)) for do in tried]
         best = max(range(len(rows)), key=lambda k: (rows[k]["effect"] or 0.0) + (rows[k]["preservation"] or 0.0))
         found[way] = rows[best] | {"setting": best}
     found |= {f"{LEVER}, {level} alone": own for level, own in _windows(given, change, captions, before)}
@@ -135,12 +133,12 @@ def _windows(given: Given, change: Change, captions: list[str], before: Pictures
         return
     for level, span in given.levers.levels.items():
         own = {name: replace(edit, when=span) for name, edit in do.items()}
-        yield level, _one(change, before, *drawn(given, captions, given.levers, own))
+        yield level, _one(change, before, drawn(given, captions, given.levers, own))
 
 
-def _one(change: Change, before: Pictures, after: Pictures, off: float) -> dict[str, Any]:
+def _one(change: Change, before: Pictures, after: Pictures) -> dict[str, Any]:
     told = measures.effect(change, before, after)._asdict()
-    return {name: round(v, 4) if isinstance(v, float) else v for name, v in told.items()} | {"off range": round(off, 4)}
+    return {name: round(v, 4) if isinstance(v, float) else v for name, v in told.items()}
 
 
 def shown(given: Given, rows: Sequence[Mapping[str, Any]], count: int = 8) -> Any:
@@ -151,10 +149,10 @@ def shown(given: Given, rows: Sequence[Mapping[str, Any]], count: int = 8) -> An
         factors = {name: values[:1] for name, values in asked(change, given.cases).items()}
         seed = (0, PURPOSE, world.CONCEPTS.index(change.concept))
         captions, due = (world.captions(each, seed=seed) for each in (factors, world.edited(factors, change.do)))
-        cells[f"set {change.concept}"] = own = {"plain": drawn(given, captions, None, {})[0][0]}
-        own[PROMPT] = drawn(given, due, None, {})[0][0]
+        cells[f"set {change.concept}"] = own = {"plain": drawn(given, captions, None, {})[0]}
+        own[PROMPT] = drawn(given, due, None, {})[0]
         for way, bank in ((LEVER, given.levers), (ONE, given.bank), (ALL, given.bank), (GRAPH, given.bank)):
-            own[way] = drawn(given, captions, bank, edits(given, change, way)[row["ways"][way]["setting"]])[0][0]
+            own[way] = drawn(given, captions, bank, edits(given, change, way)[row["ways"][way]["setting"]])[0]
     return sheet(cells)
 
 
@@ -169,7 +167,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
         both = sum(_holds(one) for one in own)
         means = [float(np.mean([one[name] for one in own])) for name in BARS]
         lines.append([way, f"{both} of {len(own)}", *(f"{mean:.2f}" for mean in means)])
-    return markdown("way | reach both bars | effect | preservation | off range", lines)
+    return markdown("way | reach both bars | effect | preservation", lines)
 
 
 def _holds(one: Mapping[str, Any]) -> bool:
@@ -179,12 +177,12 @@ def _holds(one: Mapping[str, Any]) -> bool:
 def windows(rows: Sequence[Mapping[str, Any]]) -> str:
     """What levers that set a concept do at one noise level alone, by the level of the concept: effect and preservation."""
     own = [row for row in rows if row["change"] == "set"]
-    ways = [LEVER, *(way for way in own[0]["ways"] if way.startswith(f"{LEVER}, "))]
+    ways = [way for way in dict.fromkeys(way for row in own for way in row["ways"]) if way.startswith(LEVER)]
     lines = []
     for level, names in world.LEVELS.items():
         some = [row["ways"] for row in own if row["concept"] in names and {*ways} <= {*row["ways"]}]
-        means = [[np.mean([one[way][name] or 0.0 for one in some]) for name in ("effect", "preservation")] for way in ways]
-        lines.append([f"{level} ({len(some)})", *(f"{a:.2f}, {b:.2f}" for a, b in means)])
+        means = [[np.mean([one[way][name] or 0.0 for one in some]) for name in BARS] for way in ways if some]
+        lines.append([f"{level} ({len(some)})", *(f"{a:.2f}, {b:.2f}" for a, b in means), *["–"] * (0 if some else len(ways))])
     return markdown("concepts | " + " | ".join(way.removeprefix(f"{LEVER}, ") for way in ways), lines)
 
 
