@@ -24,7 +24,7 @@ IDS = torch.arange(1, 6)[None]
 
 def edge(src, outcome, effect):
     facts = {"weight": effect, "tau": effect, "tau_lo": effect - 0.25, "tau_hi": effect + 0.25, "n_verify": 24}
-    return sl.Edge(src=src, dst=f"answers/{outcome}", relation="total", evidence="verified", **facts)
+    return sl.Edge(src=src, dst=f"answers:{outcome}", relation="total", evidence="verified", **facts)
 
 
 EFFECTS = {"aa": 2.0, "ab": 1.0, "ac": -0.5, "bb": 4.0, "ba": 1.0}
@@ -96,7 +96,7 @@ def test_without_an_amount_or_what_it_carries_along_it_is_the_plain_edit_bit_for
 
 
 def test_what_cannot_be_planned_is_refused(llama, three):
-    with pytest.raises(Unanswerable, match="no edge 'a' -> 'answers/a'; measure it"):
+    with pytest.raises(Unanswerable, match="no edge 'a' -> 'answers:a'; measure it"):
         sl.steer(llama, three, {"a": 1.0}, do="spare")
     bank = three.with_concepts(graph=GRAPH)
     mixed = {"a": sl.Add(1.0), "b": sl.Add(1.0, tokens="prompt")}
@@ -108,8 +108,8 @@ def test_what_cannot_be_planned_is_refused(llama, three):
 def test_a_graph_of_answers_foretells_them_and_holds_and_carries_no_concept(llama, three):
     bank = three.with_concepts(graph=GRAPH)
     told = bank.graph.forecast({"a": 2.0})
-    assert told == {"a": 2.0, "answers/a": 4.0, "answers/b": 2.0, "answers/c": -1.0} and told.unmeasured == ()
-    assert told.intervals["answers/b"] == (1.5, 2.5)
+    assert told == {"a": 2.0, "answers:a": 4.0, "answers:b": 2.0, "answers:c": -1.0} and told.unmeasured == ()
+    assert told.intervals["answers:b"] == (1.5, 2.5)
     assert bank.graph.followers("a") == () and len(bank.graph) == 0 and len(bank.graph.answers) == 5
     plain = activations(llama, bank, {"a": 1.0})
     for do in ("hold", "graph"):
@@ -121,11 +121,11 @@ def test_edges_are_those_whose_effect_is_surely_not_chance():
     d = random.normal(0, 1.0, (24, 40))
     d[:, 0] += 3.0
     (only,) = answered([Moved("a", 1.5, d)], [f"o{k}" for k in range(40)]).answers
-    assert (only.src, only.dst, only.n_verify, only.evidence) == ("a", "answers/o0", 24, "verified")
+    assert (only.src, only.dst, only.n_verify, only.evidence) == ("a", "answers:o0", 24, "verified")
     assert only.effect == pytest.approx(d[:, 0].mean() / 1.5) and (only.tau_lo or 0) < only.effect < (only.tau_hi or 0)
     rows = foretold(sl.CausalGraph([only]), [Moved("o0", 1.0, d), Moved("a", 3.0, d)], ["o0", "o1"])
     said = {(row.edge.src, row.edge.dst): row.said[0] for row in rows}
-    assert said == {("o0", "answers/o1"): 0, ("a", "answers/o0"): pytest.approx(3.0 * only.effect), ("a", "answers/o1"): 0}
+    assert said == {("o0", "answers:o1"): 0, ("a", "answers:o0"): pytest.approx(3.0 * only.effect), ("a", "answers:o1"): 0}
 
 
 def test_a_bank_keeps_edges_to_answers_through_files_and_changes(tmp_path, three):
@@ -138,7 +138,7 @@ def test_a_bank_keeps_edges_to_answers_through_files_and_changes(tmp_path, three
     names = ("outcomes.jsonl", "bank.json")
     assert all((tmp_path / "bank" / name).read_bytes() == (tmp_path / "again" / name).read_bytes() for name in names)
     renamed = bank.rename({"a": "first"})
-    assert {e.src for e in renamed.graph.answers} == {"first", "b"} and renamed.graph.forecast({"first": 1.0})["answers/b"] == 1
+    assert {e.src for e in renamed.graph.answers} == {"first", "b"} and renamed.graph.forecast({"first": 1.0})["answers:b"] == 1
     assert {e.src for e in bank.drop("a").graph.answers} == {"b"}
     more = bank.select("c").add("d", torch.ones(three.sites[SITE].width), site=SITE)
     assert {e.src for e in more.merge(bank.select("a", "b"), prefix="x ").graph.answers} == {"x a", "x b"}

@@ -22,7 +22,7 @@ class CausalGraph:
     relations have no cycles.
 
     Args:
-        edges: in any order; at most one for each pair and relation. Those to outcomes (`answers/nature`) are kept apart, in
+        edges: in any order; at most one for each pair and relation. Those to outcomes (`answers:nature`) are kept apart, in
             `answers`: forecasts tell of them, while nothing can be done to an outcome, or held there.
 
     Raises:

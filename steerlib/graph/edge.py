@@ -11,7 +11,7 @@ Evidence = Literal["observed", "randomised", "verified", "asserted"]
 RELATIONS: tuple[Relation, ...] = get_args(Relation)
 """As files number them, like the next: what is added comes last."""
 EVIDENCE: tuple[Evidence, ...] = get_args(Evidence)
-ANSWERS = "answers/"
+ANSWERS = "answers:"
 """What the name of an outcome begins with: how much answers show something, which can be moved and not be edited."""
 
 
@@ -21,7 +21,7 @@ class Edge:
 
     Args:
         src: name of the cause.
-        dst: name of the effect: a concept; or an outcome, such as `answers/nature`, how much answers show of `nature`.
+        dst: name of the effect: a concept; or an outcome, such as `answers:nature`, how much answers show of `nature`.
         weight: change of `dst` per unit of `src`, with no other concept between them; of a total effect, what edges along the
             way multiply to.
         relation: `compute`: moving the one moves the other, along the order of generation. `selection`: the one is a part of

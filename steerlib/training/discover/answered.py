@@ -33,7 +33,7 @@ def moved(
 
 
 def answered(moves: Sequence[Moved], outcomes: Sequence[str]) -> CausalGraph:
-    """Edges from each concept to the outcomes that it moves, `answers/<outcome>`: a 95 % interval without 0, by bootstrap over
+    """Edges from each concept to the outcomes that it moves, `answers:<outcome>`: a 95 % interval without 0, by bootstrap over
     requests, and 5 % false among all that are found. They are total effects: whatever lies between is not known.
 
     Args:
@@ -42,7 +42,7 @@ def answered(moves: Sequence[Moved], outcomes: Sequence[str]) -> CausalGraph:
 
     >>> d = np.random.default_rng(0).normal((2.0, 0.0), 0.1, (24, 2))
     >>> [(edge.dst, round(edge.effect, 1)) for edge in answered([Moved("wine", 2.0, d)], ["wine", "chess"]).answers]
-    [('answers/wine', 1.0)]
+    [('answers:wine', 1.0)]
     """
     found = [effects(own.d, np.full(len(own.d), own.amount)) for own in moves]
     q = adjusted(np.concatenate([np.empty(0), *(p for *_, p in found)])).reshape(-1, len(outcomes))
