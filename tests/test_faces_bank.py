@@ -75,7 +75,7 @@ def test_the_command_makes_the_bank_in_small(tmp_path, monkeypatch):
     """Trained for a few steps, not trained again, steered as the card says; tables between their marks."""
     monkeypatch.setattr(shipped, "SIZE", shipped.SIZE._replace(pictures=40, told=24, batch=8, moved=3))
     readme = tmp_path / "README.md"
-    readme.write_text("a\n<!-- begin: bank -->\nstale\n<!-- end: bank -->\n")
+    readme.write_text("".join(f"<!-- begin: {part} -->\nstale\n<!-- end: {part} -->\n" for part in ("bank", "faces-latents")))
     how = {"out": tmp_path / "faces", "work": tmp_path / "work", "steps": 11, "readme": [readme], "threads": 1}
     make_bank(**how)
     monkeypatch.setattr(shipped, "train", lambda *_, **__: pytest.fail("it was there"))

@@ -7,11 +7,11 @@ from typing import Annotated
 
 import typer
 
+from scripts.benchmarks.sections import put as written
 from steerlib import load
 from steerlib.devices import best_device
 from steerlib.training.recipe import PipelineEncoderRecipe
 
-from ..benchmarks.sections import put as written
 from . import dry as drying
 from . import sd14
 from .protocol import Protocol, figures_table

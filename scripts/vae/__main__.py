@@ -7,10 +7,10 @@ from typing import Annotated, Any
 
 import typer
 
+from scripts.benchmarks.sections import put
 from steerlib.text import progress
 from steerlib.threads import use_threads
 
-from ..benchmarks.sections import put
 from . import findings, shipped
 from .run import KINDS, QUICK, Size, run
 from .scatter import scatter
