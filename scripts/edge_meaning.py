@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 import steerlib as sl
 from steerlib.bank.search import LABELS, kept, text_of
+from steerlib.evaluation.report import markdown
 from steerlib.graph.causal_graph import Edge
 from steerlib.training.discover.text_graph import carried
 
@@ -74,11 +75,11 @@ def kinds(bank: sl.ConceptBank) -> dict[str, list[Edge]]:
 def table(figures: Mapping[str, Any]) -> str:
     """As Markdown."""
     head = "edges | how many | cosine of labels | of dealt edges | difference (95 %) | deals that reach it"
-    lines = [f"| {head} |", "|---" * 6 + "|"]
+    lines = []
     for name, f in figures.items():
         told = f"{f['difference']:+.3f} ({f['low']:+.3f} to {f['high']:+.3f})"
-        lines.append(f"| {name} | {f['edges']} | {f['cosine']:.3f} | {f['dealt']:.3f} | {told} | {f['reached']:.1%} |")
-    return "\n".join(lines)
+        lines.append([name, str(f["edges"]), f"{f['cosine']:.3f}", f"{f['dealt']:.3f}", told, f"{f['reached']:.1%}"])
+    return markdown(head, lines)
 
 
 def main(out: Annotated[Path, typer.Option(help="write the figures here as JSON")] = Path("out/edge_meaning.json")) -> None:

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -192,3 +193,39 @@ def test_concepts_are_moved_alone_and_answers_scored_by_prompt():
         found.append(np.mean([judge.evidence(one.texts[k : k + 2]) for one in done], 0))
     np.testing.assert_allclose(moves[1].d, found[1] - found[0], atol=1e-5)
     assert np.abs(moves[1].d).max() > 1e-3
+
+
+def test_forecasts_that_hold_are_told_from_dealt_ones_and_what_spares_from_what_does_not():
+    """Answers that do just what the graph says; the spared ones lose what rose along."""
+    import side_effects
+    from side_effects import Told
+
+    random, names = np.random.default_rng(0), ["a", "b", "c"]
+    base = random.normal(0, 0.1, (24, 3))
+    effects = np.array([[EFFECTS.get(src + to, 0.0) for to in names] for src in names])
+    told = lambda change: Told(base + change, side_effects.softmax(base + change, 1), 0.25)  # noqa: E731
+    answers = {"unsteered": {"": told(np.zeros(3))}, "plain": {name: told(effects[k]) for k, name in enumerate("ab")}}
+    spared_answers = {name: told(np.where(np.eye(3)[k], effects[k], np.minimum(effects[k], 0))) for k, name in enumerate("ab")}
+    answers |= {"part": answers["plain"], "spare": spared_answers, "dealt": answers["plain"], "hold": answers["plain"]}
+    alone = {name: {name: 1.0} for name in "ab"}
+    study: Any = SimpleNamespace(
+        graph=GRAPH,
+        answers=answers,
+        judge=SimpleNamespace(names=names),
+        ways={"plain": alone, "part": alone, "spare": alone, "dealt": alone},
+        useful={"a": 1.0, "b": 1.0},
+        kl=lambda: {"plain": {"a": 0.5, "b": 0.5}, "spare": {"a": 0.5, "b": 0.5}},
+        greedy=dict,
+    )
+    figures = side_effects.measured(study)
+    own = figures["forecasts"]["useful amount"]
+    assert (own["r2"], own["sign"], own["told"], own["pairs"], own["with an edge"]) == (1, 1, 3, 4, 3)
+    assert own["r2 of probabilities"] == pytest.approx(1) and own["dealt"] < 0.9
+    one = figures["concepts"]["a"]
+    rise, along = (np.mean(answers["plain"]["a"].points[:, k] - answers["unsteered"][""].points[:, k]) for k in (0, 1))
+    assert one["plain"]["gain"] == pytest.approx(rise) and one["plain"]["specificity"] == pytest.approx(
+        rise / (rise + max(along, 0))
+    )
+    assert one["spare"]["specificity"] >= one["plain"]["specificity"] and one["spare"]["specificity"] == 1
+    lines = side_effects.table(figures).splitlines()
+    assert lines[2].startswith("| useful amount | 1.00 (1.00 to 1.00) | 1.00 | 100% of 3 |") and "| a | " in lines[7]

@@ -169,7 +169,11 @@ def best_prompt(scores: Scores, concept: int) -> int:
 
 def specificity(scores: Scores, concept: int, condition: int) -> float:
     """Gain of the concept over that gain plus the gains of all others: 1 where nothing else rises; 0 without a gain."""
-    gains = scores.concepts[condition].mean((0, 1)) - scores.concepts[0].mean((0, 1))
+    return kept_apart(scores.concepts[condition].mean((0, 1)) - scores.concepts[0].mean((0, 1)), concept)
+
+
+def kept_apart(gains: Float[np.ndarray, " classes"], concept: int) -> float:
+    """`specificity` by the gains of all concepts."""
     own = max(0.0, float(gains[concept]))
     others = float(np.maximum(0, np.delete(gains, concept)).sum())
     return own / (own + others) if own > 0 else 0.0

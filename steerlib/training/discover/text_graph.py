@@ -225,13 +225,14 @@ def scores(rows: Sequence[Foretold]) -> dict[str, Any]:
     return {
         "edges": len(rows),
         "sign": round(float((np.sign(said) == np.sign(happened)).mean()), 4),
-        "r2": round(_r2(said, happened), 4),
+        "r2": round(r2(said, happened), 4),
         "r2 interval": [round(float(end), 4) for end in _r2_interval(said, happened)],
-        "r2 by prompt": round(_r2(*by_prompt), 4),
+        "r2 by prompt": round(r2(*by_prompt), 4),
     }
 
 
-def _r2(said: NDArray[Any], happened: NDArray[Any]) -> float:
+def r2(said: NDArray[Any], happened: NDArray[Any]) -> float:
+    """`1 - sum (d - f)^2 / sum d^2` of what happened d and what was said f."""
     return 1 - float(np.square(happened - said).sum()) / max(float(np.square(happened).sum()), 1e-12)
 
 
