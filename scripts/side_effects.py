@@ -10,6 +10,7 @@ on where it stopped. With `--into` the bank with the graph is written to a folde
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -29,9 +30,10 @@ from steerlib.graph.edge import ANSWERS
 from steerlib.origins import recipe_of
 from steerlib.steering.sparing import spared
 from steerlib.text import chat, complete, progress
-from steerlib.training.discover.answered import answered, foretold, moved
+from steerlib.training.discover.answered import foretold
 from steerlib.training.discover.concept_graph import Moved
 from steerlib.training.discover.text_graph import r2, scores
+from steerlib.training.package.directions import with_answers
 from steerlib.training.store import remembered
 
 BANK, PART, NEW = "smollm2-135m-instruct", 0.6, 40
@@ -83,14 +85,9 @@ class Study:
 
     @cached_property
     def graph(self) -> sl.CausalGraph:
-        """From answers to requests that concepts were made from."""
-        prompts = self.recipe.read_prompts("train")[:LEARN]
-
-        def learn() -> list[Any]:
-            return [[*own[:2], own.d.tolist()] for own in moved(*self.model, self.bank, [*self.useful], prompts, self.judge)]
-
-        found = remembered(self.work / "learned.json", learn)
-        return answered([Moved(name, amount, np.array(d)) for name, amount, d in found], self.judge.names)
+        """From answers to requests that concepts were made from, as `steerlib train` finds it."""
+        recipe = replace(self.recipe, answers=LEARN)
+        return with_answers(*self.model, self.bank, recipe, self.judge, self.work).graph
 
     @cached_property
     def spare(self) -> dict[str, dict[str, float]]:

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,13 +13,15 @@ from tiny_models import tiny, toy_tokenizer
 
 import steerlib as sl
 from steerlib.bank import trust
-from steerlib.errors import BadBank, CorruptBank, Unanswerable
-from steerlib.evaluation.text import Judge
+from steerlib.errors import BadBank, BadRecipe, CorruptBank, Unanswerable
+from steerlib.evaluation.text import Judge, counting, judge_for
 from steerlib.steering.sparing import spared
 from steerlib.text import chat, complete
 from steerlib.training.discover.answered import answered, foretold, moved
 from steerlib.training.discover.concept_graph import Moved
+from steerlib.training.package.directions import with_answers
 
+RECIPE = Path(__file__).parents[1] / "concept_banks/recipes/smollm2-135m-instruct/recipe.toml"
 SITE, NAMES = "layers.1", ["a", "b", "c"]
 IDS = torch.arange(1, 6)[None]
 
@@ -193,6 +196,35 @@ def test_concepts_are_moved_alone_and_answers_scored_by_prompt():
         found.append(np.mean([judge.evidence(one.texts[k : k + 2]) for one in done], 0))
     np.testing.assert_allclose(moves[1].d, found[1] - found[0], atol=1e-5)
     assert np.abs(moves[1].d).max() > 1e-3
+
+
+def test_a_recipe_asks_for_the_graph_of_answers_and_a_second_run_finds_it(tmp_path, monkeypatch):
+    d = np.zeros((2, 24, 2))
+    d[0, :, 1] = 3.0 + np.random.default_rng(0).normal(0, 0.1, 24)
+    asked = []
+
+    def moved(_model, _tokenizer, bank, names, prompts, _judge):
+        asked.append((names, prompts))
+        return [Moved(name, bank[name].useful, own) for name, own in zip(names, d, strict=True)]
+
+    monkeypatch.setattr("steerlib.training.discover.answered.moved", moved)
+    own = {"a": torch.eye(32)[0], "b": torch.eye(32)[1], "gate": torch.eye(32)[2]}
+    bank = sl.ConceptBank.from_directions(own, site="layers.0", base=tiny("llama"))
+    useful = {"a": 1.5, "b": 2.0, "gate": None}
+    bank = bank.with_concepts([replace(bank[name], useful=amount) for name, amount in useful.items()])
+    recipe: Any = replace(sl.Recipe.from_file(RECIPE), answers=2)
+    judge = Judge.fit({"a": ["a cat and a dog", "the cat sleeps"], "b": ["a plane in the sky", "the pilot lands"]})
+    for _ in range(2):
+        made = with_answers(None, None, bank, recipe, judge, tmp_path)
+        (edge,) = made.graph.answers
+        assert (edge.src, edge.dst, edge.n_verify) == ("a", "answers:b", 24)
+        assert edge.effect == pytest.approx(d[0, :, 1].mean() / 1.5)
+    assert asked == [(["a", "b"], recipe.read_prompts("train")[:2])]
+    judge = judge_for({"long": counting({"count": "words"})})
+    with pytest.raises(BadRecipe, match="scorer learns from texts"):
+        with_answers(None, None, bank, recipe, judge, tmp_path)
+    with pytest.raises(BadRecipe, match="answers from 0 to train_prompts = 24, got 25"):
+        replace(recipe, answers=25).check(to_train=False)
 
 
 def test_forecasts_that_hold_are_told_from_dealt_ones_and_what_spares_from_what_does_not():

@@ -90,6 +90,7 @@ dev_prompts = 2
 evaluation_prompts = 4
 seeds = 2
 new_tokens = 6
+answers = 3
 [[concepts]]
 name = "asking"
 label = "asks"
@@ -119,6 +120,15 @@ def uninterrupted(tmp_path_factory):
     with pytest.warns(errors.Unmeasured, match="asking, tea: a budget of 32 answers tries 2 of 2 methods at layers.1"):
         bank = sl.train(toy(), recipe, tokenizer=toy_tokenizer(), work=folder / "work")
     return folder, bank, bank.save_pretrained(folder / "bank")
+
+
+def test_each_concept_is_moved_alone_on_as_many_prompts_as_the_recipe_says(uninterrupted):
+    """Of what counts nothing is told: `tea` is all that its scorer learned from texts."""
+    folder, bank, _ = uninterrupted
+    (path,) = (folder / "work").glob("*/answers/3.json")
+    found = json.loads(path.read_text())
+    assert found and [(name, amount) for name, amount, _ in found] == [(own.name, own.useful) for own in levers_of(bank)]
+    assert all(np.shape(d) == (3, 1) for *_, d in found) and {edge.dst for edge in bank.graph.answers} <= {"answers:tea"}
 
 
 def levers_of(bank):

@@ -149,7 +149,7 @@ class Judge:
         """By concept of the regression, its logit: scores before concepts compete for a text. It rises and falls in proportion
         with what a text says of the concept, whatever else the text says."""
         found = self.model.decision_function(embed(texts))
-        return np.stack([-found, found], 1) if found.ndim == 1 else found[:, : self.classes]
+        return (np.stack([-found, found], 1) if found.ndim == 1 else found)[:, : self.classes]
 
     def accuracy(self, texts: Sequence[str], concepts: Sequence[str]) -> float:
         """Share of texts whose own concept is the likeliest class."""

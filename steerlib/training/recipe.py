@@ -61,6 +61,8 @@ class DirectionRecipe(Recipe):
         new_tokens: Tokens of each answer.
         is_brief: Whether layers and methods are compared without writing answers, and measured without most controls.
         ship: `"all"` concepts, or only those `"clearing"` every bar; the card lists the others with their measurements.
+        answers: The number of prompts to learn from on which each concept is moved alone, to see what else answers show: edges
+            from concepts to answers, by which `do="spare"` plans. 0: no such graph.
     """
 
     concepts: tuple[ConceptRecipe, ...] = ()
@@ -78,6 +80,7 @@ class DirectionRecipe(Recipe):
     new_tokens: int = 32
     is_brief: bool = False
     ship: str = "all"
+    answers: int = 0
 
     @classmethod
     def describes(cls, values: Mapping[str, Any], folder: Path) -> bool:
@@ -90,6 +93,8 @@ class DirectionRecipe(Recipe):
             raise BadRecipe("expected a positive budget and positive numbers of prompts, seeds and new tokens")
         if self.ship not in ("all", "clearing"):
             raise BadRecipe(f"expected ship to be 'all' or 'clearing', got {self.ship!r}")
+        if not 0 <= self.answers <= self.train_prompts:
+            raise BadRecipe(f"expected answers from 0 to train_prompts = {self.train_prompts}, got {self.answers}")
         given = [layer for layer in self.layers if not isinstance(layer, str)]
         wrong = [layer for layer in given if layer < 0 or (isinstance(layer, float) and not 0 < layer < 1)]
         if wrong or len({*self.layers}) < len(self.layers):
@@ -106,6 +111,7 @@ class DirectionRecipe(Recipe):
 
     def quick(self) -> "DirectionRecipe":
         few = {"train_prompts": 8, "dev_prompts": 4, "evaluation_prompts": 4, "new_tokens": 16, "budget": 80, "seeds": 1}
+        few["answers"] = 0
         smaller = {name: min(count, getattr(self, name)) for name, count in few.items()}
         concepts = tuple(replace(concept, methods=concept.methods[:1]) for concept in self.concepts)
         return replace(self, **smaller, concepts=concepts, methods=self.methods[:1], layers=self.layers[:2], is_quick=True)

@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,6 +22,7 @@ from ...bank.effects import MeasuredEffects
 from ...errors import BadRecipe, Unmeasured, UnsupportedTarget
 from ...evaluation.report import picture
 from ...evaluation.text import Judge, judge_for, trust
+from ...graph.causal_graph import CausalGraph
 from ...hosts import host_for
 from ...text import called, is_pair, progress, stage
 from ..calibrate.doses import Choice, Search, statistics, untried
@@ -58,7 +60,29 @@ def train_directions(model: Any, tokenizer: Any, recipe: DirectionRecipe, folder
     if recipe.ship == "clearing":
         kept = [record["concept"] for record in records if all(record["passes"].values())]
         bank = assemble(studio, {name: choices[name] for name in kept})
-    return with_effects(bank, recipe, records)
+    made = with_effects(bank, recipe, records)
+    return with_answers(model, tokenizer, made, recipe, judge, folder) if recipe.answers else made
+
+
+def with_answers(
+    model: Any, tokenizer: Any, bank: ConceptBank, recipe: DirectionRecipe, judge: Judge, folder: Path
+) -> ConceptBank:
+    """The bank with edges from each concept with a useful amount to the answers that it moves, learned from the recipe's
+    training prompts. Raises `BadRecipe` for a judge that only counts: it has no evidence to compare."""
+    from ..discover.answered import answered, moved  # needs scipy
+    from ..discover.concept_graph import Moved
+
+    if not judge.classes:
+        raise BadRecipe(f"recipe {recipe.name!r}: answers = {recipe.answers} needs concepts whose scorer learns from texts")
+    names = [concept.name for concept in bank.concepts.values() if concept.useful is not None]
+    prompts = recipe.read_prompts("train")[: recipe.answers]
+
+    def learn() -> list[Any]:
+        return [[*own[:2], own.d.tolist()] for own in moved(model, tokenizer, bank, names, prompts, judge)]
+
+    found = remembered(folder / "answers" / f"{recipe.answers}.json", learn)
+    edges = answered([Moved(name, amount, np.array(d)) for name, amount, d in found], judge.names[: judge.classes]).answers
+    return bank.with_concepts([*bank.concepts.values()], graph=CausalGraph([*bank.graph.edges, *edges]))
 
 
 def _left_out(recipe: DirectionRecipe, sites: Sequence[str]) -> dict[str, list[str]]:
