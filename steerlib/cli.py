@@ -296,6 +296,8 @@ def make(
     seed: Annotated[int, typer.Option(help="of all random choices", min=0)] = 0,
     prompts: Annotated[Path | None, typer.Option(help="of a pipeline: a file of prompts without the names, one a line")] = None,
     score: Annotated[str, typer.Option(help="of a pipeline: a CLIP model that scores (default: the pipeline itself)")] = "",
+    steps: Annotated[int | None, typer.Option(help="of a pipeline: scheduler steps of a picture (default: 20)", min=1)] = None,
+    guidance: Annotated[float | None, typer.Option(help="of a pipeline: towards the prompt (default: its own)")] = None,
     work: Work = Path("out/work"),
     dtype: Dtype = Precision.float32,
     threads: Threads = 0,
@@ -306,7 +308,8 @@ def make(
     from . import terminal
 
     rate = tflops if dry_run else None
-    terminal.make_to(names, model, out, work, threads, seed=seed, prompts=prompts, score=score, dtype=dtype, tflops=rate)
+    how: dict[str, Any] = {"prompts": prompts, "score": score, "steps": steps, "guidance": guidance}
+    terminal.make_to(names, model, out, work, threads, seed=seed, dtype=dtype, tflops=rate, **how)
 
 
 @app.command()

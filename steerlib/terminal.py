@@ -172,7 +172,7 @@ def train_to(recipe: Any, out: Path | None, work: Path, clean: bool, threads: in
 
 def make_to(
     names: Sequence[str], model: str, out: Path, work: Path, threads: int, *, seed: int, prompts: Path | None,
-    score: str, dtype: str, tflops: float | None,
+    score: str, steps: int | None, guidance: float | None, dtype: str, tflops: float | None,
 ) -> None:  # fmt: skip
     """Make concepts from their names, write and show their bank; or say what that takes at a rate `tflops`."""
     from .origins import loaded, recipe_of
@@ -181,12 +181,13 @@ def make_to(
     named.check_given(names)
     pipeline.check_writable(out)
     given = None if prompts is None else named.read_prompts(prompts)
+    drawn: dict[str, Any] = {"steps": steps, "guidance": guidance}
     if tflops is not None:
-        foretell(named.picture_recipe_of(names, model, given, name=out.name, seed=seed), tflops, threads)
+        foretell(named.picture_recipe_of(names, model, given, name=out.name, seed=seed, **drawn), tflops, threads)
         return
     target, tokenizer = loaded(model, threads, dtype)
     how: dict[str, Any] = {"tokenizer": tokenizer, "source": model, "name": out.name, "seed": seed, "work": work}
-    bank = named.make(target.to(pipeline.best_device()), names, prompts=given, score=score or None, **how)
+    bank = named.make(target.to(pipeline.best_device()), names, prompts=given, score=score or None, **drawn, **how)
     finish(bank, out, [work], False, asking(recipe_of(bank, None), tokenizer))
 
 

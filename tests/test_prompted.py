@@ -564,10 +564,12 @@ def test_a_pipeline_makes_concepts_of_names_and_draws_with_them_at_the_command_l
     (tmp_path / "prompts.txt").write_text("\n".join(world.captions(world.draw(4).factors)))
     folder, picture = tmp_path / "bank", tmp_path / "picture.png"
     files = {"prompts": tmp_path / "prompts.txt", "work": tmp_path / "work", "out": folder}
-    cli.make(str(tmp_path / "pipe"), ["by night"], threads=1, dtype=cli.Precision.bfloat16, **files)
+    how: Any = {"steps": 1, "guidance": 1.5, "dtype": cli.Precision.bfloat16, "threads": 1}
+    cli.make(str(tmp_path / "pipe"), ["by night"], **how, **files)
     assert [*files["work"].glob("*-bfloat16/sums/by night.safetensors")]  # apart from that of other precisions
     recipe = recipe_in(sl.ConceptBank.from_pretrained(folder))
     assert isinstance(recipe, PictureRecipe) and recipe.read_pairs(recipe.concepts[0])[0][0].endswith(", by night")
+    assert (recipe.steps, recipe.guidance) == (1, 1.5)
     assert recipe.plain in capsys.readouterr().out  # the prompt of the command that it ends with
     cli.steer(str(folder), "a red square", ["by night=2"], threads=1, out=picture)
     assert picture.read_bytes().startswith(b"\x89PNG")
@@ -580,9 +582,10 @@ def test_what_is_made_in_another_precision_has_a_folder_of_its_own(recipe):
     assert (place.name, other.name) == (pipeline.key_of(recipe), f"{place.name}-bfloat16")
 
 
-def test_prompts_are_of_pipelines_alone():
-    with pytest.raises(BadRecipe, match="prompts= and score= are of pictures"):
-        sl.make(tiny("llama"), "river", tokenizer=object(), prompts=["a house"])
+@pytest.mark.parametrize("given", [{"prompts": ["a house"]}, {"steps": 4}, {"guidance": 0.0}])
+def test_how_pictures_are_drawn_is_of_pipelines_alone(given):
+    with pytest.raises(BadRecipe, match="prompts=, score=, steps= and guidance= are of pictures"):
+        sl.make(tiny("llama"), "river", tokenizer=object(), **given)
 
 
 @pytest.mark.parametrize(("given", "said"), [

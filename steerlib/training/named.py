@@ -43,6 +43,7 @@ DRAWN: dict[str, Any] = {"train_prompts": 32, "dev_prompts": 6, "evaluation_prom
 """Pairs of prompts to learn from, to choose with and to measure on."""
 PROMPTS = "prompts.txt"
 """What a bank calls the prompts that `make` was given."""
+OF_PICTURES = "prompts=, score=, steps= and guidance="
 ABOUT_PICTURES = (
     "Concepts made from their names alone, by `steerlib make`: how a prompt that says one differs from one that does not."
 )
@@ -51,6 +52,7 @@ ABOUT_PICTURES = (
 def make(
     target: Any, names: str | Sequence[str], *, tokenizer: Any = None, source: str = "", name: str = "made", seed: int = 0,
     work: str | os.PathLike[str] | None = None, prompts: Sequence[str] | None = None, score: Score | str | None = None,
+    steps: int | None = None, guidance: float | None = None,
 ) -> ConceptBank:  # fmt: skip
     """Make a bank of concepts from nothing but their names: a few minutes each for a small model on a processor.
 
@@ -59,11 +61,11 @@ def make(
         names: What they are about, such as `"medieval knight"`; of pictures what a prompt would say, such as `"by night"`.
         tokenizer: Of a language model. Needed with one that is loaded already.
         source: Where the model was loaded from, which the bank says. Default: as the model says.
-        name: Of the bank.
-        seed: Of all random choices.
+        name, seed: Of the bank; of all random choices.
         work: A folder that keeps what each stage made, from which the same call goes on. Default: nothing is kept.
         prompts: Of a pipeline: prompts that say nothing of the names, four or more. Default: some that come with steerlib.
         score: Of a pipeline: what `sl.train` takes, or where a CLIP model is, which the recipe says then.
+        steps, guidance: Of a pipeline: scheduler steps of a picture, 20 by default, and guidance, by default its own.
 
     Returns the bank, with its card and the recipe that it could be made again from; `save_pretrained` writes it.
 
@@ -78,35 +80,41 @@ def make(
     """
     check_given(names := [names] if isinstance(names, str) else list(names))
     if isinstance(target, str):
-        source, (target, tokenizer) = source or target, load(target)
-        target = target.to(best_device())
+        source, target, tokenizer = source or target, *_loaded(target)
     known = source or getattr(target, "name_or_path", "") or type(target).__name__
     if host_for(target).has_progress:
-        plan = picture_recipe_of(names, known, prompts, name=name, seed=seed, score=score if isinstance(score, str) else "")
+        drawn: dict[str, Any] = {"steps": steps, "guidance": guidance, "score": score if isinstance(score, str) else None}
+        plan = picture_recipe_of(names, known, prompts, name=name, seed=seed, **drawn)
         return train(target, plan, work=work, score=None if isinstance(score, str) else score)
-    check_target(target, tokenizer, names, of_pictures=(prompts, score))
+    check_target(target, tokenizer, names, of_pictures=(prompts, score, steps, guidance))
     plan = DirectionRecipe(name=name, base=known, source=known, seed=seed, description=ABOUT, **FEW)
-    recipe = recipe_of(plan, target, tokenizer, _pairs(target, tokenizer, names, plan, work))
-    return train(target, recipe, tokenizer=tokenizer, work=work)
+    return train(target, _in_words(plan, target, tokenizer, names, work), tokenizer=tokenizer, work=work)
 
 
 def picture_recipe_of(names: Sequence[str], source: str, prompts: Sequence[str] | None, **others: Any) -> PictureRecipe:
-    """The recipe of concepts of pictures by name, over prompts that say nothing of them."""
+    """The recipe of concepts of pictures by name, over prompts that say nothing of them. What is None stays as it is."""
     if prompts is not None and (isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts)):
         raise BadRecipe(f"expected prompts as a list of texts, got {prompts!r:.80}")
     concepts = tuple(PictureConcept(name=name) for name in names)
-    plan = PictureRecipe(base=source, source=source, concepts=concepts, description=ABOUT_PICTURES, **DRAWN, **others)
+    given = DRAWN | {name: value for name, value in others.items() if value is not None}
+    plan = PictureRecipe(base=source, source=source, concepts=concepts, description=ABOUT_PICTURES, **given)
     if prompts is None:
         return plan
     return replace(plan, prompts=PROMPTS, texts={PROMPTS: "".join(f"{' '.join(prompt.split())}\n" for prompt in prompts)})
 
 
-def _pairs(target: Any, tokenizer: Any, names: list[str], plan: DirectionRecipe, work: Any) -> dict[str, Any]:
-    """What the model writes, or what an earlier call wrote."""
+def _loaded(where: str) -> tuple[Any, Any]:
+    target, tokenizer = load(where)
+    return target.to(best_device()), tokenizer
+
+
+def _in_words(plan: DirectionRecipe, target: Any, tokenizer: Any, names: list[str], work: Any) -> DirectionRecipe:
+    """The recipe, from what the model writes, or what an earlier call wrote."""
     host, precision = host_for(target), [precision_of(target)] if precision_of(target) else []
     key = sha256(repr((names, plan.seed, host.fingerprint(), digest_of(host), *precision)).encode()).hexdigest()[:16]
     path = None if work is None else Path(work) / f"pairs-{key}.json"
-    return remembered(path, lambda: written(target, tokenizer, names, plan.read_prompts("train"), seed=plan.seed))
+    pairs = remembered(path, lambda: written(target, tokenizer, names, plan.read_prompts("train"), seed=plan.seed))
+    return recipe_of(plan, target, tokenizer, pairs)
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -132,7 +140,7 @@ def check_target(target: Any, tokenizer: Any, names: Sequence[str], *, of_pictur
     """Raise `UnsupportedTarget` for what is no language model with its tokenizer, `BadRecipe` for names it cannot write and for
     arguments that are of pictures."""
     if any(given is not None for given in of_pictures):
-        raise BadRecipe(f"prompts= and score= are of pictures, and {type(target).__name__} is no pipeline that draws")
+        raise BadRecipe(f"{OF_PICTURES} are of pictures, and {type(target).__name__} is no pipeline that draws")
     layers = [site for site in host_for(target).sites() if site.removeprefix("layers.").isdigit()]
     if not layers or not hasattr(target, "generate"):
         raise UnsupportedTarget(f"expected a language model that writes answers, got {type(target).__name__}")
