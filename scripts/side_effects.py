@@ -30,6 +30,7 @@ from steerlib.graph.edge import ANSWERS
 from steerlib.origins import recipe_of
 from steerlib.steering.sparing import spared
 from steerlib.text import chat, complete, progress
+from steerlib.training.carry import RECIPE, carried
 from steerlib.training.discover.answered import foretold
 from steerlib.training.discover.concept_graph import Moved
 from steerlib.training.discover.text_graph import r2, scores
@@ -84,17 +85,22 @@ class Study:
         return model.to(torch.bfloat16), tokenizer
 
     @cached_property
-    def graph(self) -> sl.CausalGraph:
-        """From answers to requests that concepts were made from, as `steerlib train` finds it."""
+    def made(self) -> sl.ConceptBank:
+        """With the graph from answers to requests that concepts were made from, as `steerlib train` makes it of such a recipe."""
         recipe = replace(self.recipe, answers=LEARN)
-        return with_answers(*self.model, self.bank, recipe, self.judge, self.work).graph
+        made = with_answers(*self.model, self.bank, recipe, self.judge, self.work)
+        return made.with_concepts(files={**made.files, RECIPE: carried(recipe)})
+
+    @property
+    def graph(self) -> sl.CausalGraph:
+        return self.made.graph
 
     @cached_property
     def spare(self) -> dict[str, dict[str, float]]:
         """Of concepts that carry others along, the amounts that `do="spare"` plans."""
-        bank, found = self.bank.with_concepts(graph=self.graph), {}
+        found = {}
         for name, useful in self.useful.items():
-            planned: Any = spared(bank, {name: sl.Add(useful)})
+            planned: Any = spared(self.made, {name: sl.Add(useful)})
             found[name] = {other: edit.amount for other, edit in planned.items()}
         return {name: own for name, own in found.items() if len(own) > 1}
 
@@ -297,7 +303,7 @@ def main(
     out.write_text(json.dumps(figures, indent=1, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
     print(table(figures))
     if into is not None:
-        study.bank.with_concepts(graph=study.graph).save_pretrained(into)
+        study.made.save_pretrained(into)
 
 
 if __name__ == "__main__":
