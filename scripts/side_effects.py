@@ -86,7 +86,7 @@ class Study:
 
     @cached_property
     def made(self) -> sl.ConceptBank:
-        """With the graph from answers to requests that concepts were made from, as `steerlib train` makes it of such a recipe."""
+        """With the graph from answers to requests that concepts were made from, as `steerlib train` makes it of it."""
         recipe = replace(self.recipe, answers=LEARN)
         made = with_answers(*self.model, self.bank, recipe, self.judge, self.work)
         return made.with_concepts(files={**made.files, RECIPE: carried(recipe)})
