@@ -111,7 +111,12 @@ class Socket(Ours):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Socket:  # noqa: ARG002
         """Deep copies carry no sessions."""
-        return Socket(self.model, self.site, self.clocks, self.moment)
+        return type(self)(self.model, self.site, self.clocks, self.moment)
+
+    @property
+    def turn(self) -> tuple[bool, bool]:
+        """When it comes at its module: an output includes what was done to the update, and a mean what was done to tokens."""
+        return self.site.side == "output", self.site.mean
 
     def on_output(self, module: nn.Module, args: tuple, output: Any) -> Any:  # noqa: ARG002 - torch's signature
         """A forward hook. Every microsecond here is paid at every site of every token."""
@@ -214,6 +219,15 @@ class Socket(Ours):
         return self.traced(x, state.at(x.shape[1]))
 
 
+class MeanSocket(Socket):
+    """One whose contents act on the mean of the tokens, `[B, 1, D]`: what they add to it is added to every token."""
+
+    def _act(self, edit: Act | None, x: Tensor) -> Tensor:
+        mean = x.mean(1, keepdim=True)
+        y = super()._act(edit, mean)
+        return x if y is mean else x + (y - mean)
+
+
 class Attachment:
     """All sockets and clocks of one model, shared by every session that steers or records it."""
 
@@ -274,7 +288,7 @@ class Attachment:
 
     def follow(self) -> None:
         """Move sockets to modules that wrap theirs now, or were inside of them."""
-        for name, socket in sorted(self.sockets.items(), key=lambda item: item[1].site.side == "update"):
+        for name, socket in sorted(self.sockets.items(), key=lambda item: item[1].turn, reverse=True):
             now = in_place_of(socket.module, self.model, socket.site.module)
             if now is not None and now is not socket.module:
                 self._undo[f"site {name}"]()
@@ -319,11 +333,11 @@ class Attachment:
             moment = self._moments[paths] = Moment()
             for clock in clocks:
                 clock.moments.append(moment)
-        socket = Socket(self.model, site, clocks, moment)
+        socket = (MeanSocket if site.mean else Socket)(self.model, site, clocks, moment)
         self._undo[f"site {site.name}"] = _hook(host, inside[-1], socket)
         self.sockets[site.name] = socket
-        for other in self.sockets.values():  # an output includes what was done to the update
-            if site.side == "output" and other.site.side == "update" and other.site.module == site.module:
+        for other in sorted(self.sockets.values(), key=lambda other: other.turn, reverse=True):  # the last is hooked first
+            if other.turn < socket.turn and other.site.module == site.module:
                 self._undo[f"site {other.site.name}"]()
                 self._undo[f"site {other.site.name}"] = _hook(host, inside[-1], other)
 

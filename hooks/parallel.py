@@ -12,6 +12,9 @@ from steerlib.sites import Site
 def why_split(inside: Sequence[nn.Module], site: Site) -> str:
     """Why a site cannot be steered, by the modules that its path leads through, the model first; "" where each process has all
     of its tensor. The weights tell; those of blocks that are sharded as a whole (FSDP) are all there while they run."""
+    split = (getattr(getattr(module, "_parallel_config", None), "context_parallel_config", None) for module in inside)
+    if site.mean and any(one is not None for one in split):
+        return f"site {site.name!r}: this model is split over processes along the tokens (context parallelism); {REMEDY}"
     plan: Any = getattr(inside[0], "_tp_plan", None) if (getattr(inside[0], "_tp_size", None) or 1) > 1 else None
     plan = plan or {}
     if any("sequence" in way for way in plan.values()):

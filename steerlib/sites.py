@@ -78,6 +78,7 @@ class Site:
         reads_text: whether the tokens here are those of an image's prompt.
         argument: name of the module's input, if it is not the first that is given.
         listed: whether its rows may be a list of one tensor each.
+        mean: whether it is the mean of the tokens, as one token; what is added to it is added to all of them.
 
     >>> site = sl.Site(name="layers.0", module="model.layers.0")
     >>> site.read((torch.zeros(1, 2, 4),)).shape
@@ -94,6 +95,7 @@ class Site:
     reads_text: bool = False
     argument: str | None = None
     listed: bool = False
+    mean: bool = False
 
     @property
     def is_plain(self) -> bool:

@@ -17,7 +17,9 @@ from ..transformers.sites import named_sites
 from .families import Denoiser
 
 UNET = re.compile(r"(down_blocks\.\d+|up_blocks\.\d+|mid_block)(\.(attentions|resnets)\.\d+)?(\.transformer_blocks\.\d+)?")
-PARTS = re.compile(r"(?P<path>.+?)(:(?P<stream>image|text|\d+))?(\.heads(\.(?P<head>\d+))?)?(\.(?P<side>in|update))?")
+PARTS = re.compile(
+    r"(?P<path>.+?)(:(?P<stream>image|text|\d+))?(\.heads(\.(?P<head>\d+))?)?(\.(?P<side>in|update))?(?P<mean>\.mean)?"
+)
 ATTENTION = ("attn", "attn1", "attn2")
 TEXTUAL = re.compile(r"\.attn2\.to_[kv]$|\.add_[qkv]_proj$|\.to_add_out$|context_refiner")
 """Modules whose tokens are those of the prompt."""
@@ -73,10 +75,12 @@ class PipelineSites:
                 f"or tokens [rows, tokens, width]: {nearest(name, self.named, filter(None, dict(self.model.named_modules())))}"
             )
         stream, side, module = match["stream"] or "", match["side"] or "output", self.model.get_submodule(path)
+        part, streams = part_of(module, path, stream), streams_of(module)
+        reads_text = TEXTUAL.search(path) is not None or (streams is not None and part["element"] == streams.text is not None)
+        if match["mean"] and (".heads" in name or reads_text or path.partition(".")[0] not in self.denoisers):
+            raise UnknownSite(f"{name!r}: only the tokens of an image that a denoiser works on have a mean; leave out '.mean'")
         if ".heads" in name:
             return self._heads(name, path, stream, match["head"])
-        part = part_of(module, path, stream)
-        streams = streams_of(module)
         return Site(
             name=name,
             module=path,
@@ -84,8 +88,8 @@ class PipelineSites:
             layout="BD...",
             argument=_argument(module, stream),
             listed=path in self.denoisers,
-            reads_text=TEXTUAL.search(path) is not None
-            or (streams is not None and part["element"] == streams.text is not None),
+            reads_text=reads_text,
+            mean=match["mean"] is not None,
             **part,
         )
 

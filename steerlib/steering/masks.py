@@ -34,6 +34,11 @@ class Mask(ABC):
                 f"the mask of {name!r} is a part of an image, and the tokens of {moved.name!r} are the prompt's; "
                 "mask at a site of image tokens"
             )
+        if moved.mean:
+            raise Unanswerable(
+                f"the mask of {name!r} is a part of an image, and {moved.name!r} is the mean of all of it; mask at "
+                f"{moved.name.removesuffix('.mean')!r}"
+            )
         if late := next((site for site in self.reads if not is_before(site)), None):
             raise Unanswerable(
                 f"the mask of {name!r} reads {late!r}, which is not before {moved.name!r}; name an attention of an "

@@ -22,6 +22,7 @@ from ...bank.concept_bank import ConceptBank
 from ...bank.concepts import Concept
 from ...graph.causal_graph import CausalGraph, Edge
 from .confirm import Confirmation, Pair, adjusted, confirmed
+from .conjunctions import parts_of_wholes
 from .independence import Test, by_independence, fisher_z
 from .minimality import without_echoes
 from .regress import Fit, Rows, fitted
@@ -195,32 +196,33 @@ def composition(system: System, read: Mapping[str, Codes] | None = None) -> Disc
     """Which latents of a level are parts of which of the level before: relation `selection`, from readings alone.
 
     Wholes are selected by their parts, and parts of one whole come together without an edge between them; so each whole is
-    fitted to its parts, against the order of generation. Necessity is `1 - P(whole | no part) / P(whole | part)`,
+    told by its parts, against the order of generation, and by no more of them than it takes ([conjunctions.py]). `weight` is
+    what a part adds to the log-likelihood of the whole, nats a unit; necessity `1 - P(whole | no part) / P(whole | part)`,
     sufficiency `P(whole | part)`. `read`: what all contexts read, where that is known.
     """
-    contexts = np.arange(len(system))
-    read = observed(system, contexts, Folder(None, {})) if read is None else read
-    seen = {name: Level(z, z, z) for name, z in read.items()}
-    names, edges, fits = list(system.levels), [], {}
-    for whole, part in pairwise(names):
-        fit = fitted(rows_of(system, seen, [part], whole, contexts, "observational"), signed=False, centred=True)
-        fits[part, whole] = fit = _heard(fit, slice(None), seen[part].z, seen[whole].z)
-        edges += _parts(fit.effects, seen, part, whole)
-    return Discovery(CausalGraph(edges), len(edges), len(edges), 0, fits, _passive(system, seen))
+    read = observed(system, np.arange(len(system)), Folder(None, {})) if read is None else read
+    usable = {name: eligible(z, system.rates) for name, z in read.items()}
+    edges = [
+        edge
+        for whole, part in pairwise(system.levels)
+        for edge in _parts(parts_of_wholes(read[part], read[whole], (usable[part], usable[whole])), read, part, whole)
+    ]
+    passive = {name: int((~own).sum()) for name, own in usable.items()}
+    return Discovery(CausalGraph(edges), len(edges), len(edges), 0, {}, passive)
 
 
-def _parts(effects: Codes, seen: Mapping[str, Level], part: str, whole: str) -> Iterator[Edge]:
+def _parts(gains: Codes, read: Mapping[str, Codes], part: str, whole: str) -> Iterator[Edge]:
     """The edges from parts to wholes, and how often the one is there without the other."""
-    fires = [entries(seen[name].z, np.ones(seen[name].z.nnz)) for name in (part, whole)]
+    fires = [entries(read[name], np.ones(read[name].nnz)) for name in (part, whole)]
     often, n = [np.asarray(z.sum(0)).ravel() for z in fires], fires[0].shape[0]
-    both = csr((fires[0].T @ fires[1]).multiply(effects != 0)).todok()
-    for (a, b), weight in effects.todok().items():
+    both = csr((fires[0].T @ fires[1]).multiply(gains != 0)).todok()
+    for (a, b), gain in gains.todok().items():
         together = both.get((a, b), 0.0)
         given, without = together / often[0][a], (often[1][b] - together) / (n - often[0][a])
         yield Edge(
             src=f"{part}/{a}",
             dst=f"{whole}/{b}",
-            weight=float(weight),
+            weight=float(gain),
             relation="selection",
             evidence="observed",
             necessity=float(1 - without / max(given, 1e-12)),
@@ -239,6 +241,8 @@ def with_graph(bank: ConceptBank, graph: CausalGraph) -> ConceptBank:
 
 def _in_units(edge: Edge, src: Concept, dst: Concept) -> Edge:
     """`weight` and `tau` are of one unit of the one, in units of the other."""
+    if edge.relation == "selection":  # its weight is in nats
+        return replace(edge, src=src.name, dst=dst.name)
     figures = {name: getattr(edge, name) for name in ("weight", "tau", "tau_lo", "tau_hi")}
     scaled = {name: None if value is None else value * src.unit / dst.unit for name, value in figures.items()}
     return replace(edge, src=src.name, dst=dst.name, **scaled)
