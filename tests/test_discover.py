@@ -16,6 +16,7 @@ import steerlib as sl
 from steerlib.bank.concept_bank import SiteFacts
 from steerlib.errors import BadRecipe, Unanswerable
 from steerlib.training.discover.confirm import CONFIRMED, Pair, adjusted, confirmed
+from steerlib.training.discover.conjunctions import conjunction, extended, likelihood, parts_of_wholes
 from steerlib.training.discover.discovery import composition, discover, eligible
 from steerlib.training.discover.independence import by_independence
 from steerlib.training.discover.lasso import Products, lasso, refit
@@ -471,3 +472,51 @@ def test_a_latent_that_is_there_twice_is_not_chosen_in_silence():
     echo = discover(Doubled(inner, 0.5))
     assert echo.echoes and {dst for _, dst in echo.echoes} == {"level1/64"}
     assert not any(edge.dst == "level1/64" for edge in echo.graph.edges)
+
+
+# -- conjunctions ------------------------------------------------------------------------------------------------
+
+
+def readings_of(columns):
+    return csr(np.stack(columns, 1).astype(np.float32))
+
+
+def test_a_whole_is_told_by_its_parts_and_not_by_what_comes_along_with_them():
+    rng = np.random.default_rng(0)
+    a, b, other = (rng.random(2000) < rate for rate in (0.3, 0.4, 0.3))
+    along = np.where(rng.random(2000) < 0.9, a, other)  # nine times of ten where the first part is
+    missed = a & (rng.random(2000) > 0.05)
+    whole = np.where(rng.random(2000) < 0.02, ~(a & b), a & b)
+    parts = readings_of([missed, b, along, other])
+    usable = np.ones(4, bool), np.ones(2, bool)
+    found = parts_of_wholes(parts, readings_of([whole, rng.random(2000) < 0.2]), usable)
+    assert [*zip(*found.nonzero(), strict=True)] == [(0, 0), (1, 0)]
+    x, both = parts > 0, missed & b
+    n, k = both.sum(), (both & whole).sum()
+    m, rest = (~both).sum(), (~both & whole).sum()
+    due = k * np.log(k / n) + (n - k) * np.log(1 - k / n) + rest * np.log(rest / m) + (m - rest) * np.log(1 - rest / m)
+    assert likelihood(csr(x).astype(np.float32), whole, [0, 1]) == pytest.approx(due)
+    k, n, m = (b & whole).sum(), b.sum(), (~b & whole).sum()
+    without = k * np.log(k / n) + (n - k) * np.log(1 - k / n) + m * np.log(m / (~b).sum())
+    without += ((~b).sum() - m) * np.log(1 - m / (~b).sum())
+    assert found[0, 0] == pytest.approx((due - without) / 2000)
+    assert parts_of_wholes(parts, readings_of([whole]), (np.arange(4) > 0, np.ones(1, bool)))[0, 0] == 0  # not usable
+
+
+def test_a_part_that_others_make_needless_is_dropped():
+    """The first to be found is nearer to the whole than either of its parts alone."""
+    rng = np.random.default_rng(1)
+    a, b = (rng.random(3000) < 0.5 for _ in range(2))
+    near = np.where(rng.random(3000) < 0.1, ~(a & b), a & b)
+    x = readings_of([near, a, b])
+    assert int(extended(x, a & b, []).argmax()) == 0
+    assert {*conjunction(x, a & b, np.ones(3, bool))} == {1, 2}
+
+
+def test_wholes_that_have_nothing_to_do_with_candidates_are_given_a_part_once_in_a_hundred():
+    rng = np.random.default_rng(2)
+    parts, wholes = (csr((rng.random((400, count)) < 0.2).astype(np.float32)) for count in (200, 300))
+    found = parts_of_wholes(parts, wholes, (np.ones(200, bool), np.ones(300, bool)))
+    assert found.nnz <= 8
+    signs = [extended(parts, wholes[:, [0]].toarray()[:, 0] > 0, [])[:5]]
+    assert np.isfinite(signs).sum() < 5  # parts with which a whole is rarer do not count

@@ -203,21 +203,21 @@ def draw(toy):
     return draw
 
 
-def test_a_picture_reads_the_most_of_any_token_and_moving_latents_is_what_steering_does(toy, latents, draw):
+def test_a_picture_reads_the_mean_of_its_tokens_and_moving_latents_is_what_steering_does(toy, latents, draw):
     system = SteeredPictures(toy, latents, CONTEXTS, draw, size=2)
     assert [*system.levels] == [EARLY, LATE]
     plain = system.run(np.arange(3))
 
-    def most(edits):
+    def mean(edits):
         with sl.steer(toy, latents, edits, branch="cond", allow_ood=True):
             seen = at_levels(toy, [SITE], (850, 300), lambda: draw(*zip(*CONTEXTS, strict=True)))
-        return {name: latents.encoder(name).encode(x.float()).amax(1).numpy() for name, x in seen.items()}
+        return {name: latents.encoder(name).encode(x.float()).mean(1).numpy() for name, x in seen.items()}
 
-    for name, own in most({}).items():
+    for name, own in mean({}).items():
         np.testing.assert_allclose(plain[name].natural.toarray(), own, rtol=1e-3, atol=1e-5)
     strongest = int(plain[EARLY].natural.toarray().min(0).argmax())
     less = system.run(np.arange(3), {EARLY: ablated(np.full(3, strongest))})
-    own = most({f"{EARLY}/{strongest}": sl.Ablate()})[LATE]
+    own = mean({f"{EARLY}/{strongest}": sl.Ablate()})[LATE]
     np.testing.assert_allclose(less[LATE].natural.toarray(), own, rtol=1e-3, atol=1e-5)
     assert np.abs(own - plain[LATE].natural.toarray()).max() > 1e-3 and less[EARLY].flows[:, strongest].nnz == 0
 

@@ -83,6 +83,27 @@ def test_a_pipeline_gets_a_bank_of_latents_by_level(toy, recipe, tmp_path, monke
     )
 
 
+def test_an_encoder_of_the_mean_of_a_picture_sees_it_as_often_as_it_says(toy, recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(pictures, "STEPS", 2)
+    first, second = recipe.encoders
+    mean = replace(first, site=f"{SITE}.mean", recipe=replace(first.recipe, batch=8), epochs=7)
+    fit, seen = pictures.trained, []
+
+    def trained(specs, source, folder, *, epochs):
+        seen.append((specs[0].id, len(source), epochs))
+        return fit(specs, source, folder, epochs=epochs)
+
+    monkeypatch.setattr(pictures, "trained", trained)
+    bank = sl.train(toy, replace(recipe, encoders=(mean, second), epochs=2), work=tmp_path / "work")
+    tokens = {id: count for id, count, _ in seen}
+    assert [(id, epochs) for id, _, epochs in seen] == [(f"{SITE}.mean@899", 7), (f"{SITE}@100", 2)]
+    assert tokens[f"{SITE}.mean@899"] == pictures.held_from(25) and tokens[f"{SITE}@100"] > 10 * tokens[f"{SITE}.mean@899"]
+    assert {*bank.sites} == {f"{SITE}.mean", SITE} and bank.provenance["quality"][f"{SITE}.mean@899"]["explained"] > 0
+    for wrong, level in ((0, 899), (3, None)):
+        with pytest.raises(BadRecipe, match=f"epochs of 1 or more, and a level, got {wrong} and {level}"):
+            replace(mean, epochs=wrong, level=level).check()
+
+
 def test_drawing_goes_on_and_keeps_of_a_level_what_its_encoders_need(toy, recipe, tmp_path, monkeypatch):
     monkeypatch.setattr(pictures, "STEPS", 2)
     monkeypatch.setattr(pictures, "FACTS", 600)

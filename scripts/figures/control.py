@@ -5,6 +5,7 @@ they should be, and what of the rest is as before. Of latents that are set three
 by the truth is shown: this favours them, as nothing else chooses their amounts. Levers have theirs from captions alone.
 """
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -12,6 +13,8 @@ from typing import Any, NamedTuple
 from warnings import catch_warnings, simplefilter
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from figures import measures, world
 from figures.measures import Change
@@ -19,6 +22,9 @@ from figures.prompts import LEVERS
 from steerlib import Ablate, ConceptBank, Set, steer
 from steerlib.evaluation.pictures import Pictures, draw_as_told, edit_of, sheet
 from steerlib.evaluation.report import markdown
+from steerlib.hosts import host_for
+from steerlib.passes import StepState
+from steerlib.steering.recording import conditional, replacing
 from steerlib.training.discover.concept_graph import randomised
 
 BARS = {"effect": 0.9, "preservation": 0.95}
@@ -26,7 +32,8 @@ AMOUNTS = (1.0, 2.0, 4.0)
 """Of a latent that is set, in units: its usual reading where it fires, and more."""
 PROMPT, LEVER, RANDOM, ONE = "the prompt rewritten", "lever from captions", "random direction", "one latent"
 ALL, GRAPH = "its latents of all levels", "one latent and its parts by the graph"
-WAYS = (PROMPT, LEVER, RANDOM, ONE, ALL, GRAPH)
+ALL_BLOCKS, OWN_BLOCK = "replaced in all blocks", "replaced in the encoders' block"
+WAYS = (PROMPT, ALL_BLOCKS, OWN_BLOCK, LEVER, RANDOM, ONE, ALL, GRAPH)
 OTHERS = {"cat": "bee", "panda": "robot", "hood": "helmet", "grin": "jaw", "round ears": "antennae", "beak": "smile"}
 """What some concepts are swapped for."""
 PURPOSE = 75
@@ -107,6 +114,31 @@ def drawn(given: Given, captions: list[str], bank: ConceptBank | None, do: Mappi
             return draw_as_told(given.pipe, captions, steps=STEPS)
 
 
+def replaced(given: Given, captions: list[str], due: list[str], way: str) -> Pictures:
+    """Pictures of captions in which blocks add, in every pass, what they would add there for other captions."""
+    n, own = len(captions), {site.removesuffix(".mean") for site in given.bank.sites}
+    adding = [name for name in host_for(given.pipe).sites() if re.fullmatch(r"unet\..*attentions\.\d+\.update", name)]
+
+    def put(x: Tensor, state: StepState) -> Tensor:
+        out = x.clone()
+        half = conditional(out, state)
+        assert half is not None
+        half[:n] = half[n:]
+        return out
+
+    def alike(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        """Pictures of the other captions are those of the first, up to here."""
+        halves = [torch.cat([half[:n], half[:n]]) for half in args[0].chunk(2)]
+        return (torch.cat(halves), *args[1:]), kwargs
+
+    handle = given.pipe.unet.register_forward_pre_hook(alike, with_kwargs=True)
+    try:
+        with replacing(given.pipe, dict.fromkeys(own if way == OWN_BLOCK else adding, put)):
+            return draw_as_told(given.pipe, [*captions, *due], steps=STEPS, batch=2 * n)[:n]
+    finally:
+        handle.remove()
+
+
 def measured(given: Given, change: Change) -> dict[str, Any]:
     """What every way of a change did."""
     factors = asked(change, given.cases)
@@ -118,8 +150,12 @@ def measured(given: Given, change: Change) -> dict[str, Any]:
         random = randomised(random, random[name], seed=0)
     banks, found = {PROMPT: None, LEVER: given.levers, RANDOM: random}, {}
     for way in WAYS:
-        said, tried = (due, [{}]) if way == PROMPT else (captions, edits(given, change, way))
-        rows = [_one(change, before, drawn(given, said, banks.get(way, given.bank), do)) for do in tried]
+        if way in (ALL_BLOCKS, OWN_BLOCK):
+            pictures = [replaced(given, captions, due, way)]
+        else:
+            said, tried = (due, [{}]) if way == PROMPT else (captions, edits(given, change, way))
+            pictures = [drawn(given, said, banks.get(way, given.bank), do) for do in tried]
+        rows = [_one(change, before, own) for own in pictures]
         best = max(range(len(rows)), key=lambda k: (rows[k]["effect"] or 0.0) + (rows[k]["preservation"] or 0.0))
         found[way] = rows[best] | {"setting": best}
     found |= {f"{LEVER}, {level} alone": own for level, own in _windows(given, change, captions, before)}
@@ -151,6 +187,7 @@ def shown(given: Given, rows: Sequence[Mapping[str, Any]], count: int = 8) -> An
         captions, due = (world.captions(each, seed=seed) for each in (factors, world.edited(factors, change.do)))
         cells[f"set {change.concept}"] = own = {"plain": drawn(given, captions, None, {})[0]}
         own[PROMPT] = drawn(given, due, None, {})[0]
+        own[ALL_BLOCKS] = replaced(given, captions, due, ALL_BLOCKS)[0]
         for way, bank in ((LEVER, given.levers), (ONE, given.bank), (ALL, given.bank), (GRAPH, given.bank)):
             own[way] = drawn(given, captions, bank, edits(given, change, way)[row["ways"][way]["setting"]])[0]
     return sheet(cells)

@@ -87,12 +87,18 @@ class Bench:
         ids = {level: id for id, level in levels.items()}
         rows = [{"bank": kind, "level": level, **_row(found[level])} for level in world.LEVELS]
         named = {f"{ids[level]}/{k}": name for level in ids for name, k in zip(*found[level][:2], strict=True)}
-        graphs = {"minimal, of renders": measures.arrows(minimal(pipe, bank, z), named)}
+        alone = {id: own[level] for id, level in levels.items()}
+        columns = {f"{id}/{k}": name for id, level in levels.items() for k, name in enumerate(found[level].concepts)}
+        graphs = {
+            "minimal, of renders": measures.arrows(minimal(pipe, bank, z), named),
+            "the same among nodes alone": measures.arrows(minimal(pipe, bank, alone), columns),
+        }
         if kind == OWN:
             graphs |= self._shipped(bank, named) | {
                 "correlation": measures.correlated(own),
                 "dense": measures.dense(own),
                 "minimal, levels shuffled": measures.arrows(minimal(pipe, bank, measures.shuffled(z)), named),
+                "among nodes alone, levels shuffled": measures.arrows(minimal(pipe, bank, measures.shuffled(alone)), columns),
                 "correlation, levels shuffled": measures.correlated(measures.shuffled(own)),
             }
         return [*rows, *({"bank": kind, "graph": name, "arrows": len(e), **_score(e)} for name, e in graphs.items())]

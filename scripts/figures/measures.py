@@ -1,6 +1,6 @@
 """How well a bank agrees with figures, whose parts and wholes are known: its nodes, its edges, and what its edits do.
 
-A latent's reading of a picture is the largest among the picture's tokens. A node is the latent that stands for a concept; it is
+A latent's reading of a picture is its mean over the picture's tokens. A node is the latent that stands for a concept; it is
 looked for at the level of the concept, on renders that no encoder saw.
 
 `B` pictures   `n` latents of a level   `C` concepts of a level
@@ -45,7 +45,7 @@ def readings(pipe: Any, bank: ConceptBank, shown: world.Figures, *, seed: world.
         some = slice(start, start + BATCH)
         run = lambda: noised(pipe, shown.pixels[some], said[some], levels, seed=start)  # noqa: B023, E731
         seen = at_levels(pipe, [*dict.fromkeys(site for site, _, _ in at.values())], levels, run)
-        parts.append({id: bank.encoder(id).encode(seen["".join(place)].float()).amax(1) for id, place in at.items()})
+        parts.append({id: bank.encoder(id).encode(seen["".join(place)].float()).mean(1) for id, place in at.items()})
     return {id: torch.cat([part[id] for part in parts]) for id in bank.encoders}
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from figures import world
 
-COUNT = 2000
+COUNT = 3000
 """Prompts: 64 tokens of each picture are recorded."""
 PAIRS = 68
 """Pairs of captions of each lever."""

@@ -104,6 +104,8 @@ class SiteEncoder:
         seeds: The number of seeds it is trained from. Only the first encoder is kept; the others measure how much of it every
             seed finds.
         verify: The number of latents to verify by moving them: those whose following tokens are the most telling ones.
+        epochs: Of a diffusion model: how often it sees its activations. Default: as often as the recipe says. More is needed at
+            `site.mean`, where a picture is one token.
     """
 
     site: str
@@ -113,6 +115,7 @@ class SiteEncoder:
     reads: str = ""
     seeds: int = 1
     verify: int = 100
+    epochs: int | None = None
 
     @property
     def id(self) -> str:
@@ -127,6 +130,8 @@ class SiteEncoder:
             raise BadRecipe(
                 f"{self.id!r}: expected seeds of 1 or more and verify of 0 or more, got {self.seeds}, {self.verify}"
             )
+        if self.epochs is not None and (self.epochs < 1 or self.level is None):
+            raise BadRecipe(f"{self.id!r}: expected epochs of 1 or more, and a level, got {self.epochs} and {self.level}")
         if self.level is not None and (self.level < 0 or self.reads):
             raise BadRecipe(f"{self.id!r}: expected a timestep from 0 up, and no reads beside it, got {self.level}")
         if self.reads and not self.recipe.objective.transcodes:

@@ -21,7 +21,7 @@ from .systems import Around, Codes, Contexts, Do, Reading, System, csr, csr_matr
 
 class SteeredPictures(System):
     """Latents of a bank's noise levels, the noisiest first. A context is a prompt with the seed of its noise, and its picture
-    is the one unit: a latent reads the most that it reads at any token, in the pass that is nearest to its level.
+    is the one unit: a latent reads what it reads at its tokens on average, in the pass that is nearest to its level.
 
     Latents are moved in the code, in every pass of their level's stretch of noise, on the half of guidance that reads the
     prompt: at all tokens where one fires, in proportion; where it fires nowhere, at the token that comes nearest to it.
@@ -99,7 +99,7 @@ class SteeredPictures(System):
             if not acts and off >= nearest:
                 return x
             z = encoder.encode(own)
-            natural = csr_matrix(z.amax(1).cpu().numpy())
+            natural = csr_matrix(z.mean(1).cpu().numpy())
             flows = change(natural) if change is not None and acts else natural
             if off < nearest:
                 nearest, found[name] = off, Reading(natural, flows)
@@ -140,13 +140,13 @@ def _written(encoder: Sparse, x: Tensor, z: Tensor, natural: Codes, flows: Codes
     rows, own = encoder.rows(latents.tolist()).to(x.device), z[..., torch.from_numpy(latents).to(z.device)]
     before, after = (torch.from_numpy(read[:, latents].toarray()).to(own)[:, None] for read in (natural, flows))
     first = rows.potential(x).argmax(1, keepdim=True)
-    alone = torch.zeros_like(own).scatter(1, first, after)
+    alone = torch.zeros_like(own).scatter(1, first, after * own.shape[1])
     moved = torch.where(before > 0, own * (after / before.clamp(min=1e-12) - 1), alone)
     return moved @ rows.write * rows.lengths(x)
 
 
 class Cleared(Around):
-    """Pictures in which a latent that reads less than its threshold reads nothing: the most of many tokens is hardly ever 0."""
+    """Pictures in which a latent that reads less than its threshold reads nothing: the mean of many tokens is hardly ever 0."""
 
     def __init__(self, inner: System, thresholds: Mapping[str, NDArray[Any]]):
         super().__init__(inner)

@@ -150,7 +150,7 @@ def _edges(name: str, found: Mapping[str, Any]) -> list[str]:
 PARTS = """`bank.graph`: latents of one noise level that are parts of latents of the noisier one before (relation
 `selection`), the sparsest account of readings of {first} pictures; and, of wholes that were moved alone in {second} others,
 those whose parts surely followed (relation `compute`, 95 % interval, 5 % false among all that were tested). A picture's
-reading is the most of any token, and counts where it is high (two classes, Otsu). *Dealt*: as many parts of other wholes,
+reading is the mean over its tokens, and counts where it is high (two classes, Otsu). *Dealt*: as many parts of other wholes,
 tested alike. *Shuffled*: parts that are found where each level is of other pictures."""
 
 

@@ -177,7 +177,7 @@ def fitted(
         if len(x) < spec.recipe.batch:
             raise BadRecipe(f"{spec.id!r}: expected {spec.recipe.batch} tokens or more for one batch, got {len(x)}; draw more")
         place = folder / re.sub(r"[^\w.@-]", "_", spec.id)
-        runs = trained([spec], Tokens(x, seed=spec.recipe.seed), place, epochs=epochs)
+        runs = trained([spec], Tokens(x, seed=spec.recipe.seed), place, epochs=spec.epochs or epochs)
         own = runs[spec.id]
         encoder = encoders[spec.id] = finish(own, Readings.of(own.encode(x[:LOOKED_AT])), x[:CALIBRATED])
         figures[spec.id] = kept(encoder, apart_x, apart_x, control_of(encoder, apart_x, apart_x))
