@@ -229,17 +229,19 @@ def scaled(fed: float, n: int = 200_000, size: int = 16_384) -> Figures:
     return {f"scale, {fed:.0%} with parents: {name}": value for name, value in figures.items()}
 
 
-PARTS = (layers, selection, hidden, imperfect, end_to_end, compiled, effects, null)
+PARTS = (layers, hidden, imperfect, end_to_end, compiled, effects, null)
 
 
 def main(
     seeds: Annotated[int, typer.Option(help="generators of each kind")] = 3,
     scale: Annotated[bool, typer.Option(help="only time and memory at 16,384 latents a level")] = False,
+    wholes: Annotated[bool, typer.Option(help="only wholes and their parts, by readings alone")] = False,
     out: Annotated[Path | None, typer.Option(help="write the figures here as JSON")] = None,
 ) -> None:
     """Print the figures beside their bars."""
     figures: dict[str, list[float]] = {}
-    runs = [partial(scaled, fed) for fed in FED] if scale else [partial(part, seed) for part in PARTS for seed in range(seeds)]
+    parts = (selection,) if wholes else PARTS
+    runs = [partial(scaled, fed) for fed in FED] if scale else [partial(part, seed) for part in parts for seed in range(seeds)]
     for run in runs:
         for name, value in run().items():
             figures.setdefault(name, []).append(round(float(value), 4))

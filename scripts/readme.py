@@ -144,10 +144,11 @@ def unseen(records: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join([*lines, f"| mean | | {means} | | |"]) + f"\n\n{said}"
 
 
-def bars(figures: Mapping[str, Any], scale: Mapping[str, Any]) -> str:
+def bars(figures: Mapping[str, Any], *more: Mapping[str, Any]) -> str:
     """What was measured of causal graphs, over seeds, beside its bars."""
-    lines, bounds = ["| | bar | mean | least to most | holds |", "|---|---|---|---|---|"], {**figures["bars"], **scale["bars"]}
-    for name, values in {**figures["figures"], **scale["figures"]}.items():
+    lines = ["| | bar | mean | least to most | holds |", "|---|---|---|---|---|"]
+    found, bounds = ({k: v for run in (figures, *more) for k, v in run[part].items()} for part in ("figures", "bars"))
+    for name, values in found.items():
         said, holds = (bounds[name]["bar"], "yes" if bounds[name]["holds"] else "**no**") if name in bounds else ("", "")
         mean, least, most = (
             f"{v:,.0f}" if v >= 100 else f"{v:.3f}" for v in (sum(values) / len(values), min(values), max(values))
@@ -155,7 +156,7 @@ def bars(figures: Mapping[str, Any], scale: Mapping[str, Any]) -> str:
         spread = f"{least} to {most}" if len(values) > 1 else ""
         lines.append(f"| {name.replace('|', chr(92) + '|')} | {said.replace('>=', '≥')} | {mean} | {spread} | {holds} |")
     about = f"Machine: {figures['machine']}, the second for sparse products; torch {figures['torch']}; {figures['seeds']} seeds"
-    return "\n".join([*lines, "", f"{about}, at scale one."])
+    return "\n".join([*lines, "", f"{about}{', at scale one' if more else ''}."])
 
 
 def signs(figures: Mapping[str, Any]) -> str:
@@ -235,6 +236,7 @@ TABLES: dict[str, tuple[str, Callable[..., str]]] = {
     "contexts": ("contexts", contexts_table),
     "side-effects": ("side_effects", side_effects_table),
     "edge-meaning": ("meaning", meaning_table),
+    "wholes": ("wholes", bars),
 }
 """By section, the option that names its figures, and the table that is made of them."""
 
@@ -269,6 +271,7 @@ def main(
     score: Annotated[Path | None, typer.Option(help="figures of check_score.py")] = None,
     graph: Annotated[Path | None, typer.Option(help="figures of bench_graph.py")] = None,
     scale: Annotated[Path | None, typer.Option(help="figures of bench_graph.py --scale; both or none")] = None,
+    wholes: Annotated[Path | None, typer.Option(help="figures of bench_graph.py --wholes")] = None,
     coverage: Annotated[Path | None, typer.Option(help="output of coverage_table.py text")] = None,
     pipelines: Annotated[Path | None, typer.Option(help="output of coverage_table.py images")] = None,
     fits: Annotated[Path | None, typer.Option(help="output of coverage_table.py fits")] = None,

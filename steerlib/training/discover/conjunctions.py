@@ -3,9 +3,9 @@
     P(whole | parts) = a  where all parts S read,  b  elsewhere;  a > b            (a noisy AND, Pearl 1988)
 
 S is found for each whole by itself: the part that raises the log-likelihood most is added, and one that later ones make
-needless is dropped, as long as what each adds is more than the best of all candidates would add by chance once in a hundred
-wholes (Wilks 1938, Bonferroni). So a whole is no more than its parts: what only comes along with them tells nothing that they
-do not.
+needless is dropped, as long as what each adds is more than the best of all candidates would add by chance but for one whole in
+a hundred, or, to a whole that has a part, in twenty (Wilks 1938, Bonferroni). So a whole is no more than its parts: what only
+comes along with them tells nothing that they do not.
 
 z  readings `[U units, latents]`, of which only counts whether they are above 0
 """
@@ -18,10 +18,10 @@ from scipy.stats import chi2
 
 from .systems import Codes, csr
 
-CHANCE = 0.01
-"""Share of wholes that have nothing to do with any candidate and would be given a part all the same, at most."""
+FIRST, FURTHER = 0.01, 0.05
+"""How often a part is found by chance, at most: by a whole that has none, and by one that has."""
 MOST = 8
-"""Parts of a whole."""
+"""Parts of a whole, at most, and how many are tried in turn."""
 Units = Bool[NDArray, " U"]
 
 
@@ -38,14 +38,15 @@ def parts_of_wholes(parts: Codes, wholes: Codes, usable: tuple[NDArray[np.bool_]
 
 def conjunction(x: Codes, there: Units, usable: Bool[NDArray, " parts"]) -> dict[int, float]:
     """The parts of one whole, and what each adds to its log-likelihood beside the others, nats a unit."""
-    chosen, least = list[int](), chi2.isf(2 * CHANCE / max(int(usable.sum()), 1), 1) / 2
-    while len(chosen) < MOST:
+    chosen, (least, further) = list[int](), (chi2.isf(2 * p / max(int(usable.sum()), 1), 1) / 2 for p in (FIRST, FURTHER))
+    for _ in range(MOST):
         now, tried = likelihood(x, there, chosen), extended(x, there, chosen)
         tried[~usable], tried[chosen] = -np.inf, -np.inf
         best = int(tried.argmax())
         if tried[best] - now <= least:
             break
         chosen.append(best)
+        least = further
         chosen = [part for part in chosen if part == best or _added(x, there, chosen, part) > least]
     return {part: _added(x, there, chosen, part) / len(there) for part in chosen}
 
