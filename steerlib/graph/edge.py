@@ -23,7 +23,7 @@ class Edge:
         src: name of the cause.
         dst: name of the effect: a concept; or an outcome, such as `answers:nature`, how much answers show of `nature`.
         weight: change of `dst` per unit of `src`, with no other concept between them; of a total effect, what edges along the
-            way multiply to.
+            way multiply to; of a part, what it adds to the log-likelihood of the whole, nats a unit.
         relation: `compute`: moving the one moves the other, along the order of generation. `selection`: the one is a part of
             the other in the data, against that order; steering follows no such edge. `context`: a total effect that a
             context module learned, over all paths; `sl.Do` has the module itself compute it. `total`: what `src` does to a

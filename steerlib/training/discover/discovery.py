@@ -163,14 +163,14 @@ def discover(
     for (src, dst), fit in fits.items():
         only = None if verify is None else {int(own.rpartition("/")[2]) for own in verify if own.rpartition("/")[0] == src}
         results[src, dst] = confirmed(Pair(system, last, seen, src, dst, fit.effects), kept, seed=seed, only=only)
-    found = _judged(fits, results, method)._replace(passive=_passive(system, levels))
+    found = _judged(fits, results, method)._replace(passive=_passive(system, {name: own.z for name, own in levels.items()}))
     whole = found.graph
     return found if environments is None else found._replace(graph=marked(system, whole, environments, last, kept, seed=seed))
 
 
-def _passive(system: System, levels: Mapping[str, Level]) -> dict[str, int]:
+def _passive(system: System, read: Mapping[str, Codes]) -> dict[str, int]:
     """How many latents take no part."""
-    return {name: int((~eligible(level.z, system.rates)).sum()) for name, level in levels.items()}
+    return {name: int((~eligible(z, system.rates)).sum()) for name, z in read.items()}
 
 
 def _judged(fits: Mapping[tuple[str, str], Fit], results: Mapping[tuple[str, str], Confirmation], method: Method) -> Discovery:
@@ -207,8 +207,7 @@ def composition(system: System, read: Mapping[str, Codes] | None = None) -> Disc
         for whole, part in pairwise(system.levels)
         for edge in _parts(parts_of_wholes(read[part], read[whole], (usable[part], usable[whole])), read, part, whole)
     ]
-    passive = {name: int((~own).sum()) for name, own in usable.items()}
-    return Discovery(CausalGraph(edges), len(edges), len(edges), 0, {}, passive)
+    return Discovery(CausalGraph(edges), len(edges), len(edges), 0, {}, _passive(system, read))
 
 
 def _parts(gains: Codes, read: Mapping[str, Codes], part: str, whole: str) -> Iterator[Edge]:
