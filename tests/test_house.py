@@ -118,7 +118,7 @@ def test_no_module_would_replace_a_public_name(name):
 
 FILE, CLASS, FUNCTION, MEDIAN = 450, 150, 40, 10
 """Most lines of a file, a class and a function, docstrings included; the median function has fewer than the last."""
-ROOMS = {"core and hooks": 16690, "training and evaluation": 17200}
+ROOMS = {"core and hooks": 16720, "training and evaluation": 17200}
 """Most lines of all files together, docstrings and blank lines included. The first was meant to be 6,500 and is not: what parts
 of the core gained in contracts and in explanations, it gained in lines. A later capability raises its room's limit by what it
 needs, in the commit that adds it."""
