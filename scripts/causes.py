@@ -1,4 +1,4 @@
-"""Do latents chosen by their verified effect move a goal more than those that go with it? `python scripts/causes.py`. 40 min.
+"""Do latents chosen by their verified effect move a goal more than those that go with it? `python scripts/causes.py`. An hour.
 
 A goal is that answers show a concept: the mean log-probability of a token of answers that show it, less that of answers that
 do not; both are given, not written. Two rules choose latents of the shipped bank from the same 24 pairs of answers. *By
