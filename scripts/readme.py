@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 from answering import table as answering
 from benchmarks import sections
+from causes import table as causes_table
 from check_score import table as read_table
 from contexts import table as contexts_table
 from edge_meaning import table as meaning_table
@@ -237,6 +238,7 @@ TABLES: dict[str, tuple[str, Callable[..., str]]] = {
     "side-effects": ("side_effects", side_effects_table),
     "edge-meaning": ("meaning", meaning_table),
     "wholes": ("wholes", bars),
+    "causes": ("causes", causes_table),
 }
 """By section, the option that names its figures, and the table that is made of them."""
 
@@ -283,6 +285,7 @@ def main(
     contexts: Annotated[Path | None, typer.Option(help="figures of contexts.py")] = None,
     side_effects: Annotated[Path | None, typer.Option(help="figures of side_effects.py")] = None,
     meaning: Annotated[Path | None, typer.Option(help="figures of edge_meaning.py")] = None,
+    causes: Annotated[Path | None, typer.Option(help="figures of causes.py")] = None,
     banks: Annotated[bool, typer.Option(help="run the first example, and read the shipped banks")] = True,
 ) -> None:
     """Write the measured parts of the READMEs."""
