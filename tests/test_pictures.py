@@ -16,6 +16,7 @@ from steerlib.evaluation.quality import used
 from steerlib.training.entries import SiteEncoder
 from steerlib.training.fit.encoder_recipe import EncoderRecipe
 from steerlib.training.package import pictures
+from steerlib.training.package.card import pictures_card
 from steerlib.training.recipe import PipelineEncoderRecipe
 from steerlib.training.record import noised
 
@@ -99,6 +100,9 @@ def test_an_encoder_of_the_mean_of_a_picture_sees_it_as_often_as_it_says(toy, re
     assert [(id, epochs) for id, _, epochs in seen] == [(f"{SITE}.mean@899", 7), (f"{SITE}@100", 2)]
     assert tokens[f"{SITE}.mean@899"] == pictures.held_from(25) and tokens[f"{SITE}@100"] > 10 * tokens[f"{SITE}.mean@899"]
     assert {*bank.sites} == {f"{SITE}.mean", SITE} and bank.provenance["quality"][f"{SITE}.mean@899"]["explained"] > 0
+    first, *others = bank.concepts.values()
+    with_new = bank.with_concepts([replace(first, effects={}), *others], card="")  # as those are that a graph adds
+    assert f"| {first.name} |" not in pictures_card(with_new, recipe)
     for wrong, level in ((0, 899), (3, None)):
         with pytest.raises(BadRecipe, match=f"epochs of 1 or more, and a level, got {wrong} and {level}"):
             replace(mean, epochs=wrong, level=level).check()

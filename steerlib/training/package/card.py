@@ -89,9 +89,7 @@ def latents_card(bank: ConceptBank, recipe: TextEncoderRecipe) -> str:
 
 def pictures_card(bank: ConceptBank, recipe: PipelineEncoderRecipe) -> str:
     """The card of a bank of latents by noise level, from what was measured of each encoder."""
-    told = [
-        own for own in bank.concepts.values() if "correlation" in own.effects
-    ]  # others fired where the graph was found alone
+    told = [own for own in bank.concepts.values() if "correlation" in own.effects]  # others came with the graph
     best = sorted(told, key=lambda concept: -concept.effects["correlation"])[:SHOWN]
     rows = [(c.name, c.label, f"{c.effects['correlation']:.2f}", f"{c.effects['frequency']:.2%}") for c in best]
     parts = [
