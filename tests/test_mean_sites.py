@@ -100,8 +100,8 @@ def test_tokens_come_before_their_mean_whichever_was_attached_first(first):
 def test_sparse_latents_of_it_are_set_and_saved(tmp_path):
     site, later = SITES["sd1"]
     g, width = torch.Generator().manual_seed(0), len(direction("sd1"))
-    rows = {name: torch.randn(12, width, generator=g) for name in ("encoder", "decoder")}
-    encoder = TopK(**rows, bias=torch.zeros(12), k=4)
+    read, write = (torch.randn(12, width, generator=g) for _ in range(2))
+    encoder = TopK(encoder=read, decoder=write, bias=torch.zeros(12), k=4)
     bank = sl.ConceptBank.from_encoder(encoder, site=f"{site}.mean", base=pipe_of("sd1"))
     bank = sl.ConceptBank.from_pretrained(bank.save_pretrained(tmp_path / "bank"))
     (plain, before), _ = recorded("sd1", later, site)

@@ -69,8 +69,8 @@ def likelihood(x: Codes, there: Units, chosen: list[int]) -> float:
 def extended(x: Codes, there: Units, chosen: list[int]) -> Float[NDArray, " parts"]:
     """The same of these parts with each other one."""
     units = together(x, chosen)
-    counts = [np.asarray(x[some].sum(0)).ravel() for some in (units, units & there)]
-    return _fit(*counts, there)
+    often, both = (np.asarray(x[some].sum(0)).ravel() for some in (units, units & there))
+    return _fit(often, both, there)
 
 
 def _fit(units: NDArray, both: NDArray, there: Units) -> Float[NDArray, " parts"]:
