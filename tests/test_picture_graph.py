@@ -17,7 +17,7 @@ from steerlib.graph.page import page
 from steerlib.training.carry import ported, recipe_in
 from steerlib.training.discover import latent_graph
 from steerlib.training.discover.concept_graph import Followed, Moved, Readers, followed, foretold
-from steerlib.training.discover.steered_pictures import Cleared, SteeredPictures, thresholds
+from steerlib.training.discover.steered_pictures import Cleared, SteeredPictures, _written, thresholds
 from steerlib.training.discover.systems import Reading, System, ablated, csr, fixed
 from steerlib.training.entries import ConceptGraphRecipe, LatentGraphRecipe
 from steerlib.training.package.card import parts_section
@@ -229,6 +229,22 @@ def test_a_latent_is_set_at_the_token_that_comes_nearest_where_it_fires_nowhere(
         own = system.run(np.arange(1), {EARLY: fixed(np.array([latent]), np.array([9.0]))})
         assert own[EARLY].flows[0, latent] == pytest.approx(9.0)
         assert abs(own[LATE].natural - system.run(np.arange(1))[LATE].natural).max() > 1e-3
+
+
+def test_what_is_written_reads_on_average_what_was_set(latents):
+    encoder, g = latents.encoder(EARLY), torch.Generator().manual_seed(0)
+    x = torch.randn(1, 2, encoder.encoder.shape[1], generator=g)
+    z = encoder.encode(x)
+    natural = csr(z.mean(1).numpy())
+    silent, busy = int(z.amax((0, 1)).argmin()), int(z.mean(1).amin(0).argmax())
+    assert z[..., silent].max() == 0 < natural[:, busy].min()
+    for latent in (silent, busy):
+        flows = natural.tolil()
+        flows[:, latent] = 9.0
+        written = _written(encoder, x, z, natural, csr(flows), np.array([latent]))
+        rows = encoder.rows([latent])
+        due = (9.0 - z.mean(1)[:, [latent]]) @ rows.write
+        torch.testing.assert_close((written / rows.lengths(x)).mean(1), due, rtol=1e-4, atol=1e-4)
 
 
 def test_banks_without_one_encoder_at_each_of_two_levels_are_refused(toy, latents):
