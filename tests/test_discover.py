@@ -487,8 +487,8 @@ def test_a_whole_is_told_by_its_parts_and_not_by_what_comes_along_with_them():
     along = np.where(rng.random(2000) < 0.9, a, other)  # nine times of ten where the first part is
     missed = a & (rng.random(2000) > 0.05)
     whole = np.where(rng.random(2000) < 0.02, ~(a & b), a & b)
-    parts = readings_of([missed, b, along, other])
-    usable = np.ones(4, bool), np.ones(2, bool)
+    parts = readings_of([missed, b, along, other, *(rng.random((40, 2000)) < 0.3)])
+    usable = np.ones(44, bool), np.ones(2, bool)
     found = parts_of_wholes(parts, readings_of([whole, rng.random(2000) < 0.2]), usable)
     assert [*zip(*found.nonzero(), strict=True)] == [(0, 0), (1, 0)]
     x, both = parts > 0, missed & b
@@ -500,7 +500,7 @@ def test_a_whole_is_told_by_its_parts_and_not_by_what_comes_along_with_them():
     without = k * np.log(k / n) + (n - k) * np.log(1 - k / n) + m * np.log(m / (~b).sum())
     without += ((~b).sum() - m) * np.log(1 - m / (~b).sum())
     assert found[0, 0] == pytest.approx((due - without) / 2000)
-    assert parts_of_wholes(parts, readings_of([whole]), (np.arange(4) > 0, np.ones(1, bool)))[0, 0] == 0  # not usable
+    assert parts_of_wholes(parts, readings_of([whole]), (np.arange(44) > 0, np.ones(1, bool)))[0, 0] == 0  # not usable
 
 
 def test_a_part_that_others_make_needless_is_dropped():

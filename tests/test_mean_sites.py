@@ -112,7 +112,8 @@ def test_sparse_latents_of_it_are_set_and_saved(tmp_path):
 
 def test_what_has_no_mean_and_parts_of_it_are_refused():
     pipe = pipe_of("sd1")
-    for site in ("unet.mid_block.attentions.0.transformer_blocks.0.attn2.heads.0.mean", "vae.decoder.mid_block.mean"):
+    attention = "unet.mid_block.attentions.0.transformer_blocks.0.attn2"
+    for site in (f"{attention}.heads.0.mean", f"{attention}.to_k.mean", "vae.decoder.mid_block.mean"):
         with pytest.raises(UnknownSite, match="tokens of an image that a denoiser works on have a mean"):
             host_for(pipe).site(site)
     with pytest.raises(UnknownSite, match="no site 'text_encoder.layers.0.mean'"):
