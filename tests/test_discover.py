@@ -520,3 +520,13 @@ def test_wholes_that_have_nothing_to_do_with_candidates_are_given_a_part_once_in
     assert found.nnz <= 8
     signs = [extended(parts, wholes[:, [0]].toarray()[:, 0] > 0, [])[:5]]
     assert np.isfinite(signs).sum() < 5  # parts with which a whole is rarer do not count
+
+
+def test_a_whole_that_has_a_part_is_not_given_more_by_chance():
+    """Latents that nearly always read hardly change where all parts do, and some fit a little better than none."""
+    rng = np.random.default_rng(3)
+    a = rng.random(1000) < 0.5
+    x = readings_of([a, *(rng.random((60, 1000)) < 0.95)])
+    wholes = [a & (rng.random(1000) < 0.6) for _ in range(20)]
+    found = [{*conjunction(x, whole, np.ones(61, bool))} for whole in wholes]
+    assert all(0 in parts for parts in found) and sum(map(len, found)) <= 22
