@@ -274,6 +274,21 @@ BLOCKS = {
 }
 
 
+def test_means_of_tokens_are_moved_in_a_compiled_denoiser():
+    pipe = PIPELINES["sd1"].build()
+    bank = sl.ConceptBank.from_directions({"a": torch.randn(16)}, site="unet.mid_block.attentions.0.update.mean", base=pipe)
+    plain = run(pipe)
+    with sl.steer(pipe, bank, {"a": 2.0}):
+        due = run(pipe)
+    steering = sl.attach(pipe, bank)
+    pipe.unet.compile(backend=BACKEND)
+    for edits, expected in (({"a": 2.0}, due), ({}, plain)):
+        steering.set(edits)
+        torch.testing.assert_close(run(pipe), expected, atol=1e-4, rtol=1e-4)
+    assert (due - plain).abs().max() > 1e-2
+    steering.detach()
+
+
 @pytest.mark.parametrize("whole", [False, True], ids=["repeated blocks", "whole denoiser"])
 @pytest.mark.parametrize("family", BLOCKS)
 def test_a_compiled_denoiser_equals_eager_and_recompiles_nothing(family, whole):

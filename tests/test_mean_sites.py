@@ -110,20 +110,6 @@ def test_sparse_latents_of_it_are_set_and_saved(tmp_path):
     torch.testing.assert_close(moved[0] - plain[0], ((2.0 - z) * row).expand_as(plain[0]), atol=1e-4, rtol=1e-4)
 
 
-def test_a_compiled_denoiser_does_the_same():
-    pipe, bank = PIPELINES["sd1"].build(), bank_of("sd1")
-    with sl.steer(pipe, bank, {"mean": 2.0}):
-        due = run(pipe, steps=STEPS)
-    steering = sl.attach(pipe, bank)
-    pipe.unet.compile(backend="eager")
-    plain = run(pipe, steps=STEPS)
-    steering.set({"mean": 2.0})
-    torch.testing.assert_close(run(pipe, steps=STEPS), due)
-    steering.set({})
-    assert torch.equal(run(pipe, steps=STEPS), plain) and not torch.equal(plain, due)
-    torch.compiler.reset()
-
-
 def test_what_has_no_mean_and_parts_of_it_are_refused():
     pipe = pipe_of("sd1")
     attention = "unet.mid_block.attentions.0.transformer_blocks.0.attn2"
