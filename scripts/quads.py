@@ -249,15 +249,16 @@ def _part(name: str, head: str, runs: Sequence[Mapping[str, Any]]) -> str:
         cells = [_over(concept), _over(far[method]), f"{_below(far, method):.0%}", f"{_mean(bits):.3f}"]
         cells += [f"{own[0]:.3f}, {own[1]:.3f}", f"{1 - own[1] / paper['base'][1]:.0%}"] if own else ["", ""]
         lines.append((method, *cells))
-    (whole, frozen), least, most = BARS[name], min(far["pooled"]), max(far["pooled"])
+    whole, frozen = BARS[name]
     bars = {"end to end": whole, "fine-tuned": whole, "frozen": frozen}
     said = [
         f"- {method} at least {bar:.1%} below the base: {_said(_below(far, method) >= bar)}"
         for method, bar in bars.items()
         if method in far
     ]
-    shuffled = _said(least <= _mean(far["shuffled"]) <= most)
-    said.append(f"- shuffled at the pooled level ({least:.3f} to {most:.3f}): {shuffled}; at {_mean(far['shuffled']):.3f}")
+    if {"shuffled", "pooled"} <= {*far}:
+        at, least, most = _mean(far["shuffled"]), min(far["pooled"]), max(far["pooled"])
+        said.append(f"- shuffled at the pooled level ({least:.3f} to {most:.3f}): {_said(least <= at <= most)}; at {at:.3f}")
     return f"Concepts {name}:\n\n{markdown(head, lines)}\n\n" + "\n".join(said)
 
 
@@ -266,6 +267,8 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def _over(values: Sequence[float]) -> str:
+    if len(values) == 1:
+        return f"{values[0]:.3f}"
     return f"{_mean(values):.3f} ({min(values):.3f}–{max(values):.3f})"
 
 
@@ -277,13 +280,19 @@ def _said(holds: bool) -> str:
     return "yes" if holds else "**no**"
 
 
+def _rate(rate: float) -> str:
+    return "" if rate == ContextFit.rate else f" at a rate of {rate:g}"
+
+
 def _about(found: Mapping[str, Any]) -> str:
-    size = found["size"]
+    size, count = found["size"], len(next(iter(found["runs"].values())))
+    seeds = f"Means over {count} seeds (least–most)" if count > 1 else "One seed"
+    side = "" if size["side"] == 64 else f"{size['side']} × {size['side']} pixels in place of 64 × 64, "
     return (
-        f"Means over {len(next(iter(found['runs'].values())))} seeds (least–most); lower is nearer. What differs from the "
-        f"paper: {size['side']} × {size['side']} pixels in place of 64 × 64, {size['pictures']:,} pictures of each context, "
+        f"{seeds}; lower is nearer. What differs from the paper: {side}{size['pictures']:,} pictures of each context, "
         f"convolutions of {size['hidden']} and {2 * size['hidden']} channels, {size['fit']['steps']:,} steps of "
-        f"{size['fit']['batch']}, and pictures of our own. Machine: {found['machine']}; torch {found['torch']}."
+        f"{size['fit']['batch']}{_rate(size['fit']['rate'])}, and pictures of our own. "
+        f"Machine: {found['machine']}; torch {found['torch']}."
     )
 
 
@@ -292,6 +301,8 @@ def main(
     seeds: Annotated[int, typer.Option(help="number of seeds")] = 5,
     side: Annotated[int, typer.Option(help="pixels of a side, a multiple of 4")] = 32,
     steps: Annotated[int, typer.Option(help="steps of every training")] = 1500,
+    rate: Annotated[float, typer.Option(help="learning rate")] = 1e-3,
+    method: Annotated[list[str], typer.Option(help="a method that is trained, beside the base; may be repeated (all)")] = [],  # noqa: B006
     count: Annotated[int, typer.Option("--pictures", help="pictures of each context")] = 2000,
     out: Annotated[Path, typer.Option(help="folder that keeps the figures of every seed, and pictures of the first")] = Path(
         "out/quads"
@@ -299,9 +310,10 @@ def main(
 ) -> None:
     """Print distances beside the paper's; lower is better."""
     torch.set_num_threads(1)
-    fit = ContextFit(inner=8, outer=8, steps=steps, batch=64, warmup=min(200, steps // 5))
+    fit = ContextFit(inner=8, outer=8, steps=steps, batch=64, rate=rate, warmup=min(200, steps // 5))
     size = Size(side=side, pictures=count, compared=min(500, count), fit=fit)
-    own = out / f"{side}-{steps}-{count}"
+    own = out / (f"{side}-{steps}-{count}" + ("" if rate == ContextFit.rate else f"-{rate:g}"))
+    parts = tuple((one,) for one in ("base", *method)) if method else PARTS
     names = [name for name in PAPER if only in ("", name)]
 
     def run(name: str, seed: int, methods: Sequence[str]) -> dict[str, Any]:
@@ -312,7 +324,7 @@ def main(
 
     own.mkdir(parents=True, exist_ok=True)
     runs: dict[str, list[Any]] = {name: [{} for _ in range(seeds)] for name in names}
-    for part, seed, name in product(PARTS, range(seeds), names):
+    for part, seed, name in product(parts, range(seeds), names):
         kept = own / (f"{name}-{seed}.json" if part == PARTS[0] else f"{name}-{seed}-{part[0]}.json")
         runs[name][seed] |= remembered(kept, lambda name=name, seed=seed, part=part: run(name, seed, part))
     shape = {**size._asdict(), "fit": asdict(fit)}

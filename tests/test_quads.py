@@ -81,7 +81,23 @@ def test_the_command_goes_on_and_ends_with_figures_of_every_method_and_a_table(t
     assert found["runs"]["independent"][0].keys() == methods
     assert all(0 < value < 9 for figures in found["runs"]["independent"][0].values() for value in figures.values())
     shown = capsys.readouterr().out
-    assert all(f"| {method} |" in shown for method in methods) and "0.063, 0.081" in shown and "5 seeds" not in shown
+    assert (
+        all(f"| {method} |" in shown for method in methods)
+        and "0.063, 0.081" in shown
+        and "5 seeds" not in shown
+        and "rate" not in shown
+    )
+
+
+def test_the_command_trains_some_methods_alone_beside_the_base(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(quads, "Size", lambda **given: TINY._replace(**{k: v for k, v in given.items() if k == "compared"}))
+    quads.main(only="dependent", seeds=1, side=8, steps=4, rate=0.01, count=64, method=["end to end"], out=tmp_path)
+    shown = capsys.readouterr().out
+    assert "| base |" in shown and "| end to end |" in shown and "| frozen |" not in shown and "pooled level" not in shown
+    assert {path.name for path in (tmp_path / "8-4-64-0.01").glob("d*.json")} == {
+        "dependent-0-base.json",
+        "dependent-0-end to end.json",
+    }
 
 
 def test_the_table_says_by_how_much_a_method_is_below_the_base_and_whether_bars_are_reached():
@@ -89,13 +105,13 @@ def test_the_table_says_by_how_much_a_method_is_below_the_base_and_whether_bars_
         far = {"base": 0.4, "pooled": 0.3, "end to end": 0.1, "frozen": 0.32, "shuffled": 0.35}
         return {method: {"concept": by * v / 2, "composition": by * v, "bits": 1.0} for method, v in far.items()}
 
-    size = {"side": 32, "pictures": 2000, "hidden": 32, "fit": {"steps": 9, "batch": 64}}
+    size = {"side": 32, "pictures": 2000, "hidden": 32, "fit": {"steps": 9, "batch": 64, "rate": 0.003}}
     shown = quads.table({"runs": {"independent": [run(0.5), run(1.5)]}, "size": size, "machine": "m", "torch": "t"})
     assert "| end to end | 0.050 (0.025–0.075) | 0.100 (0.050–0.150) | 75% | 1.000 | 0.063, 0.081 | 72% |" in shown
     assert "- end to end at least 50.0% below the base: yes" in shown and "fine-tuned at" not in shown
     assert "- frozen at least 25.0% below the base: **no**" in shown  # 20 %
     assert "pooled level (0.150 to 0.450): yes; at 0.350" in shown and "2 seeds" in shown
+    assert "9 steps of 64 at a rate of 0.003, and" in shown
     low = {**run(1.0), "shuffled": run(0.5)["shuffled"]}
-    assert "pooled level (0.300 to 0.300): **no**" in quads.table(
-        {"runs": {"dependent": [low]}, "size": size, "machine": "m", "torch": "t"}
-    )
+    shown = quads.table({"runs": {"dependent": [low]}, "size": {**size, "side": 64}, "machine": "m", "torch": "t"})
+    assert "pooled level (0.300 to 0.300): **no**" in shown and "One seed; lower" in shown and "pixels" not in shown
