@@ -108,6 +108,10 @@ def conditions(pipe: Any, sites: tuple[str, ...]) -> dict[str, Condition]:
     chosen["in a window, one half of guidance"] = partial(
         steer, directions, {"c0": sl.Add(1.0, when=sl.Window(0.2, 0.8), branch="cond")}
     )
+    means = tuple(f"{site}.mean" for site in sites)
+    chosen["a sparse latent of the mean of tokens, at three sites"] = partial(
+        steer, banks(pipe, means)[1], {f"{site}/17": edit for site in means}
+    )
     contexts = switched(pipe, sites[1], directions.sites[sites[1]].width)
     chosen["two concepts of a context module"] = partial(steer, contexts, {"a": sl.Do(), "b": sl.Do()})
     return chosen
