@@ -1,6 +1,7 @@
 """Figures: what is composed of what, pictures and words, how pictures are read, and measures whose values are known."""
 
 from dataclasses import replace
+from itertools import combinations
 from types import SimpleNamespace
 
 import numpy as np
@@ -295,6 +296,53 @@ def test_what_is_replaced_is_what_another_caption_would_have_added_to_the_same_p
     assert not own.pipe.unet._forward_pre_hooks
 
 
+def test_along_all_directions_everything_is_replaced_along_none_nothing_and_those_of_a_concept_tell_its_captions(toy_bank):
+    own = given(toy_bank, toy_bank[1], {})
+    captions, others = (world.captions(world.draw(2, seed=seed).factors) for seed in (1, 2))
+    found = control.directions(own, "cat")
+    assert {key.rpartition("@")[0] for key in found} == {*control.blocks(own)} and len(found) == 3 * len(control.blocks(own))
+    for rows in found.values():
+        assert torch.allclose(rows @ rows.T, torch.eye(len(rows)), atol=1e-4)
+    whole = {key: torch.eye(rows.shape[1]) for key, rows in found.items()}
+    draw = lambda rows, rank: control.along(own, captions, others, [rows], rank).astype(float)  # noqa: E731
+    every = control.replaced(own, captions, others, control.ALL_BLOCKS)
+    assert np.abs(draw(whole, 10**6) - every).mean() < 0.2
+    assert (draw(whole, 0) == control.drawn(own, captions, None, {})).all()
+    far = [np.abs(draw(found, rank) - every).mean() for rank in (0, 1, 4, 16)]
+    assert far[0] > far[1] > far[2] > far[3]
+    alone = [control.along(own, captions, others, [whole], 10**6, [level]).astype(float) for level in control.LEVELS]
+    assert all(np.abs(pictures - every).mean() > 0 for pictures in alone)
+    assert not any((a == b).all() for a, b in combinations(alone, 2)), "each acts in its own stretch"
+    random = {key: torch.linalg.qr(torch.randn(rows.shape[1], 4)).Q.T for key, rows in found.items()}
+    assert far[2] < np.abs(draw(random, 4) - every).mean()
+
+
+def test_directions_of_a_concept_are_beside_as_many_of_another_one(toy_bank, monkeypatch):
+    change = Change("swap", "cat", "bee")
+    own, factors = given(toy_bank, toy_bank[1], {}), control.asked(change, 12)
+    asked = []
+
+    def along(_, captions, due, rows, rank, levels=control.LEVELS):
+        asked.append(({*rows}, rank, levels))
+        assert (captions, due) == control.said(change, 12)
+        known = {*rows} == {"of cat", "of bee"} and "100" in levels
+        return world.drawn(world.edited(factors, change.do) if known else factors).pixels
+
+    monkeypatch.setattr(control, "drawn", lambda *_: world.drawn(factors).pixels)
+    monkeypatch.setattr(control, "along", along)
+    ways = control.measured_along(own, change, lambda name: f"of {name}")
+    late = {way: float("100" in levels) for way, levels in control.STRETCHES.items()}
+    assert {way: told["effect"] for way, told in ways.items()} == dict.fromkeys(control.ALONG, 1.0) | {
+        control.DEALT: 0.0
+    } | late
+    assert [rank for _, rank, _ in asked] == [1, 4, 16, 4, 16, 16, 16, 16] and not asked[3][0] & {"of cat", "of bee"}
+    table = control.stretches([{"change": "swap", "concept": "cat", "other": "bee", "ways": ways}]).splitlines()
+    assert (
+        len(table) == 3
+        and "| swap wholes (1) | 1.00, 1.00 (1) | 0.00, 1.00 (0) | 0.00, 1.00 (0) | 1.00, 1.00 (1) |" in table[2]
+    )
+
+
 def test_every_way_moves_what_it_says(toy_bank):
     graph = CausalGraph(
         [
@@ -329,11 +377,13 @@ def test_the_true_counterfactual_reaches_both_bars_and_what_does_nothing_none(to
     monkeypatch.setattr(control, "replaced", lambda *_: world.drawn(control.asked(change, 12)).pixels)
     row = control.measured(own, change)
     ways = row["ways"]
-    assert [*ways] == [*control.WAYS] and (ways[control.PROMPT]["effect"], ways[control.PROMPT]["preservation"]) == (1, 1)
-    assert all((ways[way]["effect"], ways[way]["preservation"]) == (0, 1) for way in control.WAYS[1:])
+    few = {*control.ALONG, control.DEALT}
+    assert {*ways} == {*control.WAYS} - few and (ways[control.PROMPT]["effect"], ways[control.PROMPT]["preservation"]) == (1, 1)
+    assert all((ways[way]["effect"], ways[way]["preservation"]) == (0, 1) for way in ways if way != control.PROMPT)
+    row["ways"] |= dict.fromkeys(few, ways[control.ONE])
     assert seen[2] == (own.levers, {"cat": sl.Set(1.5)}) and seen[3][0] not in (None, own.levers, own.bank)
     lines = control.table([row]).splitlines()
-    assert "| the prompt rewritten | 1 of 1 | 1.00 | 1.00 |" in lines[2] and "| one latent | 0 of 1 | 0.00 |" in lines[7]
+    assert "| the prompt rewritten | 1 of 1 | 1.00 | 1.00 |" in lines[2] and "| one latent | 0 of 1 | 0.00 |" in lines[11]
     assert control.each([row]).splitlines()[2].startswith("| set cat | 1.00, 1.00 | 0.00, 1.00 |")
 
 

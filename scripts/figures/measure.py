@@ -28,7 +28,7 @@ from steerlib.training.discover.discovery import composition
 from steerlib.training.discover.steered_pictures import Cleared, SteeredPictures, thresholds
 from steerlib.training.package.card import parts_section
 from steerlib.training.recipe import PipelineEncoderRecipe, Recipe
-from steerlib.training.store import remembered
+from steerlib.training.store import recorded, remembered
 
 OWN, TWIN, DENSE, UNTRAINED = "the bank", "another seed", "not sparse, k = n", "untrained model"
 HELD_OUT = 73
@@ -140,10 +140,18 @@ class Bench:
 
     def edits(self) -> list[dict[str, Any]]:
         """What every way to set, remove and swap concepts did."""
-        return [
-            remembered(self._place(f"{change.kind} {change.concept}"), partial(control.measured, self.given, change))
-            for change in progress([*control.changes()], "edits")
-        ]
+        found = []
+        for change in progress([*control.changes()], "edits"):
+            name = f"{change.kind} {change.concept}"
+            row = remembered(self._place(name), partial(control.measured, self.given, change))
+            few = partial(control.measured_along, self.given, change, self.directions)
+            found.append(row | {"ways": row["ways"] | remembered(self._place(f"{name}, along"), few)})
+        return found
+
+    def directions(self, concept: str) -> Mapping[str, torch.Tensor]:
+        """In which what blocks add differs most where captions say a concept."""
+        path = self.kept / f"directions of {concept}.safetensors"
+        return recorded(path, partial(control.directions, self.given, concept))
 
     def composed(self) -> Any:
         """A sheet of wholes and halves with what the bank's graph says they are made of: of latents where they read most."""
@@ -225,6 +233,7 @@ def tables(bench: Bench) -> Iterator[tuple[str, str]]:
     edits = bench.edits()
     yield "edits", control.table(edits)
     yield "windows", control.windows(edits)
+    yield "stretches", control.stretches(edits)
     yield "each", control.each(edits)
 
 
@@ -240,7 +249,7 @@ def main(
     for mark, text in tables(bench):
         sections.put([readme], mark, text)
         print(f"{mark}\n\n{text}\n")
-    for name, picture in (("edits", control.shown(bench.given, bench.edits())), ("graph", bench.composed())):
+    for name, picture in (("edits", control.shown(bench.given, bench.edits(), bench.directions)), ("graph", bench.composed())):
         picture.quantize(128).save(readme.with_name(f"{name}.png"), optimize=True)
 
 
