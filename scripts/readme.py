@@ -19,6 +19,7 @@ from causes import table as causes_table
 from check_score import table as read_table
 from contexts import table as contexts_table
 from edge_meaning import table as meaning_table
+from edges_again import table as edges_again_table
 from measure_scenes import by_factor, damage
 from measure_scenes import table as scenes_table
 from named import table as named
@@ -239,6 +240,7 @@ TABLES: dict[str, tuple[str, Callable[..., str]]] = {
     "contexts": ("contexts", contexts_table),
     "side-effects": ("side_effects", side_effects_table),
     "edge-meaning": ("meaning", meaning_table),
+    "edges-again": ("edges_again", edges_again_table),
     "wholes": ("wholes", bars),
     "causes": ("causes", causes_table),
 }
@@ -289,6 +291,7 @@ def main(
     contexts: Annotated[Path | None, typer.Option(help="figures of contexts.py")] = None,
     side_effects: Annotated[Path | None, typer.Option(help="figures of side_effects.py")] = None,
     meaning: Annotated[Path | None, typer.Option(help="figures of edge_meaning.py")] = None,
+    edges_again: Annotated[Path | None, typer.Option(help="figures of edges_again.py")] = None,
     causes: Annotated[Path | None, typer.Option(help="figures of causes.py")] = None,
     banks: Annotated[bool, typer.Option(help="run the first example, and read the shipped banks")] = True,
 ) -> None:

@@ -65,7 +65,9 @@ def test_the_stage_stores_verified_edges_alone_and_foretells_what_happens(llama,
     assert f"From news.txt, tales.txt in turn: {told.count(True)} edges" in lines[-1]
     assert graphed(llama, bank, ids, recipe, tmp_path).graph.edges == made.graph.edges, "it goes on from what it kept"
     made.save_pretrained(tmp_path / "bank")
-    assert sl.ConceptBank.from_pretrained(tmp_path / "bank").provenance["graph"] == facts
+    kept = sl.ConceptBank.from_pretrained(tmp_path / "bank")
+    assert kept.provenance["graph"] == facts
+    assert text_graph.with_forecasts(llama, kept, ids, recipe, tmp_path / "again") == facts["forecast"]
 
 
 def test_a_forecast_of_the_wrong_sign_is_seen(llama, bank, ids, tmp_path, monkeypatch):

@@ -70,7 +70,7 @@ def graphed(model: Any, bank: ConceptBank, ids: Int[Tensor, "C N"], recipe: Grap
     `folder` keeps what was run, from which the same call goes on.
     """
     known = recipe.first + recipe.second
-    made, third, labels = ids[:known], ids[known:], recipe.labels
+    made, labels = ids[:known], recipe.labels
     system = SteeredText(model, bank, made)
     verify = best_known(bank, list(system.levels)[:-1], recipe.parents)
     found = discover(
@@ -82,13 +82,11 @@ def graphed(model: Any, bank: ConceptBank, ids: Int[Tensor, "C N"], recipe: Grap
         environments=labels and labels[:known],
     )
     result = with_graph(bank, _verified(found))
-    second, own = SteeredText(model, result, made[recipe.first :]), labels and labels[recipe.first : known]
-    result.graph = with_totals(second, result.graph, folder=folder / "totals", seed=recipe.seed, environments=own)
-    rows = list(foretold(result, SteeredText(model, bank, third), folder / "foretold", seed=recipe.seed))
+    forecasts = with_forecasts(model, result, ids, recipe, folder)
     facts = {
         "recipe": asdict(recipe) | {"environments": [*recipe.environments]},
         **account(result, found),
-        "forecast": {name: scores(some) for name, some in _kinds(rows, recipe.seed).items()},
+        "forecast": forecasts,
         "shuffled": remembered(
             folder / "shuffled.json", lambda: shuffled(model, bank, made, verify, recipe, folder / "shuffled")
         ),
@@ -98,6 +96,19 @@ def graphed(model: Any, bank: ConceptBank, ids: Int[Tensor, "C N"], recipe: Grap
     }
     result.provenance = {**result.provenance, "graph": facts}
     return result
+
+
+def with_forecasts(
+    model: Any, bank: ConceptBank, ids: Int[Tensor, "C N"], recipe: GraphRecipe, folder: Path
+) -> dict[str, dict[str, Any]]:
+    """Give a bank's graph total effects over two levels or more, measured on the verifying contexts, and measure on the last
+    ones how well each kind of edge foretells. `folder` keeps what was run."""
+    known = recipe.first + recipe.second
+    own = recipe.labels and recipe.labels[recipe.first : known]
+    second, third = SteeredText(model, bank, ids[recipe.first : known]), SteeredText(model, bank, ids[known:])
+    bank.graph = with_totals(second, bank.graph, folder=folder / "totals", seed=recipe.seed, environments=own)
+    rows = list(foretold(bank, third, folder / "foretold", seed=recipe.seed))
+    return {name: scores(some) for name, some in _kinds(rows, recipe.seed).items()}
 
 
 def best_known(bank: ConceptBank, levels: Sequence[str], count: int) -> list[str]:

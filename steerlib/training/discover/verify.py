@@ -6,10 +6,12 @@ a -> b  an edge     tau  its effect, s its standard error     E  environments   
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.stats import chi2
 
 from ...errors import Unanswerable
@@ -82,8 +84,9 @@ def verify_edges(
     kept = Folder(None if folder is None else Path(folder), {"seed": seed})
     whole = _found(system, contexts, ends, kept.under("all", {"edges": sorted(ends)}), seed)
     agree = [None] * len(ends) if environments is None else _agree(system, contexts, ends, environments, kept, seed)
+    same = _shares(system, whole, kept.under("same", {"edges": sorted(ends)}), seed)
     return [
-        _told(system, edge, whole[own], everywhere, seed) if own in whole else Tested(edge, "too few contexts")
+        _told(system, edge, whole[own], everywhere, same.get(own)) if own in whole else Tested(edge, "too few contexts")
         for edge, own, everywhere in zip(given, ends, agree, strict=True)
     ]
 
@@ -167,27 +170,42 @@ def _agree(
     return _agreeing([[part.get(own) for part in parts] for own in ends])
 
 
-def _told(system: System, edge: Edge, found: Found, everywhere: bool | None, seed: int) -> Tested:
+def _told(system: System, edge: Edge, found: Found, everywhere: bool | None, same: float | None) -> Tested:
     """The edge with what was found, in its own units."""
-    (_, parent, unit), (dst, child, other) = system.place(edge.src), system.place(edge.dst)
+    (_, _, unit), (dst, _, other) = system.place(edge.src), system.place(edge.dst)
     facts = {name: value * unit / other if name.startswith("tau") else value for name, value in found.facts.items()}
     facts |= {"weight": edge.weight or facts["tau"], "everywhere": everywhere}
     if dst == Outcomes.LEVEL:  # one value a context, at a unit of no meaning
         facts |= {"necessity": None, "sufficiency": None}
     elif found.holds and len(system.routes) > 1:
-        facts["same"] = _same(found.pair, parent, child, seed)
+        facts["same"] = same
     if not found.holds:
         facts["evidence"] = edge.evidence
     return Tested(replace(edge, **facts), "verified" if found.holds else "refused")
 
 
-def _same(pair: Pair, parent: int, child: int, seed: int) -> float | None:
-    """The share of an effect that falls on the unit where the parent is ablated, at one unit of each context."""
+def _shares(system: System, found: Mapping[Ends, Found], folder: Folder, seed: int) -> dict[Ends, float]:
+    """The share of each effect that falls on the unit where its cause is ablated, at one unit of each context; of edges that
+    hold, where units of a context can be told apart. A cause is ablated once for all of its effects."""
+    held = [own for own, one in found.items() if one.holds and own.dst != Outcomes.LEVEL and len(system.routes) > 1]
+    causes = {(own.whole, own.src, own.dst, own.parent): found[own].pair for own in held}
+    jobs = {
+        f"{'total' if whole else 'compute'}-{src}-{dst}-{parent:07}": partial(_shared, pair, parent, seed)
+        for (whole, src, dst, parent), pair in causes.items()
+    }
+    told = dict(zip(causes, folder.all(jobs, "telling tokens apart"), strict=True))
+    shares = {own: dict(zip(*told[own.whole, own.src, own.dst, own.parent].values(), strict=True))[own.child] for own in held}
+    return {own: float(share) for own, share in shares.items() if np.isfinite(share)}
+
+
+def _shared(pair: Pair, parent: int, seed: int) -> dict[str, NDArray[Any]]:
+    """These shares of one cause, by child; nan where nothing was moved."""
     random = np.random.default_rng([seed, 41, parent])
     places = np.sort(random.permutation(pair.firing(parent))[:CONFIRMED])
     (trial,) = pair.trials([parent], [places], ablated, once=random)
-    d = (trial.before - trial.after)[:, pair.children(parent).tolist().index(child)]
-    return float(d[trial.z > 0].sum() / d.sum()) if d.sum() else None
+    d = trial.before - trial.after
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return {"children": pair.children(parent), "share": d[trial.z > 0].sum(0) / d.sum(0)}
 
 
 def _agreeing(found: Sequence[Sequence[Found | None]]) -> list[bool | None]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from ...bank.concept_bank import BaseModel, ConceptBank
@@ -97,13 +98,32 @@ def labelled_bank(
 
 def with_graph_of(model: Any, tokenizer: Any, bank: ConceptBank, recipe: TextEncoderRecipe, folder: Path) -> ConceptBank:
     """The bank with the graph that its recipe describes, and a card with the graph's table."""
-    from ..discover.text_graph import contexts, graphed  # needs scipy
+    from ..discover.text_graph import graphed  # needs scipy
+
+    made = graphed(model, bank, *_graph_texts(tokenizer, recipe), folder)
+    made.card = latents_card(made, recipe)
+    return made
+
+
+def with_forecasts_of(model: Any, tokenizer: Any, bank: ConceptBank, recipe: TextEncoderRecipe, folder: Path) -> ConceptBank:
+    """The bank with the graph that it has, whose effects over two levels or more and whose forecasts are measured again."""
+    from ..discover.text_graph import with_forecasts  # needs scipy
+
+    told = with_forecasts(model, bank, *_graph_texts(tokenizer, recipe), folder)
+    total = sum(edge.relation == "total" for edge in bank.graph.edges)
+    facts = {**bank.provenance["graph"], "forecast": told, "total": total}
+    bank.provenance = {**bank.provenance, "graph": facts}
+    bank.card = latents_card(bank, recipe)
+    return bank
+
+
+def _graph_texts(tokenizer: Any, recipe: TextEncoderRecipe) -> tuple[Int[Tensor, "C N"], GraphRecipe]:
+    """Texts of the graph, and how it is found."""
+    from ..discover.text_graph import contexts
 
     own = recipe.graph or GraphRecipe()
     sets = [recipe.corpus_files([name]) for name in own.environments] or [recipe.corpus_files()]
-    made = graphed(model, bank, contexts(tokenizer, sets, own), own, folder)
-    made.card = latents_card(made, recipe)
-    return made
+    return contexts(tokenizer, sets, own), own
 
 
 def check_order(model: Any, recipe: TextEncoderRecipe) -> None:
