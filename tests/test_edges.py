@@ -12,6 +12,7 @@ from test_steered import system as steered  # noqa: F401
 
 import steerlib as sl
 from steerlib.errors import BadRecipe, Unanswerable, UnknownConcept
+from steerlib.training.discover import verify
 from steerlib.training.discover.discovery import discover
 from steerlib.training.discover.steered import SteeredText
 from steerlib.training.discover.systems import Around, Outcomes, Reading, entries
@@ -70,6 +71,18 @@ def test_effects_on_the_same_token_are_told_from_those_on_later_ones():
     own, later = (sum(f(k) for k in places) for f in (lambda k: 1 / (k + 1), lambda k: sum(1 / (j + 1) for j in range(k, 12))))
     assert len(places) > 64 and found[0].edge.same == pytest.approx(own / later, rel=0.2)
     assert found[1].edge.same == 1.0 and found[0].edge.tau == pytest.approx(later / len(places), rel=0.2)
+
+
+def test_a_cause_is_ablated_once_more_for_the_tokens_of_all_its_effects(monkeypatch, tmp_path):
+    system, shared, asked = Compiled(300, words=24, answers=4), verify._shared, []
+    monkeypatch.setattr(verify, "_shared", lambda pair, parent, seed: asked.append(parent) or shared(pair, parent, seed))
+    word = int(system.before[0])
+    pairs = [(f"words/{word}", "contexts/0"), *((f"words/{word}", f"answers/{k}") for k in range(4))]
+    found = verify_edges(system, pairs, folder=tmp_path)
+    told = [one for one in found if one.verdict == "verified"]
+    assert len(told) > 1 and all(one.edge.same is not None for one in told)
+    assert asked == [word] * len({one.edge.dst.partition("/")[0] for one in told}), "once a level"
+    assert verify_edges(system, pairs, folder=tmp_path) == found and len(asked) <= 2, "it goes on from what was kept"
 
 
 # -- over several levels -------------------------------------------------------------------------------------
