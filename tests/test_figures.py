@@ -3,6 +3,7 @@
 from dataclasses import replace
 from itertools import combinations
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -315,6 +316,15 @@ def test_along_all_directions_everything_is_replaced_along_none_nothing_and_thos
     assert not any((a == b).all() for a, b in combinations(alone, 2)), "each acts in its own stretch"
     random = {key: torch.linalg.qr(torch.randn(rows.shape[1], 4)).Q.T for key, rows in found.items()}
     assert far[2] < np.abs(draw(random, 4) - every).mean()
+
+
+@pytest.mark.parametrize("order", [("100", "500", "899"), ("899", "500", "100")])
+def test_a_pass_is_of_the_level_in_whose_stretch_it_is(order):
+    ends = {"899": (0.0, 0.3), "500": (0.3, 0.7), "100": (0.7, float("inf"))}
+    own: Any = SimpleNamespace(bank=SimpleNamespace(levels={level: sl.Window(*ends[level]) for level in order}))
+    for progress, level in ((0.0, "899"), (0.29, "899"), (0.3, "500"), (0.69, "500"), (0.7, "100"), (1.0, "100")):
+        state: Any = SimpleNamespace(progress=progress)
+        assert control._span(own, state) == level
 
 
 def test_directions_of_a_concept_are_beside_as_many_of_another_one(toy_bank, monkeypatch):
