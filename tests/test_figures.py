@@ -320,7 +320,7 @@ def test_along_all_directions_everything_is_replaced_along_none_nothing_and_thos
 
 @pytest.mark.parametrize("order", [("100", "500", "899"), ("899", "500", "100")])
 def test_a_pass_is_of_the_level_in_whose_stretch_it_is(order):
-    ends = {"899": (0.0, 0.3), "500": (0.3, 0.7), "100": (0.7, float("inf"))}
+    ends = {"899": (0.0, 0.3), "500": (0.3, 0.7), "100": (0.7, 1.0)}
     own: Any = SimpleNamespace(bank=SimpleNamespace(levels={level: sl.Window(*ends[level]) for level in order}))
     for progress, level in ((0.0, "899"), (0.29, "899"), (0.3, "500"), (0.69, "500"), (0.7, "100"), (1.0, "100")):
         state: Any = SimpleNamespace(progress=progress)
