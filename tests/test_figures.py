@@ -18,6 +18,7 @@ import steerlib as sl
 from steerlib.encoders import TopK
 from steerlib.graph.causal_graph import CausalGraph, Edge
 from steerlib.hosts import host_for
+from steerlib.passes import DenoisingPass
 from steerlib.training.package.pictures import TOKENS, bank_of, prompts_of
 from steerlib.training.recipe import PipelineEncoderRecipe, Recipe
 from steerlib.training.record.noised import at_levels
@@ -321,10 +322,10 @@ def test_along_all_directions_everything_is_replaced_along_none_nothing_and_thos
 @pytest.mark.parametrize("order", [("100", "500", "899"), ("899", "500", "100")])
 def test_a_pass_is_of_the_level_in_whose_stretch_it_is(order):
     ends = {"899": (0.0, 0.3), "500": (0.3, 0.7), "100": (0.7, 1.0)}
-    own: Any = SimpleNamespace(bank=SimpleNamespace(levels={level: sl.Window(*ends[level]) for level in order}))
+    bank: Any = SimpleNamespace(levels={level: sl.Window(*ends[level]) for level in order})
+    own = control.Given(None, bank, bank, {}, 1)
     for progress, level in ((0.0, "899"), (0.29, "899"), (0.3, "500"), (0.69, "500"), (0.7, "100"), (1.0, "100")):
-        state: Any = SimpleNamespace(progress=progress)
-        assert control._span(own, state) == level
+        assert control._span(own, DenoisingPass(progress)) == level
 
 
 def test_directions_of_a_concept_are_beside_as_many_of_another_one(toy_bank, monkeypatch):
