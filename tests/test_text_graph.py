@@ -67,7 +67,7 @@ def test_the_stage_stores_verified_edges_alone_and_foretells_what_happens(llama,
     made.save_pretrained(tmp_path / "bank")
     kept = sl.ConceptBank.from_pretrained(tmp_path / "bank")
     assert kept.provenance["graph"] == facts
-    assert text_graph.with_forecasts(llama, kept, ids, recipe, tmp_path / "again") == facts["forecast"]
+    assert text_graph.measure_forecasts(llama, kept, ids, recipe, tmp_path / "again") == facts["forecast"]
 
 
 def test_a_forecast_of_the_wrong_sign_is_seen(llama, bank, ids, tmp_path, monkeypatch):

@@ -82,7 +82,7 @@ def graphed(model: Any, bank: ConceptBank, ids: Int[Tensor, "C N"], recipe: Grap
         environments=labels and labels[:known],
     )
     result = with_graph(bank, _verified(found))
-    forecasts = with_forecasts(model, result, ids, recipe, folder)
+    forecasts = measure_forecasts(model, result, ids, recipe, folder)
     facts = {
         "recipe": asdict(recipe) | {"environments": [*recipe.environments]},
         **account(result, found),
@@ -98,7 +98,7 @@ def graphed(model: Any, bank: ConceptBank, ids: Int[Tensor, "C N"], recipe: Grap
     return result
 
 
-def with_forecasts(
+def measure_forecasts(
     model: Any, bank: ConceptBank, ids: Int[Tensor, "C N"], recipe: GraphRecipe, folder: Path
 ) -> dict[str, dict[str, Any]]:
     """Give a bank's graph total effects over two levels or more, measured on the verifying contexts, and measure on the last

@@ -107,9 +107,9 @@ def with_graph_of(model: Any, tokenizer: Any, bank: ConceptBank, recipe: TextEnc
 
 def with_forecasts_of(model: Any, tokenizer: Any, bank: ConceptBank, recipe: TextEncoderRecipe, folder: Path) -> ConceptBank:
     """The bank with the graph that it has, whose effects over two levels or more and whose forecasts are measured again."""
-    from ..discover.text_graph import with_forecasts  # needs scipy
+    from ..discover.text_graph import measure_forecasts  # needs scipy
 
-    told = with_forecasts(model, bank, *_graph_texts(tokenizer, recipe), folder)
+    told = measure_forecasts(model, bank, *_graph_texts(tokenizer, recipe), folder)
     total = sum(edge.relation == "total" for edge in bank.graph.edges)
     facts = {**bank.provenance["graph"], "forecast": told, "total": total}
     bank.provenance = {**bank.provenance, "graph": facts}
